@@ -1,0 +1,113 @@
+# The project's verbs; `make` alone lists them. Each installs what it needs, and is fast the second time.
+#
+# PYTHON  the interpreter to make the environment from
+# VENV    the environment's folder. Empty: the environment of PYTHON, as it is; only the package
+#         itself is installed there, without its dependencies and without network
+#
+# VITKD_FAST_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS reach the build (see setup.py); `make -B install`
+# builds again after a change of them.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+BIN := $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")
+STAMP := build/installed
+PACKAGE := --no-deps -e .
+else
+PY := $(VENV)/bin/python
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PACKAGE := -e .[dev]
+endif
+
+OLDEST := .venv-oldest
+CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: help install demo test test-all test-oldest wheel bench gpu gpu-sanitize lint format clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+install: $(STAMP)  ## environment, dependencies, both extensions (CUDA too where there is a toolkit)
+
+demo: install  ## real work, and what it did
+	$(BIN)/vitkd demo
+
+test: install  ## the tests for every day
+	$(BIN)/pytest -m "not slow"
+
+test-all: install  ## every test
+	$(BIN)/pytest
+
+# the wheel, not the checkout: run from a folder outside it, so that nothing else can be imported
+test-oldest: wheel $(OLDEST)/ready  ## the wheel, built with the newest torch, in torch 2.11
+	$(OLDEST)/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	cd $(OLDEST) && bin/vitkd show
+	cd $(OLDEST) && bin/pytest -m "not slow" -c ../pyproject.toml $(addprefix ../,$(wildcard tests/test_kd*.py))
+
+wheel: install  ## dist/*.whl
+	rm -rf dist build/lib* build/bdist*
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+bench: install  ## the CPU benches
+	$(BIN)/pytest benches -m "not gpu"
+
+gpu gpu-sanitize: export VITKD_FAST_CUDA ?= 1
+gpu gpu-sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0
+gpu gpu-sanitize: export PIP_BREAK_SYSTEM_PACKAGES ?= 1
+
+gpu: install  ## the GPU tests and benches; VENV= PYTHON=python3 on a machine that has torch
+	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU')"
+	$(BIN)/pytest -m gpu
+	gpu=$$($(PY) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())") && \
+	  $(BIN)/pytest benches -m gpu --benchmark-json=benches/results/$$gpu.json
+
+gpu-sanitize: export PATH := $(PATH):/usr/local/cuda/bin
+gpu-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+gpu-sanitize: install  ## compute-sanitizer over the GPU tests made for it
+	@command -v compute-sanitizer >/dev/null || \
+	  { echo "make gpu-sanitize: unavailable: no compute-sanitizer on PATH" >&2; exit 1; }
+	@compute-sanitizer --error-exitcode 1 $(PY) -c "import torch; torch.ones(1, device='cuda')" || \
+	  { echo "make gpu-sanitize: unavailable: compute-sanitizer does not run on this GPU" >&2; exit 1; }
+	for tool in memcheck racecheck initcheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/pytest -m gpu -k sanitize || exit 1; \
+	done
+
+lint: install  ## what CI checks before the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+format: install  ## what can be put right without thought
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:  ## everything made here but the environments
+	rm -rf build dist *.egg-info vitkd_fast/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks $(STAMP)
+
+# a folder is newer than this when a file was added or removed in it
+$(STAMP): setup.py pyproject.toml $(shell find csrc)
+	@command -v $${CXX:-g++} >/dev/null || \
+	  { echo "make: no C++ compiler ($${CXX:-g++}): apt-get install g++" >&2; exit 1; }
+	@$(PYTHON) -c "import os, sysconfig; open(os.path.join(sysconfig.get_path('include'), 'Python.h'))" \
+	  2>/dev/null || { echo "make: $(PYTHON) has no headers: apt-get install python3-dev" >&2; exit 1; }
+ifneq ($(strip $(VENV)),)
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -f $(PY); \
+	  echo "make: $(PYTHON) cannot make an environment: apt-get install python3-venv" >&2; exit 1; }
+	$(PY) -m pip install --quiet "setuptools>=77" ninja "torch>=2.11" "pybind11>=3"
+endif
+	@mkdir -p build
+	@echo "building and installing (log: build/install.log)"
+	@$(PY) -m pip install --no-build-isolation --verbose $(PACKAGE) >build/install.log 2>&1 || \
+	  { tail -n 60 build/install.log; exit 1; }
+	@grep "vitkd_fast: " build/install.log
+	@touch $@
+
+$(OLDEST)/ready:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet "torch==2.11.*" numpy typer pytest
+	@touch $@

@@ -1,0 +1,145 @@
+// The only glue to torch's stable ABI: dtype visitor, layout of logits, stream and device guard.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "math/hd.h"
+
+namespace vitkd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Calls f<T>() with the C++ type of a floating dtype.
+template <class F>
+decltype(auto) visit_float(ScalarType dtype, F&& f) {
+  using enum ScalarType;
+  switch (dtype) {
+    case Float:
+      return f.template operator()<float>();
+    case Double:
+      return f.template operator()<double>();
+    case Half:
+      return f.template operator()<torch::headeronly::Half>();
+    case BFloat16:
+      return f.template operator()<torch::headeronly::BFloat16>();
+    default:
+      STD_TORCH_CHECK(false, "vitkd_fast: dtype ", torch::headeronly::toString(dtype),
+                      " is not one of float32, float64, float16, bfloat16");
+  }
+}
+
+struct RowShape {
+  int64_t outer = 1;
+  int64_t classes = 1;
+  int64_t inner = 1;
+  VITKD_HD int64_t rows() const { return outer * inner; }
+};
+
+// A tensor seen as [outer, classes, inner], strides in elements of `size` bytes.
+struct RowView {
+  char* data = nullptr;
+  ScalarType dtype = ScalarType::Undefined;
+  int64_t size = 0;
+  int64_t outer_stride = 0;
+  int64_t class_stride = 0;
+  int64_t inner_stride = 0;
+  // the first class of a row
+  VITKD_HD char* at(int64_t row, const RowShape& shape) const {
+    const int64_t outer = shape.inner == 1 ? row : row / shape.inner;
+    return data + (outer * outer_stride + (row - outer * shape.inner) * inner_stride) * size;
+  }
+};
+
+inline RowShape row_shape(const Tensor& x, int64_t class_dim) {
+  RowShape shape;
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    (i < class_dim ? shape.outer : i == class_dim ? shape.classes : shape.inner) *= x.size(i);
+  }
+  return shape;
+}
+
+// The stride of dims [begin, end) taken as one, or nullopt where they do not collapse.
+inline std::optional<int64_t> collapsed_stride(const Tensor& x, int64_t begin, int64_t end) {
+  int64_t stride = 0, next = -1;  // next: the stride that the next outer dim must have
+  for (int64_t i = end - 1; i >= begin; --i) {
+    if (x.size(i) == 1) continue;
+    if (next < 0) {
+      stride = x.stride(i);
+    } else if (x.stride(i) != next) {
+      return std::nullopt;
+    }
+    next = x.stride(i) * x.size(i);
+  }
+  return stride;
+}
+
+inline std::optional<RowView> row_view(const Tensor& x, int64_t class_dim) {
+  const auto outer = collapsed_stride(x, 0, class_dim);
+  const auto inner = collapsed_stride(x, class_dim + 1, x.dim());
+  if (!outer || !inner) return std::nullopt;
+  char* data = const_cast<char*>(static_cast<const char*>(x.const_data_ptr()));
+  return RowView{data,   x.scalar_type(),     static_cast<int64_t>(x.element_size()),
+                 *outer, x.stride(class_dim), *inner};
+}
+
+// x's shape without the class dimension: one number per row.
+inline std::vector<int64_t> rows_shape(const Tensor& x, int64_t class_dim) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.erase(shape.begin() + class_dim);
+  return shape;
+}
+
+// An optional number per row: one for all (step 0) or one each (step 1).
+template <class A>
+struct PerRow {
+  const A* data = nullptr;
+  int64_t step = 0;
+  A value = 0;
+  VITKD_HD A operator[](int64_t row) const { return data ? data[row * step] : value; }
+};
+
+// Holds the contiguous copy, if one was needed, for as long as the pointer is used.
+template <class A>
+struct PerRowHolder {
+  OptionalTensor held;
+  PerRow<A> get;
+  PerRowHolder(const OptionalTensor& x, A value) {
+    get.value = value;
+    if (!x) return;
+    held = torch::stable::contiguous(*x);
+    get.data = held->template const_data_ptr<A>();
+    get.step = held->numel() == 1 ? 0 : 1;
+  }
+};
+
+inline const int64_t* labels_ptr(OptionalTensor& x) {
+  if (!x) return nullptr;
+  if (!x->is_contiguous()) x = torch::stable::contiguous(*x);
+  return x->const_data_ptr<int64_t>();
+}
+
+#ifdef __CUDACC__
+inline cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
+
+}  // namespace vitkd

@@ -1,0 +1,337 @@
+// Distillation loss on the CPU: each row of student and teacher comes from memory once, its
+// exponentials stay in L1/L2 until its gradient is written (2 reads and 1 write in all). Rows are
+// spread over torch's threads; every row is computed alike wherever it lands, and the losses are
+// added up in row order, so results do not depend on the number of threads.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cfloat>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+
+#include "../int8/isa.h"
+#include "../kd_call.h"
+#include "vec.h"
+
+namespace vitkd::kd {
+namespace {
+
+// Elements per lane-block whose exponentials are kept for the gradient: 256 KB a tensor, in L2.
+constexpr int64_t kMaxKept = 65536;
+
+// The student's logits of a row, by class: for the labels.
+template <class A>
+auto logits_of(const Call<A>& c, int64_t row) {
+  return [&c, p = c.student.at(row, c.shape)](int64_t i) {
+    return visit_float(c.student.dtype, [&]<class S>() {
+      return static_cast<A>(reinterpret_cast<const S*>(p)[i * c.student.class_stride]);
+    });
+  };
+}
+
+// Any strides, one class at a time, with the functions that the device runs: float64, and CPUs
+// without AVX2.
+template <class A, class S, class T>
+void run_scalar(const Call<A>& c, Pass pass, int64_t begin, int64_t end) {
+  const bool ce = c.weights.ce != 0;
+  const int64_t classes = c.shape.classes;
+  for (int64_t row = begin; row < end; ++row) {
+    const S* s = reinterpret_cast<const S*>(c.student.at(row, c.shape));
+    const T* t = reinterpret_cast<const T*>(c.teacher.at(row, c.shape));
+    S* g = pass == Pass::kForward ? nullptr : reinterpret_cast<S*>(c.grad.at(row, c.shape));
+    const auto student = [&](int64_t i) { return static_cast<A>(s[i * c.student.class_stride]); };
+    const auto teacher = [&](int64_t i) { return static_cast<A>(t[i * c.teacher.class_stride]); };
+    const A share = c.share_of(row);
+    if (share == 0) {
+      if (pass != Pass::kBackward) c.finish_ignored(row);
+      for (int64_t i = 0; g && i < classes; ++i) g[i * c.grad.class_stride] = S(0.0f);
+      continue;
+    }
+    const A temperature = c.temperature[row];
+    const A inv_t = 1 / temperature;
+    const Target<A> target = c.target_of(row);
+    Stats<A> stats;
+    if (pass == Pass::kBackward) {
+      stats = c.load_stats(row);
+    } else {
+      Sums<A> sums;
+      for (int64_t i = 0; i < classes; ++i) {
+        sums.max_s = std::max(sums.max_s, student(i));
+        sums.max_t = std::max(sums.max_t, teacher(i));
+      }
+      for (int64_t i = 0; i < classes; ++i) {
+        ce ? add_class<true>(sums, student(i), teacher(i), inv_t)
+           : add_class<false>(sums, student(i), teacher(i), inv_t);
+      }
+      stats = stats_of(sums, ce);
+      c.finish_row(row, sums, stats, target, temperature, share, student);
+    }
+    if (!g) continue;
+    const GradFactors<A> f =
+        grad_factors(share * c.grad_loss[row], c.weights, target.lam, temperature, classes);
+    for (int64_t i = 0; i < classes; ++i) {
+      A x = ce ? grad_class<true>(f, stats, student(i), teacher(i), inv_t)
+               : grad_class<false>(f, stats, student(i), teacher(i), inv_t);
+      if (ce && i == target.a) x -= f.at_a;
+      if (ce && i == target.b) x -= f.at_b;
+      g[i * c.grad.class_stride] = static_cast<S>(x);
+    }
+  }
+}
+
+template <class A>
+void scalar_rows(const Call<A>& c, Pass pass, int64_t begin, int64_t end) {
+  visit_float(c.student.dtype, [&]<class S>() {
+    visit_float(c.teacher.dtype, [&]<class T>() {
+      // functional.py widens the other side where one is float64
+      constexpr bool kWide = std::is_same_v<S, double> && std::is_same_v<T, double>;
+      constexpr bool kNarrow = !std::is_same_v<S, double> && !std::is_same_v<T, double>;
+      if constexpr (std::is_same_v<A, double> ? kWide : kNarrow) {
+        run_scalar<A, S, T>(c, pass, begin, end);
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace vitkd::kd
+
+#if defined(__x86_64__)
+VITKD_TARGET_BEGIN(VITKD_AVX512)
+namespace vitkd::kd::avx512 {
+namespace {
+using vitkd::avx512::Vec;
+#include "kd.inl"
+}  // namespace
+}  // namespace vitkd::kd::avx512
+VITKD_TARGET_END
+
+VITKD_TARGET_BEGIN(VITKD_AVX2)
+namespace vitkd::kd::avx2 {
+namespace {
+using vitkd::avx2::Vec;
+#include "kd.inl"
+}  // namespace
+}  // namespace vitkd::kd::avx2
+VITKD_TARGET_END
+#endif
+
+namespace vitkd::kd {
+namespace {
+
+enum class Layout { kRows, kColumns, kStrided };
+
+Layout layout_of(const RowView& x, const RowShape& shape) {
+  if (x.class_stride == 1 || shape.classes == 1) return Layout::kRows;
+  if (shape.inner > 1 && x.inner_stride == 1 && shape.classes <= kMaxKept / 16) {
+    return Layout::kColumns;
+  }
+  return Layout::kStrided;
+}
+
+// Asks for huge pages below a large fresh tensor: its first touch costs a page fault per 4 KB
+// otherwise, which is more than all the arithmetic here. A hint, so the answer does not matter.
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kHuge = int64_t{1} << 21;
+  if (bytes < 2 * kHuge) return;
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Student and teacher in one layout, copied only where their strides allow none.
+struct Logits {
+  Tensor student, teacher;
+  RowShape shape;
+  RowView s, t;
+  Layout layout;
+  Logits(const Tensor& student_in, const Tensor& teacher_in, int64_t class_dim)
+      : student(student_in), teacher(teacher_in), shape(row_shape(student_in, class_dim)) {
+    auto s_view = row_view(student, class_dim);
+    auto t_view = row_view(teacher, class_dim);
+    const bool alike = s_view && t_view && layout_of(*s_view, shape) == layout_of(*t_view, shape);
+    if (!alike || layout_of(*s_view, shape) == Layout::kStrided) {
+      student = torch::stable::contiguous(student);
+      teacher = torch::stable::contiguous(teacher);
+      s_view = row_view(student, class_dim);
+      t_view = row_view(teacher, class_dim);
+    }
+    s = *s_view;
+    t = *t_view;
+    layout = layout_of(s, shape);
+  }
+};
+
+template <class A>
+void run(Call<A> c, Layout layout, Pass pass) {
+  if (c.shape.rows() == 0) return;
+  // rows of a few classes do not fill a register: lanes are rows for them, too
+  if (layout == Layout::kRows && c.shape.inner == 1 && c.shape.classes <= 32) {
+    layout = Layout::kColumns;
+    std::swap(c.shape.outer, c.shape.inner);
+    for (RowView* view : {&c.student, &c.teacher, &c.grad}) {
+      std::swap(view->outer_stride, view->inner_stride);
+    }
+  }
+  auto kernel = scalar_rows<A>;
+  int64_t units = c.shape.rows(), unit_rows = 1;
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<A, float>) {
+    const Isa isa = selected_isa();
+    const bool wide = isa == Isa::avx512 || isa == Isa::avx512vnni;
+    if (isa != Isa::scalar && layout == Layout::kRows) {
+      kernel = wide ? avx512::run_rows : avx2::run_rows;
+    } else if (isa != Isa::scalar && layout == Layout::kColumns) {
+      kernel = wide ? avx512::run_columns : avx2::run_columns;
+      unit_rows = wide ? 16 : 8;
+      units = c.shape.outer * ((c.shape.inner + unit_rows - 1) / unit_rows);
+    }
+  }
+#endif
+  const int64_t grain = std::max<int64_t>(1, 32768 / (c.shape.classes * unit_rows));
+  torch::stable::parallel_for(0, units, grain,
+                              [&](int64_t begin, int64_t end) { kernel(c, pass, begin, end); });
+}
+
+// Labels out of range are found here, before any thread starts.
+template <class A>
+A checked_total(const Call<A>& c) {
+  double total = 0;
+  for (int64_t row = 0; row < c.shape.rows(); ++row) {
+    if (c.temperature.data) {
+      STD_TORCH_CHECK(c.temperature[row] > 0, "kd_loss: temperature holds ", c.temperature[row],
+                      " for row ", row, "; accepted are numbers > 0");
+    }
+    if (c.ignored(row)) continue;
+    for (const int64_t* labels : {c.labels_a, c.labels_b}) {
+      STD_TORCH_CHECK(!labels || (labels[row] >= 0 && labels[row] < c.shape.classes),
+                      "kd_loss: labels hold ", labels ? labels[row] : 0, " for row ", row,
+                      "; accepted are 0 to ", c.shape.classes - 1, " and ignore_index ",
+                      c.ignore_index);
+    }
+    total += c.row_weight[row];
+  }
+  return static_cast<A>(total);
+}
+
+// Runs a forward pass and returns the reduced loss.
+template <class A>
+Tensor forward(Call<A>& c, Layout layout, const Tensor& student, Pass pass, int64_t class_dim,
+               int64_t reduction) {
+  const A total = c.labels_a || c.row_weight.data || c.temperature.data
+                      ? checked_total(c)
+                      : static_cast<A>(c.shape.rows());
+  if (static_cast<Reduction>(reduction) == Reduction::kMean) {
+    c.inv_total.value = total == 0 ? 0 : 1 / total;
+  }
+  Tensor loss = empty_loss<A>(student, class_dim, reduction);
+  A* const out = loss.template mutable_data_ptr<A>();
+  if (static_cast<Reduction>(reduction) == Reduction::kNone) {
+    c.loss = out;
+    run(c, layout, pass);
+    return loss;
+  }
+  std::vector<A> rows(c.shape.rows());
+  c.loss = rows.data();
+  run(c, layout, pass);
+  *out = static_cast<A>(std::accumulate(rows.begin(), rows.end(), 0.0));
+  return loss;
+}
+
+Grad empty_grad(const Logits& logits, const Tensor& student, int64_t class_dim) {
+  Grad grad(student, class_dim,
+            [&](const RowView& view) { return layout_of(view, logits.shape) == logits.layout; });
+  advise_huge_pages(grad.view.data, grad.tensor.numel() * grad.view.size);
+  return grad;
+}
+
+std::tuple<Tensor, Tensor> kd_fwd(const Tensor& student, const Tensor& teacher, double temperature,
+                                  double kd_weight, int64_t class_dim, int64_t reduction,
+                                  OptionalTensor labels, OptionalTensor labels_b,
+                                  OptionalTensor lam_rows, OptionalTensor temperature_rows,
+                                  OptionalTensor row_weights, double lam, double ce_weight,
+                                  double label_smoothing, int64_t ignore_index) {
+  return visit_accumulator(student, [&]<class A>() -> std::tuple<Tensor, Tensor> {
+    const Logits logits(student, teacher, class_dim);
+    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
+                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
+                   ignore_index);
+    Tensor stats =
+        torch::stable::new_empty(student, std::vector<int64_t>{6, logits.shape.rows()}, kDtype<A>);
+    setup.call.stats = stats.mutable_data_ptr<A>();
+    return {forward(setup.call, logits.layout, student, Pass::kForward, class_dim, reduction),
+            std::move(stats)};
+  });
+}
+
+std::tuple<Tensor, Tensor> kd_fwd_grad(const Tensor& student, const Tensor& teacher,
+                                       double temperature, double kd_weight, int64_t class_dim,
+                                       int64_t reduction, OptionalTensor labels,
+                                       OptionalTensor labels_b, OptionalTensor lam_rows,
+                                       OptionalTensor temperature_rows, OptionalTensor row_weights,
+                                       double lam, double ce_weight, double label_smoothing,
+                                       int64_t ignore_index) {
+  return visit_accumulator(student, [&]<class A>() -> std::tuple<Tensor, Tensor> {
+    const Logits logits(student, teacher, class_dim);
+    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
+                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
+                   ignore_index);
+    Grad grad = empty_grad(logits, student, class_dim);
+    setup.call.grad = grad.view;
+    Tensor loss =
+        forward(setup.call, logits.layout, student, Pass::kForwardGrad, class_dim, reduction);
+    return {std::move(loss), grad.take()};
+  });
+}
+
+// The options are the forward's; what the row's share already holds is not looked at again.
+Tensor kd_bwd(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
+              const Tensor& stats, double temperature, double kd_weight, int64_t class_dim,
+              int64_t /*reduction*/, OptionalTensor labels, OptionalTensor labels_b,
+              OptionalTensor lam_rows, OptionalTensor temperature_rows, OptionalTensor row_weights,
+              double lam, double ce_weight, double label_smoothing, int64_t ignore_index) {
+  return visit_accumulator(student, [&]<class A>() -> Tensor {
+    const Logits logits(student, teacher, class_dim);
+    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
+                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
+                   ignore_index);
+    const PerRowHolder<A> grad_rows(grad_loss, 0);
+    setup.call.grad_loss = grad_rows.get;
+    setup.call.stats = const_cast<A*>(stats.const_data_ptr<A>());
+    setup.call.saved_share = true;
+    Grad grad = empty_grad(logits, student, class_dim);
+    setup.call.grad = grad.view;
+    run(setup.call, logits.layout, Pass::kBackward);
+    return grad.take();
+  });
+}
+
+// grad *= factor, in place; nothing is touched where the factor is 1, as after loss.backward().
+void kd_scale_(const Tensor& grad, const Tensor& factor) {
+  visit_accumulator(grad, [&]<class A>() {
+    const A by = *factor.const_data_ptr<A>();
+    if (by == 1) return;
+    visit_float(grad.scalar_type(), [&]<class T>() {
+      T* const p = grad.mutable_data_ptr<T>();
+      torch::stable::parallel_for(0, grad.numel(), 65536, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) p[i] = static_cast<T>(static_cast<A>(p[i]) * by);
+      });
+    });
+  });
+}
+
+}  // namespace
+}  // namespace vitkd::kd
+
+STABLE_TORCH_LIBRARY_IMPL(vitkd_fast, CPU, m) {
+  m.impl("kd_fwd", TORCH_BOX(&vitkd::kd::kd_fwd));
+  m.impl("kd_fwd_grad", TORCH_BOX(&vitkd::kd::kd_fwd_grad));
+  m.impl("kd_bwd", TORCH_BOX(&vitkd::kd::kd_bwd));
+  m.impl("kd_scale_", TORCH_BOX(&vitkd::kd::kd_scale_));
+}

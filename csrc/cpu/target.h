@@ -1,0 +1,21 @@
+// Code for one instruction set inside a file built for the baseline: everything between BEGIN and
+// END may use `isa`, and is only ever called after a run-time check. Standard and intrinsics
+// headers are included before the region, so that no shared inline function is compiled inside it.
+#pragma once
+
+#define VITKD_INLINE inline __attribute__((always_inline))
+
+#define VITKD_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define VITKD_TARGET_BEGIN(isa) \
+  VITKD_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define VITKD_TARGET_END VITKD_PRAGMA(clang attribute pop)
+#else
+#define VITKD_TARGET_BEGIN(isa)  \
+  VITKD_PRAGMA(GCC push_options) \
+  VITKD_PRAGMA(GCC target(isa))
+#define VITKD_TARGET_END VITKD_PRAGMA(GCC pop_options)
+#endif
+
+#define VITKD_AVX2 "avx2,fma,f16c"
+#define VITKD_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw"

@@ -1,0 +1,659 @@
+// Distillation loss on the GPU: a group of threads takes a row, reads student and teacher once with
+// 16-byte loads, keeps online sums in registers, merges them by shuffles, and forms the gradient in
+// a second sweep that finds the row in L1 or L2 (2 reads and 1 write of device memory in all).
+//   kVector  classes side by side: a warp or a block per row, 16-byte loads after a peeled head
+//   kScalar  the same where the rows of student, teacher and gradient are aligned differently
+//   kTiled   strided classes: 32 neighbouring rows by 16 threads per row, so that loads coalesce
+// Rows that are too few for the chip are split over several blocks. Everything is added up in a
+// fixed order: no atomics, so results are bitwise the same every time.
+#undef NDEBUG  // the assertion on labels stays in release builds
+#include <cuda_runtime.h>
+
+#include <cassert>
+
+#include "../kd_call.h"
+
+namespace vitkd::kd {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+enum class Access { kVector, kScalar, kTiled };
+
+constexpr int kChunk = 8;        // classes that a thread has in flight
+constexpr int kTileRows = 32;    // kTiled: rows of a block
+constexpr int kTileThreads = 8;  // kTiled: threads per row
+constexpr unsigned kFullMask = 0xffffffffu;
+
+// 128 registers a thread, 255 for double: nothing spills
+template <class A>
+constexpr int kMaxThreads = std::is_same_v<A, double> ? 256 : 512;
+
+// How the work is cut: `group` threads per row, and `splits` blocks per row, each of which leaves
+// its sums in `parts` for a kernel of their own (splits == 1: none).
+template <class A>
+struct Launch {
+  int group = 32;
+  int splits = 1;
+  Sums<A>* parts = nullptr;  // [rows, splits]
+};
+
+template <class A>
+__device__ A load_as(const void* p, ScalarType dtype, int64_t i) {
+  switch (dtype) {
+    case ScalarType::Half:
+      return static_cast<A>(static_cast<float>(static_cast<const Half*>(p)[i]));
+    case ScalarType::BFloat16:
+      return static_cast<A>(static_cast<float>(static_cast<const BFloat16*>(p)[i]));
+    case ScalarType::Double:
+      return static_cast<A>(static_cast<const double*>(p)[i]);
+    default:
+      return static_cast<A>(static_cast<const float*>(p)[i]);
+  }
+}
+
+// kChunk numbers from 16-byte aligned memory.
+template <class A>
+__device__ void load_chunk(const void* p, ScalarType dtype, int64_t i, A (&out)[kChunk]) {
+  if (dtype == ScalarType::Float) {
+    const float4* q = reinterpret_cast<const float4*>(static_cast<const float*>(p) + i);
+    const float4 a = q[0], b = q[1];
+    const float values[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) out[j] = values[j];
+  } else {  // two bytes each
+    const uint4 q = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + i);
+    const unsigned words[kChunk / 2] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      const uint16_t bits = static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2)));
+      out[j] = dtype == ScalarType::Half ? static_cast<float>(Half(bits, Half::from_bits()))
+                                         : __uint_as_float(static_cast<unsigned>(bits) << 16);
+    }
+  }
+}
+
+// Written once and not read again here: the rows in L2 are worth more.
+template <class S>
+__device__ void store_chunk(S* p, const float (&x)[kChunk]) {
+  if constexpr (sizeof(S) == 4) {
+    __stcs(reinterpret_cast<float4*>(p), make_float4(x[0], x[1], x[2], x[3]));
+    __stcs(reinterpret_cast<float4*>(p) + 1, make_float4(x[4], x[5], x[6], x[7]));
+  } else {
+    unsigned words[kChunk / 2];
+#pragma unroll
+    for (int j = 0; j < kChunk / 2; ++j) {
+      const unsigned low = static_cast<S>(x[2 * j]).x, high = static_cast<S>(x[2 * j + 1]).x;
+      words[j] = low | high << 16;
+    }
+    __stcs(reinterpret_cast<uint4*>(p), make_uint4(words[0], words[1], words[2], words[3]));
+  }
+}
+
+// One row of student, teacher and gradient, as one of `group` threads that share it sees it.
+template <class A, class S, Access kAccess>
+struct Row {
+  const S* s;
+  const void* t;
+  S* g;
+  ScalarType t_dtype;
+  int64_t s_stride, t_stride, g_stride;
+  int64_t begin, end;  // classes of this block
+  int lane, group;
+
+  __device__ A student(int64_t i) const { return static_cast<A>(s[i * s_stride]); }
+  __device__ A teacher(int64_t i) const { return load_as<A>(t, t_dtype, i * t_stride); }
+
+  // classes in flight
+  static constexpr int kMany = kAccess == Access::kVector  ? kChunk
+                               : std::is_same_v<A, double> ? 2
+                                                           : 4;
+
+  // visit(s, t, n, first, step): n <= kMany classes first, first + step, ...
+  template <class F>
+  __device__ void sweep(F&& visit) const {
+    A x[kMany], y[kMany];
+    if constexpr (kAccess == Access::kVector) {
+      // up to the first boundary of a chunk, and beyond the last, one class per thread
+      const auto at = reinterpret_cast<uintptr_t>(s + begin) / sizeof(S) % kChunk;
+      const int64_t head = min(begin + static_cast<int64_t>((kChunk - at) % kChunk), end);
+      const int64_t chunks = (end - head) / kChunk;
+      for (int64_t k = lane; k < chunks; k += group) {
+        const int64_t first = head + k * kChunk;
+        load_chunk<A>(s, std::is_same_v<S, float> ? ScalarType::Float : two_bytes(), first, x);
+        load_chunk<A>(t, t_dtype, first, y);
+        visit(x, y, kChunk, first, 1);
+      }
+      // at most 7 classes on either side: threads 0 to 6 and 8 to 14
+      const bool front = lane < kChunk;
+      const int64_t i = front ? begin + lane : head + chunks * kChunk + lane - kChunk;
+      if (i < (front ? head : end) && lane < 2 * kChunk) {
+        x[0] = student(i);
+        y[0] = teacher(i);
+        visit(x, y, 1, i, 1);
+      }
+    } else {
+      for (int64_t first = begin + lane; first < end; first += kMany * group) {
+        const int n =
+            static_cast<int>(min(static_cast<int64_t>(kMany), (end - first + group - 1) / group));
+#pragma unroll
+        for (int j = 0; j < kMany; ++j) {
+          if (j >= n) continue;
+          x[j] = student(first + j * group);
+          y[j] = teacher(first + j * group);
+        }
+        visit(x, y, n, first, group);
+      }
+    }
+  }
+
+  static __device__ constexpr ScalarType two_bytes() {
+    return std::is_same_v<S, Half> ? ScalarType::Half : ScalarType::BFloat16;
+  }
+
+  __device__ Sums<A> sums(A inv_t, bool ce) const {
+    Sums<A> all;
+    sweep([&](const A(&x)[kMany], const A(&y)[kMany], int n, int64_t, int) {
+      A max_s = all.max_s, max_t = all.max_t;
+#pragma unroll
+      for (int j = 0; j < kMany; ++j) {
+        if (j >= n) continue;
+        max_s = fmax(max_s, x[j]);
+        max_t = fmax(max_t, y[j]);
+      }
+      all = rebase(all, max_s, max_t, inv_t);
+#pragma unroll
+      for (int j = 0; j < kMany; ++j) {
+        if (j >= n) continue;
+        ce ? add_class<true>(all, x[j], y[j], inv_t) : add_class<false>(all, x[j], y[j], inv_t);
+      }
+    });
+    return all;
+  }
+
+  __device__ void gradient(const GradFactors<A>& f, const Stats<A>& st, A inv_t, bool ce,
+                           const Target<A>& target) const {
+    sweep([&](const A(&x)[kMany], const A(&y)[kMany], int n, int64_t first, int step) {
+      A d[kMany];
+#pragma unroll
+      for (int j = 0; j < kMany; ++j) {
+        if (j >= n) continue;
+        d[j] = ce ? grad_class<true>(f, st, x[j], y[j], inv_t)
+                  : grad_class<false>(f, st, x[j], y[j], inv_t);
+        const int64_t i = first + j * step;
+        if (ce && i == target.a) d[j] -= f.at_a;
+        if (ce && i == target.b) d[j] -= f.at_b;
+      }
+      write(d, n, first, step);
+    });
+  }
+
+  __device__ void zero_gradient() const {
+    for (int64_t i = begin + lane; i < end; i += group) g[i * g_stride] = S(0.0f);
+  }
+
+  __device__ void write(const A (&d)[kMany], int n, int64_t first, int step) const {
+    if constexpr (kAccess == Access::kVector) {
+      if (n == kMany) return store_chunk(g + first, d);
+    }
+#pragma unroll
+    for (int j = 0; j < kMany; ++j) {
+      if (j < n) g[(first + j * step) * g_stride] = static_cast<S>(d[j]);
+    }
+  }
+};
+
+template <class A>
+__device__ Sums<A> shuffled(const Sums<A>& x, int mask) {
+  return {__shfl_xor_sync(kFullMask, x.max_s, mask),   __shfl_xor_sync(kFullMask, x.max_t, mask),
+          __shfl_xor_sync(kFullMask, x.sum_s, mask),   __shfl_xor_sync(kFullMask, x.sum_t, mask),
+          __shfl_xor_sync(kFullMask, x.dot, mask),     __shfl_xor_sync(kFullMask, x.sum_1, mask),
+          __shfl_xor_sync(kFullMask, x.total_s, mask), __shfl_xor_sync(kFullMask, x.count, mask)};
+}
+
+// Shared memory for sums; an array of them would have to be initialised.
+template <class A, int kCount>
+__device__ Sums<A>* shared_sums() {
+  __shared__ alignas(16) char memory[kCount * sizeof(Sums<A>)];
+  return reinterpret_cast<Sums<A>*>(memory);
+}
+
+// The sums of all threads of a row, given to each of them.
+template <class A>
+__device__ Sums<A> merge_group(Sums<A> x, int group, A inv_t) {
+  for (int mask = 16; mask > 0; mask /= 2) x = merge(x, shuffled(x, mask), inv_t);
+  if (group == 32) return x;
+  auto* const warps = shared_sums<A, 32>();
+  const int warp = threadIdx.x / 32, count = group / 32;
+  if (threadIdx.x % 32 == 0) warps[warp] = x;
+  __syncthreads();
+  x = static_cast<int>(threadIdx.x % 32) < count ? warps[threadIdx.x % 32] : Sums<A>{};
+  for (int mask = 16; mask > 0; mask /= 2) x = merge(x, shuffled(x, mask), inv_t);
+  return x;
+}
+
+// The same where a row's threads are threadIdx.y.
+template <class A>
+__device__ Sums<A> merge_tile(const Sums<A>& x, A inv_t) {
+  auto* const tile = shared_sums<A, kTileThreads * kTileRows>() + threadIdx.x;
+  tile[threadIdx.y * kTileRows] = x;
+  __syncthreads();
+  Sums<A> all = tile[0];
+  for (int y = 1; y < kTileThreads; ++y) all = merge(all, tile[y * kTileRows], inv_t);
+  return all;
+}
+
+// a temperature <= 0 cannot be reported from here: its row becomes NaN
+template <class A>
+__device__ A checked_temperature(A t) {
+  return t > 0 ? t : std::numeric_limits<A>::quiet_NaN();
+}
+
+template <class A>
+__device__ void check_labels(const Call<A>& c, const Target<A>& target) {
+  if (c.labels_a) assert(c.in_range(target) && "vitkd_fast kd_loss: a label is out of range");
+}
+
+// Loss and stats of a row whose sums are complete, by one thread.
+template <class A, class S>
+__device__ void finish(const Call<A>& c, int64_t row, const Sums<A>& sums, A temperature, A share,
+                       const Target<A>& target) {
+  const S* const logits = reinterpret_cast<const S*>(c.student.at(row, c.shape));
+  c.finish_row(row, sums, stats_of(sums, c.weights.ce != 0), target, temperature, share,
+               [&](int64_t i) { return static_cast<A>(logits[i * c.student.class_stride]); });
+}
+
+template <class A, class S, Access kAccess, Pass kPass>
+__global__ void __launch_bounds__(kMaxThreads<A>, 1)
+    kd_rows_kernel(const __grid_constant__ Call<A> c, const __grid_constant__ Launch<A> launch) {
+  constexpr bool kTiles = kAccess == Access::kTiled;
+  // 1. this thread's row, and its place in it
+  int64_t row;
+  bool there = true;
+  Row<A, S, kAccess> view;
+  if constexpr (kTiles) {
+    const int64_t tiles = (c.shape.inner + kTileRows - 1) / kTileRows;
+    const int64_t inner = blockIdx.x % tiles * kTileRows + threadIdx.x;
+    there = inner < c.shape.inner;
+    row = blockIdx.x / tiles * c.shape.inner + (there ? inner : 0);
+    view.lane = threadIdx.y;
+    view.group = kTileThreads;
+  } else {
+    const int groups = blockDim.x / launch.group;
+    row = static_cast<int64_t>(blockIdx.x) * groups + threadIdx.x / launch.group;
+    if (row >= c.shape.rows()) return;  // whole warps: a block has one row, or warps have theirs
+    view.lane = threadIdx.x % launch.group;
+    view.group = launch.group;
+  }
+  const bool one = view.lane == 0 && there;  // the thread that writes what a row has one of
+  view.s = reinterpret_cast<const S*>(c.student.at(row, c.shape));
+  view.t = c.teacher.at(row, c.shape);
+  view.g = kPass == Pass::kForward ? nullptr : reinterpret_cast<S*>(c.grad.at(row, c.shape));
+  view.t_dtype = c.teacher.dtype;
+  view.s_stride = c.student.class_stride;
+  view.t_stride = c.teacher.class_stride;
+  view.g_stride = c.grad.class_stride;
+  const int64_t part = (c.shape.classes + launch.splits - 1) / launch.splits;
+  view.begin = min(blockIdx.y * part, c.shape.classes);
+  view.end = there ? min(view.begin + part, c.shape.classes) : view.begin;
+
+  // 2. an ignored row is not read, not even a NaN; a tile's other rows still need its threads
+  const A share = c.share_of(row);
+  const bool ignored = share == 0;
+  if (ignored) {
+    if (kPass != Pass::kBackward && one && launch.splits == 1) c.finish_ignored(row);
+    if (kPass != Pass::kForward) view.zero_gradient();
+    if (!kTiles) return;
+    view.end = view.begin;
+  }
+  const Target<A> target = c.target_of(row);
+  if (!ignored) check_labels(c, target);
+  const A temperature = checked_temperature(c.temperature[row]);
+  const A inv_t = 1 / temperature;
+  const bool ce = c.weights.ce != 0;
+
+  // 3. sums, loss and stats
+  Stats<A> stats;
+  if constexpr (kPass == Pass::kBackward) {
+    stats = c.load_stats(row);
+  } else {
+    Sums<A> sums = view.sums(inv_t, ce);
+    sums = kTiles ? merge_tile(sums, inv_t) : merge_group(sums, launch.group, inv_t);
+    if (launch.splits > 1) {
+      if (one) launch.parts[row * launch.splits + blockIdx.y] = sums;
+      return;
+    }
+    stats = stats_of(sums, ce);
+    if (one && !ignored) finish<A, S>(c, row, sums, temperature, share, target);
+  }
+
+  // 4. the gradient
+  if constexpr (kPass != Pass::kForward) {
+    if (ignored) return;
+    const GradFactors<A> f =
+        grad_factors(share * c.grad_loss[row], c.weights, target.lam, temperature, c.shape.classes);
+    view.gradient(f, stats, inv_t, ce, target);
+  }
+}
+
+// Rows that were split: their parts are merged in order.
+template <class A, class S>
+__global__ void kd_merge_kernel(const __grid_constant__ Call<A> c,
+                                const __grid_constant__ Launch<A> launch) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= c.shape.rows()) return;
+  const A share = c.share_of(row);
+  if (share == 0) return c.finish_ignored(row);
+  const A temperature = checked_temperature(c.temperature[row]);
+  Sums<A> sums = launch.parts[row * launch.splits];
+  for (int i = 1; i < launch.splits; ++i) {
+    sums = merge(sums, launch.parts[row * launch.splits + i], 1 / temperature);
+  }
+  finish<A, S>(c, row, sums, temperature, share, c.target_of(row));
+}
+
+// Sums numbers in a fixed order, in double, by one block.
+template <class F>
+__device__ double block_sum(int64_t n, F&& at) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += at(i);
+  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(kFullMask, sum, mask);
+  __shared__ double warps[32];
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = warps[threadIdx.x % 32];  // blocks of 1024
+  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(kFullMask, sum, mask);
+  return sum;
+}
+
+// 1 / (the weight of all rows that count), 0 where there is none.
+template <class A>
+__global__ void __launch_bounds__(1024)
+    kd_total_kernel(const __grid_constant__ Call<A> c, A* inv_total) {
+  const double total = block_sum(c.shape.rows(), [&](int64_t row) {
+    return c.ignored(row) ? 0.0 : static_cast<double>(c.row_weight[row]);
+  });
+  if (threadIdx.x == 0) *inv_total = static_cast<A>(total == 0 ? 0 : 1 / total);
+}
+
+template <class A>
+__global__ void __launch_bounds__(1024) kd_reduce_kernel(const A* rows, int64_t n, A* loss) {
+  const double sum = block_sum(n, [&](int64_t i) { return static_cast<double>(rows[i]); });
+  if (threadIdx.x == 0) *loss = static_cast<A>(sum);
+}
+
+// grad *= factor; where that is 1, as after loss.backward(), no memory is touched.
+template <class A, class T>
+__global__ void kd_scale_kernel(T* grad, int64_t n, const A* factor) {
+  const A by = *factor;
+  if (by == 1) return;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
+    grad[i] = static_cast<T>(static_cast<A>(grad[i]) * by);
+  }
+}
+
+template <class A>
+class Launcher {
+ public:
+  Launcher(const Call<A>& c, const Tensor& like)
+      : c_(c), like_(like), stream_(current_stream(like)) {
+    int device = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms_, cudaDevAttrMultiProcessorCount, device));
+    const bool side_by_side = c.student.class_stride == 1 && c.teacher.class_stride == 1 &&
+                              (c.grad.data == nullptr || c.grad.class_stride == 1);
+    if (c.shape.classes == 1 || side_by_side) {
+      access_ = vectors_fit() ? Access::kVector : Access::kScalar;
+    } else {
+      access_ = c.shape.inner > 1 ? Access::kTiled : Access::kScalar;
+    }
+    // a warp has a row of few classes to itself, unless there are too few rows for the chip
+    const int64_t classes = c.shape.classes, rows = c.shape.rows();
+    launch_.group = classes <= 256 || (classes <= 2048 && rows >= 16 * sms_) ? 32
+                    : classes <= 16384                                       ? 256
+                                                                             : kMaxThreads<A>;
+    // few long rows: several blocks each
+    if (access_ != Access::kTiled && classes > 65536 && rows < 2 * sms_) {
+      launch_.splits = static_cast<int>(std::min<int64_t>((classes + 32767) / 32768, 64));
+    }
+  }
+
+  void run(Pass pass) {
+    visit_float(c_.student.dtype, [&]<class S>() {
+      if constexpr (std::is_same_v<S, double> == std::is_same_v<A, double>) {
+        if (pass == Pass::kBackward) return rows<S, Pass::kBackward>();
+        if (launch_.splits == 1) {
+          return pass == Pass::kForward ? rows<S, Pass::kForward>() : rows<S, Pass::kForwardGrad>();
+        }
+        split<S>(pass);
+      }
+    });
+  }
+
+ private:
+  bool vectors_fit() const {
+    if (std::is_same_v<A, double>) return false;
+    // every row must start at the same distance from a boundary of kChunk classes everywhere
+    const auto like_student = [&](const RowView& v) {
+      return reinterpret_cast<uintptr_t>(v.data) % (kChunk * v.size) == 0 &&
+             v.outer_stride % kChunk == c_.student.outer_stride % kChunk &&
+             v.inner_stride % kChunk == c_.student.inner_stride % kChunk;
+    };
+    return like_student(c_.student) && like_student(c_.teacher) &&
+           (!c_.grad.data || like_student(c_.grad));
+  }
+
+  template <class S, Pass kPass>
+  void rows() {
+    if (access_ == Access::kVector) {
+      if constexpr (!std::is_same_v<A, double>) return start<S, Access::kVector, kPass>();
+    }
+    if (access_ == Access::kTiled) return start<S, Access::kTiled, kPass>();
+    start<S, Access::kScalar, kPass>();
+  }
+
+  template <class S, Access kAccess, Pass kPass>
+  void start() {
+    dim3 block, grid;
+    if (kAccess == Access::kTiled) {
+      block = dim3(kTileRows, kTileThreads);
+      grid.x = c_.shape.outer * ((c_.shape.inner + kTileRows - 1) / kTileRows);
+    } else {
+      block.x = std::max(launch_.group, 256);
+      const int64_t groups = block.x / launch_.group;
+      grid = dim3((c_.shape.rows() + groups - 1) / groups, launch_.splits);
+    }
+    auto* const kernel = kd_rows_kernel<A, S, kAccess, kPass>;
+    // the second sweep wants its row in L2: long rows get one block per multiprocessor
+    int shared = 0;
+    if (kPass == Pass::kForwardGrad && c_.shape.classes * c_.student.size > 65536) {
+      shared = 120 * 1024;
+      int most = 0, device = 0;
+      STD_CUDA_CHECK(cudaGetDevice(&device));
+      STD_CUDA_CHECK(
+          cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+      shared = std::min(shared, most - 8 * 1024);
+      STD_CUDA_CHECK(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    }
+    kernel<<<grid, block, shared, stream_>>>(c_, launch_);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // Sums by parts, a merge, and the gradient from the merged stats.
+  template <class S>
+  void split(Pass pass) {
+    const int64_t rows_n = c_.shape.rows();
+    const Tensor parts = torch::stable::new_empty(
+        like_, {rows_n * launch_.splits * static_cast<int64_t>(sizeof(Sums<A>) / sizeof(A))},
+        kDtype<A>);
+    launch_.parts = reinterpret_cast<Sums<A>*>(parts.mutable_data_ptr());
+    Tensor stats;
+    if (!c_.stats) {
+      stats = torch::stable::new_empty(like_, {6 * rows_n}, kDtype<A>);
+      c_.stats = stats.template mutable_data_ptr<A>();
+    }
+    rows<S, Pass::kForward>();
+    kd_merge_kernel<A, S><<<(rows_n + 127) / 128, 128, 0, stream_>>>(c_, launch_);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (pass == Pass::kForwardGrad) {
+      c_.saved_share = true;
+      rows<S, Pass::kBackward>();
+    }
+  }
+
+  Call<A> c_;
+  const Tensor& like_;
+  cudaStream_t stream_;
+  int sms_ = 1;
+  Access access_;
+  Launch<A> launch_;
+};
+
+// Student and teacher as [outer, classes, inner], copied only where their strides allow no view.
+struct Logits {
+  Tensor student, teacher;
+  RowShape shape;
+  RowView s, t;
+  Logits(const Tensor& student_in, const Tensor& teacher_in, int64_t class_dim)
+      : student(student_in), teacher(teacher_in), shape(row_shape(student_in, class_dim)) {
+    s = viewed(student, class_dim);
+    t = viewed(teacher, class_dim);
+  }
+
+ private:
+  static RowView viewed(Tensor& x, int64_t class_dim) {
+    auto view = row_view(x, class_dim);
+    if (!view) {
+      x = torch::stable::contiguous(x);
+      view = row_view(x, class_dim);
+    }
+    return *view;
+  }
+};
+
+Grad empty_grad(const Tensor& student, int64_t class_dim) {
+  return Grad(student, class_dim, [](const RowView&) { return true; });
+}
+
+// Runs a forward pass and returns the reduced loss.
+template <class A>
+Tensor forward(Call<A>& c, const Tensor& student, Pass pass, int64_t class_dim, int64_t reduction) {
+  const auto kind = static_cast<Reduction>(reduction);
+  const cudaStream_t stream = current_stream(student);
+  Tensor loss = empty_loss<A>(student, class_dim, reduction);
+  A* const out = loss.template mutable_data_ptr<A>();
+  const int64_t n = c.shape.rows();
+  Tensor inv_total, rows;
+  if (kind == Reduction::kMean) {
+    if (c.labels_a || c.row_weight.data) {
+      inv_total = torch::stable::new_empty(student, {1}, kDtype<A>);
+      c.inv_total.data = inv_total.template mutable_data_ptr<A>();
+      kd_total_kernel<A><<<1, 1024, 0, stream>>>(c, const_cast<A*>(c.inv_total.data));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    } else {
+      c.inv_total.value = n == 0 ? 0 : A{1} / static_cast<A>(n);
+    }
+  }
+  c.loss = out;
+  if (kind != Reduction::kNone) {
+    rows = torch::stable::new_empty(student, {n}, kDtype<A>);
+    c.loss = rows.template mutable_data_ptr<A>();
+  }
+  if (n > 0) Launcher<A>(c, student).run(pass);
+  if (kind != Reduction::kNone) {
+    kd_reduce_kernel<A><<<1, 1024, 0, stream>>>(c.loss, n, out);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> kd_fwd(const Tensor& student, const Tensor& teacher, double temperature,
+                                  double kd_weight, int64_t class_dim, int64_t reduction,
+                                  OptionalTensor labels, OptionalTensor labels_b,
+                                  OptionalTensor lam_rows, OptionalTensor temperature_rows,
+                                  OptionalTensor row_weights, double lam, double ce_weight,
+                                  double label_smoothing, int64_t ignore_index) {
+  const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
+  return visit_accumulator(student, [&]<class A>() -> std::tuple<Tensor, Tensor> {
+    const Logits logits(student, teacher, class_dim);
+    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
+                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
+                   ignore_index);
+    Tensor stats =
+        torch::stable::new_empty(student, std::vector<int64_t>{6, logits.shape.rows()}, kDtype<A>);
+    setup.call.stats = stats.mutable_data_ptr<A>();
+    Tensor loss = forward(setup.call, student, Pass::kForward, class_dim, reduction);
+    return {std::move(loss), std::move(stats)};
+  });
+}
+
+std::tuple<Tensor, Tensor> kd_fwd_grad(const Tensor& student, const Tensor& teacher,
+                                       double temperature, double kd_weight, int64_t class_dim,
+                                       int64_t reduction, OptionalTensor labels,
+                                       OptionalTensor labels_b, OptionalTensor lam_rows,
+                                       OptionalTensor temperature_rows, OptionalTensor row_weights,
+                                       double lam, double ce_weight, double label_smoothing,
+                                       int64_t ignore_index) {
+  const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
+  return visit_accumulator(student, [&]<class A>() -> std::tuple<Tensor, Tensor> {
+    const Logits logits(student, teacher, class_dim);
+    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
+                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
+                   ignore_index);
+    Grad grad = empty_grad(student, class_dim);
+    setup.call.grad = grad.view;
+    Tensor loss = forward(setup.call, student, Pass::kForwardGrad, class_dim, reduction);
+    return {std::move(loss), grad.take()};
+  });
+}
+
+// The options are the forward's; what the row's share already holds is not looked at again.
+Tensor kd_bwd(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
+              const Tensor& stats, double temperature, double kd_weight, int64_t class_dim,
+              int64_t /*reduction*/, OptionalTensor labels, OptionalTensor labels_b,
+              OptionalTensor lam_rows, OptionalTensor temperature_rows, OptionalTensor row_weights,
+              double lam, double ce_weight, double label_smoothing, int64_t ignore_index) {
+  const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
+  return visit_accumulator(student, [&]<class A>() -> Tensor {
+    const Logits logits(student, teacher, class_dim);
+    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
+                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
+                   ignore_index);
+    const PerRowHolder<A> grad_rows(grad_loss, 0);
+    setup.call.grad_loss = grad_rows.get;
+    setup.call.stats = const_cast<A*>(stats.const_data_ptr<A>());
+    setup.call.saved_share = true;
+    Grad grad = empty_grad(student, class_dim);
+    setup.call.grad = grad.view;
+    if (logits.shape.rows() > 0) Launcher<A>(setup.call, student).run(Pass::kBackward);
+    return grad.take();
+  });
+}
+
+void kd_scale_(const Tensor& grad, const Tensor& factor) {
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  if (grad.numel() == 0) return;
+  visit_accumulator(grad, [&]<class A>() {
+    visit_float(grad.scalar_type(), [&]<class T>() {
+      if constexpr (std::is_same_v<T, double> == std::is_same_v<A, double>) {
+        const int64_t blocks = std::min<int64_t>((grad.numel() + 1023) / 1024, 4096);
+        kd_scale_kernel<A, T><<<blocks, 256, 0, current_stream(grad)>>>(
+            grad.mutable_data_ptr<T>(), grad.numel(), factor.const_data_ptr<A>());
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace vitkd::kd
+
+STABLE_TORCH_LIBRARY_IMPL(vitkd_fast, CUDA, m) {
+  m.impl("kd_fwd", TORCH_BOX(&vitkd::kd::kd_fwd));
+  m.impl("kd_fwd_grad", TORCH_BOX(&vitkd::kd::kd_fwd_grad));
+  m.impl("kd_bwd", TORCH_BOX(&vitkd::kd::kd_bwd));
+  m.impl("kd_scale_", TORCH_BOX(&vitkd::kd::kd_scale_));
+}

@@ -1,0 +1,86 @@
+// Instruction sets by __builtin_cpu_supports, which also asks whether the system saves their
+// registers.
+
+#include "isa.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace vitkd {
+namespace {
+
+constexpr Isa kBestFirst[] = {Isa::avx512vnni, Isa::avx512, Isa::avx2, Isa::scalar};
+
+bool cpu_has(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  switch (isa) {
+    case Isa::scalar:
+      return true;
+    case Isa::avx2:
+      return avx2;
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx512vnni:
+      return avx512 && __builtin_cpu_supports("avx512vnni");
+  }
+#endif
+  return isa == Isa::scalar;
+}
+
+std::vector<Isa> detect() {
+  std::vector<Isa> isas;
+  for (Isa isa : kBestFirst) {
+    if (cpu_has(isa)) isas.push_back(isa);
+  }
+  const char* wanted = std::getenv("VITKD_FAST_ISA");
+  if (wanted == nullptr || *wanted == '\0') return isas;
+
+  const auto is_wanted = [wanted](Isa isa) { return std::string(name(isa)) == wanted; };
+  const auto found = std::find_if(isas.begin(), isas.end(), is_wanted);
+  if (found == isas.end()) {
+    const bool known = std::any_of(std::begin(kBestFirst), std::end(kBestFirst), is_wanted);
+    std::string accepted;
+    for (Isa isa : isas) accepted += (accepted.empty() ? "" : ", ") + std::string(name(isa));
+    throw std::runtime_error("VITKD_FAST_ISA=" + std::string(wanted) +
+                             (known ? ": this CPU lacks it" : " is no instruction set known here") +
+                             "; accepted on this machine: " + accepted);
+  }
+  return {found, isas.end()};
+}
+
+}  // namespace
+
+const char* name(Isa isa) {
+  switch (isa) {
+    case Isa::scalar:
+      return "scalar";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx512vnni:
+      return "avx512vnni";
+  }
+  return "unknown";
+}
+
+std::vector<Isa> available_isas() {
+  // an exception leaves this uninitialised, so a wrong VITKD_FAST_ISA is reported by every call
+  static const std::vector<Isa> isas = detect();
+  return isas;
+}
+
+Isa selected_isa() {
+  static const Isa best = available_isas().front();
+  return best;
+}
+
+}  // namespace vitkd

@@ -1,0 +1,29 @@
+// The CPU's instruction sets, and the one that the kernels use (torch-free: compiled into both
+// extensions). A kernel is written once per instruction set and the pick is made at run time, so
+// that a wheel built anywhere runs everywhere. VITKD_FAST_ISA=scalar|avx2|avx512|avx512vnni lowers
+// the pick, which is how every path is tested on one machine.
+
+#pragma once
+
+#include <vector>
+
+namespace vitkd {
+
+// In rising order: each set contains the ones before it.
+enum class Isa {
+  scalar,
+  avx2,        // AVX2, FMA, F16C
+  avx512,      // and AVX-512 F, BW, VL, DQ
+  avx512vnni,  // and AVX-512 VNNI
+};
+
+const char* name(Isa isa);
+
+// What the kernels may use here, best first. Read once per process; throws std::runtime_error where
+// VITKD_FAST_ISA names no instruction set, or one that this CPU lacks.
+std::vector<Isa> available_isas();
+
+// The best of them: the one that the kernels use.
+Isa selected_isa();
+
+}  // namespace vitkd

@@ -1,0 +1,144 @@
+// One call of kd_loss, as every backend sees it: pointers, strides and options, free of tensors.
+#pragma once
+
+#include "common.h"
+#include "math/kd.h"
+
+namespace vitkd::kd {
+
+enum class Pass { kForward, kForwardGrad, kBackward };
+enum class Reduction : int64_t { kNone, kMean, kSum };
+
+template <class A>
+struct Call {
+  RowShape shape;
+  RowView student, teacher, grad;
+  Weights<A> weights;
+  PerRow<A> temperature, lam, row_weight, grad_loss;
+  PerRow<A> inv_total;  // 1 / (sum of the row weights) where the mean is asked for, else 1
+  const int64_t *labels_a = nullptr, *labels_b = nullptr;
+  int64_t ignore_index = 0;
+  A* loss = nullptr;         // [rows], each times its share
+  A* stats = nullptr;        // [6, rows]: the five of Stats, then the row's share
+  bool saved_share = false;  // read the share from stats
+
+  VITKD_HD bool ignored(int64_t row) const {
+    return (labels_a && labels_a[row] == ignore_index) ||
+           (labels_b && labels_b[row] == ignore_index);
+  }
+  VITKD_HD A share_of(int64_t row) const {
+    if (saved_share) return stats[5 * shape.rows() + row];
+    return ignored(row) ? A{0} : row_weight[row] * inv_total[row];
+  }
+  VITKD_HD Target<A> target_of(int64_t row) const {
+    if (!labels_a) return {};
+    if (!labels_b) return {labels_a[row], labels_a[row], 1};
+    return {labels_a[row], labels_b[row], lam[row]};
+  }
+  VITKD_HD bool in_range(const Target<A>& target) const {
+    return target.a >= 0 && target.a < shape.classes && target.b >= 0 && target.b < shape.classes;
+  }
+  VITKD_HD Stats<A> load_stats(int64_t row) const {
+    const A* p = stats + row;
+    const int64_t n = shape.rows();
+    return {p[0], p[n], p[2 * n], p[3 * n], p[4 * n]};
+  }
+  VITKD_HD void save_stats(int64_t row, const Stats<A>& x, A share) const {
+    if (!stats) return;
+    const A values[] = {x.max_s, x.max_t, x.log_s, x.log_t, x.log_1, share};
+    for (int i = 0; i < 6; ++i) stats[i * shape.rows() + row] = values[i];
+  }
+  // what a forward leaves of a row that is ignored
+  VITKD_HD void finish_ignored(int64_t row) const {
+    loss[row] = 0;
+    save_stats(row, {}, 0);
+  }
+  // what it leaves of any other; `logit(i)` is the student's logit of class i
+  template <class F>
+  VITKD_HD void finish_row(int64_t row, const Sums<A>& sums, const Stats<A>& st,
+                           const Target<A>& target, A t, A share, F&& logit) const {
+    const bool ce = weights.ce != 0;
+    const A logit_a = ce ? logit(target.a) : A{0};
+    const A logit_b = ce && target.b != target.a ? logit(target.b) : logit_a;
+    loss[row] = share * row_loss(sums, st, weights, target, logit_a, logit_b, t);
+    save_stats(row, st, share);
+  }
+};
+
+// Fills a call from the operation's arguments, and holds the tensors that it points into.
+template <class A>
+struct Setup {
+  PerRowHolder<A> temperature, lam, row_weights;
+  OptionalTensor labels_a, labels_b;
+  Call<A> call;
+  Setup(const RowShape& shape, const RowView& student, const RowView& teacher,
+        double temperature_value, double kd_weight, const OptionalTensor& labels,
+        const OptionalTensor& labels_b_in, const OptionalTensor& lam_rows,
+        const OptionalTensor& temperature_rows, const OptionalTensor& weights, double lam_value,
+        double ce_weight, double label_smoothing, int64_t ignore_index)
+      : temperature(temperature_rows, static_cast<A>(temperature_value)),
+        lam(lam_rows, static_cast<A>(lam_value)),
+        row_weights(weights, 1),
+        labels_a(labels),
+        labels_b(labels_b_in) {
+    call.shape = shape;
+    call.student = student;
+    call.teacher = teacher;
+    call.weights = {static_cast<A>(kd_weight), static_cast<A>(ce_weight),
+                    static_cast<A>(label_smoothing)};
+    call.temperature = temperature.get;
+    call.lam = lam.get;
+    call.row_weight = row_weights.get;
+    call.grad_loss.value = 1;
+    call.inv_total.value = 1;
+    call.labels_a = labels_ptr(labels_a);
+    call.labels_b = labels_ptr(labels_b);
+    call.ignore_index = ignore_index;
+    STD_TORCH_CHECK(ce_weight == 0 || call.labels_a, "kd_loss: ce_weight needs labels");
+  }
+};
+
+// The accumulation type: float64 for float64, else float32.
+template <class F>
+auto visit_accumulator(const Tensor& student, F&& f) {
+  if (student.scalar_type() == ScalarType::Double) return f.template operator()<double>();
+  return f.template operator()<float>();
+}
+
+template <class A>
+constexpr ScalarType kDtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
+// An uninitialised loss: one number per row, or one in all.
+template <class A>
+Tensor empty_loss(const Tensor& student, int64_t class_dim, int64_t reduction) {
+  const bool rows = static_cast<Reduction>(reduction) == Reduction::kNone;
+  return torch::stable::new_empty(
+      student, rows ? rows_shape(student, class_dim) : std::vector<int64_t>{}, kDtype<A>);
+}
+
+// The gradient, with the strides of empty_like(student), which is what the fake promises. A kernel
+// that cannot write those (`writable`) fills a contiguous tensor first.
+struct Grad {
+  Tensor tensor;
+  RowView view;
+  OptionalTensor promised;
+  template <class F>
+  Grad(const Tensor& student, int64_t class_dim, F&& writable)
+      // empty_like goes through the dispatcher by name, which a small call would feel
+      : tensor(student.is_contiguous() ? torch::stable::new_empty(student, student.sizes())
+                                       : torch::stable::empty_like(student)) {
+    auto like_student = row_view(tensor, class_dim);
+    if (!like_student || !writable(*like_student)) {
+      promised = std::exchange(tensor, torch::stable::new_empty(student, student.sizes()));
+      like_student = row_view(tensor, class_dim);
+    }
+    view = *like_student;
+  }
+  Tensor take() {
+    if (!promised) return std::move(tensor);
+    torch::stable::copy_(*promised, tensor);
+    return *promised;
+  }
+};
+
+}  // namespace vitkd::kd

@@ -1,0 +1,44 @@
+"""What every test shares: poisoned memory, fixed seeds, and where the GPU and the data are."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fills new tensors with NaN (integers: the maximum), so that unwritten outputs show."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # warn_only: torch's own operations may be nondeterministic, ours are compared bit by bit
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder with the development data; skips where VITKD_DATA names none."""
+    if not (folder := os.environ.get("VITKD_DATA")):
+        pytest.skip("VITKD_DATA is not set: it names the folder with the development data")
+    return Path(folder)

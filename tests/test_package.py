@@ -1,0 +1,302 @@
+"""The package around the operations: lazy imports, instruction sets, show, command line, build."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ISAS = ["avx512vnni", "avx512", "avx2", "scalar"]  # best first
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command outside the checkout, as a user's program would be."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("VITKD_FAST_")}
+    return subprocess.run(
+        command, cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False
+    )
+
+
+def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-c", code, cwd=cwd, **environment)
+
+
+def vitkd(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(str(Path(sys.executable).parent / "vitkd"), *arguments, cwd=cwd, **environment)
+
+
+# imports
+
+
+@pytest.mark.parametrize("module", ["vitkd_fast", "vitkd_fast.int8", "vitkd_fast.cli"])
+def test_import_loads_no_torch(module: str, tmp_path: Path) -> None:
+    result = python(f"import sys, {module}; print('torch' in sys.modules)", tmp_path)
+    assert (result.stdout, result.stderr) == ("False\n", "")
+
+
+def test_using_int8_loads_no_torch(tmp_path: Path) -> None:
+    code = "import sys, vitkd_fast; vitkd_fast.int8.isa(); print('torch' in sys.modules)"
+    assert python(code, tmp_path).stdout == "False\n"
+
+
+def test_functional_registers_the_operations(tmp_path: Path) -> None:
+    code = (
+        "import vitkd_fast, torch; before = hasattr(torch.ops.vitkd_fast, 'kd_fwd');"
+        "vitkd_fast.functional; print(before, hasattr(torch.ops.vitkd_fast, 'kd_fwd'))"
+    )
+    assert python(code, tmp_path).stdout == "False True\n"
+
+
+def test_public_names() -> None:
+    import vitkd_fast
+
+    assert {"functional", "int8", "nn", "show"} <= set(dir(vitkd_fast))
+    assert vitkd_fast.__version__ == metadata.version("vitkd-fast")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = vitkd_fast.nonsense
+
+
+def test_version_is_the_projects() -> None:
+    assert (
+        f'\nversion = "{metadata.version("vitkd-fast")}"\n' in (ROOT / "pyproject.toml").read_text()
+    )
+
+
+# instruction sets
+
+
+def test_isa_is_sorted_and_ends_with_scalar(tmp_path: Path) -> None:
+    found = python("import vitkd_fast.int8 as i; print(*i.isa())", tmp_path).stdout.split()
+    assert found == ISAS[ISAS.index(found[0]) :]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_isa_override(isa: str, tmp_path: Path) -> None:
+    code = "import vitkd_fast.int8 as i; print(*i.isa())"
+    has = python(code, tmp_path).stdout.split()
+    result = python(code, tmp_path, VITKD_FAST_ISA=isa)
+    if isa in has:
+        assert result.stdout.split() == has[has.index(isa) :]
+    else:
+        assert result.returncode == 1
+        assert f"RuntimeError: VITKD_FAST_ISA={isa}: this CPU lacks it" in result.stderr
+        assert result.stderr.endswith(f"accepted on this machine: {', '.join(has)}\n")
+
+
+def test_isa_override_is_checked(tmp_path: Path) -> None:
+    code = "import vitkd_fast.int8 as i; print(*i.isa())"
+    has = python(code, tmp_path).stdout.split()
+    result = python(code, tmp_path, VITKD_FAST_ISA="avx1024")
+    assert result.returncode == 1
+    assert result.stderr.endswith(
+        "RuntimeError: VITKD_FAST_ISA=avx1024 is no instruction set known here; "
+        f"accepted on this machine: {', '.join(has)}\n"
+    )
+
+
+def test_isa_override_empty_is_unset(tmp_path: Path) -> None:
+    code = "import vitkd_fast.int8 as i; print(*i.isa())"
+    assert python(code, tmp_path, VITKD_FAST_ISA="").stdout == python(code, tmp_path).stdout
+
+
+# show and the command line
+
+
+def test_show(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    import vitkd_fast
+    from vitkd_fast import _ops
+
+    vitkd_fast.show()
+    lines = capsys.readouterr().out.splitlines()
+    table = lines.index("")
+    facts = dict(line.split(maxsplit=1) for line in lines[:table])
+    assert facts["vitkd_fast"] == vitkd_fast.__version__
+    assert facts["torch"] == str(torch.__version__)
+    assert facts["CUDA"].startswith(f"{torch.version.cuda or 'none'} in torch, ")
+    assert facts["CPU"].split("; ")[0] == vitkd_fast.int8.isa()[0]
+    assert lines[table + 1].split() == ["operation", "CPU", "CUDA"]
+    rows = [line.split(maxsplit=1) for line in lines[table + 2 :]]
+    assert [(name, " ".join(served.split())) for name, served in rows] == [
+        (name, f"{on['CPU']} {on['CUDA']}") for name, on in _ops.backends().items()
+    ]
+
+
+def test_vitkd_show_prints_the_same(tmp_path: Path) -> None:
+    called = python("import vitkd_fast; vitkd_fast.show()", tmp_path)
+    result = vitkd("show", cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout == called.stdout != ""
+
+
+def test_vitkd_show_names_the_overrides(tmp_path: Path) -> None:
+    result = vitkd("show", cwd=tmp_path, VITKD_FAST_ISA="scalar")
+    assert "scalar; best first: scalar\n" in result.stdout
+    assert "VITKD_FAST_ISA  scalar\n" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("show", "--nonsense")])
+def test_vitkd_wrong_usage_is_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    assert vitkd(*arguments, cwd=tmp_path).returncode == 2
+
+
+def test_vitkd_failure_is_1_and_one_line(tmp_path: Path) -> None:
+    result = vitkd("show", cwd=tmp_path, VITKD_FAST_ISA="nonsense")
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        "vitkd: RuntimeError: VITKD_FAST_ISA=nonsense is no instruction"
+    )
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_vitkd_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = vitkd("--debug", "show", cwd=tmp_path, VITKD_FAST_ISA="nonsense")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+# the build
+
+
+@pytest.fixture(scope="module")
+def setup_py() -> dict:
+    pytest.importorskip("setuptools")
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def fake_toolkit(home: Path, version: int) -> Path:
+    for name in ("include/cuda_runtime.h", "include/cuda_runtime_api.h", "bin/nvcc"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(f"#define CUDART_VERSION  {version}\n")
+    (home / "bin/nvcc").chmod(0o755)
+    return home
+
+
+def test_setup_py_is_short() -> None:
+    assert len((ROOT / "setup.py").read_text().splitlines()) <= 120
+
+
+def test_cuda_is_taken_from_a_toolkit_of_torchs_major_version(
+    setup_py: dict, tmp_path: Path
+) -> None:
+    homes = [
+        tmp_path / "absent",
+        fake_toolkit(tmp_path / "older", 12040),
+        fake_toolkit(tmp_path / "same", 13010),
+    ]
+    choose = setup_py["choose_cuda"]
+    assert choose("auto", "13.2", homes) == (homes[2], "13.1", "")
+    assert choose("1", "12.8", homes) == (homes[1], "12.4", "")
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "why"),
+    [
+        (None, "this torch is built without CUDA"),
+        ("13.2", "no CUDA 13 toolkit (bin/nvcc, include/); found: 12.4 in {home}"),
+        ("11.8", "no CUDA 11 toolkit (bin/nvcc, include/); found: 12.4 in {home}"),
+    ],
+)
+def test_cuda_is_left_out_with_a_reason_or_fails(
+    setup_py: dict, tmp_path: Path, torch_cuda: str | None, why: str
+) -> None:
+    home = fake_toolkit(tmp_path / "toolkit", 12040)
+    why = why.format(home=home)
+    assert setup_py["choose_cuda"]("auto", torch_cuda, [home]) == (None, None, why)
+    with pytest.raises(SystemExit) as error:
+        setup_py["choose_cuda"]("1", torch_cuda, [home])
+    assert str(error.value) == f"vitkd_fast: VITKD_FAST_CUDA=1 cannot be met: {why}"
+
+
+def test_cuda_needs_headers_and_compiler(setup_py: dict, tmp_path: Path) -> None:
+    home = fake_toolkit(tmp_path, 13000)
+    (home / "include/cuda_runtime.h").unlink()
+    reason = setup_py["choose_cuda"]("auto", "13.0", [home])[2]
+    assert reason == "no CUDA 13 toolkit (bin/nvcc, include/); found: none"
+
+
+def test_cuda_can_be_switched_off(setup_py: dict, tmp_path: Path) -> None:
+    home = fake_toolkit(tmp_path, 13000)
+    assert setup_py["choose_cuda"]("0", "13.0", [home]) == (None, None, "VITKD_FAST_CUDA=0")
+
+
+def test_cuda_choice_is_checked(setup_py: dict) -> None:
+    with pytest.raises(SystemExit, match="VITKD_FAST_CUDA=yes: accepted are auto, 0 and 1"):
+        setup_py["choose_cuda"]("yes", "13.0", [])
+
+
+def test_cuda_home_behind_a_script_on_path(
+    setup_py: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = fake_toolkit(tmp_path / "cuda-13.0", 13000)
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent))
+    monkeypatch.setenv("CUDA_HOME", "/first")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert list(setup_py["cuda_homes"]())[:2] == [Path("/first"), home]
+
+    # and where PATH holds a link to the real one
+    script.unlink()
+    script.symlink_to(home / "bin" / "nvcc")
+    assert list(setup_py["cuda_homes"]())[1] == home
+
+
+def test_metadata_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version'];"
+        f"import os; os.chdir({str(ROOT)!r}); runpy.run_path('setup.py', run_name='__main__')"
+    )
+    result = python(code, tmp_path)
+    assert result.stdout.split()[-1] == metadata.version("vitkd-fast"), result.stderr
+
+
+def test_makefile_installs_what_the_build_requires() -> None:
+    line = next(x for x in (ROOT / "pyproject.toml").read_text().splitlines() if "requires = " in x)
+    required = line.removeprefix("requires = [").removesuffix("]").replace('"', "").split(", ")
+    installed = next(x for x in (ROOT / "Makefile").read_text().splitlines() if "pybind11" in x)
+    assert [word.strip('"') for word in installed.split("--quiet ")[1].split()] == required
+
+
+def test_package_data_is_installed() -> None:
+    assert resources.files("vitkd_fast").joinpath("py.typed").is_file()
+    assert resources.files("vitkd_fast.kernels").joinpath("__init__.py").is_file()
+
+
+@pytest.mark.slow
+def test_wheel(tmp_path: Path) -> None:
+    for requirement in ("ninja", "pybind11", "setuptools"):
+        pytest.importorskip(requirement)
+    checkout = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so")
+    shutil.copytree(ROOT, checkout, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-index", "--no-build-isolation", "--no-deps"]
+    build = [*pip, "--verbose", "--wheel-dir", str(tmp_path), str(checkout)]
+    result = run(*build, cwd=tmp_path, VITKD_FAST_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    built = "vitkd_fast: _C for the CPU only (VITKD_FAST_CUDA=0), _int8"
+    assert built in result.stdout + result.stderr
+
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    folders = {name.split("/")[0] for name in names}
+    assert folders == {"vitkd_fast", f"vitkd_fast-{metadata.version('vitkd-fast')}.dist-info"}
+    kernels = {f"vitkd_fast/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
+    assert kernels | {"vitkd_fast/py.typed", "vitkd_fast/_int8.pyi"} <= set(names)
+    assert "vitkd_fast/_C.abi3.so" in names
+
+    # from outside the checkout, and before the editable install that these tests run from
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import vitkd_fast; print(vitkd_fast.__file__); vitkd_fast.show()"
+    result = python(code, tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert result.stdout.startswith(str(tmp_path / "site")), result.stderr
+    assert "none in _C" in result.stdout

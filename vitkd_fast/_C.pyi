@@ -1,0 +1,3 @@
+# The compiled operations (csrc/ops.cpp): importing it registers them with torch.
+
+cuda: str

@@ -1,0 +1,3 @@
+# The compiled int8 engine (csrc/int8/bind.cpp).
+
+def isa() -> list[str]: ...

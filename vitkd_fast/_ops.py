@@ -1,0 +1,145 @@
+"""The table of operations: schema, fake and reference of each, and who serves it on a device.
+
+Importing this module registers `torch.ops.vitkd_fast.*`. The reference is the composite kernel;
+the compiled extension `_C`, where it was built, overrides it on the CPU and, where it was built
+with CUDA, on the GPU; Triton serves CUDA where C++ does not. `VITKD_FAST_BACKEND` (read here, once)
+forces `reference`, `triton` or `cuda`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_NAMESPACE = "vitkd_fast"
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+
+
+def _loss_like(student: Tensor, class_dim: int, reduction: int) -> Tensor:
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    shape = list(student.shape)
+    del shape[class_dim]
+    return student.new_empty(shape if reduction == reference.NONE else [], dtype=dtype)
+
+
+def _kd_fwd_fake(
+    student: Tensor, teacher: Tensor, temperature: float, kd_weight: float, class_dim: int,
+    reduction: int, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    loss = _loss_like(student, class_dim, reduction)
+    rows = 1
+    for i, size in enumerate(student.shape):
+        rows = rows if i == class_dim else rows * size
+    return loss, loss.new_empty([6, rows])
+
+
+def _kd_fwd_grad_fake(
+    student: Tensor, teacher: Tensor, temperature: float, kd_weight: float, class_dim: int,
+    reduction: int, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _loss_like(student, class_dim, reduction), torch.empty_like(student)
+
+
+def _kd_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(student)
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+class Operation(NamedTuple):
+    schema: str
+    fake: Callable
+    reference: Callable
+    stem: str  # kernels/<stem>.py holds the Triton launchers
+
+    @property
+    def name(self) -> str:
+        return self.schema.partition("(")[0]
+
+
+# temperature and lam are one number for all rows, unless a tensor brings one per row
+_KD_OPTIONS = (
+    "float temperature, float kd_weight, int class_dim, int reduction, Tensor? labels=None, "
+    "Tensor? labels_b=None, Tensor? lam_rows=None, Tensor? temperature_rows=None, "
+    "Tensor? row_weights=None, float lam=1.0, float ce_weight=0.0, float label_smoothing=0.0, "
+    "int ignore_index=-100"
+)
+
+OPERATIONS = [
+    Operation(
+        f"kd_fwd(Tensor student, Tensor teacher, {_KD_OPTIONS}) -> (Tensor loss, Tensor stats)",
+        _kd_fwd_fake, reference.kd_fwd, "kd",
+    ),
+    Operation(
+        f"kd_fwd_grad(Tensor student, Tensor teacher, {_KD_OPTIONS}) -> (Tensor loss, Tensor grad)",
+        _kd_fwd_grad_fake, reference.kd_fwd_grad, "kd",
+    ),
+    Operation(
+        "kd_bwd(Tensor grad_loss, Tensor student, Tensor teacher, Tensor stats, "
+        f"{_KD_OPTIONS}) -> Tensor",
+        _kd_bwd_fake, reference.kd_bwd, "kd",
+    ),
+    Operation(
+        "kd_scale_(Tensor(a!) grad, Tensor factor) -> ()",
+        _nothing, reference.kd_scale_, "kd",
+    ),
+]  # fmt: skip
+
+
+def _backend() -> str:
+    backend = os.environ.get("VITKD_FAST_BACKEND", "")
+    if backend not in ("", "reference", "triton", "cuda"):
+        raise ValueError(f"VITKD_FAST_BACKEND={backend!r}; accepted are reference, triton and cuda")
+    return backend
+
+
+def _register(backend: str) -> torch.library.Library:
+    library = torch.library.Library(_NAMESPACE, "DEF")
+    for op in OPERATIONS:
+        library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{op.name}", op.fake, lib=library)
+    if backend == "reference":
+        return library
+    if importlib.util.find_spec("vitkd_fast._C"):
+        importlib.import_module("vitkd_fast._C")
+    for op in OPERATIONS:
+        compiled = _has_kernel(f"{_NAMESPACE}::{op.name}", "CUDA")
+        if backend == "cuda" and not compiled:
+            raise ImportError(
+                f"VITKD_FAST_BACKEND=cuda: {op.name} has no CUDA C++ kernel in this build; "
+                "rebuild with VITKD_FAST_CUDA=1"
+            )
+        if importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
+            kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")
+            library.impl(op.name, getattr(kernels, op.name), "CUDA", allow_override=True)
+            _triton.add(op.name)
+    return library
+
+
+_triton: set[str] = set()  # operations that Triton serves on CUDA
+_library = _register(_backend())  # kept: a Library that is collected takes its kernels along
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """Who serves each operation, e.g. {"kd_fwd": {"CPU": "C++", "CUDA": "CUDA C++"}}."""
+
+    def cuda(name: str) -> str:
+        if name in _triton:
+            return "Triton"
+        return "CUDA C++" if _has_kernel(f"{_NAMESPACE}::{name}", "CUDA") else "reference"
+
+    def cpu(name: str) -> str:
+        return "C++" if _has_kernel(f"{_NAMESPACE}::{name}", "CPU") else "reference"
+
+    return {op.name: {"CPU": cpu(op.name), "CUDA": cuda(op.name)} for op in OPERATIONS}

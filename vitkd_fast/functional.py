@@ -1,0 +1,247 @@
+"""Losses as functions of tensors, differentiable in the student; the teacher is a constant."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import (
+    _ops,  # noqa: F401  registers torch.ops.vitkd_fast
+    reference,
+)
+
+Labels: TypeAlias = Tensor | tuple[Tensor, Tensor, float | Tensor]
+
+_kd_fwd = torch.ops.vitkd_fast.kd_fwd.default._op
+_kd_fwd_grad = torch.ops.vitkd_fast.kd_fwd_grad.default._op
+_kd_bwd = torch.ops.vitkd_fast.kd_bwd.default._op
+_kd_scale_ = torch.ops.vitkd_fast.kd_scale_.default._op
+
+_FLOATING = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
+_REDUCTIONS = {"mean": reference.MEAN, "sum": reference.SUM, "none": reference.NONE}
+_LABEL_FORMS = (
+    "an int64 tensor of class ids, or mixup's (labels_a, labels_b, lam) with lam a float or one "
+    "number per row"
+)
+
+
+class _KDInForward(torch.autograd.Function):
+    """The gradient is formed in the forward, while the logits are in cache: 2 reads, 1 write."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: tuple) -> Tensor:
+        loss, ctx.grad = _kd_fwd_grad(student, teacher, *options)
+        ctx.save_for_backward(student)
+        ctx.constants = teacher, options
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable costs microseconds, and has work to do only under create_graph=True
+        if torch.is_grad_enabled():
+            return _hand_over_once(ctx, grad_loss)
+        return _hand_over(ctx, grad_loss)
+
+
+def _hand_over(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient that the forward formed: scaled in place, it belongs to the caller from here."""
+    grad, ctx.grad = ctx.grad, None
+    if grad is None:  # a second backward, after retain_graph=True
+        (student,) = ctx.saved_tensors
+        teacher, options = ctx.constants
+        _, grad = _kd_fwd_grad(student, teacher, *options)
+    _kd_scale_(grad, grad_loss)
+    return grad, None, None
+
+
+_hand_over_once = once_differentiable(_hand_over)
+
+
+class _KDInBackward(torch.autograd.Function):
+    """The gradient is formed in the backward, from the logits and six numbers per row."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
+        loss, stats = _kd_fwd(student, teacher, *options)
+        ctx.save_for_backward(student, stats)
+        ctx.constants = teacher, options
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        student, stats = ctx.saved_tensors
+        teacher, options = ctx.constants
+        grad = _kd_bwd(grad_loss, student, teacher, stats, *options)
+        return grad, *[None] * (1 + len(options))
+
+
+def _per_row(name: str, x: Tensor, student: Tensor, rows: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A 0-dim or rows-shaped tensor argument, in the accumulation type."""
+    if x.dim() != 0 and x.shape != rows:
+        raise ValueError(
+            f"kd_loss: {name} has shape {list(x.shape)}; accepted are a number, a 0-dim tensor or "
+            f"one number per row, {list(rows)}"
+        )
+    if x.device != student.device:
+        raise ValueError(f"kd_loss: {name} is on {x.device} and student on {student.device}")
+    return x.detach().to(dtype)
+
+
+def _check_labels(name: str, x: Any, student: Tensor, rows: torch.Size) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"kd_loss: {name} is a {type(x).__name__}; accepted are {_LABEL_FORMS}")
+    if x.dtype != torch.int64 or x.shape != rows:
+        dense = " (dense soft labels are not accepted)" if x.is_floating_point() else ""
+        raise ValueError(
+            f"kd_loss: {name} is {x.dtype} {list(x.shape)}{dense}; accepted are {_LABEL_FORMS}, of "
+            f"the rows' shape {list(rows)}"
+        )
+    if x.device != student.device:
+        raise ValueError(f"kd_loss: {name} is on {x.device} and student on {student.device}")
+
+
+def _kd_options(
+    student: Tensor,
+    rows: torch.Size,
+    labels: Labels | None,
+    row_weights: Tensor | None,
+    temperature: float | Tensor,
+    *options: Any,
+) -> tuple:
+    """The operations' arguments from temperature to lam, where tensors stand beside the logits."""
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    temperature_rows = lam_rows = labels_b = None
+    lam: float | Tensor = 1.0
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError("kd_loss: temperature requires grad; accepted are constants")
+        temperature_rows = _per_row("temperature", temperature, student, rows, wide)
+        temperature = 1.0
+    elif not temperature > 0:
+        raise ValueError(f"kd_loss: temperature is {temperature}; accepted are numbers > 0")
+    if isinstance(labels, (tuple, list)):
+        if len(labels) != 3:
+            raise ValueError(
+                f"kd_loss: labels is a {type(labels).__name__} of {len(labels)}; accepted are "
+                f"{_LABEL_FORMS}"
+            )
+        labels, labels_b, lam = labels
+        _check_labels("labels_b", labels_b, student, rows)
+        if isinstance(lam, Tensor):
+            lam_rows, lam = _per_row("lam", lam, student, rows, wide), 1.0
+        elif not 0 <= lam <= 1:
+            raise ValueError(f"kd_loss: lam is {lam}; accepted are 0 to 1")
+    if labels is not None:
+        _check_labels("labels", labels, student, rows)
+    if row_weights is not None:
+        if row_weights.shape != rows:
+            raise ValueError(
+                f"kd_loss: row_weights has shape {list(row_weights.shape)}; accepted is one "
+                f"number per row, {list(rows)}"
+            )
+        row_weights = _per_row("row_weights", row_weights, student, rows, wide)
+    return (
+        temperature, *options, labels, labels_b, lam_rows, temperature_rows, row_weights, lam,
+    )  # fmt: skip
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    labels: Labels | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    row_weights: Tensor | None = None,
+    class_dim: int = -1,
+    reduction: str = "mean",
+) -> Tensor:
+    """kd_weight * T^2 * KL(softmax(teacher/T) || softmax(student/T)) + ce_weight * CE(student, y).
+
+    Knowledge distillation (Hinton, Vinyals and Dean, 2015, arXiv:1503.02531) with its
+    cross-entropy on hard or mixed labels, in one fused pass. A row is what is left of the logits'
+    shape without `class_dim`. Teacher and labels are constants: a teacher that requires grad is
+    treated as detached, and may be an inference-mode tensor. The loss is differentiable once.
+
+    Args:
+        student: logits, any shape, float32, float16, bfloat16 or float64. The gradient has its
+            dtype; arithmetic is float32 (float64 where either side is float64).
+        teacher: logits of the same shape, of any of these dtypes. Classes may be masked by -inf.
+        temperature: T > 0: a float, or a 0-dim or rows-shaped tensor (it stays on the device, and
+            may change between replays of a CUDA graph; a value <= 0 gives NaN there, an error on
+            the CPU).
+        labels: int64 class ids of the rows' shape, or mixup's (labels_a, labels_b, lam): the
+            target lam * onehot(a) + (1 - lam) * onehot(b), lam a float or a 0-dim or rows-shaped
+            tensor. A row is ignored where any of its labels is `ignore_index`, also if
+            `ce_weight` is 0. A label out of range is an error on the CPU, a device-side assertion
+            in CUDA C++, and a NaN loss for its row in Triton.
+        kd_weight: weight of the distillation term.
+        ce_weight: weight of the cross-entropy; needs labels unless 0.
+        label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
+        ignore_index: the label whose rows are ignored.
+        row_weights: scales each row's loss, rows-shaped; a row of weight 0 is not looked at.
+        class_dim: the dimension of the classes: 1 for [B, C, H, W].
+        reduction: "mean" over the rows that are not ignored (by the sum of their weights, where
+            `row_weights` is given), "sum", or "none".
+
+    Returns:
+        The loss, float32 (float64 for float64): 0-dim, or one number per row for "none". Ignored
+        rows, a mean over no rows and an empty batch give 0. +inf where the student is -inf and the
+        teacher is finite.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        RuntimeError: a label out of range or a temperature <= 0 inside a tensor, on the CPU.
+    """
+    shape, dtype = student.shape, student.dtype
+    if dtype not in _FLOATING or teacher.dtype not in _FLOATING:
+        name, x = ("teacher", teacher) if dtype in _FLOATING else ("student", student)
+        raise TypeError(
+            f"kd_loss: {name} is {x.dtype}; accepted are float32, float16, bfloat16 and float64"
+        )
+    dim = len(shape)
+    if not -dim <= class_dim < dim:
+        raise ValueError(
+            f"kd_loss: class_dim is {class_dim}, out of range for student {list(shape)}"
+        )
+    class_dim %= dim
+    if teacher.shape != shape:
+        classes = class_dim < teacher.dim() and teacher.shape[class_dim] != shape[class_dim]
+        raise ValueError(
+            f"kd_loss: student {list(shape)} and teacher {list(teacher.shape)} differ in "
+            f"{'classes' if classes else 'shape'}"
+        )
+    if shape[class_dim] == 0:
+        raise ValueError(f"kd_loss: student {list(shape)} has no classes")
+    if teacher.device != student.device:
+        raise ValueError(f"kd_loss: student is on {student.device} and teacher on {teacher.device}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"kd_loss: reduction is {reduction!r}; accepted are mean, sum and none")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"kd_loss: label_smoothing is {label_smoothing}; accepted are 0 to 1")
+    if ce_weight != 0 and labels is None:
+        raise ValueError(f"kd_loss: ce_weight is {ce_weight}, which needs labels: {_LABEL_FORMS}")
+    if dtype is not teacher.dtype and torch.float64 in (dtype, teacher.dtype):
+        student, teacher = student.double(), teacher.double()
+
+    options = (temperature, kd_weight, class_dim, _REDUCTIONS[reduction])
+    if isinstance(temperature, Tensor) or labels is not None or row_weights is not None:
+        options = _kd_options(
+            student, shape[:class_dim] + shape[class_dim + 1 :], labels, row_weights, *options
+        ) + (ce_weight, label_smoothing, ignore_index)
+    elif not temperature > 0:
+        raise ValueError(f"kd_loss: temperature is {temperature}; accepted are numbers > 0")
+    if not (student.requires_grad and torch.is_grad_enabled()):
+        return _kd_fwd(student, teacher, *options)[0]
+    # float16 waits for the incoming gradient: the loss scale must come before the rounding.
+    # a compiled graph keeps its inputs anyway, and wants no operation that works in place
+    if dtype is torch.float16 or reduction == "none" or torch.compiler.is_compiling():
+        return _KDInBackward.apply(student, teacher, *options)
+    return _KDInForward.apply(student, teacher, options)
