@@ -51,8 +51,9 @@ wheel: install  ## dist/*.whl
 	rm -rf dist build/lib* build/bdist*
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
-bench: install  ## the CPU benches
-	$(BIN)/pytest benches -m "not gpu"
+bench: install  ## the CPU benches, and README's tables from them
+	$(BIN)/pytest benches -m "not gpu" --benchmark-json=benches/results/cpu.json
+	$(PY) benches/tables.py
 
 gpu gpu-sanitize: export VITKD_FAST_CUDA ?= 1
 gpu gpu-sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0

@@ -94,7 +94,7 @@ def peak_bytes(run: Contender, device: torch.device) -> int:
 
 @pytest.fixture
 def race(benchmark, device, capsys):
-    """race(contenders, check=..., moved=bytes, roof=name of the contender that moves `roof_moved`)."""
+    """race(contenders, check=..., moved=bytes, roof=name of the one that moves `roof_moved`)."""
 
     def run(
         contenders: dict[str, Contender],

@@ -83,7 +83,8 @@ struct Setup {
         labels_b(labels_b_in) {
     call.shape = shape;
     call.student = student;
-    call.teacher = teacher;
+    // a teacher without weight is not looked at, not even if it is NaN
+    call.teacher = kd_weight == 0 ? student : teacher;
     call.weights = {static_cast<A>(kd_weight), static_cast<A>(ce_weight),
                     static_cast<A>(label_smoothing)};
     call.temperature = temperature.get;
@@ -94,7 +95,7 @@ struct Setup {
     call.labels_a = labels_ptr(labels_a);
     call.labels_b = labels_ptr(labels_b);
     call.ignore_index = ignore_index;
-    STD_TORCH_CHECK(ce_weight == 0 || call.labels_a, "kd_loss: ce_weight needs labels");
+    STD_TORCH_CHECK(ce_weight == 0 || labels, "kd_loss: ce_weight needs labels");
   }
 };
 

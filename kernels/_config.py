@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 
 class KdTile(NamedTuple):
-    """A program's tile: block_rows adjacent rows by steps * lanes * vec classes."""
+    """A program's tile: block_rows rows by steps * lanes * vec classes."""
 
-    steps: int  # classes that one thread visits, lanes * vec apart
+    steps: int  # loads of a thread, lanes * vec classes apart
     block_rows: int
-    lanes: int  # neighbouring threads of a row
-    vec: int  # neighbouring classes of a thread: one load
-    row_vec: int  # the same where it is the rows that are next to one another
+    lanes: int  # threads that share a row
+    vec: int  # neighbouring classes of a load
     whole_row: bool  # all classes in one tile
     num_warps: int
 
@@ -25,45 +24,42 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _clamp(x: int, low: int, high: int) -> int:
-    return max(low, min(x, high))
-
-
 @lru_cache(maxsize=4096)
 def kd(inner: int, classes: int, element_size: int, align: int, dense: bool) -> KdTile:
-    """The tile for logits of `classes` classes and `inner` adjacent rows.
+    """The tile for rows of `classes` logits; it does not depend on how many rows there are.
 
-    `align` is the largest power of two that divides every stride and extent in question, in
-    elements; `dense` says that rows, not classes, are next to one another in memory.
+    `dense` says that rows, in runs of `inner`, and not classes are next to one another in memory.
+    `align` is the largest power of two that divides the classes and all strides from row to row.
+    What each thread of a row does once weighs as much as ten classes: a thread takes up to 32 of
+    them, and 1024 are one warp, which needs no barrier.
     """
-    wide, tall = _power_of_2(classes), _power_of_2(inner)
-    load = _clamp(16 // element_size, 1, align)  # elements of a 16-byte load
     shrink = max(1, element_size // 4)  # float64 takes two registers
+    wide = _power_of_2(classes)
     if dense:
-        whole_row = wide <= 256 // shrink
-        rows = min(_clamp(4096 // wide, 32, 512) // shrink, tall) if whole_row else min(64, tall)
-        classes_in = wide if whole_row else max(1, 4096 // shrink // rows)
-        vec, row_vec = 1, min(load, rows)
-        threads = _clamp(rows * classes_in // (32 if whole_row else 16), 128, 256)
-        lanes = _clamp(threads * row_vec // rows, 1, classes_in)
+        # a warp reads 32 neighbouring rows at a time
+        block_rows = min(32, _power_of_2(inner))
+        whole_row = wide <= 32
+        tile = wide if whole_row else 32
+        threads = max(32, block_rows * tile // (16 if whole_row else 8))
+        vec = 1
     else:
-        whole_row = wide <= 8192 // shrink
-        rows = min(_clamp(1024 // wide, 1, 1024), tall) if whole_row else 1
-        classes_in = wide if whole_row else 4096 // shrink
-        vec, row_vec = min(load, classes_in), 1
-        threads = _clamp(rows * classes_in // 16, 128, 512)
-        lanes = min(classes_in // vec, max(32, threads // rows))
-    steps = classes_in // (lanes * vec)
-    return KdTile(steps, rows, lanes, vec, row_vec, whole_row, threads // 32)
+        whole_row = wide <= 4096 // shrink
+        block_rows = min(32, max(1, 1024 // wide)) if whole_row else 1
+        vec = min(max(1, 16 // element_size), align, wide)
+        tile = wide if whole_row else 256 * max(8, 2 * vec) // shrink
+        threads = max(32, block_rows * tile // 32) if whole_row else 256
+    lanes = min(tile // vec, max(1, threads // block_rows))
+    return KdTile(tile // (lanes * vec), block_rows, lanes, vec, whole_row, threads // 32)
 
 
 TOTAL_BLOCK = 1024  # rows whose weights one program adds up at a time
 TOTAL_PARTS = 128  # partial sums at most: every program of the next kernel adds them up
+SCAN_BLOCK = 256
 
 
 def kd_total_parts(rows: int) -> int:
     """Programs that add up the rows' weights; 0 where each program had better do so itself."""
-    return 0 if rows <= TOTAL_BLOCK else min(TOTAL_PARTS, -(-rows // TOTAL_BLOCK))
+    return 0 if rows <= 2 * SCAN_BLOCK else min(TOTAL_PARTS, -(-rows // TOTAL_BLOCK))
 
 
 SCALE_BLOCK = 4096

@@ -11,8 +11,15 @@ in memory, are spread over threads. The mean's weight is summed in a fixed order
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import _config
 
@@ -24,7 +31,9 @@ _LOWEST_32 = tl.constexpr(-3.4028234663852886e38)
 _LOWEST_64 = tl.constexpr(-1.7976931348623157e308)
 _TINY_32 = tl.constexpr(1.1754943508222875e-38)  # the smallest normal number
 _TINY_64 = tl.constexpr(2.2250738585072014e-308)
-_TOTAL_BLOCK = tl.constexpr(_config.TOTAL_BLOCK)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+_SCAN_BLOCK = tl.constexpr(_config.SCAN_BLOCK)
 _TOTAL_PARTS = tl.constexpr(_config.TOTAL_PARTS)
 
 
@@ -62,12 +71,13 @@ def _tile(STEPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _weight_total(
-    labels_ptr, labels_b_ptr, weights_ptr, ignore_index, first, step, rows, ACC: tl.constexpr
-):
-    # of the rows that count among _TOTAL_BLOCK ones from `first`, and so on `step` further
-    total = tl.zeros([_TOTAL_BLOCK], ACC)
+    labels_ptr, labels_b_ptr, weights_ptr, ignore_index, first, step, rows,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # of the rows that count among BLOCK ones from `first`, and so on `step` further
+    total = tl.zeros([BLOCK], ACC)
     for start in range(first, rows, step):
-        row = start.to(tl.int64) + tl.arange(0, _TOTAL_BLOCK)
+        row = start + tl.arange(0, BLOCK).to(tl.int64)
         live = row < rows
         weight = live.to(ACC)
         if weights_ptr is not None:
@@ -87,11 +97,12 @@ def _kd_total_kernel(
     totals_ptr,  # [programs]
     labels_ptr, labels_b_ptr, weights_ptr,  # [rows], or None
     ignore_index, rows,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     total = _weight_total(
-        labels_ptr, labels_b_ptr, weights_ptr, ignore_index,
-        part * _TOTAL_BLOCK, tl.num_programs(0) * _TOTAL_BLOCK, rows, totals_ptr.dtype.element_ty,
+        labels_ptr, labels_b_ptr, weights_ptr, ignore_index, part * BLOCK,
+        tl.num_programs(0) * BLOCK, rows, totals_ptr.dtype.element_ty, BLOCK,
     )  # fmt: skip
     tl.store(totals_ptr + part, total)
 
@@ -102,6 +113,13 @@ def _divide(x, y):
         return x / y
     else:
         return tl.div_rn(x, y)
+
+
+@triton.jit
+def _log1p(x):
+    # Kahan's: the rounding of 1 + x cancels in the quotient
+    y = 1 + x
+    return tl.where(y == 1, x, tl.log(y) * _divide(x, y - 1))
 
 
 @triton.jit
@@ -117,7 +135,21 @@ def _per_row(ptr, step, value, row, live, ACC: tl.constexpr):
 def _labels(ptr, row, live, classes, ignore_index):
     # [rows]: the labels, and which are to be ignored, and which are none
     label = tl.load(ptr + row, mask=live, other=0)
-    return label, label == ignore_index, (label < 0) | (label >= classes)
+    return label.to(tl.int32), label == ignore_index, (label < 0) | (label >= classes)
+
+
+@triton.jit
+def _exponentials(s, t, max_s, max_t, inv_t, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr):
+    # relative to the maxima: of s/T, of t/T, of s; and (s - max_s), (t - max_t) as powers of two
+    d = s - _wide(max_s)
+    u, v, exp_s, exp_t, exp_1 = d, d, d, d, d
+    if HAS_KD:
+        log2e = _wide(inv_t * _LOG2E)
+        u, v = d * log2e, (t - _wide(max_t)) * log2e
+        exp_s, exp_t = tl.exp2(u), tl.exp2(v)
+    if HAS_CE:
+        exp_1 = tl.exp2(d * _LOG2E)
+    return exp_s, exp_t, exp_1, d, u, v
 
 
 @triton.jit
@@ -129,14 +161,15 @@ def _rebase(
     up_s = max_s - top_s  # <= 0
     if HAS_KD:
         up_t = max_t - top_t
-        scale_t = tl.exp(up_t * inv_t)
-        moved = scale_t * (dot + sum_t * ((up_t - up_s) * inv_t))
+        log2e = inv_t * _LOG2E
+        scale_t = tl.exp2(up_t * log2e)
+        moved = scale_t * (dot + sum_t * ((up_t - up_s) * log2e))
         # an infinite dot must survive a scale that underflows
         dot = tl.where((sum_t > 0) & (dot != _INF), moved, dot)
-        sum_s *= tl.exp(up_s * inv_t)
+        sum_s *= tl.exp2(up_s * log2e)
         sum_t *= scale_t
     if HAS_CE:
-        sum_1 *= tl.exp(up_s)
+        sum_1 *= tl.exp2(up_s * _LOG2E)
     if HAS_SMOOTHING:
         total = tl.where(count > 0, total + count * up_s, total)
     return sum_s, sum_t, dot, sum_1, total
@@ -162,18 +195,13 @@ def _add_tile(
             max_s, max_t, sum_s, sum_t, dot, sum_1, total, count, top_s, top_t, inv_t,
             HAS_KD, HAS_CE, HAS_SMOOTHING,
         )  # fmt: skip
-    d = s - _wide(top_s)
-    exp_s, exp_t, exp_1 = d, d, d
+    exp_s, exp_t, exp_1, d, u, v = _exponentials(s, t, top_s, top_t, inv_t, HAS_KD, HAS_CE)
     if HAS_KD:
-        u = d * _wide(inv_t)
-        v = (t - _wide(top_t)) * _wide(inv_t)
-        exp_s, exp_t = tl.exp(u), tl.exp(v)
         # +inf where only the student is masked, even if exp(v) has underflowed
         tiny = _TINY_64 if s.dtype == tl.float64 else _TINY_32
         term = tl.where(v == -_INF, 0.0, tl.maximum(exp_t, tiny) * (v - u))
         sum_s, sum_t, dot = sum_s + _sum(exp_s), sum_t + _sum(exp_t), dot + _sum(term)
     if HAS_CE:
-        exp_1 = tl.exp(d)
         sum_1 += _sum(exp_1)
     if HAS_SMOOTHING:
         total += _sum(tl.where(live, d, 0.0))
@@ -182,24 +210,9 @@ def _add_tile(
 
 
 @triton.jit
-def _softmaxes(
-    s, t, max_s, max_t, log_s, log_t, log_1, inv_t, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr
-):
-    # q, p and q1 from the logits and the row's numbers
-    d = s - _wide(max_s)
-    q, p, q1 = d, d, d
-    if HAS_KD:
-        q = tl.exp(d * _wide(inv_t) - _wide(log_s))
-        p = tl.exp((t - _wide(max_t)) * _wide(inv_t) - _wide(log_t))
-    if HAS_CE:
-        q1 = tl.exp(d - _wide(log_1))
-    return q, p, q1
-
-
-@triton.jit
 def _store_gradient(
-    ptrs, live, cols, q, p, q1,  # [steps, rows, lanes, vec]
-    by_q, by_p, by_q1,  # [rows]: factors
+    ptrs, live, cols, exp_s, exp_t, exp_1,  # [steps, rows, lanes, vec]
+    by_s, by_t, by_1,  # [rows]: weights over the sums of the exponentials
     scale, ce_weight, smoothing, mix, a, b, classes,
     HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
     HAS_B: tl.constexpr, HAS_ZEROS: tl.constexpr,
@@ -207,18 +220,495 @@ def _store_gradient(
     g = tl.zeros(live.shape, scale.dtype)
     if HAS_KD:
         # two products and a difference: with fma, equal student and teacher would not give 0
-        g = _wide(by_q) * q - _wide(by_p) * p
+        g = _wide(by_s) * exp_s - _wide(by_t) * exp_t
     if HAS_CE:
         ce = scale * ce_weight
         hard = ce - ce * smoothing
-        g += _wide(by_q1) * q1
+        g += _wide(by_1) * exp_1
         if HAS_SMOOTHING:
             g -= _wide(ce * smoothing / classes)
         if HAS_B:
-            g -= tl.where(cols == _wide(b), _wide(hard - hard * mix), 0.0)
-            hard = hard * mix
+            g -= tl.where(cols == _wide(b), _wide(hard * (1 - mix)), 0.0)
+            hard *= mix
         g -= tl.where(cols == _wide(a), _wide(hard), 0.0)
     if HAS_ZEROS:
         # an ignored row may hold NaN
         g = tl.where(_wide(scale) == 0, 0.0, g)
     tl.store(ptrs, g.to(ptrs.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _program_rows(block, inner, BLOCK_ROWS: tl.constexpr):
+    # adjacent rows of one slice: its number, and [rows]: place in the slice, row number, in range
+    blocks = tl.cdiv(inner, BLOCK_ROWS)
+    outer = (block // blocks).to(tl.int64)
+    at = (block % blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    return outer, at, outer * inner + at, at < inner
+
+
+@triton.jit
+def _row_starts(ptr, outer, at, outer_stride, row_stride, VEC: tl.constexpr):
+    # pointers to each row's first class, [1, rows, 1, 1]
+    ptr += outer * _multiple(outer_stride, VEC)
+    return _wide(ptr + at * _multiple(row_stride, VEC))
+
+
+@triton.jit(do_not_specialize=[
+    "ignore_index", "rows", "inner", "classes", "parts", "lam_step", "temperature_step",
+    "s_outer", "t_outer", "g_outer",
+])  # fmt: skip
+def _kd_fwd_kernel(
+    loss_ptr,  # [rows]
+    stats_ptr,  # [6, rows], or None
+    grad_ptr, student_ptr, teacher_ptr,  # [outer, rows, classes] by their strides; grad or None
+    g_outer, g_row, g_class, s_outer, s_row, s_class, t_outer, t_row, t_class,
+    labels_ptr, labels_b_ptr, weights_ptr,  # [rows], or None
+    lam_ptr, lam_step, temperature_ptr, temperature_step,  # [rows], [] or None
+    totals_ptr,  # [parts], or None
+    parts, rows, inner, classes, ignore_index,
+    temperature: tl.float64, lam: tl.float64, kd_weight: tl.float64, ce_weight: tl.float64,
+    smoothing: tl.float64, share: tl.float64,
+    HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = loss_ptr.dtype.element_ty
+    TILE: tl.constexpr = STEPS * LANES * VEC
+    LOWEST: tl.constexpr = _LOWEST_64 if ACC == tl.float64 else _LOWEST_32
+    HAS_B: tl.constexpr = labels_b_ptr is not None
+    HAS_ZEROS: tl.constexpr = labels_ptr is not None or weights_ptr is not None
+
+    # 1. the first tile is on its way while the row's options are read
+    outer, at, row, live = _program_rows(tl.program_id(0), inner, BLOCK_ROWS)
+    s_ptrs = _row_starts(student_ptr, outer, at, s_outer, s_row, VEC)
+    t_ptrs = _row_starts(teacher_ptr, outer, at, t_outer, t_row, VEC)
+    bound = _multiple(classes, VEC)
+    cols = _tile(STEPS, LANES, VEC)
+    mask = _wide(live) & (cols < bound)
+    s = tl.load(s_ptrs + cols.to(tl.int64) * s_class, mask=mask, other=-_INF)
+    t = s
+    if HAS_KD:
+        t = tl.load(t_ptrs + cols.to(tl.int64) * t_class, mask=mask, other=-_INF)
+
+    # 2. the rows' options, [rows]
+    temperature = _per_row(temperature_ptr, temperature_step, temperature, row, live, ACC)
+    temperature = tl.where(temperature > 0, temperature, _NAN)
+    inv_t = _divide(tl.full([BLOCK_ROWS], 1, ACC), temperature)
+    mix = _per_row(lam_ptr, lam_step, lam, row, live, ACC)
+    scale = tl.full([BLOCK_ROWS], share, ACC)
+    kd_weight = tl.full([BLOCK_ROWS], kd_weight, ACC)
+    ce_weight = tl.full([BLOCK_ROWS], ce_weight, ACC)
+    smoothing = tl.full([BLOCK_ROWS], smoothing, ACC)
+    if weights_ptr is not None:
+        scale = tl.load(weights_ptr + row, mask=live, other=0).to(ACC)
+    if HAS_TOTAL:
+        if totals_ptr is not None:
+            part = tl.arange(0, _TOTAL_PARTS)
+            whole = tl.sum(tl.load(totals_ptr + part, mask=part < parts, other=0), 0)
+        else:
+            whole = _weight_total(
+                labels_ptr, labels_b_ptr, weights_ptr, ignore_index, 0, _SCAN_BLOCK, rows, ACC,
+                _SCAN_BLOCK,
+            )  # fmt: skip
+        scale = tl.where(whole == 0, 0.0, _divide(scale, tl.full([BLOCK_ROWS], whole, ACC)))
+    a, b = row, row
+    if labels_ptr is not None:
+        a, ignored, wrong = _labels(labels_ptr, row, live, classes, ignore_index)
+        b = a
+        if labels_b_ptr is not None:
+            b, ignored_b, wrong_b = _labels(labels_b_ptr, row, live, classes, ignore_index)
+            ignored, wrong = ignored | ignored_b, wrong | wrong_b
+        scale = tl.where(ignored, 0.0, tl.where(wrong & (scale != 0), _NAN, scale))
+
+    # 3. one pass over the classes: sums relative to the maxima, [rows, lanes]
+    max_s = tl.full([BLOCK_ROWS, LANES], LOWEST, ACC)
+    max_t = max_s
+    sum_s = tl.zeros([BLOCK_ROWS, LANES], ACC)
+    sum_t, dot, sum_1, total, count = sum_s, sum_s, sum_s, sum_s, sum_s
+    if WHOLE_ROW:
+        exp_s, exp_t, exp_1, max_s, max_t, sum_s, sum_t, dot, sum_1, total, count = _add_tile(
+            s.to(ACC), t.to(ACC), mask, max_s, max_t, sum_s, sum_t, dot, sum_1, total, count,
+            inv_t[:, None], HAS_KD, HAS_CE, HAS_SMOOTHING, True,
+        )  # fmt: skip
+        top_s, top_t = tl.max(max_s, 1), tl.max(max_t, 1)
+    else:
+        for start in range(0, classes, TILE):
+            s_now, t_now, mask_now = s.to(ACC), t.to(ACC), mask
+            next_cols = start + TILE + cols
+            mask = _wide(live) & (next_cols < bound)
+            s = tl.load(s_ptrs + next_cols.to(tl.int64) * s_class, mask=mask, other=-_INF)
+            if HAS_KD:
+                t = tl.load(t_ptrs + next_cols.to(tl.int64) * t_class, mask=mask, other=-_INF)
+            _, _, _, max_s, max_t, sum_s, sum_t, dot, sum_1, total, count = _add_tile(
+                s_now, t_now, mask_now, max_s, max_t, sum_s, sum_t, dot, sum_1, total, count,
+                inv_t[:, None], HAS_KD, HAS_CE, HAS_SMOOTHING, False,
+            )  # fmt: skip
+        top_s, top_t = tl.max(max_s, 1), tl.max(max_t, 1)
+        sum_s, sum_t, dot, sum_1, total = _rebase(
+            max_s, max_t, sum_s, sum_t, dot, sum_1, total, count, top_s[:, None], top_t[:, None],
+            inv_t[:, None], HAS_KD, HAS_CE, HAS_SMOOTHING,
+        )  # fmt: skip
+    sum_s, sum_t, sum_1 = tl.sum(sum_s, 1), tl.sum(sum_t, 1), tl.sum(sum_1, 1)
+
+    # 4. the rows' losses and what backward needs of them, [rows]
+    loss = tl.zeros([BLOCK_ROWS], ACC)
+    log_s, log_t, log_1 = loss, loss, loss
+    if HAS_KD:
+        log_s, log_t = tl.log(sum_s), tl.log(sum_t)
+        dot = tl.sum(dot, 1)
+        inverse = _divide(tl.full([BLOCK_ROWS], 1, ACC), sum_t)
+        divergence = dot * inverse * _LN2 + _log1p((sum_s - sum_t) * inverse)
+        # where all of the student is masked, too
+        divergence = tl.where(dot == _INF, _INF, divergence)
+        loss = kd_weight * temperature * temperature * divergence
+    if HAS_CE:
+        log_1 = tl.log(sum_1)
+        s_rows = tl.reshape(s_ptrs, [BLOCK_ROWS])
+        inside = live & (a >= 0) & (a < classes)
+        hard = tl.load(s_rows + a.to(tl.int64) * s_class, mask=inside, other=0).to(ACC)
+        if HAS_B:
+            inside = live & (b >= 0) & (b < classes)
+            hard_b = tl.load(s_rows + b.to(tl.int64) * s_class, mask=inside, other=0).to(ACC)
+            # a share of 0 must not meet a logit of -inf
+            both = mix * hard + (1 - mix) * hard_b
+            hard = tl.where(mix == 1, hard, tl.where(mix == 0, hard_b, both))
+        expected = tl.where(smoothing == 1, 0.0, (1 - smoothing) * (hard - top_s))
+        if HAS_SMOOTHING:
+            expected += smoothing * (tl.sum(total, 1) / classes)
+        loss += ce_weight * (log_1 - expected)
+    tl.store(loss_ptr + row, tl.where(scale == 0, 0.0, scale * loss), mask=live)
+    if stats_ptr is not None:
+        stats_ptr += row
+        tl.store(stats_ptr, top_s, mask=live)
+        tl.store(stats_ptr + rows, top_t, mask=live)
+        tl.store(stats_ptr + 2 * rows, log_s, mask=live)
+        tl.store(stats_ptr + 3 * rows, log_t, mask=live)
+        tl.store(stats_ptr + 4 * rows, log_1, mask=live)
+        tl.store(stats_ptr + 5 * rows, scale, mask=live)
+
+    # 5. the gradient, from what is in registers or by reading again
+    if grad_ptr is not None:
+        g_ptrs = _row_starts(grad_ptr, outer, at, g_outer, g_row, VEC)
+        by_kd = scale * kd_weight * temperature
+        by_s, by_t, by_1 = by_kd / sum_s, by_kd / sum_t, scale * ce_weight / sum_1
+        if WHOLE_ROW:
+            _store_gradient(
+                g_ptrs + cols.to(tl.int64) * g_class, mask, cols, exp_s, exp_t, exp_1,
+                by_s, by_t, by_1, scale, ce_weight, smoothing, mix, a, b, classes,
+                HAS_KD, HAS_CE, HAS_SMOOTHING, HAS_B, HAS_ZEROS,
+            )  # fmt: skip
+        else:
+            for start in range(0, classes, TILE):
+                now = start + cols
+                mask = _wide(live) & (now < bound)
+                s = tl.load(s_ptrs + now.to(tl.int64) * s_class, mask=mask, other=-_INF)
+                if HAS_KD:
+                    t = tl.load(t_ptrs + now.to(tl.int64) * t_class, mask=mask, other=-_INF)
+                exp_s, exp_t, exp_1, _, _, _ = _exponentials(
+                    s.to(ACC), t.to(ACC), top_s, top_t, inv_t, HAS_KD, HAS_CE
+                )
+                _store_gradient(
+                    g_ptrs + now.to(tl.int64) * g_class, mask, now, exp_s, exp_t, exp_1,
+                    by_s, by_t, by_1, scale, ce_weight, smoothing, mix, a, b, classes,
+                    HAS_KD, HAS_CE, HAS_SMOOTHING, HAS_B, HAS_ZEROS,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[
+    "rows", "inner", "classes", "grad_loss_step", "lam_step", "temperature_step",
+    "s_outer", "t_outer", "g_outer",
+])  # fmt: skip
+def _kd_bwd_kernel(
+    grad_loss_ptr, grad_loss_step,  # [rows] or []
+    stats_ptr,  # [6, rows]
+    grad_ptr, student_ptr, teacher_ptr,  # [outer, rows, classes] by their strides
+    g_outer, g_row, g_class, s_outer, s_row, s_class, t_outer, t_row, t_class,
+    labels_ptr, labels_b_ptr, weights_ptr,  # [rows], or None
+    lam_ptr, lam_step, temperature_ptr, temperature_step,  # [rows], [] or None
+    rows, inner, classes,
+    temperature: tl.float64, lam: tl.float64, kd_weight: tl.float64, ce_weight: tl.float64,
+    smoothing: tl.float64,
+    HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    HAS_B: tl.constexpr = labels_b_ptr is not None
+    HAS_ZEROS: tl.constexpr = labels_ptr is not None or weights_ptr is not None
+    outer, at, row, live = _program_rows(tl.program_id(0), inner, BLOCK_ROWS)
+    s_ptrs = _row_starts(student_ptr, outer, at, s_outer, s_row, VEC)
+    t_ptrs = _row_starts(teacher_ptr, outer, at, t_outer, t_row, VEC)
+    g_ptrs = _row_starts(grad_ptr, outer, at, g_outer, g_row, VEC)
+    cols = tl.program_id(1) * (STEPS * LANES * VEC) + _tile(STEPS, LANES, VEC)
+    mask = _wide(live) & (cols < _multiple(classes, VEC))
+    wide_cols = cols.to(tl.int64)
+    s = tl.load(s_ptrs + wide_cols * s_class, mask=mask, other=-_INF)
+    t = s
+    if HAS_KD:
+        t = tl.load(t_ptrs + wide_cols * t_class, mask=mask, other=-_INF)
+
+    temperature = _per_row(temperature_ptr, temperature_step, temperature, row, live, ACC)
+    temperature = tl.where(temperature > 0, temperature, _NAN)
+    mix = _per_row(lam_ptr, lam_step, lam, row, live, ACC)
+    kd_weight = tl.full([BLOCK_ROWS], kd_weight, ACC)
+    ce_weight = tl.full([BLOCK_ROWS], ce_weight, ACC)
+    smoothing = tl.full([BLOCK_ROWS], smoothing, ACC)
+    a, b = row, row
+    if HAS_CE:
+        a = tl.load(labels_ptr + row, mask=live, other=0).to(tl.int32)
+        if HAS_B:
+            b = tl.load(labels_b_ptr + row, mask=live, other=0).to(tl.int32)
+    stats_ptr += row
+    max_s = tl.load(stats_ptr, mask=live, other=0)
+    max_t = tl.load(stats_ptr + rows, mask=live, other=0)
+    log_s = tl.load(stats_ptr + 2 * rows, mask=live, other=0)
+    log_t = tl.load(stats_ptr + 3 * rows, mask=live, other=0)
+    log_1 = tl.load(stats_ptr + 4 * rows, mask=live, other=0)
+    share = tl.load(stats_ptr + 5 * rows, mask=live, other=0)
+    scale = share * tl.load(grad_loss_ptr + row * grad_loss_step, mask=live, other=0).to(ACC)
+    scale = tl.where(share == 0, 0.0, scale)
+    inv_t = _divide(tl.full([BLOCK_ROWS], 1, ACC), temperature)
+    exp_s, exp_t, exp_1, _, _, _ = _exponentials(
+        s.to(ACC), t.to(ACC), max_s, max_t, inv_t, HAS_KD, HAS_CE
+    )
+    by_kd = scale * kd_weight * temperature
+    _store_gradient(
+        g_ptrs + wide_cols * g_class, mask, cols, exp_s, exp_t, exp_1,
+        by_kd * tl.exp(-log_s), by_kd * tl.exp(-log_t), scale * ce_weight * tl.exp(-log_1),
+        scale, ce_weight, smoothing, mix, a, b, classes,
+        HAS_KD, HAS_CE, HAS_SMOOTHING, HAS_B, HAS_ZEROS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["numel"])
+def _kd_scale_kernel(
+    grad_ptr,  # [numel], in storage order
+    factor_ptr,  # []
+    numel,
+    BLOCK: tl.constexpr,
+):
+    factor = tl.load(factor_ptr)
+    # mostly a plain loss.backward(): nothing is touched
+    if factor != 1:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):
+            at = start + tl.arange(0, BLOCK)
+            g = tl.load(grad_ptr + at, mask=at < numel).to(factor.dtype)
+            tl.store(grad_ptr + at, (g * factor).to(grad_ptr.dtype.element_ty), mask=at < numel)
+
+
+def _merged(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The stride of neighbouring dimensions seen as one, or None where there is no such stride."""
+    size, stride = 1, 0
+    for n, step in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            size, stride = n, step if n > 1 else 0
+        elif n > 1:
+            if step != size * stride:
+                return None
+            size *= n
+    return stride
+
+
+class _Plan(NamedTuple):
+    """How the rows of a call are dealt out to programs."""
+
+    copied: tuple[bool, ...]  # of gradient, student and teacher: no such strides, take a copy
+    strides: tuple[int, ...]  # (outer, row, class) of each
+    rows: int
+    inner: int  # rows of a slice
+    classes: int
+    programs: int
+    tile: _config.KdTile
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], class_dim: int, itemsize: int,
+    has_kd: bool, has_ce: bool, has_smoothing: bool,
+) -> _Plan:  # fmt: skip
+    before, classes, behind = shape[:class_dim], shape[class_dim], shape[class_dim + 1 :]
+    rows, inner = prod(before) * prod(behind), prod(behind)
+    copied, views = [], []
+    for of_x in strides:
+        outer = _merged(before, of_x[:class_dim])
+        row = _merged(behind, of_x[class_dim + 1 :])
+        copied.append(outer is None or row is None)
+        if outer is None or row is None:
+            outer, row, step = classes * inner, 1, inner
+        else:
+            step = of_x[class_dim]
+        # with nothing behind the classes, all rows are one slice
+        views.append((outer, row, step) if inner > 1 else (0, outer, step))
+    inner = inner if inner > 1 else rows
+    # the gradient's layout decides: it mostly is the student's, too
+    _, row, step = views[0]
+    bits = 16 | classes
+    for outer, row_step, _ in views:
+        bits |= outer | row_step
+    tile = _config.kd(inner, classes, itemsize, bits & -bits, row == 1 and step != 1)
+    constants = {
+        "HAS_KD": has_kd,
+        "HAS_CE": has_ce,
+        "HAS_SMOOTHING": has_smoothing,
+        "STEPS": tile.steps,
+        "BLOCK_ROWS": tile.block_rows,
+        "LANES": tile.lanes,
+        "VEC": tile.vec,
+        "num_warps": tile.num_warps,
+        "enable_fp_fusion": False,
+    }
+    programs = rows // inner * -(-inner // tile.block_rows)
+    return _Plan(
+        tuple(copied), sum(views, ()), rows, inner, classes, programs, tile, constants
+    )
+
+
+def _plan_of(
+    student: Tensor, teacher: Tensor, grad: Tensor | None, class_dim: int,
+    kd_weight: float, ce_weight: float, smoothing: float,
+) -> tuple[_Plan, list[Tensor | None]]:  # fmt: skip
+    """The plan, and [grad, student, teacher] or copies of them with the plan's strides."""
+    tensors = [grad, student, teacher]
+    plan = _plan(
+        student.shape,
+        tuple((student if x is None else x).stride() for x in tensors),
+        class_dim,
+        max(student.element_size(), teacher.element_size()),
+        kd_weight != 0,
+        ce_weight != 0,
+        ce_weight != 0 and smoothing != 0,
+    )
+    if any(plan.copied):
+        for i, x in enumerate(tensors):
+            if x is not None and plan.copied[i]:
+                tensors[i] = x.contiguous()
+    return plan, tensors
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _per_row_and_step(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """A tensor of one number, or of one per row, and the step from row to row."""
+    if x is None or not any(x.stride()):
+        return x, 0
+    return x.contiguous(), 1
+
+
+def _forward(
+    student: Tensor, teacher: Tensor, with_grad: bool, temperature: float, kd_weight: float,
+    class_dim: int, reduction: int, labels: Tensor | None, labels_b: Tensor | None,
+    lam_rows: Tensor | None, temperature_rows: Tensor | None, row_weights: Tensor | None,
+    lam: float, ce_weight: float, label_smoothing: float, ignore_index: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The reduced loss, and the gradient of its sum or what backward needs."""
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    rows = prod(shape)
+    grad = stats = None
+    if with_grad:
+        grad = torch.empty_like(student)
+    else:
+        stats = student.new_empty((6, rows), dtype=wide)
+    kept = stats if grad is None else grad
+    if student.numel() == 0:
+        return student.new_zeros(shape if reduction == _NONE else (), dtype=wide), kept
+    with torch.cuda.device_of(student):
+        labels, labels_b = _contiguous(labels), _contiguous(labels_b)
+        row_weights = _contiguous(row_weights)
+        loss = student.new_empty(shape if reduction == _NONE else rows, dtype=wide)
+        total = reduction == _MEAN and (labels is not None or row_weights is not None)
+        totals, parts = None, _config.kd_total_parts(rows) if total else 0
+        if parts:
+            totals = loss.new_empty(parts)
+            _kd_total_kernel[(parts,)](
+                totals, labels, labels_b, row_weights, ignore_index, rows,
+                BLOCK=_config.TOTAL_BLOCK, enable_fp_fusion=False,
+            )  # fmt: skip
+        plan, logits = _plan_of(
+            student, teacher, grad, class_dim, kd_weight, ce_weight, label_smoothing
+        )
+        _kd_fwd_kernel[(plan.programs,)](
+            loss, stats, *logits, *plan.strides, labels, labels_b, row_weights,
+            *_per_row_and_step(lam_rows), *_per_row_and_step(temperature_rows),
+            totals, parts, rows, plan.inner, plan.classes, ignore_index,
+            temperature, lam, kd_weight, ce_weight, label_smoothing,
+            1 / rows if reduction == _MEAN and not total else 1.0,
+            HAS_TOTAL=total, WHOLE_ROW=plan.tile.whole_row, **plan.constants,
+        )  # fmt: skip
+        if logits[0] is not grad:
+            grad.copy_(logits[0])
+        # a sum in a fixed order
+        return loss if reduction == _NONE else loss.sum(), kept
+
+
+def kd_fwd(
+    student: Tensor, teacher: Tensor, temperature: float, kd_weight: float, class_dim: int,
+    reduction: int, labels: Tensor | None = None, labels_b: Tensor | None = None,
+    lam_rows: Tensor | None = None, temperature_rows: Tensor | None = None,
+    row_weights: Tensor | None = None, lam: float = 1.0, ce_weight: float = 0.0,
+    label_smoothing: float = 0.0, ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The reduced loss, and six numbers per row: see reference.kd_fwd."""
+    return _forward(
+        student, teacher, False, temperature, kd_weight, class_dim, reduction, labels, labels_b,
+        lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing, ignore_index,
+    )  # fmt: skip
+
+
+def kd_fwd_grad(
+    student: Tensor, teacher: Tensor, temperature: float, kd_weight: float, class_dim: int,
+    reduction: int, labels: Tensor | None = None, labels_b: Tensor | None = None,
+    lam_rows: Tensor | None = None, temperature_rows: Tensor | None = None,
+    row_weights: Tensor | None = None, lam: float = 1.0, ce_weight: float = 0.0,
+    label_smoothing: float = 0.0, ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The reduced loss, and the gradient of its sum: see reference.kd_fwd_grad."""
+    return _forward(
+        student, teacher, True, temperature, kd_weight, class_dim, reduction, labels, labels_b,
+        lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing, ignore_index,
+    )  # fmt: skip
+
+
+def kd_bwd(
+    grad_loss: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, temperature: float,
+    kd_weight: float, class_dim: int, reduction: int, labels: Tensor | None = None,
+    labels_b: Tensor | None = None, lam_rows: Tensor | None = None,
+    temperature_rows: Tensor | None = None, row_weights: Tensor | None = None, lam: float = 1.0,
+    ce_weight: float = 0.0, label_smoothing: float = 0.0, ignore_index: int = -100,
+) -> Tensor:  # fmt: skip
+    """The gradient from the logits and six numbers per row: see reference.kd_bwd."""
+    grad = torch.empty_like(student)
+    if student.numel() == 0:
+        return grad
+    with torch.cuda.device_of(student):
+        plan, logits = _plan_of(
+            student, teacher, grad, class_dim, kd_weight, ce_weight, label_smoothing
+        )
+        tile = plan.tile
+        tiles = -(-plan.classes // (tile.steps * tile.lanes * tile.vec))
+        _kd_bwd_kernel[(plan.programs, tiles)](
+            *_per_row_and_step(grad_loss), stats, *logits, *plan.strides,
+            _contiguous(labels), _contiguous(labels_b), row_weights,
+            *_per_row_and_step(lam_rows), *_per_row_and_step(temperature_rows),
+            plan.rows, plan.inner, plan.classes,
+            temperature, lam, kd_weight, ce_weight, label_smoothing, **plan.constants,
+        )  # fmt: skip
+        if logits[0] is not grad:
+            grad.copy_(logits[0])
+    return grad
+
+
+def kd_scale_(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor, in place; no memory is touched where the factor is 1."""
+    if not grad.is_contiguous() and torch.empty_like(grad, device="meta").stride() != grad.stride():
+        grad.mul_(factor)  # has gaps
+    elif grad.numel():
+        with torch.cuda.device_of(grad):
+            _kd_scale_kernel[(_config.kd_scale_programs(grad.numel()),)](
+                grad, factor, grad.numel(), BLOCK=_config.SCALE_BLOCK, num_warps=8,
+                enable_fp_fusion=False,
+            )  # fmt: skip

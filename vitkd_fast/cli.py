@@ -29,6 +29,14 @@ def show() -> None:
     show()
 
 
+@app.command()
+def demo() -> None:
+    """Distil a small vision transformer on scikit-learn's digits, and print what came out."""
+    from ._demo import demo
+
+    demo()
+
+
 def main() -> None:
     """Runs the command line; an error becomes one line on stderr and exit code 1."""
     try:

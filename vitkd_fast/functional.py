@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -15,10 +16,10 @@ from . import (
 
 Labels: TypeAlias = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
-_kd_fwd = torch.ops.vitkd_fast.kd_fwd.default._op
-_kd_fwd_grad = torch.ops.vitkd_fast.kd_fwd_grad.default._op
-_kd_bwd = torch.ops.vitkd_fast.kd_bwd.default._op
-_kd_scale_ = torch.ops.vitkd_fast.kd_scale_.default._op
+_kd_fwd = torch.ops.vitkd_fast.kd_fwd.default
+_kd_fwd_grad = torch.ops.vitkd_fast.kd_fwd_grad.default
+_kd_bwd = torch.ops.vitkd_fast.kd_bwd.default
+_kd_scale_ = torch.ops.vitkd_fast.kd_scale_.default
 
 _FLOATING = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 _REDUCTIONS = {"mean": reference.MEAN, "sum": reference.SUM, "none": reference.NONE}
@@ -26,6 +27,22 @@ _LABEL_FORMS = (
     "an int64 tensor of class ids, or mixup's (labels_a, labels_b, lam) with lam a float or one "
     "number per row"
 )
+
+
+def _differentiable_once(backward: Callable) -> Callable:
+    """once_differentiable without its cost where it has nothing to do.
+
+    Under create_graph=True the gradient always asks for a gradient, and so raises where one is
+    taken; torch's own lets it pass as a constant if the incoming gradient is one.
+    """
+    checked = once_differentiable(backward)
+
+    def run(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return checked(ctx, grad_loss.detach().requires_grad_())
+        return backward(ctx, grad_loss)
+
+    return run
 
 
 class _KDInForward(torch.autograd.Function):
@@ -39,25 +56,16 @@ class _KDInForward(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @_differentiable_once
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable costs microseconds, and has work to do only under create_graph=True
-        if torch.is_grad_enabled():
-            return _hand_over_once(ctx, grad_loss)
-        return _hand_over(ctx, grad_loss)
-
-
-def _hand_over(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradient that the forward formed: scaled in place, it belongs to the caller from here."""
-    grad, ctx.grad = ctx.grad, None
-    if grad is None:  # a second backward, after retain_graph=True
-        (student,) = ctx.saved_tensors
-        teacher, options = ctx.constants
-        _, grad = _kd_fwd_grad(student, teacher, *options)
-    _kd_scale_(grad, grad_loss)
-    return grad, None, None
-
-
-_hand_over_once = once_differentiable(_hand_over)
+        # handed over, not shared: it is scaled in place and then belongs to the caller
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:  # a second backward, after retain_graph=True
+            (student,) = ctx.saved_tensors
+            teacher, options = ctx.constants
+            _, grad = _kd_fwd_grad(student, teacher, *options)
+        _kd_scale_(grad, grad_loss)
+        return grad, None, None
 
 
 class _KDInBackward(torch.autograd.Function):
@@ -71,7 +79,7 @@ class _KDInBackward(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         student, stats = ctx.saved_tensors
         teacher, options = ctx.constants
@@ -233,11 +241,13 @@ def kd_loss(
 
     options = (temperature, kd_weight, class_dim, _REDUCTIONS[reduction])
     if isinstance(temperature, Tensor) or labels is not None or row_weights is not None:
-        options = _kd_options(
-            student, shape[:class_dim] + shape[class_dim + 1 :], labels, row_weights, *options
-        ) + (ce_weight, label_smoothing, ignore_index)
+        rows = shape[:class_dim] + shape[class_dim + 1 :]
+        beside = _kd_options(student, rows, labels, row_weights, *options)
+        options = (*beside, ce_weight, label_smoothing, ignore_index)
     elif not temperature > 0:
         raise ValueError(f"kd_loss: temperature is {temperature}; accepted are numbers > 0")
+    if teacher.requires_grad:
+        teacher = teacher.detach()
     if not (student.requires_grad and torch.is_grad_enabled()):
         return _kd_fwd(student, teacher, *options)[0]
     # float16 waits for the incoming gradient: the loss scale must come before the rounding.

@@ -63,9 +63,16 @@ void run_scalar(const Call<A>& c, Pass pass, int64_t begin, int64_t end) {
         sums.max_s = std::max(sums.max_s, student(i));
         sums.max_t = std::max(sums.max_t, teacher(i));
       }
-      for (int64_t i = 0; i < classes; ++i) {
-        ce ? add_class<true>(sums, student(i), teacher(i), inv_t)
-           : add_class<false>(sums, student(i), teacher(i), inv_t);
+      // in blocks: one long chain of additions would lose digits
+      for (int64_t from = 0; from < classes; from += 128) {
+        Sums<A> part;
+        part.max_s = sums.max_s;
+        part.max_t = sums.max_t;
+        for (int64_t i = from; i < std::min(from + 128, classes); ++i) {
+          ce ? add_class<true>(part, student(i), teacher(i), inv_t)
+             : add_class<false>(part, student(i), teacher(i), inv_t);
+        }
+        sums = merge(sums, part, inv_t);
       }
       stats = stats_of(sums, ce);
       c.finish_row(row, sums, stats, target, temperature, share, student);
@@ -148,22 +155,32 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 // Student and teacher in one layout, copied only where their strides allow none.
 struct Logits {
   Tensor student, teacher;
+  int64_t class_dim;
   RowShape shape;
   RowView s, t;
-  Layout layout;
-  Logits(const Tensor& student_in, const Tensor& teacher_in, int64_t class_dim)
-      : student(student_in), teacher(teacher_in), shape(row_shape(student_in, class_dim)) {
-    auto s_view = row_view(student, class_dim);
-    auto t_view = row_view(teacher, class_dim);
-    const bool alike = s_view && t_view && layout_of(*s_view, shape) == layout_of(*t_view, shape);
-    if (!alike || layout_of(*s_view, shape) == Layout::kStrided) {
-      student = torch::stable::contiguous(student);
-      teacher = torch::stable::contiguous(teacher);
-      s_view = row_view(student, class_dim);
-      t_view = row_view(teacher, class_dim);
+  Layout layout = Layout::kStrided;
+  Logits(const Tensor& student_in, const Tensor& teacher_in, int64_t dim)
+      : student(student_in),
+        teacher(teacher_in),
+        class_dim(dim),
+        shape(row_shape(student_in, dim)) {
+    const auto s_view = row_view(student, class_dim);
+    const auto t_view = row_view(teacher, class_dim);
+    if (s_view && t_view && layout_of(*s_view, shape) == layout_of(*t_view, shape)) {
+      use(*s_view, *t_view);
     }
-    s = *s_view;
-    t = *t_view;
+    if (layout == Layout::kStrided) make_contiguous();
+  }
+  void make_contiguous() {
+    student = torch::stable::contiguous(student);
+    teacher = torch::stable::contiguous(teacher);
+    use(*row_view(student, class_dim), *row_view(teacher, class_dim));
+  }
+
+ private:
+  void use(const RowView& s_view, const RowView& t_view) {
+    s = s_view;
+    t = t_view;
     layout = layout_of(s, shape);
   }
 };
@@ -244,9 +261,11 @@ Tensor forward(Call<A>& c, Layout layout, const Tensor& student, Pass pass, int6
   return loss;
 }
 
-Grad empty_grad(const Logits& logits, const Tensor& student, int64_t class_dim) {
-  Grad grad(student, class_dim,
+// An uninitialised gradient in the logits' layout, which a contiguous one may ask to change.
+Grad empty_grad(Logits& logits, const Tensor& student) {
+  Grad grad(student, logits.class_dim,
             [&](const RowView& view) { return layout_of(view, logits.shape) == logits.layout; });
+  if (layout_of(grad.view, logits.shape) != logits.layout) logits.make_contiguous();
   advise_huge_pages(grad.view.data, grad.tensor.numel() * grad.view.size);
   return grad;
 }
@@ -278,11 +297,11 @@ std::tuple<Tensor, Tensor> kd_fwd_grad(const Tensor& student, const Tensor& teac
                                        double lam, double ce_weight, double label_smoothing,
                                        int64_t ignore_index) {
   return visit_accumulator(student, [&]<class A>() -> std::tuple<Tensor, Tensor> {
-    const Logits logits(student, teacher, class_dim);
+    Logits logits(student, teacher, class_dim);
+    Grad grad = empty_grad(logits, student);
     Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
                    lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
                    ignore_index);
-    Grad grad = empty_grad(logits, student, class_dim);
     setup.call.grad = grad.view;
     Tensor loss =
         forward(setup.call, logits.layout, student, Pass::kForwardGrad, class_dim, reduction);
@@ -297,7 +316,8 @@ Tensor kd_bwd(const Tensor& grad_loss, const Tensor& student, const Tensor& teac
               OptionalTensor lam_rows, OptionalTensor temperature_rows, OptionalTensor row_weights,
               double lam, double ce_weight, double label_smoothing, int64_t ignore_index) {
   return visit_accumulator(student, [&]<class A>() -> Tensor {
-    const Logits logits(student, teacher, class_dim);
+    Logits logits(student, teacher, class_dim);
+    Grad grad = empty_grad(logits, student);
     Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
                    lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
                    ignore_index);
@@ -305,7 +325,6 @@ Tensor kd_bwd(const Tensor& grad_loss, const Tensor& student, const Tensor& teac
     setup.call.grad_loss = grad_rows.get;
     setup.call.stats = const_cast<A*>(stats.const_data_ptr<A>());
     setup.call.saved_share = true;
-    Grad grad = empty_grad(logits, student, class_dim);
     setup.call.grad = grad.view;
     run(setup.call, logits.layout, Pass::kBackward);
     return grad.take();

@@ -426,12 +426,16 @@ inline void run_columns(const Call<float>& c, Pass pass, int64_t begin, int64_t 
       inv_t = Vec{1.f} / sums.sum_t;
       Vec loss = zero;
       if (w.kd != 0) {
-        loss = Vec{w.kd} * temperature * temperature * (sums.dot * inv_t - at.log_t + at.log_s);
+        const Vec infinite{INFINITY};
+        const Vec kl =
+            select(not_equal(sums.dot, infinite), sums.dot * inv_t - at.log_t + at.log_s, infinite);
+        loss = Vec{w.kd} * temperature * temperature * kl;
       }
       if (kind > 0) {
         at.log_1 = log(sums.sum_1);
         inv_1 = Vec{1.f} / sums.sum_1;
-        Vec mean = Vec{1 - w.smoothing} * (Vec::load(expected) - at.max_s);
+        Vec mean = zero;
+        if (w.smoothing != 1) mean = Vec{1 - w.smoothing} * (Vec::load(expected) - at.max_s);
         if (w.smoothing != 0) {
           mean = mean + Vec{w.smoothing / static_cast<float>(classes)} * sums.total_s;
         }

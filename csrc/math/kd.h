@@ -47,12 +47,14 @@ struct Sums {
   A count = 0;
 };
 
-// exp(v) * (v - u) for one class: 0 where the teacher is masked, +inf where only the student is,
-// even if exp(v) has underflowed.
+// exp(v) * (v - u) for one class, from d_t = t - max_t and d_s alike: 0 where the teacher is
+// masked, +inf where only the student is, even if exp(v) has underflowed. The difference comes
+// before 1/T: equal logits then give 0 also where a compiler fuses multiply and subtract.
 template <class A>
-VITKD_HD A dot_term(A exp_v, A u, A v) {
-  if (v == -std::numeric_limits<A>::infinity()) return 0;
-  return (exp_v < std::numeric_limits<A>::min() ? std::numeric_limits<A>::min() : exp_v) * (v - u);
+VITKD_HD A dot_term(A exp_v, A d_s, A d_t, A inv_t) {
+  if (d_t == -std::numeric_limits<A>::infinity()) return 0;
+  constexpr A kFloor = std::numeric_limits<A>::min();
+  return (exp_v < kFloor ? kFloor : exp_v) * ((d_t - d_s) * inv_t);
 }
 
 // The same sums, relative to larger maxima.
@@ -98,15 +100,15 @@ VITKD_HD Sums<A> merge(const Sums<A>& a, const Sums<A>& b, A inv_t) {
 // Adds one class to sums whose maxima already cover it.
 template <bool kCe, class A>
 VITKD_HD void add_class(Sums<A>& x, A s, A t, A inv_t) {
-  const A u = (s - x.max_s) * inv_t;
-  const A v = (t - x.max_t) * inv_t;
-  const A exp_v = std::exp(v);
-  x.sum_s += std::exp(u);
+  const A d_s = s - x.max_s;
+  const A d_t = t - x.max_t;
+  const A exp_v = std::exp(d_t * inv_t);
+  x.sum_s += std::exp(d_s * inv_t);
   x.sum_t += exp_v;
-  x.dot += dot_term(exp_v, u, v);
+  x.dot += dot_term(exp_v, d_s, d_t, inv_t);
   if (kCe) {
-    x.sum_1 += std::exp(s - x.max_s);
-    x.total_s += s - x.max_s;
+    x.sum_1 += std::exp(d_s);
+    x.total_s += d_s;
   }
   x.count += 1;
 }
@@ -139,11 +141,17 @@ VITKD_HD A row_loss(const Sums<A>& x, const Stats<A>& st, const Weights<A>& w,
   A loss = 0;
   // a weight of zero switches its term off, also where the term is infinite
   if (w.kd != 0) {
-    loss = w.kd * temperature * temperature * (x.dot / x.sum_t - st.log_t + st.log_s);
+    // an infinite dot says it all: with every class masked, log_s would be -inf
+    const A kl =
+        x.dot == std::numeric_limits<A>::infinity() ? x.dot : x.dot / x.sum_t - st.log_t + st.log_s;
+    loss = w.kd * temperature * temperature * kl;
   }
   if (w.ce != 0) {
     // sum y~ (s - max_s)
-    A expected = (1 - w.smoothing) * (hard_logit(target, logit_a, logit_b) - st.max_s);
+    A expected = 0;
+    if (w.smoothing != 1) {
+      expected = (1 - w.smoothing) * (hard_logit(target, logit_a, logit_b) - st.max_s);
+    }
     if (w.smoothing != 0) expected += w.smoothing * (x.total_s / x.count);
     loss += w.ce * (st.log_1 - expected);
   }
