@@ -36,6 +36,10 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.pop("node", None)  # a host's name says nothing to a reader
+
+
 @pytest.fixture
 def device(request) -> torch.device:
     return torch.device("cuda" if request.node.get_closest_marker("gpu") else "cpu")
@@ -104,7 +108,7 @@ def race(benchmark, device, capsys):
         roof: str | None = None,
         roof_moved: int = 0,
         memory: tuple[str, ...] = (),
-        rounds: int = 15,
+        rounds: int = 11,
         calls: int = 1,
     ) -> dict[str, dict[str, float]]:
         for name, contender in contenders.items():

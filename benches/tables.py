@@ -1,7 +1,7 @@
 """Writes README's tables from the committed results: `python benches/tables.py` (make bench does).
 
-Each table stands between `<!-- table: FILE GROUP -->` and `<!-- end -->` in README.md, where FILE is
-a result under benches/results and GROUP the beginning of its benches' names.
+Each table stands between `<!-- table: FILE GROUP -->` and `<!-- end -->` in README.md; FILE is a
+result under benches/results and GROUP the beginning of its benches' names.
 """
 
 import json

@@ -26,7 +26,6 @@ from . import _config
 _NONE, _MEAN = 0, 1  # values of `reduction`
 
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _LOWEST_32 = tl.constexpr(-3.4028234663852886e38)
 _LOWEST_64 = tl.constexpr(-1.7976931348623157e308)
 _TINY_32 = tl.constexpr(1.1754943508222875e-38)  # the smallest normal number
@@ -99,7 +98,7 @@ def _kd_total_kernel(
     ignore_index, rows,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0)
+    part = tl.program_id(0).to(tl.int64)
     total = _weight_total(
         labels_ptr, labels_b_ptr, weights_ptr, ignore_index, part * BLOCK,
         tl.num_programs(0) * BLOCK, rows, totals_ptr.dtype.element_ty, BLOCK,
@@ -248,9 +247,8 @@ def _program_rows(block, inner, BLOCK_ROWS: tl.constexpr):
 
 @triton.jit
 def _row_starts(ptr, outer, at, outer_stride, row_stride, VEC: tl.constexpr):
-    # pointers to each row's first class, [1, rows, 1, 1]
-    ptr += outer * _multiple(outer_stride, VEC)
-    return _wide(ptr + at * _multiple(row_stride, VEC))
+    # pointers to each row's first class, [rows]
+    return ptr + outer * _multiple(outer_stride, VEC) + at * _multiple(row_stride, VEC)
 
 
 @triton.jit(do_not_specialize=[
@@ -281,8 +279,9 @@ def _kd_fwd_kernel(
 
     # 1. the first tile is on its way while the row's options are read
     outer, at, row, live = _program_rows(tl.program_id(0), inner, BLOCK_ROWS)
-    s_ptrs = _row_starts(student_ptr, outer, at, s_outer, s_row, VEC)
-    t_ptrs = _row_starts(teacher_ptr, outer, at, t_outer, t_row, VEC)
+    s_rows = _row_starts(student_ptr, outer, at, s_outer, s_row, VEC)
+    t_rows = _row_starts(teacher_ptr, outer, at, t_outer, t_row, VEC)
+    s_ptrs, t_ptrs = _wide(s_rows), _wide(t_rows)
     bound = _multiple(classes, VEC)
     cols = _tile(STEPS, LANES, VEC)
     mask = _wide(live) & (cols < bound)
@@ -293,7 +292,7 @@ def _kd_fwd_kernel(
 
     # 2. the rows' options, [rows]
     temperature = _per_row(temperature_ptr, temperature_step, temperature, row, live, ACC)
-    temperature = tl.where(temperature > 0, temperature, _NAN)
+    temperature = tl.where(temperature > 0, temperature, float("nan"))
     inv_t = _divide(tl.full([BLOCK_ROWS], 1, ACC), temperature)
     mix = _per_row(lam_ptr, lam_step, lam, row, live, ACC)
     scale = tl.full([BLOCK_ROWS], share, ACC)
@@ -319,7 +318,7 @@ def _kd_fwd_kernel(
         if labels_b_ptr is not None:
             b, ignored_b, wrong_b = _labels(labels_b_ptr, row, live, classes, ignore_index)
             ignored, wrong = ignored | ignored_b, wrong | wrong_b
-        scale = tl.where(ignored, 0.0, tl.where(wrong & (scale != 0), _NAN, scale))
+        scale = tl.where(ignored, 0.0, tl.where(wrong & (scale != 0), float("nan"), scale))
 
     # 3. one pass over the classes: sums relative to the maxima, [rows, lanes]
     max_s = tl.full([BLOCK_ROWS, LANES], LOWEST, ACC)
@@ -364,7 +363,6 @@ def _kd_fwd_kernel(
         loss = kd_weight * temperature * temperature * divergence
     if HAS_CE:
         log_1 = tl.log(sum_1)
-        s_rows = tl.reshape(s_ptrs, [BLOCK_ROWS])
         inside = live & (a >= 0) & (a < classes)
         hard = tl.load(s_rows + a.to(tl.int64) * s_class, mask=inside, other=0).to(ACC)
         if HAS_B:
@@ -380,6 +378,7 @@ def _kd_fwd_kernel(
     tl.store(loss_ptr + row, tl.where(scale == 0, 0.0, scale * loss), mask=live)
     if stats_ptr is not None:
         stats_ptr += row
+        rows = rows.to(tl.int64)
         tl.store(stats_ptr, top_s, mask=live)
         tl.store(stats_ptr + rows, top_t, mask=live)
         tl.store(stats_ptr + 2 * rows, log_s, mask=live)
@@ -389,7 +388,7 @@ def _kd_fwd_kernel(
 
     # 5. the gradient, from what is in registers or by reading again
     if grad_ptr is not None:
-        g_ptrs = _row_starts(grad_ptr, outer, at, g_outer, g_row, VEC)
+        g_ptrs = _wide(_row_starts(grad_ptr, outer, at, g_outer, g_row, VEC))
         by_kd = scale * kd_weight * temperature
         by_s, by_t, by_1 = by_kd / sum_s, by_kd / sum_t, scale * ce_weight / sum_1
         if WHOLE_ROW:
@@ -436,9 +435,9 @@ def _kd_bwd_kernel(
     HAS_B: tl.constexpr = labels_b_ptr is not None
     HAS_ZEROS: tl.constexpr = labels_ptr is not None or weights_ptr is not None
     outer, at, row, live = _program_rows(tl.program_id(0), inner, BLOCK_ROWS)
-    s_ptrs = _row_starts(student_ptr, outer, at, s_outer, s_row, VEC)
-    t_ptrs = _row_starts(teacher_ptr, outer, at, t_outer, t_row, VEC)
-    g_ptrs = _row_starts(grad_ptr, outer, at, g_outer, g_row, VEC)
+    s_ptrs = _wide(_row_starts(student_ptr, outer, at, s_outer, s_row, VEC))
+    t_ptrs = _wide(_row_starts(teacher_ptr, outer, at, t_outer, t_row, VEC))
+    g_ptrs = _wide(_row_starts(grad_ptr, outer, at, g_outer, g_row, VEC))
     cols = tl.program_id(1) * (STEPS * LANES * VEC) + _tile(STEPS, LANES, VEC)
     mask = _wide(live) & (cols < _multiple(classes, VEC))
     wide_cols = cols.to(tl.int64)
@@ -448,7 +447,7 @@ def _kd_bwd_kernel(
         t = tl.load(t_ptrs + wide_cols * t_class, mask=mask, other=-_INF)
 
     temperature = _per_row(temperature_ptr, temperature_step, temperature, row, live, ACC)
-    temperature = tl.where(temperature > 0, temperature, _NAN)
+    temperature = tl.where(temperature > 0, temperature, float("nan"))
     mix = _per_row(lam_ptr, lam_step, lam, row, live, ACC)
     kd_weight = tl.full([BLOCK_ROWS], kd_weight, ACC)
     ce_weight = tl.full([BLOCK_ROWS], ce_weight, ACC)
@@ -459,6 +458,7 @@ def _kd_bwd_kernel(
         if HAS_B:
             b = tl.load(labels_b_ptr + row, mask=live, other=0).to(tl.int32)
     stats_ptr += row
+    rows = rows.to(tl.int64)
     max_s = tl.load(stats_ptr, mask=live, other=0)
     max_t = tl.load(stats_ptr + rows, mask=live, other=0)
     log_s = tl.load(stats_ptr + 2 * rows, mask=live, other=0)
@@ -560,9 +560,7 @@ def _plan(
         "enable_fp_fusion": False,
     }
     programs = rows // inner * -(-inner // tile.block_rows)
-    return _Plan(
-        tuple(copied), sum(views, ()), rows, inner, classes, programs, tile, constants
-    )
+    return _Plan(tuple(copied), sum(views, ()), rows, inner, classes, programs, tile, constants)
 
 
 def _plan_of(

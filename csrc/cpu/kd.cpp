@@ -64,11 +64,11 @@ void run_scalar(const Call<A>& c, Pass pass, int64_t begin, int64_t end) {
         sums.max_t = std::max(sums.max_t, teacher(i));
       }
       // in blocks: one long chain of additions would lose digits
-      for (int64_t from = 0; from < classes; from += 128) {
+      for (int64_t from = 0; from < classes; from += 16) {
         Sums<A> part;
         part.max_s = sums.max_s;
         part.max_t = sums.max_t;
-        for (int64_t i = from; i < std::min(from + 128, classes); ++i) {
+        for (int64_t i = from; i < std::min(from + 16, classes); ++i) {
           ce ? add_class<true>(part, student(i), teacher(i), inv_t)
              : add_class<false>(part, student(i), teacher(i), inv_t);
         }

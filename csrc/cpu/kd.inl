@@ -427,8 +427,8 @@ inline void run_columns(const Call<float>& c, Pass pass, int64_t begin, int64_t 
       Vec loss = zero;
       if (w.kd != 0) {
         const Vec infinite{INFINITY};
-        const Vec kl =
-            select(not_equal(sums.dot, infinite), sums.dot * inv_t - at.log_t + at.log_s, infinite);
+        const Vec kl = select(not_equal(sums.dot, infinite),
+                              sums.dot * inv_t + log(sums.sum_s / sums.sum_t), infinite);
         loss = Vec{w.kd} * temperature * temperature * kl;
       }
       if (kind > 0) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -36,7 +37,8 @@ constexpr float kExpPoly[] = {1.4061422552913427e-3f,
                               1.0f,
                               1.0f};
 
-// log(x) = n ln 2 + log(m) for normal x > 0, m in [sqrt(1/2), sqrt(2)): Cephes' polynomial, 2 ulp.
+// log(x) = n ln 2 + log(m) for normal x > 0 (-inf for less), m in [sqrt(1/2), sqrt(2)): Cephes'
+// polynomial, 2 ulp.
 constexpr float kSqrtHalf = 0.707106781186547524f;
 constexpr float kLogPoly[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
                               -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
@@ -132,7 +134,9 @@ VITKD_INLINE Vec log(Vec x) {
   y = y * m * z;
   y = fma(n, Vec{kLn2Lo}, y);
   y = fma(Vec{-0.5f}, z, y);
-  return fma(n, Vec{kLn2Hi}, m + y);
+  y = fma(n, Vec{kLn2Hi}, m + y);
+  y = select(less(x, Vec{FLT_MIN}), Vec{-INFINITY}, y);
+  return select(less(x, Vec{INFINITY}), y, x);  // a NaN stays one
 }
 
 }  // namespace vitkd::avx512
@@ -243,7 +247,9 @@ VITKD_INLINE Vec log(Vec x) {
   y = y * m * z;
   y = fma(n, Vec{kLn2Lo}, y);
   y = fma(Vec{-0.5f}, z, y);
-  return fma(n, Vec{kLn2Hi}, m + y);
+  y = fma(n, Vec{kLn2Hi}, m + y);
+  y = select(less(x, Vec{FLT_MIN}), Vec{-INFINITY}, y);
+  return select(less(x, Vec{INFINITY}), y, x);  // a NaN stays one
 }
 
 }  // namespace vitkd::avx2

@@ -1,7 +1,7 @@
 // Distillation loss of one row of logits s (student) and t (teacher), for host and device:
 //   loss = kd_weight * T^2 * KL(softmax(t/T) || softmax(s/T)) + ce_weight * CE(s, y)
 // A row is read once. Sums relative to the running maxima are merged as in online softmax:
-//   KL = dot / sum_t - log(sum_t) + log(sum_s),  dot = sum e^{v} (v - u),  u = (s - max_s)/T, v
+//   KL = dot / sum_t + log(sum_s / sum_t),  dot = sum e^{v} (v - u),  u = (s - max_s)/T, v
 //   alike
 // and y is never dense: two class ids, their mixing weight and the label smoothing stand for it.
 // Log-sum-exps are kept as (maximum, logarithm of the shifted sum): added up in fp32 they would

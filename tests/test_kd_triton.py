@@ -1,0 +1,282 @@
+"""The Triton kernels of kd_loss: interpreted, compiled without a GPU, and on one.
+
+Interpreter and GPU run test_kd.py, whose comparisons with the float64 reference hold for every
+backend. Run as a script, this file is pytest in an interpreter whose CPU operations are Triton's.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpret(arguments: list[str]) -> int:
+    """pytest with the launchers registered for CPU tensors."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from vitkd_fast import _ops
+    from vitkd_fast.kernels import kd
+
+    convert = interpreter._convert_float
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        # the interpreter cuts bfloat16 off where a GPU rounds to nearest
+        if (source, target) == (tl.float32, tl.bfloat16):
+            wide = torch.from_numpy(np.ascontiguousarray(data))
+            return wide.to(torch.bfloat16).view(torch.uint16).numpy()
+        return convert(data, source, target, mode)
+
+    interpreter._convert_float = rounded
+    np.seterr(all="ignore")
+    for op in _ops.OPERATIONS:
+        if op.stem == "kd":
+            _ops._library.impl(op.name, getattr(kd, op.name), "CPU")
+    return int(pytest.main(arguments))
+
+
+def run_tests(cwd: Path, start: list[str], *arguments: str, **environment: str) -> None:
+    """Runs pytest in a process of its own, outside the checkout."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VITKD_FAST_", "TRITON_"))}
+    fixed = ["-q", "--tb=short", "-p", "no:cacheprovider"]
+    fixed += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    result = subprocess.run(
+        [sys.executable, *start, *fixed, *arguments],
+        cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+    assert " failed" not in result.stdout
+
+
+# in the interpreter
+
+SHARED = str(ROOT / "tests/test_kd.py")
+IN_INTERPRETER = {"TRITON_INTERPRET": "1", "VITKD_FAST_BACKEND": "reference"}
+
+
+def test_in_the_interpreter(tmp_path: Path) -> None:
+    """Each kind of test, on the forms that are quick there."""
+    run_tests(
+        tmp_path, [__file__], SHARED, __file__, "-m", "not gpu and not slow", "-k", QUICK,
+        **IN_INTERPRETER,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_all_in_the_interpreter(tmp_path: Path) -> None:
+    run_tests(
+        tmp_path, [__file__], SHARED, "-m", "not gpu", "-k", "match or extreme", **IN_INTERPRETER
+    )
+
+
+# what Triton alone does, in the interpreter or on a GPU that it serves
+
+only_triton = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cpu",
+            marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter"),
+        ),
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(
+                    os.environ.get("VITKD_FAST_BACKEND") != "triton", reason="run by test_on_a_gpu"
+                ),
+            ],
+        ),
+    ],
+)
+
+
+@only_triton
+@pytest.mark.parametrize("shape", [(4, 10), (4, 5000)], ids=str)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)], ids=str)
+def test_alone_label_out_of_range_gives_nan(
+    weights: tuple[float, float], shape: tuple[int, int], device: str
+) -> None:
+    """For its row alone, and nothing is read out of bounds; other rows are as without it."""
+    from vitkd_fast.functional import kd_loss
+
+    student, teacher = torch.randn(2, *shape, device=device)
+    student.requires_grad_()
+    good = torch.tensor([0, 1, 2, 3], device=device)
+    options: dict[str, Any] = {"kd_weight": weights[0], "ce_weight": weights[1]}
+    for wrong in (shape[1], -1, 2**32 + 1, -(2**62)):
+        bad = torch.tensor([0, wrong, -100, 3], device=device)
+        for labels in (bad, (good, bad, 0.5), (bad, good, 0.5)):
+            loss = kd_loss(student, teacher, labels=labels, reduction="none", **options)
+            (grad,) = torch.autograd.grad(loss.sum(), student)
+            assert loss.isnan().tolist() == [False, True, False, False]
+            assert grad.isfinite().all(1).tolist() == [True, False, True, True]
+            assert kd_loss(student, teacher, labels=labels, **options).isnan()
+
+
+@only_triton
+@pytest.mark.parametrize("shape", [(4, 10), (4, 5000)], ids=str)
+def test_alone_temperature_not_positive_gives_nan(shape: tuple[int, int], device: str) -> None:
+    from vitkd_fast.functional import kd_loss
+
+    student, teacher = torch.randn(2, *shape, device=device)
+    student.requires_grad_()
+    temperature = torch.tensor([4.0, 0.0, -1.0, torch.nan], device=device)
+    for reduction in ("none", "sum"):
+        loss = kd_loss(student, teacher, temperature=temperature, reduction=reduction)
+        (grad,) = torch.autograd.grad(loss.sum(), student)
+        assert loss[:1].isnan().tolist() if reduction == "sum" else True
+        assert grad.isfinite().all(1).tolist() == [True, False, False, False]
+
+
+@pytest.mark.gpu
+class TestGPU:
+    def test_on_a_gpu(self, tmp_path: Path) -> None:
+        """The quick forms, and what Triton alone does, where Triton serves the GPU."""
+        run_tests(
+            tmp_path, ["-m", "pytest"], SHARED, __file__, "-m", "gpu and not slow",
+            "-k", f"({QUICK}) and not test_on_a_gpu", VITKD_FAST_BACKEND="triton",
+        )  # fmt: skip
+
+
+# compiled without a GPU
+
+
+class Driver:
+    """As much of a GPU as the compiler asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled:
+    """In a kernel's place: compiles what would be launched."""
+
+    def __init__(self, kernel: Any, results: list[Any]) -> None:
+        self.kernel, self.results = kernel, results
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.results.append(
+            self.kernel.warmup(*args, grid=grid, **kwargs)
+        )
+
+
+@pytest.fixture(params=[80, 90], ids="sm_{}".format)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
+    """The launchers compile, by the way a launch takes, and the results are collected here."""
+    from triton.runtime import driver
+
+    from vitkd_fast.kernels import kd
+
+    results: list[Any] = []
+    for name in ("_kd_total_kernel", "_kd_fwd_kernel", "_kd_bwd_kernel", "_kd_scale_kernel"):
+        monkeypatch.setattr(kd, name, Compiled(getattr(kd, name), results))
+    driver.set_active(Driver(request.param))
+    yield results
+    driver._active = None
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers, and bytes of stack, shared and local memory."""
+    import triton
+
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run(
+        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    return {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+
+
+def assert_nothing_is_spilled(kernels: list[Any], folder: Path) -> None:
+    assert kernels
+    for kernel in kernels:
+        used = resources(kernel, folder)
+        print(kernel.name, used)
+        assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{kernel.name}: {used}"
+        # one reason is enough: exp2 in one instruction, no product and sum rounded as one
+        assert "fma.rn.f32" not in kernel.asm["ptx"]
+
+
+FORMS = {
+    "10": ((4096, 10), 1),
+    "1000": ((4096, 1000), 1),
+    "21841": ((4096, 21841), 1),
+    "65536": ((640, 65536), 1),
+    "dense": ((8, 150, 128, 128), 1),
+}
+
+
+def compile_all(form: str, dtype: torch.dtype, everything: bool) -> None:
+    from vitkd_fast.kernels import kd
+
+    def new(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    shape, class_dim = FORMS[form]
+    logits = new(shape, dtype)
+    rows = shape[:class_dim] + shape[class_dim + 1 :]
+    options: dict[str, Any] = {}
+    if everything:
+        labels = new(rows, torch.int64)
+        options = {"labels": labels, "labels_b": labels, "lam_rows": new(rows)}
+        options |= {"temperature_rows": new(()), "row_weights": new(rows), "ce_weight": 0.5}
+        options |= {"label_smoothing": 0.1}
+    arguments = (4.0, 1.0, class_dim, 1)
+    loss, stats = kd.kd_fwd(logits, logits, *arguments, **options)
+    kd.kd_bwd(loss, logits, logits, stats, *arguments, **options)
+    loss, grad = kd.kd_fwd_grad(logits, logits, *arguments, **options)
+    kd.kd_scale_(grad, loss)
+
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@every_dtype
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_without_spills(
+    form: str, dtype: torch.dtype, compiled: list[Any], tmp_path: Path
+) -> None:
+    compile_all(form, dtype, everything=False)
+    assert_nothing_is_spilled(compiled, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@every_dtype
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_with_every_option_without_spills(
+    form: str, dtype: torch.dtype, compiled: list[Any], tmp_path: Path
+) -> None:
+    compile_all(form, dtype, everything=True)
+    assert_nothing_is_spilled(compiled, tmp_path)
+
+
+if __name__ == "__main__":
+    sys.exit(interpret(sys.argv[1:]))
