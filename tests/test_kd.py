@@ -333,9 +333,9 @@ def test_reference_matches_torch(name: str) -> None:
 
 
 SHAPES = [
-    ((1, 1), -1), ((4, 1), -1), ((1, 10), -1), ((64, 10), -1), ((64, 128), -1),
-    ((1000, 3), -1), ((5, 32), -1), ((3, 33), -1), ((7, 1000), -1), ((5, 1001), -1), ((3, 1024), -1), ((3, 2049), -1),
-    ((1, 65536), -1), ((2, 70000), -1),
+    ((1, 1), -1), ((4, 1), -1), ((1, 10), -1), ((64, 10), -1), ((64, 128), -1), ((1000, 3), -1),
+    ((5, 32), -1), ((3, 33), -1), ((7, 1000), -1), ((5, 1001), -1), ((3, 1024), -1),
+    ((3, 2049), -1), ((1, 65536), -1), ((2, 70000), -1),
     ((1,), 0), ((1000,), 0), ((2, 3, 17), -1), ((2, 3, 50), 2), ((11, 4, 6), 0),
     ((2, 13, 5, 7), 1), ((2, 150, 9, 16), 1), ((2, 13, 1, 1), 1), ((2, 5000, 3), 1), ((1, 1, 9), 1),
 ]  # fmt: skip
@@ -1465,13 +1465,15 @@ def test_reference_backend(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_backends_on_a_gpu(backend: str, tmp_path: Path) -> None:
     """Each that this build has, also those that another one usually stands in for."""
+    name = {"reference": "reference", "triton": "Triton", "cuda": "CUDA C++"}[backend]
+    if name == _ops.backends()["kd_fwd"]["CUDA"]:
+        pytest.skip(f"the tests above ran on {name}")
     code = "from vitkd_fast import _ops; print({on['CUDA'] for on in _ops.backends().values()})"
     served = python(code, tmp_path, VITKD_FAST_BACKEND=backend)
     if backend == "cuda" and "has no CUDA C++ kernel in this build" in served.stderr:
         pytest.skip("the extension was built without CUDA")
     if backend == "triton":
         pytest.importorskip("triton")
-    name = {"reference": "reference", "triton": "Triton", "cuda": "CUDA C++"}[backend]
     assert served.stdout == f"{{{name!r}}}\n", served.stderr
     assert_matches_again(tmp_path, "gpu", VITKD_FAST_BACKEND=backend)
 
@@ -1587,7 +1589,9 @@ def test_on_a_stream_of_its_own() -> None:
     ("shape", "class_dim"), [((4096, 1000), -1), ((16, 200_000), -1), ((4, 150, 64, 64), 1)]
 )
 def test_memory_is_linear_in_the_rows(shape: tuple[int, ...], class_dim: int) -> None:
-    """Nothing of the logits' size beside the gradient: a kilobyte per row at most."""
+    """Nothing of the logits' size beside the gradient: 64 bytes per row, and 64 KB."""
+    if _ops.backends()["kd_fwd"]["CUDA"] == "reference":
+        pytest.skip("the reference materialises what it likes")
     student, teacher = on_gpu(*shape)
     options = {"class_dim": class_dim, "temperature": 4.0}
     torch.cuda.synchronize()
@@ -1599,7 +1603,7 @@ def test_memory_is_linear_in_the_rows(shape: tuple[int, ...], class_dim: int) ->
         function()
         return torch.cuda.max_memory_allocated() - before
 
-    beside = 4096 + 1024 * (student.numel() // shape[class_dim])
+    beside = 2**16 + 64 * (student.numel() // shape[class_dim])
     grad = student.numel() * student.element_size()
     assert beside < grad / 2
     assert peak(lambda: kd_loss(student.detach(), teacher, **options)) <= beside

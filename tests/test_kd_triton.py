@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ def interpret(arguments: list[str]) -> int:
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
-
-    from vitkd_fast import _ops
     from vitkd_fast.kernels import kd
 
-    convert = interpreter._convert_float
+    from vitkd_fast import _ops
+
+    convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
 
     def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
         # the interpreter cuts bfloat16 off where a GPU rounds to nearest
@@ -39,7 +38,12 @@ def interpret(arguments: list[str]) -> int:
             return wide.to(torch.bfloat16).view(torch.uint16).numpy()
         return convert(data, source, target, mode)
 
-    interpreter._convert_float = rounded
+    def indexed(tensor: Any, scope: Any) -> None:
+        # NumPy no longer makes an int of an array of one element, which Triton 3.6 asks for
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._convert_float, interpreter._patch_lang_tensor = rounded, indexed
     np.seterr(all="ignore")
     for op in _ops.OPERATIONS:
         if op.stem == "kd":
@@ -64,11 +68,30 @@ def run_tests(cwd: Path, start: list[str], *arguments: str, **environment: str) 
 # in the interpreter
 
 SHARED = str(ROOT / "tests/test_kd.py")
+# each kind of test, on forms that are quick there: milliseconds per program and tile
+QUICK = " or ".join(
+    f"({x})"
+    for x in (
+        "alone",
+        "options_match and 13",
+        "operations_match and (plain or everything)",
+        "dtypes_match and (21 or 40 and bfloat16 and not float64)",
+        "shapes_match and (65536 or 1001)",
+        "layouts_match and float32 and (channels_last-torch or rows_apart or expanded_rows)",
+        "scale_matches or empty_matches or in_any_form",
+        "extreme_logits and 4.0 and (few or long)",
+        "extreme_masked and 0.1 and (row or long)",
+        "minus_inf and row",
+        "equality and (bfloat16 or float32) and few",
+        "ignored_rows and nan and few",
+        "nan_stays and few",
+        "weights_of_zero",
+    )
+)
 IN_INTERPRETER = {"TRITON_INTERPRET": "1", "VITKD_FAST_BACKEND": "reference"}
 
 
 def test_in_the_interpreter(tmp_path: Path) -> None:
-    """Each kind of test, on the forms that are quick there."""
     run_tests(
         tmp_path, [__file__], SHARED, __file__, "-m", "not gpu and not slow", "-k", QUICK,
         **IN_INTERPRETER,
@@ -105,10 +128,13 @@ only_triton = pytest.mark.parametrize(
 
 
 @only_triton
-@pytest.mark.parametrize("shape", [(4, 10), (4, 5000)], ids=str)
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kd_weight", "ce_weight"),
+    [((4, 10), 1.0, 1.0), ((4, 10), 1.0, 0.0), ((4, 10), 0.0, 1.0), ((4, 5000), 1.0, 1.0)],
+    ids=str,
+)
 def test_alone_label_out_of_range_gives_nan(
-    weights: tuple[float, float], shape: tuple[int, int], device: str
+    shape: tuple[int, int], kd_weight: float, ce_weight: float, device: str
 ) -> None:
     """For its row alone, and nothing is read out of bounds; other rows are as without it."""
     from vitkd_fast.functional import kd_loss
@@ -116,10 +142,10 @@ def test_alone_label_out_of_range_gives_nan(
     student, teacher = torch.randn(2, *shape, device=device)
     student.requires_grad_()
     good = torch.tensor([0, 1, 2, 3], device=device)
-    options: dict[str, Any] = {"kd_weight": weights[0], "ce_weight": weights[1]}
-    for wrong in (shape[1], -1, 2**32 + 1, -(2**62)):
+    options: dict[str, Any] = {"kd_weight": kd_weight, "ce_weight": ce_weight}
+    for wrong in (shape[1], -1, 2**32 + 1):
         bad = torch.tensor([0, wrong, -100, 3], device=device)
-        for labels in (bad, (good, bad, 0.5), (bad, good, 0.5)):
+        for labels in (bad, (good, bad, 0.5)):
             loss = kd_loss(student, teacher, labels=labels, reduction="none", **options)
             (grad,) = torch.autograd.grad(loss.sum(), student)
             assert loss.isnan().tolist() == [False, True, False, False]
@@ -138,7 +164,7 @@ def test_alone_temperature_not_positive_gives_nan(shape: tuple[int, int], device
     for reduction in ("none", "sum"):
         loss = kd_loss(student, teacher, temperature=temperature, reduction=reduction)
         (grad,) = torch.autograd.grad(loss.sum(), student)
-        assert loss[:1].isnan().tolist() if reduction == "sum" else True
+        assert loss.isnan().tolist() == ([False, True, True, True] if loss.dim() else True)
         assert grad.isfinite().all(1).tolist() == [True, False, False, False]
 
 
@@ -148,7 +174,7 @@ class TestGPU:
         """The quick forms, and what Triton alone does, where Triton serves the GPU."""
         run_tests(
             tmp_path, ["-m", "pytest"], SHARED, __file__, "-m", "gpu and not slow",
-            "-k", f"({QUICK}) and not test_on_a_gpu", VITKD_FAST_BACKEND="triton",
+            "-k", QUICK, VITKD_FAST_BACKEND="triton",
         )  # fmt: skip
 
 
@@ -186,18 +212,16 @@ class Compiled:
 
 
 @pytest.fixture(params=[80, 90], ids="sm_{}".format)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The launchers compile, by the way a launch takes, and the results are collected here."""
     from triton.runtime import driver
-
     from vitkd_fast.kernels import kd
 
     results: list[Any] = []
+    monkeypatch.setattr(driver, "_active", Driver(request.param))
     for name in ("_kd_total_kernel", "_kd_fwd_kernel", "_kd_bwd_kernel", "_kd_scale_kernel"):
         monkeypatch.setattr(kd, name, Compiled(getattr(kd, name), results))
-    driver.set_active(Driver(request.param))
-    yield results
-    driver._active = None
+    return results
 
 
 def resources(kernel: Any, folder: Path) -> dict[str, int]:
@@ -219,7 +243,7 @@ def assert_nothing_is_spilled(kernels: list[Any], folder: Path) -> None:
         used = resources(kernel, folder)
         print(kernel.name, used)
         assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{kernel.name}: {used}"
-        # one reason is enough: exp2 in one instruction, no product and sum rounded as one
+        # a product and a difference rounded as one would part equal student and teacher
         assert "fma.rn.f32" not in kernel.asm["ptx"]
 
 

@@ -96,7 +96,9 @@ def _per_row(name: str, x: Tensor, student: Tensor, rows: torch.Size, dtype: tor
         )
     if x.device != student.device:
         raise ValueError(f"kd_loss: {name} is on {x.device} and student on {student.device}")
-    return x.detach().to(dtype)
+    if x.requires_grad:
+        raise ValueError(f"kd_loss: {name} requires grad; accepted are constants")
+    return x.to(dtype)
 
 
 def _check_labels(name: str, x: Any, student: Tensor, rows: torch.Size) -> None:
@@ -125,8 +127,6 @@ def _kd_options(
     temperature_rows = lam_rows = labels_b = None
     lam: float | Tensor = 1.0
     if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("kd_loss: temperature requires grad; accepted are constants")
         temperature_rows = _per_row("temperature", temperature, student, rows, wide)
         temperature = 1.0
     elif not temperature > 0:
@@ -176,7 +176,8 @@ def kd_loss(
     Knowledge distillation (Hinton, Vinyals and Dean, 2015, arXiv:1503.02531) with its
     cross-entropy on hard or mixed labels, in one fused pass. A row is what is left of the logits'
     shape without `class_dim`. Teacher and labels are constants: a teacher that requires grad is
-    treated as detached, and may be an inference-mode tensor. The loss is differentiable once.
+    treated as detached, and may be an inference-mode tensor; it must keep its values until the
+    backward has run. The loss is differentiable once.
 
     Args:
         student: logits, any shape, float32, float16, bfloat16 or float64. The gradient has its
@@ -217,7 +218,8 @@ def kd_loss(
     dim = len(shape)
     if not -dim <= class_dim < dim:
         raise ValueError(
-            f"kd_loss: class_dim is {class_dim}, out of range for student {list(shape)}"
+            f"kd_loss: class_dim is {class_dim}, out of range for student {list(shape)}; accepted "
+            f"are {-dim} to {dim - 1}"
         )
     class_dim %= dim
     if teacher.shape != shape:
