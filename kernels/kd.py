@@ -35,6 +35,13 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _SCAN_BLOCK = tl.constexpr(_config.SCAN_BLOCK)
 _TOTAL_PARTS = tl.constexpr(_config.TOTAL_PARTS)
 
+# arguments whose values bring no variant of their own; of strides, 1 does
+_NUMBERS = (
+    "ignore_index", "rows", "inner", "classes", "mean", "parts", "grad_loss_step", "lam_step",
+    "temperature_step", "g_outer", "s_outer", "t_outer",
+)  # fmt: skip
+_STRIDES = ("g_row", "g_class", "s_row", "s_class", "t_row", "t_class")
+
 
 @triton.jit
 def _multiple(x, N: tl.constexpr):
@@ -251,10 +258,7 @@ def _row_starts(ptr, outer, at, outer_stride, row_stride, VEC: tl.constexpr):
     return ptr + outer * _multiple(outer_stride, VEC) + at * _multiple(row_stride, VEC)
 
 
-@triton.jit(do_not_specialize=[
-    "ignore_index", "rows", "inner", "classes", "parts", "lam_step", "temperature_step",
-    "s_outer", "t_outer", "g_outer",
-])  # fmt: skip
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_STRIDES)
 def _kd_fwd_kernel(
     loss_ptr,  # [rows]
     stats_ptr,  # [6, rows], or None
@@ -262,12 +266,11 @@ def _kd_fwd_kernel(
     g_outer, g_row, g_class, s_outer, s_row, s_class, t_outer, t_row, t_class,
     labels_ptr, labels_b_ptr, weights_ptr,  # [rows], or None
     lam_ptr, lam_step, temperature_ptr, temperature_step,  # [rows], [] or None
-    totals_ptr,  # [parts], or None
-    parts, rows, inner, classes, ignore_index,
+    totals_ptr,  # [parts]; read where there is a mean to take
+    mean, parts, rows, inner, classes, ignore_index,
     temperature: tl.float64, lam: tl.float64, kd_weight: tl.float64, ce_weight: tl.float64,
     smoothing: tl.float64, share: tl.float64,
     HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
-    HAS_TOTAL: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
 ):  # fmt: skip
@@ -301,16 +304,18 @@ def _kd_fwd_kernel(
     smoothing = tl.full([BLOCK_ROWS], smoothing, ACC)
     if weights_ptr is not None:
         scale = tl.load(weights_ptr + row, mask=live, other=0).to(ACC)
-    if HAS_TOTAL:
-        if totals_ptr is not None:
-            part = tl.arange(0, _TOTAL_PARTS)
-            whole = tl.sum(tl.load(totals_ptr + part, mask=part < parts, other=0), 0)
-        else:
-            whole = _weight_total(
-                labels_ptr, labels_b_ptr, weights_ptr, ignore_index, 0, _SCAN_BLOCK, rows, ACC,
-                _SCAN_BLOCK,
-            )  # fmt: skip
-        scale = tl.where(whole == 0, 0.0, _divide(scale, tl.full([BLOCK_ROWS], whole, ACC)))
+    if HAS_ZEROS:
+        if mean:
+            if parts > 0:
+                part = tl.arange(0, _TOTAL_PARTS)
+                whole = tl.sum(tl.load(totals_ptr + part, mask=part < parts, other=0), 0)
+            else:
+                whole = _weight_total(
+                    labels_ptr, labels_b_ptr, weights_ptr, ignore_index, 0, _SCAN_BLOCK, rows,
+                    ACC, _SCAN_BLOCK,
+                )  # fmt: skip
+            whole = tl.full([BLOCK_ROWS], whole, ACC)
+            scale = tl.where(whole == 0, 0.0, _divide(scale, whole))
     a, b = row, row
     if labels_ptr is not None:
         a, ignored, wrong = _labels(labels_ptr, row, live, classes, ignore_index)
@@ -414,10 +419,7 @@ def _kd_fwd_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[
-    "rows", "inner", "classes", "grad_loss_step", "lam_step", "temperature_step",
-    "s_outer", "t_outer", "g_outer",
-])  # fmt: skip
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_STRIDES)
 def _kd_bwd_kernel(
     grad_loss_ptr, grad_loss_step,  # [rows] or []
     stats_ptr,  # [6, rows]
@@ -619,7 +621,7 @@ def _forward(
         row_weights = _contiguous(row_weights)
         loss = student.new_empty(shape if reduction == _NONE else rows, dtype=wide)
         total = reduction == _MEAN and (labels is not None or row_weights is not None)
-        totals, parts = None, _config.kd_total_parts(rows) if total else 0
+        totals, parts = loss, _config.kd_total_parts(rows) if total else 0
         if parts:
             totals = loss.new_empty(parts)
             _kd_total_kernel[(parts,)](
@@ -632,10 +634,10 @@ def _forward(
         _kd_fwd_kernel[(plan.programs,)](
             loss, stats, *logits, *plan.strides, labels, labels_b, row_weights,
             *_per_row_and_step(lam_rows), *_per_row_and_step(temperature_rows),
-            totals, parts, rows, plan.inner, plan.classes, ignore_index,
+            totals, int(total), parts, rows, plan.inner, plan.classes, ignore_index,
             temperature, lam, kd_weight, ce_weight, label_smoothing,
             1 / rows if reduction == _MEAN and not total else 1.0,
-            HAS_TOTAL=total, WHOLE_ROW=plan.tile.whole_row, **plan.constants,
+            WHOLE_ROW=plan.tile.whole_row, **plan.constants,
         )  # fmt: skip
         if logits[0] is not grad:
             grad.copy_(logits[0])
