@@ -184,7 +184,8 @@ def _rebase(
 @triton.jit
 def _add_tile(
     s, t, live,  # [steps, rows, lanes, vec]
-    max_s, max_t, sum_s, sum_t, dot, sum_1, total, count,  # [rows, lanes]
+    max_s, max_t, sum_s, sum_t, dot, sum_1, total,  # [rows, lanes]
+    count,  # classes of a lane so far
     inv_t,  # [rows, 1]
     HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
@@ -211,8 +212,7 @@ def _add_tile(
         sum_1 += _sum(exp_1)
     if HAS_SMOOTHING:
         total += _sum(tl.where(live, d, 0.0))
-        count += _sum(live.to(s.dtype))
-    return exp_s, exp_t, exp_1, top_s, top_t, sum_s, sum_t, dot, sum_1, total, count
+    return exp_s, exp_t, exp_1, top_s, top_t, sum_s, sum_t, dot, sum_1, total
 
 
 @triton.jit
@@ -329,10 +329,10 @@ def _kd_fwd_kernel(
     max_s = tl.full([BLOCK_ROWS, LANES], LOWEST, ACC)
     max_t = max_s
     sum_s = tl.zeros([BLOCK_ROWS, LANES], ACC)
-    sum_t, dot, sum_1, total, count = sum_s, sum_s, sum_s, sum_s, sum_s
+    sum_t, dot, sum_1, total = sum_s, sum_s, sum_s, sum_s
     if WHOLE_ROW:
-        exp_s, exp_t, exp_1, max_s, max_t, sum_s, sum_t, dot, sum_1, total, count = _add_tile(
-            s.to(ACC), t.to(ACC), mask, max_s, max_t, sum_s, sum_t, dot, sum_1, total, count,
+        exp_s, exp_t, exp_1, max_s, max_t, sum_s, sum_t, dot, sum_1, total = _add_tile(
+            s.to(ACC), t.to(ACC), mask, max_s, max_t, sum_s, sum_t, dot, sum_1, total, 0,
             inv_t[:, None], HAS_KD, HAS_CE, HAS_SMOOTHING, True,
         )  # fmt: skip
         top_s, top_t = tl.max(max_s, 1), tl.max(max_t, 1)
@@ -344,11 +344,13 @@ def _kd_fwd_kernel(
             s = tl.load(s_ptrs + next_cols.to(tl.int64) * s_class, mask=mask, other=-_INF)
             if HAS_KD:
                 t = tl.load(t_ptrs + next_cols.to(tl.int64) * t_class, mask=mask, other=-_INF)
-            _, _, _, max_s, max_t, sum_s, sum_t, dot, sum_1, total, count = _add_tile(
-                s_now, t_now, mask_now, max_s, max_t, sum_s, sum_t, dot, sum_1, total, count,
-                inv_t[:, None], HAS_KD, HAS_CE, HAS_SMOOTHING, False,
+            _, _, _, max_s, max_t, sum_s, sum_t, dot, sum_1, total = _add_tile(
+                s_now, t_now, mask_now, max_s, max_t, sum_s, sum_t, dot, sum_1, total,
+                start // LANES, inv_t[:, None], HAS_KD, HAS_CE, HAS_SMOOTHING, False,
             )  # fmt: skip
         top_s, top_t = tl.max(max_s, 1), tl.max(max_t, 1)
+        full = classes // TILE * TILE
+        count = full // LANES + _sum((_wide(live) & (full + cols < bound)).to(tl.int32))
         sum_s, sum_t, dot, sum_1, total = _rebase(
             max_s, max_t, sum_s, sum_t, dot, sum_1, total, count, top_s[:, None], top_t[:, None],
             inv_t[:, None], HAS_KD, HAS_CE, HAS_SMOOTHING,

@@ -2,10 +2,6 @@
 // exponentials stay in L1/L2 until its gradient is written (2 reads and 1 write in all). Rows are
 // spread over torch's threads; every row is computed alike wherever it lands, and the losses are
 // added up in row order, so results do not depend on the number of threads.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <cfloat>
 #include <cmath>
 #include <cstdlib>
@@ -140,18 +136,6 @@ Layout layout_of(const RowView& x, const RowShape& shape) {
   return Layout::kStrided;
 }
 
-// Asks for huge pages below a large fresh tensor: its first touch costs a page fault per 4 KB
-// otherwise, which is more than all the arithmetic here. A hint, so the answer does not matter.
-void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  constexpr int64_t kHuge = int64_t{1} << 21;
-  if (bytes < 2 * kHuge) return;
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // Student and teacher in one layout, copied only where their strides allow none.
 struct Logits {
   Tensor student, teacher;
@@ -266,7 +250,6 @@ Grad empty_grad(Logits& logits, const Tensor& student) {
   Grad grad(student, logits.class_dim,
             [&](const RowView& view) { return layout_of(view, logits.shape) == logits.layout; });
   if (layout_of(grad.view, logits.shape) != logits.layout) logits.make_contiguous();
-  advise_huge_pages(grad.view.data, grad.tensor.numel() * grad.view.size);
   return grad;
 }
 
