@@ -1,0 +1,317 @@
+"""The command line and whole runs: what is printed, what is written, what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+pytest.importorskip("pydantic")
+
+from vitkd_fast import cli, models
+from vitkd_fast.distill import data, report
+
+COMMANDS = ["distill", "eval", "predict", "report", "show", "demo"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def vitkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["vitkd", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0  # type: ignore[assignment]
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as PNG files, in train/<class>/ and val/<class>/."""
+    root = tmp_path_factory.mktemp("pictures")
+    digits = data.Digits()
+    for i in range(200):
+        image, label = digits.read(i)
+        folder = root / ("val" if i % 4 == 0 else "train") / digits.classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
+    return root
+
+
+def arguments(pictures: Path, folder: Path) -> list[str]:
+    return [
+        f"data.train={pictures}/train",
+        f"data.val={pictures}/val",
+        "data.image_size=32",
+        "data.batch_size=16",
+        "data.workers=0",
+        "teacher.model=vit_tiny_patch16_224",
+        "teacher.options={patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}",
+        "teacher.epochs=1",
+        "student.model=mobilenetv2_035",
+        "losses.kd.temperature=4",
+        "run.epochs=1",
+        "run.seeds=[0, 1]",
+        f"run.folder={folder}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def run_folder(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vitkd", "distill", *arguments(pictures, folder)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    torch.set_num_threads(threads)
+    assert not stop.value.code
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_a_real_example(command: str, vitkd) -> None:
+    result = vitkd(command, "--help")
+    assert result.code == 0
+    assert f"Example: vitkd {command}" in result.out
+
+
+def test_help_lists_every_command(vitkd) -> None:
+    out = vitkd("--help").out
+    assert all(re.search(rf"^ +{command} ", out, re.MULTILINE) for command in COMMANDS)
+
+
+# distill
+
+
+def test_distill_leaves_a_whole_report(run_folder: Path) -> None:
+    results = report.read(run_folder)
+    assert [m["role"] for m in results["models"]] == ["teacher", "alone", "distilled"]
+    assert [len(m["runs"]) for m in results["models"]] == [1, 2, 2]
+    assert results["data"] == {
+        "train": 150,
+        "val": 50,
+        "classes": [str(i) for i in range(10)],
+    }
+    assert results["comparison"]["seeds"] == 2
+    assert set(results["curves"]) == {
+        f"{role}, seed {seed}" for role in ("alone", "distilled") for seed in (0, 1)
+    }
+    assert sum(map(sum, results["confusion"]["matrix"])) == 50
+    assert results["config"] == yaml.safe_load((run_folder / "config.yaml").read_text())
+    disagreements = results["disagreements"]
+    assert disagreements["of"] == 50
+    assert len(disagreements["shown"]) == min(disagreements["count"], 24)
+    html = (run_folder / "report.html").read_text()
+    assert results["verdict"] in html
+    for name in ("teacher", "alone-0", "alone-1", "distilled-0", "distilled-1"):
+        assert (run_folder / name / "last.safetensors").exists()
+        assert (run_folder / name / "best.safetensors").exists()
+        assert (run_folder / name / "metrics.jsonl").exists()
+
+
+def test_the_seeds_differ_and_the_table_is_of_the_last_weights(
+    run_folder: Path, pictures: Path, vitkd
+) -> None:
+    results = report.read(run_folder)
+    distilled = results["models"][2]
+    losses = [run["metrics"]["nll"] for run in distilled["runs"]]
+    assert losses[0] != losses[1]
+    shown = vitkd("eval", run_folder / "distilled-1" / "last.safetensors", pictures / "val")
+    assert shown.code == 0
+    assert "50 pictures, 0 skipped" in shown.out
+    printed = dict(line.split() for line in shown.out.splitlines()[1:])
+    assert printed["top1"] == f"{distilled['runs'][1]['metrics']['top1']:.4f}"
+    assert float(printed["nll"]) == pytest.approx(losses[1], abs=2e-4)
+
+
+def test_distill_refuses_a_folder_with_a_run(pictures: Path, run_folder: Path, vitkd) -> None:
+    result = vitkd("distill", *arguments(pictures, run_folder))
+    assert result.code == 1
+    assert result.err == (
+        f"vitkd: ConfigError: run.folder: {run_folder} holds a run; --resume goes on with it, or "
+        "name another (traceback: vitkd --debug)\n"
+    )
+
+
+def test_resume_refuses_another_configuration(pictures: Path, run_folder: Path, vitkd) -> None:
+    changed = [*arguments(pictures, run_folder), "optimizer.lr=0.5", "losses.kd.temperature=1"]
+    result = vitkd("distill", *changed, "--resume")
+    assert result.code == 1
+    assert f"{run_folder} was begun with another losses.kd, optimizer.lr" in result.err
+
+
+def test_resume_of_a_finished_run_only_reports(
+    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    (copy / "report.html").unlink()
+    result = vitkd("distill", *arguments(pictures, copy), "--resume")
+    assert result.code == 0, result.err
+    assert " train step " not in result.out
+    assert (copy / "report.html").exists()
+    again, first = report.read(copy), report.read(run_folder)
+    assert [m["mean"] for m in again["models"]] == [m["mean"] for m in first["models"]]
+
+
+def test_one_more_seed_keeps_the_finished_ones(
+    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    result = vitkd("distill", *arguments(pictures, copy), "run.seeds=[0, 1, 2]", "--resume")
+    assert result.code == 0, result.err
+    assert "distilled-2: train" in result.out or "distilled-2: val" in result.out
+    assert "distilled-1: val" not in result.out
+    assert len(report.read(copy)["models"][2]["runs"]) == 3
+
+
+def test_distill_without_a_teacher_trains_alone(pictures: Path, tmp_path: Path, vitkd) -> None:
+    kept = arguments(pictures, tmp_path / "run")
+    kept = [x for x in kept if not x.startswith(("teacher.", "losses."))]
+    result = vitkd("distill", *kept, "losses.ce.label_smoothing=0.1", "run.seeds=[0]")
+    assert result.code == 0, result.err
+    results = report.read(tmp_path / "run")
+    assert [m["role"] for m in results["models"]] == ["alone"]
+    assert results["models"][0]["runs"][0]["fidelity"] == {}
+    assert results["disagreements"] is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        (["optimizer.lrr=1"], "optimizer.lrr: unknown key; the nearest is optimizer.lr"),
+        (["data.train=/nowhere"], "data.train: /nowhere is no folder"),
+        (["student.model=mobilenetv2_10"], "mobilenetv2_100"),
+        (["teacher.epochs=0"], "answers in 1000 classes, and the pictures have 10"),
+        (["run.folder=/proc/nowhere/run"], "run.folder: /proc/nowhere/run cannot be written"),
+        (["data.batch_size=1000"], "150 training pictures are fewer than an update takes: 1000"),
+    ],
+)
+def test_what_cannot_run_is_one_line_and_1(
+    pictures: Path, tmp_path: Path, vitkd, changed: list[str], error: str
+) -> None:
+    result = vitkd("distill", *arguments(pictures, tmp_path / "run"), *changed)
+    assert result.code == 1
+    assert error in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_unknown_recipe_names_the_nearest(vitkd) -> None:
+    result = vitkd("distill", "cifar")
+    assert result.code == 1
+    assert "the nearest is cifar10" in result.err
+
+
+def test_a_truncated_picture_stops_or_is_skipped(pictures: Path, tmp_path: Path, vitkd) -> None:
+    copy = tmp_path / "pictures"
+    shutil.copytree(pictures, copy)
+    victim = next((copy / "train" / "3").iterdir())
+    victim.write_bytes(victim.read_bytes()[:60])
+    options = [*arguments(copy, tmp_path / "run"), "run.seeds=[0]", "run.alone=false"]
+    # an epoch leaves out the pictures that fill no batch: enough epochs meet the bad one
+    options.append("teacher.epochs=4")
+    result = vitkd("distill", *options)
+    assert result.code == 1
+    assert f"DataError: {victim} cannot be read" in result.err
+    assert "Traceback" not in result.err
+    result = vitkd("distill", *options, "--resume", "--skip-bad")
+    assert result.code == 0, result.err
+    assert f"skipped 1 pictures that cannot be read: {victim}" in result.out
+
+
+# eval and predict
+
+
+def test_eval_skips_bad_files_and_counts_them(
+    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+) -> None:
+    copy = tmp_path / "val"
+    shutil.copytree(pictures / "val", copy)
+    victim = next((copy / "3").iterdir())
+    victim.write_text("no picture")
+    (copy / "3" / "notes.txt").write_text("no picture")
+    model = run_folder / "distilled-0" / "best.safetensors"
+    result = vitkd("eval", model, copy)
+    assert result.code == 1
+    assert "notes.txt" in result.err
+    result = vitkd("eval", model, copy, "--skip-bad")
+    assert result.code == 0, result.err
+    assert "49 pictures, 2 skipped" in result.out
+
+
+def test_predict_prints_names_and_probabilities(pictures: Path, run_folder: Path, vitkd) -> None:
+    files = sorted((pictures / "val" / "7").iterdir())[:2]
+    result = vitkd("predict", run_folder / "distilled-0" / "best.safetensors", *files)
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert len(lines) == 2
+    loaded = models.load(run_folder / "distilled-0" / "best.safetensors")
+    for file, line in zip(files, lines, strict=True):
+        pixels = loaded.pixels
+        transform = data.eval_transform(pixels.image_size, pixels.crop_pct, pixels.interpolation)
+        picture = torch.as_tensor(transform(Image.open(file).convert("RGB")))[None]
+        with torch.inference_mode():
+            x = (picture / 255 - torch.tensor(pixels.mean).view(3, 1, 1)) / torch.tensor(
+                pixels.std
+            ).view(3, 1, 1)
+            best = loaded.model(x).softmax(1).max(1)
+        name = loaded.classes[best.indices.item()]
+        assert line.startswith(f"{file}: {name} {100 * best.values.item():.1f}%, ")
+
+
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_a_model_that_is_none(command: str, pictures: Path, tmp_path: Path, vitkd) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nothing")
+    given = pictures / "val" if command == "eval" else next((pictures / "val" / "7").iterdir())
+    result = vitkd(command, broken, given)
+    assert result.code == 1
+    assert "broken.safetensors" in result.err
+    assert vitkd(command, "mobilenetv2_1000", given).code == 1
+
+
+def test_predict_names_the_file_that_is_no_picture(run_folder: Path, tmp_path: Path, vitkd) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    model = run_folder / "distilled-0" / "best.safetensors"
+    result = vitkd("predict", model, tmp_path / "text.png")
+    assert result.code == 1
+    assert f"DataError: {tmp_path}/text.png cannot be read" in result.err
+
+
+def test_report_is_written_again(run_folder: Path, tmp_path: Path, vitkd) -> None:
+    (tmp_path / "report.json").write_text((run_folder / "report.json").read_text())
+    result = vitkd("report", tmp_path)
+    assert result.code == 0, result.err
+    assert report.table(json.loads((tmp_path / "report.json").read_text())) in result.out
+    assert (tmp_path / "report.html").read_text() == (run_folder / "report.html").read_text()
+    (tmp_path / "report.json").write_text("{")
+    assert vitkd("report", tmp_path).code == 1

@@ -1,0 +1,300 @@
+"""Pictures: what a batch holds, what it depends on, and what is said of files that are none."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data.mixup import Mixup
+
+from vitkd_fast.distill.config import Augmentation, Config, validate
+from vitkd_fast.distill.data import Batch, DataError, Loader, Mixer, loaders, open_data, open_folder
+from vitkd_fast.distill.losses import CE, KD
+
+torch.set_num_threads(1)
+STRONG = {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5"}
+
+
+def picture(file: Path, mode: str = "RGB") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.randint(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(file)
+    return file
+
+
+def folder(root: Path, classes: str = "cat dog", each: int = 5) -> Path:
+    for i, name in enumerate(classes.split() * each):
+        picture(root / name / f"{i}.{'jpg' if i % 3 else 'PNG'}")
+    return root
+
+
+def config(augmentation: dict[str, Any] = STRONG, **data: Any) -> Config:
+    data = {"image_size": 16, "batch_size": 4, "workers": 0, **data}
+    data = {name: str(x) if isinstance(x, Path) else x for name, x in data.items()}
+    rest = {"student": {"model": "mobilenetv2_050"}, "losses": {"ce": {}}}
+    return validate({**rest, "data": data, "augmentation": augmentation})
+
+
+def opened(seed: int = 0, classes: int | None = None, **data: Any) -> tuple[Loader, Loader]:
+    whole = config(**data)
+    return loaders(whole, open_data(whole.data, classes), seed)
+
+
+def drawn(batches: Any) -> dict[int, bytes]:
+    """Each picture by its index, in their order; fails for one that comes twice."""
+    pairs = [pair for x in batches for pair in zip(x.indices.tolist(), x.images, strict=True)]
+    assert len(dict(pairs)) == len(pairs)
+    return {index: image.numpy().tobytes() for index, image in pairs}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches(tmp_path: Path, workers: int) -> None:
+    train, val = folder(tmp_path / "train"), folder(tmp_path / "val", each=3)
+    torch_state, before = torch.get_rng_state(), (random.getstate(), repr(np.random.get_state()))
+    both = opened(train=train, val=val, workers=workers)
+    for loader, sizes, first in zip(both, ([4, 4], [4, 2]), (5, 3), strict=True):
+        batches = list(loader.epoch())
+        assert loader.batches == 2 and [len(x.labels) for x in batches] == sizes
+        for images, labels, indices, skipped in batches:
+            assert images.dtype == torch.uint8 and images.shape == (len(labels), 3, 16, 16)
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert images.is_pinned() == torch.cuda.is_available()
+            assert labels.dtype == indices.dtype == torch.int64 and not skipped
+            assert labels.tolist() == [int(i >= first) for i in indices.tolist()]
+    assert list(drawn(batches)) == list(range(6))
+    assert before == (random.getstate(), repr(np.random.get_state()))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
+    one = picture(tmp_path / "a" / "0.png").read_bytes()
+    for i in range(1, 10):
+        (tmp_path / "a" / f"{i}.png").write_bytes(one)
+    data: dict[str, Any] = {"train": tmp_path, "val": tmp_path, "batch_size": 2}
+    loader, workers = opened(**data)[0], opened(**data, workers=2)[0]
+    first = drawn(loader.epoch(3))
+    assert len(set(first.values())) == 10
+    next(workers.epoch(1))  # given up
+    for part in (loader, workers):
+        assert [*drawn(part.epoch(3)).items()] == [*first.items()]
+        assert [*drawn(part.epoch(3, 2)).items()] == [*first.items()][4:]
+    assert not list(loader.epoch(3, 5))
+    for other in (drawn(loader.epoch(4)), drawn(opened(seed=1, **data)[0].epoch(3))):
+        assert list(other) != list(first) and set(other) == set(first)
+        assert all(other[i] != first[i] for i in first)
+
+
+def on_ranks(monkeypatch: pytest.MonkeyPatch, **data: Any) -> list[list[list[Batch]]]:
+    """[rank][train, val] -> the batches, with torch.distributed's answers on each of two ranks."""
+    every = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        for rank in range(2):
+            patch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            every.append([list(loader.epoch(1)) for loader in opened(**data)])
+    return every
+
+
+def test_ranks_share_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # validation's last batch holds one picture on rank 0, and none on rank 1
+    data = {"train": folder(tmp_path / "train", each=6), "val": folder(tmp_path / "val", "cat", 9)}
+    ranks = on_ranks(monkeypatch, **data, batch_size=2)
+    for i, loader in enumerate(opened(**data, batch_size=2)):
+        whole, parts = drawn(loader.epoch(1)), [drawn(rank[i]) for rank in ranks]
+        assert not parts[0].keys() & parts[1].keys() and parts[0] | parts[1] == whole
+    assert [len(train) for train, _ in ranks] == [3, 3]
+    assert [list(drawn(val)) for _, val in ranks] == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
+
+
+def test_holdout(tmp_path: Path) -> None:
+    data = config(train=folder(tmp_path, "ant bee cat", 10), holdout=0.3).data
+    splits, again = open_data(data), open_data(data)
+    assert splits.val.index == again.val.index and splits.train.index == again.train.index
+    assert sorted(splits.train.index + splits.val.index) == list(range(30))
+    assert [splits.val.read(i)[1] for i in range(9)] == [0] * 3 + [1] * 3 + [2] * 3
+    with pytest.raises(DataError, match=r"data.holdout: 0.01 of 30 pictures"):
+        open_data(config(train=tmp_path, holdout=0.01).data)
+    # a source without files
+    splits = open_data(config(dataset="digits", holdout=0.5).data)
+    assert sorted(splits.train.index + splits.val.index) == list(range(1797))
+    (image, label), i = splits.val.read(7), splits.val.index[7]
+    assert label == splits.val.source.labels[i]
+    assert np.array_equal(np.asarray(image)[..., 1], splits.val.source.images[i])
+
+
+def test_torch_datasets_and_errors(tmp_path: Path) -> None:
+    data: dict[str, Any] = {"dataset": "torch/image_folder", "root": tmp_path}
+    for split in ("train", "val"):
+        folder(tmp_path / split)
+    assert open_data(config(**data).data).classes == ["cat", "dog"]
+    assert [len(drawn(loader.epoch())) for loader in opened(**data)] == [8, 10]
+    (tmp_path / "val" / "dog" / "1.jpg").write_text("no picture")
+    with pytest.raises(DataError, match=r"val/dog/1.jpg cannot be read"):
+        list(opened(**data)[1].epoch())
+    folder(tmp_path / "val", "ant")
+    with pytest.raises(DataError, match="train and val differ in their classes"):
+        open_data(config(**data).data)
+    for name in ("torch/none", "torch/cifar10", "wds/x", "imagenet", "foo/bar"):
+        with pytest.raises(DataError, match=f"data.dataset: {name}"):
+            open_data(config(dataset=name, root="" if "/" in name else tmp_path).data)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_wds(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    for first in (0, 5):
+        with webdataset.TarWriter(str(tmp_path / f"{first}.tar")) as shard:
+            for i in range(first, first + 5):
+                grey = Image.new("RGB", (20, 20), (i, i, i))
+                shard.write({"__key__": str(i), "png": grey, "cls": i % 3})
+    split = {"name": "", "num_samples": 10, "filenames": ["0.tar", "5.tar"], "shard_lengths": []}
+    splits = {"splits": {"train": split, "validation": split}}
+    (tmp_path / "_info.json").write_text(json.dumps(splits))
+    data: dict[str, Any] = {"dataset": "wds/x", "root": tmp_path, "workers": workers}
+    data |= {"augmentation": {}, "classes": 3}  # nothing changes a picture of one colour
+
+    def seen(batches: Any) -> list[int]:
+        every = list(batches)
+        pictures = torch.cat([x.images for x in every])[:, 0, 0, 0]
+        assert torch.equal(pictures % 3, torch.cat([x.labels for x in every]))
+        return pictures.tolist()
+
+    train, val = opened(**data)
+    assert sorted(seen(val.epoch())) == list(range(10)) == sorted(seen(val.epoch()))
+    once = seen(train.epoch(5))
+    assert len(once) == len(set(once)) == 8 and seen(train.epoch(6)) != once
+    assert seen(train.epoch(5)) == once == seen(opened(**data)[0].epoch(5))
+    assert seen(train.epoch(5, 1)) == once[4:]
+    ranks = on_ranks(monkeypatch, **data | {"batch_size": 1, "workers": 0})
+    assert sorted(x for rank in ranks for x in seen(rank[0])) == list(range(10))
+    with pytest.raises(DataError, match=r"data.workers: more than shards; 6 of 10 batches"):
+        list(opened(**data | {"batch_size": 1, "workers": 4})[0].epoch())
+    with pytest.raises(DataError, match="does not name its classes"):
+        opened(**data | {"classes": None})
+
+
+def test_hfds(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    path = folder(tmp_path / "p" / "train").parent
+    data: dict[str, Any] = {"dataset": f"hfds/{path}", "root": tmp_path / "cache"}
+    source = open_data(config(**data, train="train", val="train").data, 2).train
+    assert sorted(source.read(i)[1] for i in range(10)) == [0] * 5 + [1] * 5
+
+
+def test_pictures_become_rgb(tmp_path: Path) -> None:
+    modes = "RGB", "L", "P", "RGBA", "CMYK", "1", "LA"
+    for i, mode in enumerate(modes):
+        picture(tmp_path / "a" / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}", mode)
+    images = torch.cat([x.images for x in opened(train=tmp_path, val=tmp_path)[1].epoch()])
+    grey = [bool((x[0] == x[1]).all() and (x[1] == x[2]).all()) for x in images]
+    assert images.shape[1] == 3 and grey == [mode in ("L", "1", "LA") for mode in modes]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pictures(tmp_path: Path, workers: int) -> None:
+    data = {"train": folder(tmp_path, each=10), "val": tmp_path, "workers": workers}
+    bad = [tmp_path / "cat" / "2.jpg", tmp_path / "dog" / "1.jpg"]
+    bad[0].write_bytes(bad[0].read_bytes()[:-200])
+    bad[1].write_text("no picture")
+    for loader in opened(**data):
+        with pytest.raises(DataError, match=f"^({bad[0]}|{bad[1]}) cannot be read: ") as error:
+            list(loader.epoch())
+        assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
+    train, val = opened(**data, skip_bad=True)
+    assert [len(x.labels) for x in train.epoch()] == [4] * 5
+    name = open_data(config(**data).data).val.name
+    assert list(drawn(val.epoch())) == [i for i in range(20) if Path(name(i)) not in bad]
+    assert train.skipped == val.skipped == set(map(str, bad))
+    for file in list(tmp_path.glob("*/*")):
+        file.write_text("no picture")
+    for loader in opened(**data, skip_bad=True):
+        with pytest.raises(DataError, match="not one of 20 pictures can be read"):
+            list(loader.epoch())
+    # batches of which nothing is left do not end the epoch
+    picture(bad[1])
+    assert len(drawn(opened(**data, skip_bad=True)[1].epoch())) == 1
+
+
+@pytest.mark.parametrize("stray", ["notes.txt", "cat/notes.txt", "0.png", "ant/.hidden"])
+def test_folders_with_more_than_pictures(tmp_path: Path, stray: str) -> None:
+    file = folder(tmp_path) / stray
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("")
+    named = str(file.parent if file.name == ".hidden" else file)
+    with pytest.raises(DataError, match=rf"^data.train: .*{named}\b.*--skip-bad"):
+        open_data(config(train=tmp_path).data)
+    splits = open_data(config(train=tmp_path, skip_bad=True, holdout=0.2).data)
+    assert splits.classes == ["cat", "dog"] and len(splits.train) + len(splits.val) == 10
+    assert len(splits.skipped) == 1 and named in splits.skipped[0]
+
+
+@pytest.mark.parametrize("place", ["p", "p/", ".hidden/p"])
+def test_hidden_files_are_ignored(tmp_path: Path, place: str) -> None:
+    root = folder(tmp_path / place)
+    _ = picture(root / "cat/.ipynb_checkpoints/1.jpg"), picture(root / ".git/cat/1.jpg")
+    for name in (".DS_Store", "cat/.DS_Store", "cat/._1.jpg", ".git/cat/2.jpg"):
+        (root / name).write_text("no picture")
+    splits = open_data(config(train=f"{tmp_path}/{place}", val=root).data)
+    assert splits.classes == ["cat", "dog"] and len(splits.train) == 10 and not splits.skipped
+
+
+def test_validation_and_its_errors(tmp_path: Path) -> None:
+    train, val = folder(tmp_path / "train", "c1 c2 c10"), folder(tmp_path / "val", "c10")
+    _, source, classes, _ = open_data(config(train=train, val=val).data)
+    assert classes == ["c1", "c2", "c10"] and source.read(0)[1] == 2
+    with pytest.raises(DataError, match=r"15 training pictures are fewer .* takes: 16"):
+        opened(train=train, val=val, batch_size=16)
+    folder(val, "c3"), (tmp_path / "empty").mkdir()
+    for name, message in {"val": "class 'c3'", "none": "no folder", "empty": "no picture"}.items():
+        with pytest.raises(DataError, match=f"data.val: .*{name}.*{message}"):
+            open_data(config(train=train, val=tmp_path / name).data)
+    with pytest.raises(DataError, match="empty holds no class folders"):
+        open_data(config(train=tmp_path / "empty", skip_bad=True).data)
+
+
+def test_open_folder(tmp_path: Path) -> None:
+    names = [["tench", "cock", "hen"], ["n3", "n2", "n1"]]
+    for classes, expected in (("n1 n3", {0, 2}), ("hen", {2}), ("a b10 b9", {0, 1, 2})):
+        root = folder(tmp_path / classes, classes)
+        for skip_bad in (False, True):
+            source, bad = open_folder(str(root), names, skip_bad)
+            assert {source.read(i)[1] for i in range(len(source))} == expected
+            assert bad == [f"{root}/notes.txt is no picture in a class's folder"] * skip_bad
+            (root / "notes.txt").write_text("")
+    assert source.classes == ["a", "b9", "b10"]
+    with pytest.raises(DataError, match="class 'a' that the model does not know"):
+        open_folder(str(folder(tmp_path / "x", "a hen")), names, False)
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixing_is_timms(mode: Any, mixup: float, cutmix: float) -> None:
+    ours = Mixer(Augmentation(mixup=mixup, cutmix=cutmix, mix_mode=mode, mix_prob=0.8))
+    theirs = Mixup(mixup, cutmix, prob=0.8, mode=mode, label_smoothing=0.0, num_classes=5)
+    shares = set()
+    for seed in range(5):
+        images, y = torch.rand(8, 3, 12, 12), torch.randint(5, (8,))
+        np.random.seed(seed)
+        expected, dense = theirs(images.clone(), y)
+        np.random.seed(seed)
+        mixed, (a, b, lam) = ours(images, y)
+        assert torch.equal(mixed, expected) and torch.equal(a, y) and torch.equal(b, y.flip(0))
+        assert isinstance(lam, float) if mode == "batch" else lam.shape == (8,)
+        share = torch.as_tensor(lam, dtype=torch.float32).reshape(-1, 1)
+        assert torch.allclose(share * F.one_hot(a, 5) + (1 - share) * F.one_hot(b, 5), dense)
+        shares.update(share.flatten().tolist())
+        student, teacher = torch.randn(8, 5), torch.randn(8, 5)
+        kl = F.kl_div((student / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean")
+        ce = F.cross_entropy(student, dense, label_smoothing=0.1)
+        assert torch.allclose(CE(label_smoothing=0.1)(student, None, (a, b, lam), 0), ce, atol=1e-6)
+        options = {"weight": {"start": 3, "end": 1}, "temperature": 2, "label_smoothing": 0.1}
+        kd = KD.model_validate(options | {"ce_weight": 0.5})(student, teacher, (a, b, lam), 0.5)
+        assert torch.allclose(kd, 2 * 4 * kl + 0.5 * ce, atol=1e-5)
+    assert len(shares) > 3

@@ -1,0 +1,292 @@
+"""Every metric against scikit-learn, scipy or numpy; costs against hand counts."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import sklearn.metrics as sk
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from vitkd_fast.distill import evaluate as module
+from vitkd_fast.distill.evaluate import Evaluation, cost, evaluate, paired_test, summarize
+
+CLOSE = {"rel": 1e-5, "abs": 1e-6}
+
+
+def problem(n: int, classes: int, scale: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Random logits, better than chance, and labels among which every class occurs."""
+    labels = torch.arange(n) % classes
+    logits = scale * torch.randn(n, classes)
+    logits[torch.arange(n), labels] += scale
+    return logits, labels
+
+
+def pictures(n: int) -> Tensor:
+    """[n, 3, 1, 2]: the first two bytes of a picture are its number."""
+    x = torch.zeros(n, 3, 1, 2, dtype=torch.uint8)
+    x[:, 0, 0, 0], x[:, 0, 0, 1] = torch.arange(n) // 256, torch.arange(n) % 256
+    return x
+
+
+def table(logits: Tensor, form: Callable[[Tensor], object] = lambda x: x) -> Callable:
+    """A predictor that looks a picture's logits up."""
+    return lambda x: form(logits[x[:, 0, 0, 0].long() * 256 + x[:, 0, 0, 1].long()])
+
+
+def uneven(labels: Tensor, start: int = 0, stop: int | None = None) -> Iterator:
+    """Batches of 1, 2, 3, ... pictures."""
+    x, size = pictures(len(labels)), 1
+    stop = stop or len(labels)
+    while start < stop:
+        end = min(start + size, stop)
+        yield x[start:end], labels[start:end]
+        start, size = end, size + 1
+
+
+def expected(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """All metrics, by scikit-learn in fp64."""
+    z, y = logits.double().numpy(), labels.numpy()
+    p, guess, classes = scipy.special.softmax(z, 1), z.argmax(1), np.arange(z.shape[1])
+    scores = sk.precision_recall_fscore_support(y, guess, average="macro", zero_division=0)
+    confidence, gap = p.max(1), 0.0
+    for i in range(15):
+        inside = np.minimum((confidence * 15).astype(int), 14) == i
+        gap += abs((guess == y)[inside].sum() - confidence[inside].sum())
+    present = [c for c in classes if (y == c).any()]
+    return {
+        "top1": sk.accuracy_score(y, guess),
+        "top5": np.mean((np.argsort(-z, 1)[:, : min(5, len(classes))] == y[:, None]).any(1)),
+        **dict(zip(("precision", "recall", "f1"), scores[:3], strict=True)),
+        "kappa": sk.cohen_kappa_score(y, guess),
+        "quadratic_kappa": sk.cohen_kappa_score(y, guess, labels=classes, weights="quadratic"),
+        "mcc": sk.matthews_corrcoef(y, guess),
+        "auroc": np.mean([sk.roc_auc_score(y == c, p[:, c]) for c in present]),
+        "ece": gap / len(y),
+        "nll": sk.log_loss(y, p, labels=classes),
+    }
+
+
+def run(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Evaluation:
+    other = None if teacher is None else table(teacher)
+    return evaluate(table(logits), uneven(labels), classes=logits.shape[1], teacher=other)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 12, 100])
+def test_metrics_are_those_of_scikit_learn(classes: int) -> None:
+    logits, labels = problem(307, classes)
+    result = run(logits, labels)
+    assert result.metrics == pytest.approx(expected(logits, labels), **CLOSE)
+    if classes == 12:
+        z = logits.numpy()
+        assert result.metrics["top5"] == pytest.approx(sk.top_k_accuracy_score(labels, z, k=5))
+    assert result.fidelity == {} and result.teacher is None and result.teacher_confidence is None
+    assert torch.equal(result.labels, labels) and result.labels.dtype == torch.int64
+    assert torch.equal(result.student, logits.argmax(1))
+    assert torch.equal(result.confidence, logits.softmax(1).amax(1))
+    matrix = sk.confusion_matrix(labels, result.student, labels=range(classes))
+    assert (result.confusion.numpy() == matrix).all() and result.confusion.dtype == torch.int64
+
+
+def test_logits_like_probabilities_are_logits() -> None:
+    logits, labels = torch.rand(50, 4), torch.arange(50) % 4
+    assert run(logits, labels).metrics == pytest.approx(expected(logits, labels), **CLOSE)
+
+
+def test_absent_classes_are_left_out(recwarn: pytest.WarningsRecorder) -> None:
+    logits, labels = problem(200, 8)
+    labels = labels.clamp(max=5)  # two classes are predicted, and never right
+    logits[:, 0] = -25  # another occurs, and is never predicted
+    assert run(logits, labels).metrics == pytest.approx(expected(logits, labels), **CLOSE)
+    logits[:, 7] = -25  # neither a label nor predicted
+    assert run(logits, labels).metrics == pytest.approx(expected(logits, labels), **CLOSE)
+    assert not [w for w in recwarn if "samples in targets" in str(w.message)]
+    assert math.isnan(run(logits, torch.zeros_like(labels)).metrics["auroc"])
+
+
+@pytest.mark.parametrize("form", [Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.numpy])
+def test_any_form_of_logits(form: Callable) -> None:
+    logits, labels = problem(120, 6)
+    logits = logits.bfloat16().float()  # exact in every form
+    result = evaluate(table(logits, form), uneven(labels), classes=6, teacher=table(logits))
+    assert result.metrics == run(logits, labels).metrics
+    assert result.confidence.dtype == torch.float32
+    assert result.fidelity == pytest.approx({"agreement": 1, "kl": 0, "correlation": 1}, abs=1e-6)
+
+
+def test_from_a_loader() -> None:
+    logits, labels = problem(64, 3)
+    loader = DataLoader(TensorDataset(pictures(64), labels), batch_size=10, num_workers=1)
+    result = evaluate(table(logits), loader, classes=3, device=torch.device("cpu"))
+    assert result.metrics == pytest.approx(run(logits, labels).metrics, **CLOSE)
+
+
+def test_binned_auroc_is_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = problem(400, 50, scale=4.0)
+    exact = run(logits, labels).metrics["auroc"]
+    monkeypatch.setattr(module, "_EXACT_AUROC", 400 * 50)
+    assert run(logits, labels).metrics["auroc"] == exact
+    monkeypatch.setattr(module, "_EXACT_AUROC", 200 * 50)
+    assert run(logits, labels).metrics["auroc"] == pytest.approx(exact, abs=2e-3)
+    assert run(logits, labels).metrics["auroc"] != exact
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_fidelity() -> None:
+    (logits, labels), teacher = problem(90, 7), 3 * torch.randn(90, 7)
+    teacher[4], logits[9] = 0.1, -1e4 / 3  # constant rows
+    result = run(logits, labels, teacher)
+    s, t = logits.double().numpy(), teacher.double().numpy()
+    kl = scipy.stats.entropy(scipy.special.softmax(t, 1), scipy.special.softmax(s, 1), axis=1)
+    r = [0 if i in (4, 9) else scipy.stats.pearsonr(s[i], t[i])[0] for i in range(90)]
+    agreement = np.mean(s.argmax(1) == t.argmax(1))
+    want = {"agreement": agreement, "kl": kl.mean(), "correlation": np.mean(r)}
+    assert result.fidelity == pytest.approx(want, **CLOSE)
+    assert torch.equal(result.teacher, teacher.argmax(1))
+    assert torch.equal(result.teacher_confidence, teacher.softmax(1).amax(1))
+    assert result.metrics == run(logits, labels).metrics
+
+
+def test_errors() -> None:
+    logits, labels = problem(40, 4)
+    for name in ("student", "teacher"):
+        bad = {"student": logits, "teacher": logits} | {name: logits.clone()}
+        bad[name][3, 0], bad[name][17] = torch.nan, torch.inf
+        with pytest.raises(ValueError, match=f"{name} gave .* not finite for 2 of 40 pictures"):
+            run(bad["student"], labels, bad["teacher"])
+        bad[name] = torch.randn(40, 5)
+        with pytest.raises(ValueError, match=rf"{name} .*\[1, 5\].*\[1, 3, 1, 2\].*\[1, 4\]"):
+            evaluate(
+                table(bad["student"]), uneven(labels), classes=4, teacher=table(bad["teacher"])
+            )
+    for outside in (-1, 4):
+        with pytest.raises(ValueError, match=rf"labels .*{outside}.*0 to 3"):
+            run(logits, labels.where(labels != 2, outside))
+    with pytest.raises(ValueError, match=r"labels is \[1, 4\].*accepted is \[B\]"):
+        run(logits, nn.functional.one_hot(labels))
+    with pytest.raises(ValueError, match="batches is empty"):
+        evaluate(table(logits), [], classes=4)
+    with pytest.raises(ValueError, match="classes is 1"):
+        evaluate(table(logits), uneven(labels), classes=1)
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    url = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", url, rank=rank, world_size=2)
+    logits, labels, teacher = torch.load(f"{folder}/problem.pt")
+    start, stop = (0, 170) if rank == 0 else (170, len(labels))
+    student, other = table(logits), table(teacher)
+    results = [evaluate(student, uneven(labels, start, stop), classes=9, teacher=other)]
+    # more than a rank's half of the exact probabilities on one rank: both bin
+    module._EXACT_AUROC = 2 * 9 * 100
+    results.append(evaluate(student, uneven(labels, start, stop), classes=9))
+    with pytest.raises(ValueError, match="batches is empty"):
+        evaluate(student, uneven(labels) if rank else [], classes=9)
+    torch.save([vars(result) for result in results], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    (logits, labels), teacher = problem(230, 9), torch.randn(230, 9)
+    torch.save((logits, labels, teacher), tmp_path / "problem.pt")
+    # this file as a script: pytest's importlib mode leaves no module for multiprocessing to import
+    commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(2)]
+    processes = [subprocess.Popen(command) for command in commands]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    one = run(logits, labels, teacher)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for exact, binned in ranks:
+        assert exact["metrics"] == pytest.approx(one.metrics, **CLOSE)
+        assert exact["fidelity"] == pytest.approx(one.fidelity, **CLOSE)
+        assert torch.equal(exact["confusion"], one.confusion)
+        assert binned["metrics"] == ranks[0][1]["metrics"]
+        assert binned["metrics"]["auroc"] == pytest.approx(one.metrics["auroc"], abs=2e-3)
+    for name in ("labels", "student", "confidence", "teacher", "teacher_confidence"):
+        assert torch.equal(torch.cat([x[0][name] for x in ranks]), getattr(one, name))
+
+
+def macs(model: nn.Module, size: int) -> int:
+    return cost(lambda x: x, model, image_size=size, device="cpu", batch=2).macs
+
+
+def test_macs_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_seconds", lambda *_: 1.0)
+    separable = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 16, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+    assert macs(separable, 32) == 16 * 16 * (27 * 8 + 9 * 8 + 8 * 16) + 160
+    assert separable.training and separable[1].num_batches_tracked == 0
+    assert macs(separable.bfloat16(), 32) == macs(separable.float(), 32)
+    assert macs(timm.create_model("mobilenetv2_100"), 224) == pytest.approx(300.8e6, rel=0.01)
+    vit = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5
+    )
+    tokens, dim = 17, 24
+    block = tokens * dim * dim * (3 + 1 + 4 + 4) + 2 * tokens * tokens * dim
+    assert macs(vit, 32) == 16 * 3 * 8 * 8 * dim + 2 * block + dim * 5
+
+
+def test_cost(tmp_path: Path) -> None:
+    model, seen = nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5)), set()
+
+    def predictor(x: Tensor) -> Tensor:
+        assert x.dtype == torch.uint8 and torch.is_inference_mode_enabled()
+        seen.add(tuple(x.shape))
+        torch.mm(torch.ones(len(x), 999), torch.ones(999, 999))
+        return x
+
+    result = cost(predictor, model, image_size=4, device="cpu", batch=7)
+    assert seen == {(1, 3, 4, 4), (7, 3, 4, 4)}
+    assert result.parameters == 48 * 5 + 5 + 10 and result.macs == 240
+    assert result.bytes == 4 * (result.parameters + 10) + 8
+    assert 0 < result.latency_ms < 1000 and result.images_per_s > 0
+    (file := tmp_path / "model").write_bytes(b"12345")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_seconds", lambda _, x: len(x) / 10)
+        sized = cost(predictor, model, image_size=4, device="cpu", batch=20, file=file)
+    assert (sized.bytes, sized.latency_ms, sized.images_per_s) == (5, 100, 10)
+    with pytest.raises(ValueError, match="batch 0"):
+        cost(predictor, model, image_size=4, device="cpu", batch=0)
+
+
+def test_summarize() -> None:
+    mean, std = summarize([{"a": 1.0, "b": 0.5}, {"b": 0.5, "a": 2.0}])
+    assert mean == {"a": 1.5, "b": 0.5} and std == {"a": pytest.approx(0.5**0.5), "b": 0}
+    assert summarize([{"a": 3.0}]) == ({"a": 3.0}, {"a": 0.0})
+    for runs in ([], [{"a": 1.0}, {"b": 1.0}]):
+        with pytest.raises(ValueError, match="summarize: runs"):
+            summarize(runs)
+
+
+def test_paired_test() -> None:
+    a, b = [0.71, 0.74, 0.72, 0.75], [0.70, 0.70, 0.71, 0.72]
+    d, result = np.subtract(a, b), paired_test(a, b)
+    error = d.std(ddof=1) / 2
+    t = d.mean() / error
+    p = 2 * scipy.stats.t.sf(abs(t), 3)
+    want = {"seeds": 4, "difference": d.mean(), "standard_error": error, "t": t, "p": p}
+    assert result == pytest.approx(want | {"standard_errors": t})
+    assert paired_test(b, a)["t"] == pytest.approx(-t)
+    for shift, p in ((0.0, 1), (0.1, 0), (-0.1, 0)):
+        result = paired_test([x + shift for x in b], b)
+        assert result["standard_error"] == 0 and result["p"] == p and result["t"] is None
+        assert json.loads(json.dumps(result, allow_nan=False))["standard_errors"] is None
+    for x, y in (([0.1], [0.2]), (a, b[:3]), ([0.1, math.nan], [0.1, 0.2])):
+        with pytest.raises(ValueError, match="paired_test: distilled"):
+            paired_test(x, y)
+
+
+if __name__ == "__main__":
+    one_rank(int(sys.argv[1]), sys.argv[2])

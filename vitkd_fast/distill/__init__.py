@@ -1,0 +1,1 @@
+"""Distilling a teacher into a student: data, training, evaluation and the report."""

@@ -1,0 +1,120 @@
+"""A run's whole state in one safetensors file: nothing is pickled, and one rename makes it new.
+
+Random numbers are a function of (seed, step, rank) and need no place here (data.py, loop.py).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._files import replacing
+
+VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or a folder that cannot be used; the message names it."""
+
+
+def save(
+    path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, info: dict
+) -> None:
+    """Writes modules, optimiser and `info` (JSON) to `path`, which stays whole throughout."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    state = optimizer.state_dict()
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                numbers.setdefault(str(index), {})[key] = value
+    header = {"version": VERSION, "info": info, "groups": state["param_groups"], "numbers": numbers}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with replacing(path) as part:
+        save_file(tensors, part, metadata={"checkpoint": json.dumps(header)})
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """What `save` was given as `info`.
+
+    Raises:
+        CheckpointError: where the file is no whole checkpoint of this version.
+    """
+    return _header(path)["info"]
+
+
+def restore(
+    path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Puts the state back in place, memory layouts included, and returns `info`.
+
+    Raises:
+        CheckpointError: where the file is no whole checkpoint of these modules.
+    """
+    header = _header(path)
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    try:
+        for name, module in modules.items():
+            prefix = f"{name}."
+            module.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            )
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Any]] = {
+            int(index): dict(entries) for index, entries in header["numbers"].items()
+        }
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, entry = key.split(".", 2)
+                parameter = parameters[int(index)]
+                if value.shape == parameter.shape:
+                    # channels_last, as it was: else every update would mix two layouts
+                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                state.setdefault(int(index), {})[entry] = value
+        optimizer.load_state_dict({"state": state, "param_groups": header["groups"]})
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: is of another model or optimiser: {reason}") from error
+    return header["info"]
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("checkpoint", "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is no whole checkpoint: {error}") from error
+    if not header or header.get("version") != VERSION:
+        raise CheckpointError(f"{path}: is no checkpoint of version {VERSION}")
+    return header
+
+
+def check_folder(folder: Path, need: int) -> None:
+    """Makes the folder, and finds out before any work whether `need` bytes can be written there.
+
+    Raises:
+        CheckpointError: naming the folder and the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_bytes(b"0")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"run.folder: {folder} cannot be written: {error}") from error
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise CheckpointError(
+            f"run.folder: {folder} has {free >> 20} MiB left, and checkpoints take {need >> 20} MiB"
+        )

@@ -1,0 +1,244 @@
+"""A run's configuration: typed sections, YAML recipes, `key=value` overrides, errors that help."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from .losses import Losses, Section
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key."""
+
+
+class Data(Section):
+    """The pictures. With no `val`, `holdout` of the training pictures are kept for validation."""
+
+    # "" for a folder of class folders; "digits"; timm's torch/..., hfds/..., wds/...
+    dataset: str = ""
+    root: str = ""  # where a named dataset lies; train and val are then its splits
+    train: str = ""
+    val: str = ""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    image_size: int = Field(224, ge=8)
+    crop_pct: float = Field(0.875, gt=0, le=1)  # of the resized picture, in validation
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
+    batch_size: int = Field(128, ge=1)  # per process
+    workers: int = Field(4, ge=0)
+    skip_bad: bool = False  # go on without files that cannot be read, and count them
+
+
+class Model(Section):
+    """A timm name or hf-hub:org/name, and where its weights come from."""
+
+    model: str = ""
+    pretrained: bool = False
+    checkpoint: str = ""
+    options: dict[str, Any] = Field({})  # further arguments of timm.create_model
+
+
+class Optimizer(Section):
+    """timm's optimisers and schedules; the learning rate is that of an update, not of a picture."""
+
+    name: str = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    options: dict[str, Any] = Field({})  # further arguments, such as momentum
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: int = Field(0, ge=0)
+    warmup_lr: float = Field(1e-6, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+    clip_grad: float | None = Field(None, gt=0)  # the gradient's largest norm
+    accumulate: int = Field(1, ge=1)  # batches per update
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: no moving average of the weights
+
+
+class Teacher(Model):
+    """The model that teaches. With `epochs`, it is trained on the labels first."""
+
+    epochs: int = Field(0, ge=0)
+    optimizer: Optimizer | None = None  # the student's, where there is none
+
+
+class Augmentation(Section):
+    """timm's transforms, and its mixup and cutmix; teacher and student see the same picture."""
+
+    scale: list[float] = Field([0.08, 1.0], min_length=2, max_length=2)  # of the picture's area
+    ratio: list[float] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)
+    hflip: float = Field(0.5, ge=0, le=1)
+    color_jitter: float = Field(0.0, ge=0)
+    auto_augment: str = ""  # timm's, such as rand-m9-mstd0.5
+    mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    mix_prob: float = Field(1.0, ge=0, le=1)
+    switch_prob: float = Field(0.5, ge=0, le=1)
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+class Run(Section):
+    """How long, where and how; nothing here changes what is learnt, but epochs, steps and seeds."""
+
+    folder: str = "runs/distill"
+    epochs: int = Field(300, ge=1)
+    max_steps: int | None = Field(None, ge=1)  # the end after so many updates, schedules included
+    seeds: list[int] = Field([0], min_length=1)
+    alone: bool = True  # also train the student without its teacher, and compare
+    device: str = ""  # "": the GPU where there is one
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    threads: int | None = Field(None, ge=1)  # of a CPU, per process
+    log_every: int = Field(50, ge=1)  # steps
+    eval_every: int = Field(1, ge=1)  # epochs
+    save_every: int | None = Field(None, ge=1)  # steps, beside the end of every epoch
+
+
+class Config(Section):
+    """Everything a run needs; see the recipes beside this package for whole examples."""
+
+    data: Data = Data()
+    teacher: Teacher = Teacher()
+    student: Model = Model()
+    losses: Losses = Losses()
+    optimizer: Optimizer = Optimizer()
+    augmentation: Augmentation = Augmentation()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        if not self.student.model:
+            raise ConfigError("student.model: missing; name a timm model, such as mobilenetv2_100")
+        if not list(self.losses.terms()):
+            raise ConfigError(f"losses: none; accepted are {', '.join(Losses.model_fields)}")
+        if self.losses.kd and not self.teacher.model:
+            raise ConfigError("teacher.model: missing, and losses.kd needs a teacher")
+        if not (self.data.train or self.data.dataset):
+            raise ConfigError("data.train: missing; name a folder with a folder for each class")
+        if self.augmentation.mixes and self.data.batch_size % 2:
+            raise ConfigError(
+                f"data.batch_size: {self.data.batch_size} is odd, and mixing pairs the pictures"
+            )
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: 1e-3 is a number, which YAML 1.1 reads as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that ship with the package."""
+    folder = resources.files("vitkd_fast") / "recipes"
+    return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load(source: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a recipe's name or a YAML file, with `key=value` put over it.
+
+    Args:
+        source: a name out of `recipes()`, a path ending in .yaml or .yml, or None: the defaults.
+        overrides: such as "optimizer.lr=1e-3" or "losses.kd={temperature: 4}"; a value is YAML.
+
+    Raises:
+        ConfigError: naming the key, what was given, and the nearest valid key.
+    """
+    tree = {} if source is None else _read(str(source))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is no override; accepted is key=value")
+        *path, last = key.split(".")
+        section = tree
+        for part in path:
+            # a section that was left out, or switched off with null, begins anew
+            section[part] = section[part] if section.get(part) is not None else {}
+            section = section[part]
+            if not isinstance(section, dict):
+                raise ConfigError(f"{key}: {part} is a {type(section).__name__}, not a section")
+        section[last] = _parse(value, key)
+    return validate(tree)
+
+
+def _read(name: str) -> dict[str, Any]:
+    if name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}: cannot be read: {error}") from error
+    elif name in recipes():
+        text = (resources.files("vitkd_fast") / "recipes" / f"{name}.yaml").read_text()
+    else:
+        raise ConfigError(
+            f"{name}: no recipe and no .yaml file; recipes are {', '.join(recipes())}"
+            + _nearest(name, recipes())
+        )
+    tree = _parse(text, name)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name}: holds a {type(tree).__name__}; accepted is a mapping")
+    return tree
+
+
+def validate(tree: dict[str, Any]) -> Config:
+    """The configuration in nested mappings, as YAML or `Config.model_dump` give them.
+
+    Raises:
+        ConfigError: naming every wrong key, what was given, and the nearest valid key.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(map(_explain, error.errors()))) from None
+
+
+def _parse(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: no YAML: {' '.join(str(error).split())}") from error
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; the nearest is {close[0]}" if close else ""
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors as `key: what is wrong`."""
+    if isinstance(wrong := error.get("ctx", {}).get("error"), ConfigError):
+        return str(wrong)
+    *path, last = (str(part) for part in error["loc"])
+    key = ".".join([*path, last])
+    if error["type"] != "extra_forbidden":
+        given = f"{error['input']!r} ({type(error['input']).__name__})"
+        # pydantic adds "or instance of" one of our classes
+        return f"{key}: {given} given; {error['msg'].split(' or instance')[0].lower()}"
+    # without the path, which would make all names alike
+    valid = {name: ".".join([*path, name]) for name in _fields(Config, path)}
+    if close := difflib.get_close_matches(last, valid, n=1, cutoff=0.5):
+        return f"{key}: unknown key; the nearest is {valid[close[0]]}"
+    return f"{key}: unknown key; accepted are {', '.join(valid.values())}"
+
+
+def _fields(section: Any, path: list[str]) -> list[str]:
+    """The keys of the section at `path`; annotations such as `KD | None` hold it as an argument."""
+    for part in path:
+        kind: Any = section.model_fields[part].annotation
+        options = [kind, *getattr(kind, "__args__", ())]
+        section = next(x for x in options if isinstance(x, type) and issubclass(x, Section))
+    return list(section.model_fields)

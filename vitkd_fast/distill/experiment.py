@@ -1,0 +1,388 @@
+"""A whole run: teacher, student alone and student distilled, for every seed, and the report."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+
+from .. import models
+from .._files import replacing
+from . import checkpoint, data, evaluate, journal, report
+from .config import Config, ConfigError, Model, Optimizer
+from .loop import Place, Trainer, cpu_capabilities
+from .losses import Losses
+
+_THUMBNAILS = 24
+# what may differ when a run goes on: where things are, and how they are computed
+_MAY_CHANGE = {
+    "data": {"root", "train", "val", "workers", "skip_bad"},
+    "teacher": {"checkpoint"},
+    "run": {"folder", "device", "precision", "channels_last", "compile", "threads"}
+    | {"log_every", "eval_every", "save_every", "seeds", "alone"},
+}
+
+
+def distill(config: Config, *, resume: bool = False) -> dict[str, Any]:
+    """Trains, evaluates and reports what `config` says; the results are report.json's.
+
+    Under torchrun every process calls this, and the first one writes.
+
+    Args:
+        config: from `config.load`.
+        resume: go on in a folder that holds a run; what is done there is not done again.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what cannot be run, before any training where it
+            can be known.
+        NonFiniteError, Stopped: as `Trainer.run`.
+    """
+    place = Place.of(config)
+    try:
+        return _Experiment(config, place, resume).run()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _Experiment:
+    def __init__(self, config: Config, place: Place, resume: bool) -> None:
+        self.config, self.place, self.resume = config, place, resume
+        self.folder = Path(config.run.folder)
+        self._check_folder()
+        self.splits = data.open_data(config.data, config.student.options.get("num_classes"))
+        self.classes = self.splits.classes
+        self.teacher = self._teacher()
+        # a student that cannot be built is found out before hours of work on its teacher
+        self._create(config.student, len(self.classes))
+
+    def _check_folder(self) -> None:
+        """Refuses another run's folder; notes the configuration in a new one."""
+        file = self.folder / "config.yaml"
+        wanted = self.config.model_dump()
+        if file.exists():
+            if not self.resume:
+                raise ConfigError(
+                    f"run.folder: {self.folder} holds a run; --resume goes on with it, or name "
+                    "another"
+                )
+            found = yaml.safe_load(file.read_text())
+            if keys := _differing(found, wanted):
+                raise ConfigError(
+                    f"--resume: {self.folder} was begun with another {', '.join(keys)}"
+                )
+        if self.place.rank == 0:
+            checkpoint.check_folder(self.folder, 1 << 20)
+            with replacing(file) as part:
+                part.write_text(yaml.safe_dump(wanted, sort_keys=False))
+
+    def _create(self, model: Model, num_classes: int | None) -> nn.Module:
+        options = {k: v for k, v in model.options.items() if k != "num_classes"}
+        return models.create(
+            model.model,
+            num_classes=num_classes,
+            pretrained=model.pretrained,
+            checkpoint=model.checkpoint,
+            image_size=self.config.data.image_size,
+            options=options,
+        )
+
+    def _teacher(self) -> nn.Module | None:
+        """The teacher, trained first where it is to be; None where no loss has one."""
+        config = self.config
+        if not config.teacher.model:
+            return None
+        classes = len(self.classes)
+        own = config.teacher.options.get("num_classes")
+        data.seed_all(0)
+        teacher = self._create(config.teacher, classes if config.teacher.epochs else own)
+        if (found := getattr(teacher, "num_classes", classes)) != classes:
+            raise ConfigError(
+                f"teacher.model: {config.teacher.model} answers in {found} classes, and the "
+                f"pictures have {classes}; give it a checkpoint of theirs and options."
+                "num_classes, or teacher.epochs to train it on them first"
+            )
+        if not config.teacher.epochs:
+            return teacher
+        return self._train(
+            "teacher",
+            config.teacher,
+            teacher,
+            None,
+            config.losses.alone(),
+            config.teacher.optimizer or config.optimizer,
+            config.teacher.epochs,
+            seed=0,
+        )
+
+    def _train(
+        self,
+        name: str,
+        section: Model,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        losses: Losses,
+        optimizer: Optimizer,
+        epochs: int,
+        seed: int,
+    ) -> nn.Module:
+        save_model = functools.partial(
+            models.save,
+            name=section.model,
+            options=section.options,
+            num_classes=len(self.classes),
+            pixels=self._pixels(model),
+            classes=tuple(self.classes),
+        )
+        trainer = Trainer(
+            self.config,
+            model,
+            teacher,
+            losses,
+            optimizer,
+            epochs,
+            self.splits,
+            self.folder / name,
+            seed=seed,
+            title=name,
+            place=self.place,
+            resume=self.resume,
+            save_model=save_model,
+        )
+        return trainer.run()
+
+    def _pixels(self, model: nn.Module) -> models.Pixels:
+        """The model's own mean and std, and this run's size, crop and interpolation."""
+        own, config = models.Pixels.of(model), self.config.data
+        return models.Pixels(
+            config.image_size, own.mean, own.std, config.interpolation, config.crop_pct
+        )
+
+    def run(self) -> dict[str, Any]:
+        config = self.config
+        students: dict[str, dict[int, nn.Module]] = {}
+        roles: dict[str, tuple[nn.Module | None, Losses]] = {}
+        if config.run.alone and self.teacher:
+            roles["alone"] = None, config.losses.alone()
+        roles["distilled" if self.teacher else "alone"] = self.teacher, config.losses
+        for seed in config.run.seeds:
+            for role, (teacher, losses) in roles.items():
+                data.seed_all(seed)
+                student = self._create(config.student, len(self.classes))
+                students.setdefault(role, {})[seed] = self._train(
+                    f"{role}-{seed}",
+                    config.student,
+                    student,
+                    teacher,
+                    losses,
+                    config.optimizer,
+                    config.run.epochs,
+                    seed,
+                )
+        results = self._results(students)
+        if self.place.rank == 0:
+            report.write(results, self.folder)
+        return results
+
+    def _results(self, students: dict[str, dict[int, nn.Module]]) -> dict[str, Any]:
+        config, seeds = self.config, self.config.run.seeds
+        evaluations: dict[str, list[evaluate.Evaluation]] = {}
+        rows = []
+        answers = self.teacher and self._predictor(self.teacher)
+        if self.teacher:
+            evaluations["teacher"] = [self._evaluate(self.teacher, None)]
+            file = self.folder / "teacher" / "last.safetensors"
+            rows.append(self._row("teacher", config.teacher, self.teacher, file, evaluations, [0]))
+        for role, trained in students.items():
+            evaluations[role] = [self._evaluate(trained[seed], answers) for seed in seeds]
+            file = self.folder / f"{role}-{seeds[0]}" / "last.safetensors"
+            model = trained[seeds[0]]
+            rows.append(self._row(role, config.student, model, file, evaluations, seeds))
+        comparison = _compare(evaluations, seeds)
+        role = "distilled" if "distilled" in evaluations else "alone"
+        last = evaluations[role][0]
+        return {
+            "version": 1,
+            "title": self.folder.name,
+            "config": config.model_dump(),
+            "environment": {
+                "vitkd_fast": version("vitkd-fast"),
+                "torch": torch.__version__,
+                "timm": version("timm"),
+                "device": _device_name(self.place),
+            },
+            "data": {
+                "train": len(self.splits.train),
+                "val": len(self.splits.val),
+                "classes": self.classes,
+            },
+            "models": rows,
+            "comparison": comparison,
+            "verdict": _verdict(comparison),
+            "curves": self._curves(list(students)),
+            "confusion": {"role": role, "seed": seeds[0], "matrix": last.confusion.tolist()},
+            "disagreements": self._disagreements(last),
+            "notes": self._notes(),
+        }
+
+    def _predictor(self, model: nn.Module) -> nn.Module:
+        return models.predictor(model).to(self.place.device).eval()
+
+    def _evaluate(
+        self, model: nn.Module, teacher: Callable[[Any], Any] | None
+    ) -> evaluate.Evaluation:
+        _, loader = data.loaders(self.config, self.splits, 0)
+        return evaluate.evaluate(
+            self._predictor(model),
+            ((batch.images, batch.labels) for batch in loader.epoch()),
+            classes=len(self.classes),
+            device=self.place.device,
+            teacher=teacher,
+        )
+
+    def _row(
+        self,
+        role: str,
+        section: Model,
+        model: nn.Module,
+        file: Path,
+        evaluations: dict[str, list[evaluate.Evaluation]],
+        seeds: list[int],
+    ) -> dict[str, Any]:
+        """A model's line of the table: what it costs, and what each seed scored."""
+        cost = evaluate.cost(
+            self._predictor(model),
+            model,
+            image_size=self.config.data.image_size,
+            device=self.place.device,
+            file=file if file.exists() else None,
+        )
+        scored = evaluations[role]
+        runs = [
+            {"seed": seed, "metrics": result.metrics, "fidelity": result.fidelity}
+            for seed, result in zip(seeds, scored, strict=True)
+        ]
+        mean, std = evaluate.summarize([r.metrics | r.fidelity for r in scored])
+        return {
+            "role": role,
+            "model": section.model,
+            **asdict(cost),
+            "runs": runs,
+            "mean": mean,
+            "std": std,
+        }
+
+    def _curves(self, roles: list[str]) -> dict[str, Any]:
+        curves: dict[str, Any] = {}
+        for role in roles:
+            for seed in self.config.run.seeds:
+                rows = journal.read(self.folder / f"{role}-{seed}")
+                curves[f"{role}, seed {seed}"] = {
+                    kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "val")
+                }
+        return curves
+
+    def _disagreements(self, result: evaluate.Evaluation) -> dict[str, Any] | None:
+        """The pictures that student and teacher read differently, the surest student first."""
+        source = self.splits.val
+        if result.teacher is None or result.teacher_confidence is None:
+            return None
+        if not hasattr(source, "read") or self.place.ranks > 1:
+            return None
+        differ = (result.student != result.teacher).nonzero().flatten()
+        surest = differ[result.confidence[differ].argsort(descending=True)][:_THUMBNAILS]
+        names = self.classes
+        shown = [
+            {
+                "image": _thumbnail(source.read(i)[0]),
+                "name": source.name(i),
+                "label": names[int(result.labels[i])],
+                "student": {
+                    "class": names[int(result.student[i])],
+                    "probability": float(result.confidence[i]),
+                },
+                "teacher": {
+                    "class": names[int(result.teacher[i])],
+                    "probability": float(result.teacher_confidence[i]),
+                },
+            }
+            for i in surest.tolist()
+        ]
+        return {"count": len(differ), "of": len(result.labels), "shown": shown}
+
+    def _notes(self) -> list[str]:
+        notes = [
+            "Scores are those of the last epoch's weights: to choose the best epoch on the "
+            "pictures that it is then scored on would flatter.",
+        ]
+        if self.splits.skipped:
+            notes.append(f"Left out: {'; '.join(self.splits.skipped[:10])}")
+        if self.config.data.dataset != "digits" and not self.config.data.val:
+            notes.append(f"Validation: {self.config.data.holdout:.0%} of the training pictures.")
+        return notes
+
+
+def _differing(found: Any, wanted: dict[str, Any]) -> list[str]:
+    """The keys in which two configurations would train differently."""
+    return [
+        f"{name}.{key}"
+        for name, section in wanted.items()
+        for key, value in section.items()
+        if key not in _MAY_CHANGE.get(name, ()) and (found.get(name) or {}).get(key) != value
+    ]
+
+
+def _compare(
+    evaluations: dict[str, list[evaluate.Evaluation]], seeds: list[int]
+) -> dict[str, Any] | None:
+    if len(seeds) < 2 or not {"alone", "distilled"} <= evaluations.keys():
+        return None
+    top1 = {
+        role: [result.metrics["top1"] for result in evaluations[role]]
+        for role in ("distilled", "alone")
+    }
+    return {"metric": "top1", **evaluate.paired_test(top1["distilled"], top1["alone"])}
+
+
+def _verdict(comparison: dict[str, Any] | None) -> str:
+    if comparison is None:
+        return "One seed says nothing about chance: run.seeds=[0,1,2] compares distilled and alone."
+    points, error = 100 * comparison["difference"], comparison["standard_errors"]
+    size = f"{abs(points):.1f} points, {abs(error):.1f} standard errors" if error else "the same"
+    over = f"over {comparison['seeds']} seeds (p = {comparison['p']:.2g})"
+    if points > 0 and (error is None or error > 2):
+        return f"Distilled beats alone by {size}, {over}."
+    if points < 0 and (error is None or error < -2):
+        return (
+            f"Distilled is worse than alone by {size}, {over}: try a lower losses.kd.weight, or "
+            "losses.kd.temperature=1."
+        )
+    return (
+        f"Distilled is not shown to beat alone: {points:+.1f} points, "
+        f"{error or 0:.1f} standard errors {over}. More seeds would measure it better; a longer "
+        "run.epochs, a stronger augmentation or a better teacher could make it larger."
+    )
+
+
+def _device_name(place: Place) -> str:
+    if place.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(place.device)}, {place.ranks} processes"
+    name = cpu_capabilities().get("cpu_name", "CPU")
+    return f"{name}, {torch.get_num_threads()} threads, {place.ranks} processes"
+
+
+def _thumbnail(image: Any) -> str:
+    image.thumbnail((96, 96))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,102 @@
+"""What a run says: a bar on a terminal or plain lines, metrics.jsonl, and TensorBoard's scalars."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .._files import replacing
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that a crash cut short is left out."""
+    rows = []
+    file = folder / "metrics.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Journal:
+    """One run's journal. It says nothing where `folder` is None: on every rank but the first.
+
+    Args:
+        folder: of metrics.jsonl and tensorboard/.
+        title: what stands before the bar, and each line.
+        total: the run's steps.
+        step: where it goes on; rows of later steps are taken back.
+    """
+
+    def __init__(self, folder: Path | None, title: str, total: int, step: int = 0) -> None:
+        self.folder = folder
+        self.title = title
+        self.start = time.monotonic(), step
+        self.total = total
+        if folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = [row for row in read(folder) if row["step"] <= step]
+        with replacing(folder / "metrics.jsonl") as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(folder / "metrics.jsonl", "a")
+        self._scalars = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn(f"{title}:"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total, completed=step, text="")
+        self._bar.start()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.folder is not None:
+            self._bar.stop()
+            self._scalars.close()
+            self._file.close()
+
+    def advance(self, step: int) -> None:
+        """The bar's place; costs nothing where there is none."""
+        if self.folder is not None and not self._bar.disable:
+            self._bar.update(self._task, completed=step)
+
+    def write(self, kind: str, step: int, row: dict[str, float]) -> None:
+        """Keeps the row {kind, step, ...} in every place."""
+        if self.folder is None:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            self._scalars.add_scalar(f"{kind}/{name}", value, step)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+        if self._bar.disable:
+            began, first = self.start
+            left = (time.monotonic() - began) / max(step - first, 1) * (self.total - step)
+            self.say(f"{kind:5} step {step}/{self.total}  {text}  {left:.0f} s left")
+        elif kind == "train":
+            self._bar.update(self._task, text=text)
+        else:
+            self.say(f"step {step}  {text}")
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self.folder is not None:
+            self._console.print(
+                f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True
+            )

@@ -1,0 +1,423 @@
+"""The training loop: `Trainer.update` is the whole step, and `Trainer.run` what goes on around it.
+
+Nothing in a step waits for the device: losses are added up there, and read at the log interval.
+Every random number is a function of (seed, step, rank), so a resumed run is the run.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2
+from timm.scheduler.scheduler_factory import create_scheduler_v2
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import models
+from . import checkpoint, data, evaluate
+from .config import Config, Optimizer
+from .journal import Journal
+from .losses import Losses
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a weight that is no number; the message says where it began."""
+
+
+class Stopped(RuntimeError):
+    """A signal ended the run, which is saved."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process computes: its device, and its place among the processes of torchrun."""
+
+    device: torch.device
+    student: torch.dtype  # of autocast
+    teacher: torch.dtype  # of its weights
+    rank: int = 0
+    ranks: int = 1
+
+    @classmethod
+    def of(cls, config: Config) -> Place:
+        """This process's; joins the others where there are any."""
+        run = config.run
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        name = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        rank, ranks = 0, 1
+        if dist.is_torchelastic_launched() and not dist.is_initialized():
+            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        if dist.is_initialized():
+            rank, ranks = dist.get_rank(), dist.get_world_size()
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+        if run.precision != "auto":
+            student = teacher = getattr(torch, run.precision)
+        elif device.type == "cuda":
+            student = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            teacher = student
+        else:
+            # depthwise convolutions in bfloat16 are slower on a CPU, a transformer's GEMMs faster
+            can = cpu_capabilities()
+            fast = can.get("avx512_bf16") or can.get("amx_bf16")
+            student, teacher = torch.float32, torch.bfloat16 if fast else torch.float32
+        return cls(device, student, teacher, rank, ranks)
+
+    def autocast(self) -> torch.autocast:
+        """For the student: nothing in float32."""
+        return torch.autocast(self.device.type, self.student, self.student != torch.float32)
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch knows of the CPU; nothing where torch is too old to say."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return known
+
+
+class Meter:
+    """Sums of the losses and their first bad step, on the device until they are read."""
+
+    NEVER = 2**62
+
+    def __init__(self, names: list[str], device: torch.device) -> None:
+        self.names = names
+        self.sums = torch.zeros(len(names), device=device)
+        self.bad = torch.full((len(names),), self.NEVER, device=device)
+        self.count = 0
+
+    def add(self, losses: Tensor, step: int) -> None:
+        """Takes one batch's losses, [terms]."""
+        self.sums += losses
+        self.bad = torch.where(losses.isfinite(), self.bad, self.bad.clamp(max=step))
+        self.count += 1
+
+    def first_bad(self) -> tuple[int, str] | None:
+        """The first step of any rank with a loss that is no number, and that loss's name."""
+        if dist.is_initialized():
+            dist.all_reduce(self.bad, dist.ReduceOp.MIN)
+        step, name = min(zip(self.bad.tolist(), self.names, strict=True))
+        return None if step == self.NEVER else (step, name)
+
+    def state(self) -> tuple[list[float], int]:
+        """The sums since the last reset, a mean over the ranks, and how many batches they hold."""
+        sums = self.sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            sums /= dist.get_world_size()
+        return sums.tolist(), self.count
+
+    def reset(self, sums: list[float] | None = None, count: int = 0) -> None:
+        """Begins anew, or where `state` was taken."""
+        self.sums.copy_(torch.tensor(sums)) if sums else self.sums.zero_()
+        self.count = count
+
+    def means(self) -> dict[str, float]:
+        """The mean of each loss over batches and ranks since the last call."""
+        sums, count = self.state()
+        self.reset()
+        return {name: total / count for name, total in zip(self.names, sums, strict=True)}
+
+
+class Signals:
+    """Remembers SIGINT or SIGTERM, so that a step can end and be saved."""
+
+    def __enter__(self) -> Signals:
+        self.name = ""
+        self.before = {s: signal.signal(s, self._take) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One run: a student, perhaps a teacher, their pictures, and a folder for what comes out.
+
+    Args:
+        config: data, augmentation and run; models and losses come as arguments.
+        student: trained in place.
+        teacher: a constant, or None.
+        losses: the terms that are added up.
+        optimizer: its section, which a teacher in training has of its own.
+        epochs: of the training pictures.
+        splits: the pictures.
+        folder: of checkpoint.safetensors (the last whole state), last.safetensors and
+            best.safetensors (weights that `models.load` reads), and the journal.
+        seed: of order, augmentation and everything drawn.
+        title: for the journal.
+        place: where to compute.
+        resume: go on from the folder's checkpoint, where there is one.
+
+    Raises:
+        CheckpointError: a folder that cannot be written, or holds another run.
+        DataError: naming what is wrong with the pictures.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        losses: Losses,
+        optimizer: Optimizer,
+        epochs: int,
+        splits: data.Splits,
+        folder: Path,
+        *,
+        seed: int,
+        title: str,
+        place: Place,
+        resume: bool = False,
+        save_model: Any,
+    ) -> None:
+        run = config.run
+        self.config, self.place, self.seed, self.folder = config, place, seed, folder
+        self.run_options, self.options, self.title = run, optimizer, title
+        self.save_model = save_model
+        self.loader, self.val_loader = data.loaders(config, splits, seed)
+        self.classes = len(splits.classes)
+        self.terms = list(losses.terms())
+        self.mixer = data.Mixer(config.augmentation) if config.augmentation.mixes else None
+        self.steps_per_epoch = self.loader.batches // optimizer.accumulate
+        self.total = min(epochs * self.steps_per_epoch, run.max_steps or 2**62)
+
+        layout = torch.channels_last if run.channels_last else torch.contiguous_format
+        self.model = student.to(memory_format=layout)
+        self.forward: nn.Module = models.predictor(self.model).to(place.device)
+        self.teacher = teacher and _frozen(teacher, place, layout)
+        self.optimizer = create_optimizer_v2(
+            self.model,
+            opt=optimizer.name,
+            lr=optimizer.lr,
+            weight_decay=optimizer.weight_decay,
+            **optimizer.options,
+        )
+        self.scheduler = create_scheduler_v2(
+            self.optimizer,
+            optimizer.schedule,
+            num_epochs=self.total,
+            warmup_epochs=optimizer.warmup_epochs * self.steps_per_epoch,
+            warmup_lr=optimizer.warmup_lr,
+            min_lr=optimizer.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )[0]
+        self.ema = None
+        if optimizer.ema_decay:
+            self.ema = ModelEmaV3(self.model, decay=optimizer.ema_decay, use_warmup=True)
+        self.scaler = torch.amp.GradScaler(
+            place.device.type, enabled=place.student == torch.float16
+        )
+        self.meter = Meter([name for name, _ in self.terms], place.device)
+        self.step, self.best = 0, -1.0
+
+        state = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        if place.rank == 0:
+            checkpoint.check_folder(folder, 8 * state)  # weights, moments, average; old and new
+        self.path = folder / "checkpoint.safetensors"
+        if resume and self.path.exists():
+            info = checkpoint.restore(self.path, self._modules(), self.optimizer)
+            self.step, self.best = info["step"], info["best"]
+            self.scaler.load_state_dict(info["scaler"])
+            self.meter.reset(*info["meter"])
+            self.scheduler.step_update(self.step)
+        if run.compile:
+            self.forward = torch.compile(self.forward)  # type: ignore[assignment]
+            self.teacher = self.teacher and torch.compile(self.teacher)  # type: ignore[assignment]
+        if place.ranks > 1:
+            self.forward = DistributedDataParallel(self.forward)
+
+    def update(self, batches: Iterator[data.Batch]) -> None:
+        """One step: `accumulate` batches through teacher and student, then the optimiser."""
+        place, accumulate = self.place, self.options.accumulate
+        data.seed_all(self.seed, self.step, place.rank)
+        for i in range(accumulate):
+            batch = next(batches)
+            images = batch.images.to(place.device, non_blocking=True)
+            labels: Any = batch.labels.to(place.device, non_blocking=True)
+            if self.mixer:
+                images, labels = self.mixer(images.float(), labels)
+            answers = None
+            if self.teacher:
+                with torch.inference_mode():
+                    answers = self.teacher(images)
+            with self._no_sync(i < accumulate - 1):
+                with place.autocast():
+                    logits = self.forward(images)
+                done = self.step / self.total
+                losses = torch.stack(
+                    [term(logits, answers, labels, done) for _, term in self.terms]
+                )
+                self.scaler.scale(losses.sum() / accumulate).backward()
+            self.meter.add(losses.detach(), self.step)
+        if self.options.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.scheduler.step_update(self.step)
+        if self.ema:
+            self.ema.update(self.model, step=self.step)
+
+    def run(self) -> nn.Module:
+        """Trains to the end and returns the trained weights: their average, where one is kept.
+
+        Raises:
+            NonFiniteError: naming the first bad step, the term and the learning rate.
+            Stopped: after SIGINT or SIGTERM, once the state is saved; with several ranks, at the
+                next log interval.
+            DataError: naming a file that cannot be read.
+        """
+        options = self.run_options
+        folder = self.folder if self.place.rank == 0 else None
+        journal = Journal(folder, self.title, self.total, self.step)
+        with journal, Signals() as signals:
+            self._rates: dict[int, float] = {}
+            self._since = time.monotonic(), self.step
+            while self.step < self.total:
+                epoch, start = divmod(self.step, self.steps_per_epoch)
+                batches = self.loader.epoch(epoch, start * self.options.accumulate)
+                self.forward.train()
+                for _ in range(start, min(self.steps_per_epoch, start + self.total - self.step)):
+                    self._rates[self.step] = self.optimizer.param_groups[0]["lr"]
+                    self.update(batches)
+                    journal.advance(self.step)
+                    stop = signals.name
+                    if self.step % options.log_every == 0:
+                        self._log(journal)
+                    if self.place.ranks > 1:
+                        stop = self._agreed(signals.name)
+                    if stop:
+                        self._save()
+                        raise Stopped(
+                            f"{self.title}: stopped by {stop} after step {self.step} of "
+                            f"{self.total}; --resume goes on"
+                        )
+                    if options.save_every and self.step % options.save_every == 0:
+                        self._save()
+                ended = self.step == self.total
+                if ended or (epoch + 1) % options.eval_every == 0:
+                    self._evaluate(journal)
+                self._save()
+            if skipped := self.loader.skipped | self.val_loader.skipped:
+                journal.say(f"skipped {len(skipped)} pictures that cannot be read: {_few(skipped)}")
+        return self.trained
+
+    @property
+    def trained(self) -> nn.Module:
+        """The weights that count: the moving average, where one is kept."""
+        return self.ema.module if self.ema else self.model
+
+    def _modules(self) -> dict[str, nn.Module]:
+        modules: dict[str, nn.Module] = {"student": self.model}
+        return modules | ({"ema": self.ema.module} if self.ema else {})
+
+    def _no_sync(self, wanted: bool) -> AbstractContextManager[Any]:
+        if wanted and isinstance(self.forward, DistributedDataParallel):
+            return self.forward.no_sync()
+        return nullcontext()
+
+    def _agreed(self, name: str) -> str:
+        """The signal that any rank got, at the log interval: there the ranks meet anyway."""
+        if self.step % self.run_options.log_every:
+            return ""
+        flag = torch.tensor(signal.Signals[name].value if name else 0, device=self.place.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return signal.Signals(int(flag)).name if flag else ""
+
+    def _log(self, journal: Journal) -> None:
+        self._check()
+        means = self.meter.means()
+        now, (then, step) = time.monotonic(), self._since
+        pictures = (self.step - step) * self.options.accumulate * self.loader.batch_size
+        row = {
+            "epoch": self.step / self.steps_per_epoch,
+            "lr": self._rates[self.step - 1],
+            "loss": sum(means.values()),
+            **means,
+            "images_per_s": pictures * self.place.ranks / (now - then),
+        }
+        journal.write("train", self.step, row)
+        self._since = now, self.step
+        self._rates.clear()
+
+    def _check(self) -> None:
+        """Raises where a loss was no number since the last look."""
+        if bad := self.meter.first_bad():
+            step, term = bad
+            rate = self._rates.get(step)
+            kept = f"{self.path} is the last good one" if self.path.exists() else "none was saved"
+            raise NonFiniteError(
+                f"{self.title}: loss {term} is not finite at step {step} (learning rate {rate:.3g})"
+                f"; checkpoint: {kept}"
+            )
+
+    def _evaluate(self, journal: Journal) -> None:
+        self._check()
+        self.trained.eval()
+        result = evaluate.evaluate(
+            models.predictor(self.trained).to(self.place.device),
+            ((batch.images, batch.labels) for batch in self.val_loader.epoch()),
+            classes=self.classes,
+            device=self.place.device,
+        )
+        scores = {"epoch": self.step / self.steps_per_epoch}
+        scores |= {name: result.metrics[name] for name in ("top1", "nll")}
+        journal.write("val", self.step, scores)
+        if self.place.rank == 0:
+            self.save_model(self.folder / "last.safetensors", self.trained)
+            if scores["top1"] > self.best:
+                self.save_model(self.folder / "best.safetensors", self.trained)
+        self.best = max(self.best, scores["top1"])
+        self._since = time.monotonic(), self.step
+
+    def _save(self) -> None:
+        """Writes the whole state, unless a loss or a weight in it is no number."""
+        self._check()
+        norm = nn.utils.get_total_norm(self.model.parameters())
+        if not norm.isfinite():
+            raise NonFiniteError(
+                f"{self.title}: the weights are not finite after step {self.step - 1} (learning "
+                f"rate {self._rates.get(self.step - 1, 0):.3g}); no checkpoint is written"
+            )
+        meter = self.meter.state()
+        if self.place.rank == 0:
+            info = {
+                "step": self.step,
+                "best": self.best,
+                "scaler": self.scaler.state_dict(),
+                "meter": meter,
+            }
+            checkpoint.save(self.path, self._modules(), self.optimizer, info)
+
+
+def _frozen(teacher: nn.Module, place: Place, layout: torch.memory_format) -> nn.Module:
+    """A copy that answers: on the device, in its precision, for pictures as they are loaded."""
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    teacher = teacher.to(place.teacher).to(memory_format=layout)
+    return models.predictor(teacher, dtype=place.teacher).to(place.device).eval()
+
+
+def _few(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

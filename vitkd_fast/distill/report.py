@@ -1,0 +1,219 @@
+"""The report of a run: report.json and one HTML page that opens offline, from the same dictionary.
+
+The page loads nothing: its style, its pictures (SVG drawn by matplotlib) and the thumbnails stand
+inside it. Numbers and pictures are made here, words in report.html.jinja.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jinja2 import Template
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.ticker import LogLocator, NullLocator
+
+from .._files import replacing
+
+VERSION = 1
+_PERCENT = frozenset({"top1", "top5", "precision", "recall", "f1", "agreement"})
+_COSTS = frozenset({"parameters", "macs", "bytes", "latency_ms", "images_per_s"})
+_INK = "#1c2024"  # becomes the page's text colour
+_ACCENT = (11, 95, 165)
+_COLOURS = {"teacher": "#7a828c", "alone": "#d98200", "distilled": "#1a73c0", "int8": "#00937a"}
+_STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"), _INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("text.usetex", "text.parse_math"), False),  # a name may hold dollars
+    **{"axes.grid": True, "grid.alpha": 0.15, "axes.axisbelow": True, "font.size": 10},
+    **{"svg.fonttype": "none", "svg.hashsalt": "vitkd_fast"},  # text as text; same bytes each time
+}
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for every number that JSON lacks: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _show(key: str, value: float | None) -> str:
+    """A metric or cost as printed; a cost has at least three significant digits: 1.23, 1,234."""
+    if value is None:
+        return "n/a"
+    if key not in _COSTS:
+        return f"{100 * value:.1f}" if key in _PERCENT else f"{value:.3f}"
+    if key in ("parameters", "bytes") and value < 1e6:
+        return f"{value:,.0f}" if key == "parameters" else f"{value / 1e3:,.0f} kB"
+    value = value / 1e6 if key in ("parameters", "macs", "bytes") else value
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:,.{max(digits, 0)}f}" + {"parameters": " M", "bytes": " MB"}.get(key, "")
+
+
+def _cell(model: dict, key: str) -> str:
+    """A model's mean over its seeds, with the standard deviation where it has several."""
+    mean, std = model["mean"].get(key), model["std"].get(key)
+    several = len(model["runs"]) > 1 and mean is not None
+    return f"{_show(key, mean)} ± {_show(key, std)}" if several else _show(key, mean)
+
+
+def _svg(figure: Figure) -> Markup:
+    """The figure as an inline SVG whose ink is the page's text colour."""
+    buffer = io.StringIO()
+    silent = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=silent)
+    # ids such as axes_1 would be there once for every picture; nothing refers to them
+    svg = re.sub(r'<g id="\w+_\d+">', "<g>", buffer.getvalue())
+    return Markup(svg[svg.index("<svg") :].replace(_INK, "currentColor"))
+
+
+def _scatter(models: list[dict]) -> Markup | None:
+    """Top-1 over latency; a circle's area is the model's bytes."""
+    points: list[Any]  # (model, latency, bytes, top-1) of the models that have them all
+    points = [(m, m.get("latency_ms"), m.get("bytes"), m["mean"].get("top1")) for m in models]
+    points = [point for point in points if None not in point]
+    if not points:
+        return None
+    figure = Figure(figsize=(4.8, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    _, times, sizes, heights = zip(*points, strict=True)
+    for model, latency, size, top1 in points:
+        role, at = model["role"], (latency, 100 * top1)
+        colour, area = _COLOURS.get(role, _INK), 1500 * size / max(sizes)
+        axes.scatter(*at, s=area, color=colour, alpha=0.35)
+        axes.errorbar(*at, 100 * (model["std"].get("top1") or 0), color=colour, marker="o", ms=3)
+        # alone and distilled differ in height only: one is labelled below, the other above
+        sign, va = (-1, "top") if role in ("alone", "int8") else (1, "bottom")
+        offset, text = (0, sign * (math.sqrt(area) / 2 + 4)), f"{role}\n{_show('bytes', size)}"
+        axes.annotate(text, at, offset, textcoords="offset points", ha="center", va=va)
+    margin = 45 * max(max(heights) - min(heights), 0.02)
+    axes.set(xscale="log", xlabel="latency, ms (log scale)", ylabel="top-1 accuracy, %")
+    axes.set(xlim=(min(times) / 2, max(times) * 2))
+    axes.set(ylim=(100 * min(heights) - margin, 100 * max(heights) + margin))
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if 0 <= y <= 100 else "")
+    return _svg(figure)
+
+
+def _curves(curves: dict, part: str, key: str, scale: float, label: str) -> Markup | None:
+    """One line per run; more than 200 points are averaged in blocks, which also smooths them."""
+    figure = Figure(figsize=(4.8, 3), layout="constrained")
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        points = [(point["epoch"], point[key]) for point in curve.get(part, []) if key in point]
+        if points:
+            blocks = np.array_split(np.array(points, dtype=float), min(len(points), 200))
+            x, y = np.transpose([block.mean(axis=0) for block in blocks])
+            role = name.split(",")[0]
+            style = "." * (len(x) < 50) + ("--" if role == "alone" else "-")
+            axes.plot(x, scale * y, style, color=_COLOURS.get(role, _INK), lw=1, label=role)
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return None
+    axes.set(xlabel="epoch", ylabel=label)
+    roles = dict(zip(labels, handles, strict=True))
+    axes.legend(roles.values(), roles.keys())
+    return _svg(figure)
+
+
+def _confusion(matrix: list[list[int]], classes: list[str]) -> dict:
+    """The matrix [label, answer] as rows of (count, shade) or as an image, and the worst pairs."""
+    counts = np.array(matrix, dtype=np.int64)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shades = np.sqrt(shares)  # a linear shade hides a share of 2%
+    errors = counts * (1 - np.eye(len(counts), dtype=np.int64))
+    worst = np.argsort(-errors, axis=None, kind="stable")[:10]
+    at = zip(*np.unravel_index(worst, counts.shape), strict=True)
+    pairs = [(classes[i], classes[j], counts[i, j], shares[i, j]) for i, j in at if errors[i, j]]
+    if len(counts) <= 20:  # few enough to show the numbers
+        return {"pairs": pairs, "rows": np.stack([counts, shades], axis=-1).tolist()}
+    rgb = np.broadcast_to(np.array(_ACCENT) / 255, (*counts.shape, 3))
+    buffer = io.BytesIO()
+    imsave(buffer, np.dstack([rgb, shades]), format="png")
+    image = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"pairs": pairs, "image": image}
+
+
+def render(results: dict) -> str:
+    """The report as one self-contained HTML page."""
+    results = _finite(results)
+    curves, confusion = results.get("curves") or {}, results.get("confusion")
+    with matplotlib.rc_context(_STYLE):
+        pictures = {
+            "scatter": _scatter(results["models"]),
+            "loss": _curves(curves, "train", "loss", 1, "training loss"),
+            "top1": _curves(curves, "val", "top1", 100, "validation top-1, %"),
+        }
+    source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    template = Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    matrix = _confusion(confusion["matrix"], results["data"]["classes"]) if confusion else None
+    looks = {"colours": _COLOURS, "accent": _ACCENT, "percent": _PERCENT}
+    shown = {"show": _show, "cell": _cell, "dumps": json.dumps}
+    return template.render(results, pictures=pictures, matrix=matrix, **looks, **shown)
+
+
+def table(results: dict) -> str:
+    """The metrics as aligned text for a terminal, one row per model."""
+    metrics = {"f1": "f1 %", "nll": "nll", "ece": "ece", "agreement": "agreement %"}
+    costs = {"parameters": "parameters", "macs": "MMACs", "bytes": "size", "latency_ms": "ms"}
+    rows = [["", "model", "top-1 %", *metrics.values(), *costs.values()]]
+    for model in _finite(results["models"]):
+        row = [model["role"], model["model"], _cell(model, "top1")]
+        row += [_show(key, model["mean"].get(key)) for key in metrics]
+        rows.append(row + [_show(key, model.get(key)) for key in costs])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join(f"{{:{'<' if i < 2 else '>'}{w}}}" for i, w in enumerate(widths))
+    return "\n".join(form.format(*row) for row in rows)
+
+
+def write(results: dict, folder: Path) -> Path:
+    """Writes folder/report.json and folder/report.html, each whole or not at all.
+
+    The JSON holds the results as they are, except that NaN and the infinities become null.
+
+    Args:
+        results: what the run found, of JSON's types, in the layout of `VERSION`.
+        folder: made where it is missing.
+
+    Returns:
+        The path of report.html.
+    """
+    page = render(results)
+    data = json.dumps(_finite(results), allow_nan=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.html"
+    with replacing(folder / "report.json") as json_part, replacing(path) as html_part:
+        json_part.write_text(data + "\n", encoding="utf-8")
+        # a file's name may hold what UTF-8 cannot
+        html_part.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    return path
+
+
+def read(folder: Path) -> dict:
+    """The results that `write` left in folder/report.json.
+
+    Raises:
+        ValueError: the file is missing, is not whole, or is of another version.
+    """
+    path = folder / "report.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable report: {error}") from error
+    version = results.get("version") if isinstance(results, dict) else None
+    if version != VERSION:
+        raise ValueError(f"{path}: version is {version!r}; accepted is {VERSION}")
+    return results

@@ -1,0 +1,392 @@
+"""Teachers and students from timm: build, save and load them, and tap what the losses read.
+
+A tap adds no second pass: hooks that live for one call keep what the model computes anyway. Fused
+attention never forms its map, so a tap gives the queries and keys, taken from the projection and
+normalised and rotated by the attention's own parts: the map is softmax(scale * q k^T).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from timm.data.config import resolve_data_config
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models import beit, clean_state_dict, eva, swin_transformer, swin_transformer_v2
+from torch import Tensor, nn
+
+from ._files import replacing
+
+_METADATA, _VERSION = "vitkd_fast", 1
+# those whose forward _queries_and_keys repeats; elsewhere the same names may mean something else
+_ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, beit.Attention,
+               swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a model wants its pictures: what happens between a decoded picture and the tensor."""
+
+    image_size: int  # the side of a square
+    mean: tuple[float, float, float]  # of pixels in [0, 1]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float  # evaluation resizes to image_size / crop_pct and keeps the centre
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Pixels:
+        """What timm knows of the model, else ImageNet's; ValueError where it is not square."""
+        config = resolve_data_config(model=model)
+        # a transformer's size is the one it was built with, which may not be its weights'
+        built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        height, width = built or config["input_size"][1:]
+        if height != width:
+            raise ValueError(f"Pixels.of: model takes {height} x {width}; accepted are squares")
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        return cls(height, mean, std, config["interpolation"], config["crop_pct"])
+
+
+class Normalize(nn.Module):
+    """(x / 255 - mean) / std, as one multiply-add per pixel: x / (255 std) - mean / std.
+
+    Of pixels in [0, 1], per channel. The arithmetic is float32, the output `dtype`.
+    """
+
+    scale: Tensor  # [1, C, 1, 1]
+    shift: Tensor  # [1, C, 1, 1]
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        scale = torch.tensor([1 / (255 * s) for s in std])
+        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
+        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures [B, C, H, W], uint8 or floats in 0..255, in their memory format."""
+        channels = self.scale.numel()
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"Normalize: x is {list(x.shape)}; accepted is [B, {channels}, H, W]")
+        return torch.addcmul(self.shift, x.float(), self.scale).to(self.dtype)
+
+
+def predictor(
+    model: nn.Module, pixels: Pixels | None = None, dtype: torch.dtype = torch.float32
+) -> nn.Sequential:
+    """uint8 pictures [B, 3, H, W] -> logits: the model behind its own `Normalize`.
+
+    Args:
+        model: kept, not copied.
+        pixels: whose mean and std count; None: `Pixels.of(model)`.
+        dtype: of the model's parameters.
+    """
+    pixels = pixels or Pixels.of(model)
+    return nn.Sequential(Normalize(pixels.mean, pixels.std, dtype), model)
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    pretrained: bool = False,
+    checkpoint: str | Path = "",
+    image_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Builds a timm model, in training mode.
+
+    Args:
+        name: timm's ("mobilenetv4_conv_small"), "hf-hub:org/model" or "local-dir:path".
+        num_classes: of the classifier; None keeps the model's own.
+        pretrained: loads timm's weights.
+        checkpoint: a file of weights to load instead, which timm resamples to the image size:
+            .safetensors or a torch.save of them, bare or under state_dict_ema, state_dict, model.
+        image_size: that a transformer is built for; convnets only remember it for `Pixels.of`.
+        options: further arguments of timm.create_model, such as drop_path_rate.
+
+    Raises:
+        ValueError: an unknown name or option, or a checkpoint that is missing, damaged, or unfit.
+    """
+    names = timm.list_models(include_tags="." in name)
+    if ":" not in name and name not in names:
+        near = ", ".join(difflib.get_close_matches(name, names, 5, cutoff=0))
+        raise ValueError(
+            f"models.create: name is {name!r}; accepted are hf-hub:org/model, local-dir:path and "
+            f"timm's names, of which the nearest are {near}"
+        )
+    sizes = {"num_classes": num_classes, "img_size": image_size}
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    overlay: dict[str, Any] = {}
+    if checkpoint:
+        # as timm's own weights, whose head timm drops unless it has the classes stated here
+        overlay = {"source": "", "file": str(checkpoint), "custom_load": False}
+        overlay |= {} if num_classes is None else {"num_classes": num_classes}
+    wanted = pretrained or bool(checkpoint)
+    build: Any = partial(timm.create_model, name, wanted, pretrained_cfg_overlay=overlay)
+    try:
+        try:
+            model = build(**sizes, **(options or {}))
+        except TypeError as error:
+            if "unexpected keyword argument 'img_size'" not in str(error):
+                raise
+            sizes.pop("img_size", None)
+            model = build(**sizes, **(options or {}))
+    except Exception as error:
+        if isinstance(error, TypeError) and "keyword argument" in str(error):
+            given = f"options {dict(options or {})}"
+        elif checkpoint:
+            given = f"checkpoint {checkpoint} with num_classes={num_classes}"
+        else:
+            raise
+        # it may list hundreds of keys
+        reason = textwrap.shorten(str(error) or repr(error), 500, placeholder=" ...")
+        raise ValueError(f"models.create: {given} does not fit {name}: {reason}") from error
+    if image_size is not None:
+        model.pretrained_cfg["input_size"] = (3, image_size, image_size)
+    return model
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode, the pictures it wants and the names of its classes."""
+
+    model: nn.Module
+    pixels: Pixels
+    classes: tuple[str, ...]
+
+
+def save(
+    path: str | Path,
+    model_or_state_dict: nn.Module | Mapping[str, Tensor],
+    *,
+    name: str,
+    options: Mapping[str, Any] | None,
+    num_classes: int,
+    pixels: Pixels,
+    classes: Sequence[str],
+) -> None:
+    """Writes the .safetensors file that `load` rebuilds a model from, entirely or not at all.
+
+    `name`, `options` (JSON) and `num_classes` are as given to `create`, `classes` are names; the
+    weights may come from inside DistributedDataParallel or torch.compile. Raises ValueError for
+    another suffix or number of names. Where writing fails, an older file is as it was.
+    """
+    path, state = Path(path), model_or_state_dict
+    if path.suffix != ".safetensors":
+        raise ValueError(f"models.save: path is {path}; accepted are names in .safetensors")
+    if len(classes) != num_classes:
+        raise ValueError(f"models.save: classes has {len(classes)}, num_classes is {num_classes}")
+    state = clean_state_dict(dict(state.state_dict() if isinstance(state, nn.Module) else state))
+    # safetensors takes neither shared memory nor channels-last weights
+    layout = torch.contiguous_format
+    tensors = {key: t.detach().cpu().clone(memory_format=layout) for key, t in state.items()}
+    about = {"version": _VERSION, "name": name, "options": dict(options or {}),
+             "num_classes": num_classes, "pixels": asdict(pixels),
+             "classes": list(classes)}  # fmt: skip
+    with replacing(path) as beside:
+        safetensors.torch.save_file(tensors, beside, {_METADATA: json.dumps(about)})
+
+
+def load(source: str | Path, *, options: Mapping[str, Any] | None = None) -> Loaded:
+    """A saved model, bit by bit as it was, or one of timm's with its weights; in eval mode.
+
+    `source` is a file by `save`, or a name for `create`; `options` go before the saved ones.
+
+    Raises:
+        ValueError: an unknown name or option, a damaged file, or one that is not by `save`.
+        FileNotFoundError: the file does not exist.
+        RuntimeError: the options do not suit the saved weights.
+    """
+    if not Path(source).is_file():
+        if Path(source).suffix in (".safetensors", ".pth", ".pt"):
+            raise FileNotFoundError(f"models.load: source {source} is not a file")
+        model: Any = create(str(source), pretrained=True, options=options)
+        subset = infer_imagenet_subset(model)
+        ids = map(str, range(model.num_classes))
+        classes = ImageNetInfo(subset).label_descriptions() if subset else ids
+        return Loaded(model.eval(), Pixels.of(model), tuple(classes))
+    try:
+        with safe_open(source, "pt") as file:
+            about = json.loads((file.metadata() or {})[_METADATA])
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"models.load: source {source} is damaged or not by models.save ({error}); weights "
+            "alone need timm's name: models.create(name, checkpoint=...)"
+        ) from error
+    if about["version"] != _VERSION:
+        raise ValueError(f"models.load: {source} has format {about['version']}, not {_VERSION}")
+    saved = about["pixels"]
+    pixels = Pixels(**{**saved, "mean": tuple(saved["mean"]), "std": tuple(saved["std"])})
+    options = {**about["options"], "num_classes": about["num_classes"], **(options or {})}
+    size = None if "img_size" in options else pixels.image_size
+    model = create(about["name"], image_size=size, options=options)
+    model.load_state_dict(state)
+    return Loaded(model.eval(), pixels, tuple(about["classes"]))
+
+
+def class_names(loaded: Loaded) -> list[list[str]]:
+    """What the classes may be called in a folder's name: their own names, and WordNet's ids."""
+    subset = infer_imagenet_subset(loaded.model)
+    ids = [ImageNetInfo(subset).label_names()] if subset else []
+    return [list(loaded.classes), *ids]
+
+
+@dataclass
+class Tapped:
+    """What one forward pass gave; keyed by the strides and blocks as they were asked for.
+
+    Outside distilled training a DeiT returns the mean of its two heads, and so `logits` is that
+    mean. Queries and keys are normalised and rotated but not scaled; keys that heads share are
+    repeated; Swin's are per window, [B * windows, heads, N, dim].
+    """
+
+    logits: Tensor  # [B, classes], what the model returns, of a pair the first
+    logits_dist: Tensor | None  # [B, classes]
+    pooled: Tensor | None  # [B, features], what the classifier (of two, the class head) reads
+    maps: dict[int, Tensor]  # stride -> [B, C, H, W], the last map of that stride
+    tokens: dict[int, Tensor]  # block -> [B, N, C], its output, prefix tokens included
+    queries: dict[int, Tensor]  # block -> [B, heads, N, dim]
+    keys: dict[int, Tensor]  # block -> [B, heads, N, dim]
+
+
+def _queries_and_keys(
+    attn: Any, x: Tensor, rope: Tensor | None, outputs: Mapping[nn.Module, Any]
+) -> tuple[Tensor, Tensor]:
+    """q and k [B, heads, N, dim] of an attention that has returned from x [B, N, C].
+
+    `outputs` are its projections': by then with the bias that some attentions add in place.
+    """
+    qkv = getattr(attn, "qkv", None)
+    if qkv is None:
+        q, k = outputs[attn.q_proj], outputs[attn.k_proj]
+    elif qkv in outputs:
+        q, k, _ = outputs[qkv].chunk(3, dim=-1)
+    else:  # BEiT, EVA and SwinV2 may use the layer's weight without calling the layer
+        bias = torch.cat((attn.q_bias, attn.k_bias))
+        q, k = F.linear(x, qkv.weight[: bias.numel()], bias).chunk(2, dim=-1)
+    dtype, dim = q.dtype, q.shape[-1] // attn.num_heads
+    q, k = (t.unflatten(-1, (-1, dim)).transpose(1, 2) for t in (q, k))
+    if hasattr(attn, "q_norm"):
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        n = attn.num_prefix_tokens
+        rotate = partial(apply_rot_embed_cat, emb=rope, half=attn.rotate_half)
+        q, k = (torch.cat((t[:, :, :n], rotate(t[:, :, n:])), 2).to(dtype) for t in (q, k))
+    if hasattr(attn, "logit_scale"):  # SwinV2: cosines, with one learned scale per head
+        scale = attn.logit_scale.clamp(max=math.log(100)).exp()
+        q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
+    return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
+class Taps:
+    """Logits, pooled features, maps, tokens, queries and keys of one forward pass.
+
+    The model stays as it is: the hooks are there during a call only, also if it raises. A call
+    calls the attribute `model`, which may be set to the DistributedDataParallel around it.
+
+    Args:
+        model: from timm.
+        pooled: tap what the classifier reads.
+        maps: strides to tap. A ViT gives the patch tokens of its last block.
+        tokens: blocks to tap; negative numbers count from the end.
+        attention: blocks whose queries and keys to tap.
+
+    Attributes:
+        prefix_tokens: class, distillation and register tokens, in front of the patches.
+        grid: rows and columns of patches; None for convnets and Swin.
+        scales: by tapped block, the factor of q k^T in the softmax; 1 for SwinV2, whose scales
+            per head are in the queries. The bias that BEiT and Swin add to it is not tapped.
+
+    Raises:
+        ValueError: there is no such stride or block, or its attention is of an unknown kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pooled: bool = False,
+        maps: Sequence[int] = (),
+        tokens: Sequence[int] = (),
+        attention: Sequence[int] = (),
+    ) -> None:
+        self.model = cast(Any, model)
+        self.prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)
+        # Swin's stages, in `layers`, have a grid each
+        embed = getattr(model, "patch_embed", None) if hasattr(model, "blocks") else None
+        self.grid: tuple[int, int] | None = getattr(embed, "grid_size", None)
+        self._nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        heads = self.model.get_classifier()
+        head, self._head_dist = heads if isinstance(heads, tuple) else (heads, None)
+        self._head = head if pooled else None
+        # in the order of the network, so that the last of a stride stays
+        strides = {entry["reduction"]: entry["module"] for entry in self.model.feature_info}
+        blocks: list[Any] = [m for m in model.modules() if hasattr(m, "attn")]
+        all_ = range(-len(blocks), len(blocks))
+        given = ("maps", maps, strides), ("tokens", tokens, all_), ("attention", attention, all_)
+        for name, asked, accepted in given:
+            if missing := [i for i in asked if i not in accepted]:
+                raise ValueError(
+                    f"Taps: {name} has {missing[0]}; accepted are {list(accepted) or 'none'} of "
+                    f"{type(model).__name__}"
+                )
+        self._maps = {stride: model.get_submodule(strides[stride]) for stride in maps}
+        self._tokens = {i: blocks[i] for i in tokens}
+        self._attention: dict[int, Any] = {i: blocks[i].attn for i in attention}
+        for i, attn in self._attention.items():
+            if type(attn) not in _ATTENTIONS:
+                known = ", ".join(f"{c.__module__}.{c.__name__}" for c in _ATTENTIONS)
+                raise ValueError(f"Taps: attention {i} is a {type(attn)}; accepted are {known}")
+        self.scales = {i: float(getattr(a, "scale", 1)) for i, a in self._attention.items()}
+        taps = (*self._maps.values(), *self._tokens.values(), *self._attention.values())
+        parts = [getattr(a, p, None) for a in taps for p in ("qkv", "q_proj", "k_proj")]
+        self._watched = {*taps, *parts, self._head, self._head_dist} - {None}
+
+    def _as_map(self, y: Tensor) -> Tensor:
+        if y.dim() == 3:
+            return y[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
+        return y.permute(0, 3, 1, 2) if self._nhwc else y
+
+    def _as_tokens(self, y: Tensor) -> Tensor:
+        return y if y.dim() == 3 else self._as_map(y).flatten(2).transpose(1, 2)
+
+    def __call__(self, x: Tensor) -> Tapped:
+        """Runs the model on x [B, C, H, W], with gradients or without, as the caller has it."""
+        inputs: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+        outputs: dict[nn.Module, Any] = {}
+
+        def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            inputs[module], outputs[module] = (args[0], kwargs.get("rope")), output
+
+        with ExitStack() as hooks:
+            for module in self._watched:
+                hooks.enter_context(module.register_forward_hook(keep, with_kwargs=True))
+            logits = self.model(x)
+        pairs = {i: _queries_and_keys(a, *inputs[a], outputs) for i, a in self._attention.items()}
+        return Tapped(
+            logits=logits[0] if isinstance(logits, (tuple, list)) else logits,
+            logits_dist=None if self._head_dist is None else outputs[self._head_dist],
+            pooled=None if self._head is None else inputs[self._head][0],
+            maps={stride: self._as_map(outputs[m]) for stride, m in self._maps.items()},
+            tokens={i: self._as_tokens(outputs[m]) for i, m in self._tokens.items()},
+            queries={i: q for i, (q, _) in pairs.items()},
+            keys={i: k for i, (_, k) in pairs.items()},
+        )
