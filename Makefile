@@ -52,7 +52,9 @@ wheel: install  ## dist/*.whl
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 bench: install  ## the CPU benches, and README's tables from them
-	$(BIN)/pytest benches -m "not gpu" --benchmark-json=benches/results/cpu.json
+	for bench in benches/bench_*.py; do stem=$${bench#benches/bench_}; \
+	  $(BIN)/pytest $$bench -m "not gpu" --benchmark-json=benches/results/cpu-$${stem%.py}.json || exit 1; \
+	done
 	$(PY) benches/tables.py
 
 gpu gpu-sanitize: export VITKD_FAST_CUDA ?= 1

@@ -135,7 +135,9 @@ def race(benchmark, device, capsys):
         benchmark.extra_info["race"] = table
         benchmark.extra_info["torch"] = torch.__version__
         benchmark.extra_info["device"] = (
-            torch.cuda.get_device_name() if device.type == "cuda" else "cpu, one thread"
+            torch.cuda.get_device_name()
+            if device.type == "cuda"
+            else f"cpu, {torch.get_num_threads()} thread(s)"
         )
         with capsys.disabled():
             print(f"\n{benchmark.name}")

@@ -210,6 +210,11 @@ def test_distill_without_a_teacher_trains_alone(pictures: Path, tmp_path: Path, 
     [
         (["optimizer.lrr=1"], "optimizer.lrr: unknown key; the nearest is optimizer.lr"),
         (["data.train=/nowhere"], "data.train: /nowhere is no folder"),
+        (["optimizer.name=adamx"], "optimizer.name: timm has no 'adamx'; the nearest is adamax"),
+        (["optimizer.options={beta: 1}"], "optimizer.options: {'beta': 1}: "),
+        (["augmentation.auto_augment=foo"], "augmentation.auto_augment: 'foo' is none of timm's"),
+        (["augmentation.scale=[-1, 1]"], "augmentation.scale.0: -1 (int) given; input should be"),
+        (["run.seeds=[-1]"], "run.seeds.0: -1 (int) given; input should be greater than"),
         (["student.model=mobilenetv2_10"], "mobilenetv2_100"),
         (["teacher.epochs=0"], "answers in 1000 classes, and the pictures have 10"),
         (["run.folder=/proc/nowhere/run"], "run.folder: /proc/nowhere/run cannot be written"),
@@ -229,6 +234,25 @@ def test_unknown_recipe_names_the_nearest(vitkd) -> None:
     result = vitkd("distill", "cifar")
     assert result.code == 1
     assert "the nearest is cifar10" in result.err
+
+
+def test_what_cannot_run_leaves_no_run_behind(pictures: Path, tmp_path: Path, vitkd) -> None:
+    wrong = [*arguments(pictures, tmp_path / "run"), "student.options={nonsense: 1}"]
+    for _ in range(2):
+        result = vitkd("distill", *wrong)
+        assert result.code == 1
+        assert "nonsense" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_file_teaches(pictures: Path, run_folder: Path, tmp_path: Path, vitkd) -> None:
+    kept = arguments(pictures, tmp_path / "run")
+    kept = [x for x in kept if not x.startswith("teacher.")]
+    file = run_folder / "teacher" / "last.safetensors"
+    result = vitkd("distill", *kept, f"teacher.model={file}", "run.seeds=[0]", "run.alone=false")
+    assert result.code == 0, result.err
+    again, first = report.read(tmp_path / "run"), report.read(run_folder)
+    assert again["models"][0]["mean"] == first["models"][0]["mean"]
 
 
 def test_a_truncated_picture_stops_or_is_skipped(pictures: Path, tmp_path: Path, vitkd) -> None:

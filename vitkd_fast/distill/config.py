@@ -7,12 +7,15 @@ import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from .losses import Losses, Section
+
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class ConfigError(ValueError):
@@ -62,7 +65,10 @@ class Optimizer(Section):
 
 
 class Teacher(Model):
-    """The model that teaches. With `epochs`, it is trained on the labels first."""
+    """The model that teaches; `model` may be a file that `vitkd distill` wrote.
+
+    With `epochs`, it is trained on the labels first.
+    """
 
     epochs: int = Field(0, ge=0)
     optimizer: Optimizer | None = None  # the student's, where there is none
@@ -71,8 +77,8 @@ class Teacher(Model):
 class Augmentation(Section):
     """timm's transforms, and its mixup and cutmix; teacher and student see the same picture."""
 
-    scale: list[float] = Field([0.08, 1.0], min_length=2, max_length=2)  # of the picture's area
-    ratio: list[float] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)
+    scale: list[Positive] = Field([0.08, 1.0], min_length=2, max_length=2)  # of the area
+    ratio: list[Positive] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)
     hflip: float = Field(0.5, ge=0, le=1)
     color_jitter: float = Field(0.0, ge=0)
     auto_augment: str = ""  # timm's, such as rand-m9-mstd0.5
@@ -93,7 +99,7 @@ class Run(Section):
     folder: str = "runs/distill"
     epochs: int = Field(300, ge=1)
     max_steps: int | None = Field(None, ge=1)  # the end after so many updates, schedules included
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1)
     alone: bool = True  # also train the student without its teacher, and compare
     device: str = ""  # "": the GPU where there is one
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..functional import Labels
-from .config import Augmentation, Config, Data
+from .config import Augmentation, Config, ConfigError, Data
 
 
 class DataError(ValueError):
@@ -309,19 +309,29 @@ def _hold_out(source: Source, config: Data, skipped: list[str]) -> Splits:
 
 
 def train_transform(data: Data, augmentation: Augmentation) -> Any:
-    """timm's training transform, up to a uint8 array [3, H, W]."""
-    return create_transform(
-        data.image_size,
-        is_training=True,
-        use_prefetcher=True,
-        scale=(augmentation.scale[0], augmentation.scale[1]),
-        ratio=(augmentation.ratio[0], augmentation.ratio[1]),
-        hflip=augmentation.hflip,
-        # 0 would still cost a transform that does nothing
-        color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]
-        auto_augment=augmentation.auto_augment or None,
-        interpolation=data.interpolation,
-    )
+    """timm's training transform, up to a uint8 array [3, H, W].
+
+    Raises:
+        ConfigError: for an `auto_augment` that timm does not know.
+    """
+    try:
+        return create_transform(
+            data.image_size,
+            is_training=True,
+            use_prefetcher=True,
+            scale=(augmentation.scale[0], augmentation.scale[1]),
+            ratio=(augmentation.ratio[0], augmentation.ratio[1]),
+            hflip=augmentation.hflip,
+            # 0 would still cost a transform that does nothing
+            color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]
+            auto_augment=augmentation.auto_augment or None,
+            interpolation=data.interpolation,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"augmentation.auto_augment: {augmentation.auto_augment!r} is none of timm's, such as "
+            "rand-m9-mstd0.5, augmix-m3 or v0"
+        ) from error
 
 
 def eval_transform(image_size: int, crop_pct: float, interpolation: str) -> Any:

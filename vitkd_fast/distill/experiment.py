@@ -20,7 +20,7 @@ from .. import models
 from .._files import replacing
 from . import checkpoint, data, evaluate, journal, report
 from .config import Config, ConfigError, Model, Optimizer
-from .loop import Place, Trainer, cpu_capabilities
+from .loop import Place, Trainer, build_optimizer, cpu_capabilities
 from .losses import Losses
 
 _THUMBNAILS = 24
@@ -57,34 +57,28 @@ def distill(config: Config, *, resume: bool = False) -> dict[str, Any]:
 
 class _Experiment:
     def __init__(self, config: Config, place: Place, resume: bool) -> None:
+        """Finds out what can be known before any training; writes nothing."""
         self.config, self.place, self.resume = config, place, resume
         self.folder = Path(config.run.folder)
         self._check_folder()
         self.splits = data.open_data(config.data, config.student.options.get("num_classes"))
         self.classes = self.splits.classes
-        self.teacher = self._teacher()
-        # a student that cannot be built is found out before hours of work on its teacher
-        self._create(config.student, len(self.classes))
+        self.teacher = self._create_teacher() if config.teacher.model else None
+        student = self._create(config.student, len(self.classes))
+        build_optimizer(student, config.optimizer)
+        data.loaders(config, self.splits, 0)
 
     def _check_folder(self) -> None:
-        """Refuses another run's folder; notes the configuration in a new one."""
+        """Refuses another run's folder."""
         file = self.folder / "config.yaml"
-        wanted = self.config.model_dump()
-        if file.exists():
-            if not self.resume:
-                raise ConfigError(
-                    f"run.folder: {self.folder} holds a run; --resume goes on with it, or name "
-                    "another"
-                )
-            found = yaml.safe_load(file.read_text())
-            if keys := _differing(found, wanted):
-                raise ConfigError(
-                    f"--resume: {self.folder} was begun with another {', '.join(keys)}"
-                )
-        if self.place.rank == 0:
-            checkpoint.check_folder(self.folder, 1 << 20)
-            with replacing(file) as part:
-                part.write_text(yaml.safe_dump(wanted, sort_keys=False))
+        if not file.exists():
+            return
+        if not self.resume:
+            raise ConfigError(
+                f"run.folder: {self.folder} holds a run; --resume goes on with it, or name another"
+            )
+        if keys := _differing(yaml.safe_load(file.read_text()), self.config.model_dump()):
+            raise ConfigError(f"--resume: {self.folder} was begun with another {', '.join(keys)}")
 
     def _create(self, model: Model, num_classes: int | None) -> nn.Module:
         options = {k: v for k, v in model.options.items() if k != "num_classes"}
@@ -97,33 +91,20 @@ class _Experiment:
             options=options,
         )
 
-    def _teacher(self) -> nn.Module | None:
-        """The teacher, trained first where it is to be; None where no loss has one."""
-        config = self.config
-        if not config.teacher.model:
-            return None
-        classes = len(self.classes)
-        own = config.teacher.options.get("num_classes")
+    def _create_teacher(self) -> nn.Module:
+        section, classes = self.config.teacher, len(self.classes)
         data.seed_all(0)
-        teacher = self._create(config.teacher, classes if config.teacher.epochs else own)
+        if Path(section.model).is_file():
+            teacher = models.load(section.model).model
+        else:
+            own = section.options.get("num_classes")
+            teacher = self._create(section, classes if section.epochs else own)
         if (found := getattr(teacher, "num_classes", classes)) != classes:
             raise ConfigError(
-                f"teacher.model: {config.teacher.model} answers in {found} classes, and the "
-                f"pictures have {classes}; give it a checkpoint of theirs and options."
-                "num_classes, or teacher.epochs to train it on them first"
+                f"teacher.model: {section.model} answers in {found} classes, and the pictures have "
+                f"{classes}; name one trained on them, or let teacher.epochs train it first"
             )
-        if not config.teacher.epochs:
-            return teacher
-        return self._train(
-            "teacher",
-            config.teacher,
-            teacher,
-            None,
-            config.losses.alone(),
-            config.teacher.optimizer or config.optimizer,
-            config.teacher.epochs,
-            seed=0,
-        )
+        return teacher
 
     def _train(
         self,
@@ -170,6 +151,21 @@ class _Experiment:
 
     def run(self) -> dict[str, Any]:
         config = self.config
+        if self.place.rank == 0:
+            checkpoint.check_folder(self.folder, 1 << 20)
+            with replacing(self.folder / "config.yaml") as part:
+                part.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+        if self.teacher and config.teacher.epochs:
+            self.teacher = self._train(
+                "teacher",
+                config.teacher,
+                self.teacher,
+                None,
+                config.losses.alone(),
+                config.teacher.optimizer or config.optimizer,
+                config.teacher.epochs,
+                seed=0,
+            )
         students: dict[str, dict[int, nn.Module]] = {}
         roles: dict[str, tuple[nn.Module | None, Losses]] = {}
         if config.run.alone and self.teacher:

@@ -7,6 +7,8 @@ Every random number is a function of (seed, step, rank), so a resumed run is the
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import signal
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import models
 from . import checkpoint, data, evaluate
-from .config import Config, Optimizer
+from .config import Config, ConfigError, Optimizer
 from .journal import Journal
 from .losses import Losses
 
@@ -203,13 +205,7 @@ class Trainer:
         self.model = student.to(memory_format=layout)
         self.forward: nn.Module = models.predictor(self.model).to(place.device)
         self.teacher = teacher and _frozen(teacher, place, layout)
-        self.optimizer = create_optimizer_v2(
-            self.model,
-            opt=optimizer.name,
-            lr=optimizer.lr,
-            weight_decay=optimizer.weight_decay,
-            **optimizer.options,
-        )
+        self.optimizer = build_optimizer(self.model, optimizer)
         self.scheduler = create_scheduler_v2(
             self.optimizer,
             optimizer.schedule,
@@ -409,6 +405,33 @@ class Trainer:
                 "meter": meter,
             }
             checkpoint.save(self.path, self._modules(), self.optimizer, info)
+
+
+def build_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.Optimizer:
+    """timm's optimiser of this name, without weight decay for biases and norms.
+
+    Raises:
+        ConfigError: naming an unknown optimiser or option.
+    """
+    try:
+        kind = get_optimizer_class(options.name, bind_defaults=False)
+    except ValueError as error:
+        near = difflib.get_close_matches(options.name, list_optimizers(), 1, cutoff=0)[0]
+        raise ConfigError(
+            f"optimizer.name: timm has no {options.name!r}; the nearest is {near}"
+        ) from error
+    # torch's own update all weights in one pass, where they can: a quarter of the time
+    fused = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=options.name,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            **(fused | options.options),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer.options: {options.options}: {error}") from error
 
 
 def _frozen(teacher: nn.Module, place: Place, layout: torch.memory_format) -> nn.Module:

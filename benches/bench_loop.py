@@ -1,0 +1,172 @@
+"""A step of the loop beside the same step by timm's LogitDistillationTask: the CIFAR-10 recipe.
+
+On a CPU a picture is read by the cores that the models run on; `in memory` is a step without that.
+Both sides get their own batches from the same loader, the same seeds, weights, precision, memory
+format, mixing and optimiser. `models alone` is the teacher's forward and the student's forward and
+backward: what is left of a step is what the loop costs. VITKD_DATA names the folder that holds
+cifar10-train.zip; without it the pictures are scikit-learn's digits, at the same size.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("timm.task")
+
+from timm.data.mixup import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.task import LogitDistillationTask
+
+from vitkd_fast import models
+from vitkd_fast.distill import config, data
+from vitkd_fast.distill.loop import Place, Trainer
+
+T, CE_WEIGHT = 4.0, 0.5
+CHANNELS_LAST = torch.channels_last
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> list[str]:
+    """Overrides that name the pictures: the first 400 of each of CIFAR-10's classes."""
+    if not (folder := os.environ.get("VITKD_DATA")):
+        return ["data.dataset=digits"]
+    root = tmp_path_factory.mktemp("cifar10")
+    with zipfile.ZipFile(Path(folder) / "cifar10-train.zip") as archive:
+        archive.extractall(root, [x for x in archive.namelist() if x[-8:-4] < "0400"])
+    return [f"data.train={root}/train"]
+
+
+@pytest.fixture
+def threads(device):
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+def endless(loader: data.Loader):
+    return itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def bench_step(race, benchmark, device, where, precision, pictures, threads, tmp_path, capsys):
+    recipe = config.load(
+        "cifar10",
+        [
+            *pictures,
+            f"losses.kd={{temperature: {T}, ce_weight: {CE_WEIGHT}}}",
+            # a worker would take a core from the models, and both of theirs would wait for it
+            f"data.workers={0 if where == 'cpu' else 4}",
+            f"run.device={where}",
+            f"run.precision={precision}",
+        ],
+    )
+    splits, place = data.open_data(recipe.data), Place.of(recipe)
+    torch.manual_seed(0)
+    teacher, student = (
+        models.create(part.model, num_classes=10, image_size=64, options=part.options)
+        for part in (recipe.teacher, recipe.student)
+    )
+    timm_step, timm_loss = timms(recipe, copy.deepcopy(student), copy.deepcopy(teacher), splits)
+    trainer = Trainer(
+        recipe, student, teacher, recipe.losses, recipe.optimizer, 60, splits, tmp_path,
+        seed=0, title="bench", place=place, save_model=None,
+    )  # fmt: skip
+    trainer.forward.train()
+    batches = endless(trainer.loader)
+    others = list(itertools.islice(data.loaders(recipe, splits, 1)[0].epoch(), 4))
+    kept = itertools.cycle(others)
+    images = others[0].images.to(place.device)
+    batch = recipe.data.batch_size
+    gradient = torch.randn(batch, 10, device=place.device) / batch
+
+    def models_alone():
+        with torch.inference_mode():
+            trainer.teacher(images)
+        with place.autocast():
+            logits = trainer.forward(images)
+        logits.backward(gradient.to(logits.dtype))
+        trainer.optimizer.zero_grad()
+
+    losses = {}
+
+    def check(name, contender):
+        """Both must find the same loss in their first step."""
+        contender()
+        if name == "vitkd_fast":
+            losses[name] = trainer.meter.sums.sum()
+        elif name == "timm":
+            # a teacher in bfloat16 answers a little differently
+            tolerance = 1e-4 if precision == "float32" else 3e-2
+            torch.testing.assert_close(losses["vitkd_fast"], timm_loss(), rtol=tolerance, atol=0)
+
+    table = race(
+        {
+            "vitkd_fast": lambda: trainer.update(batches),
+            "timm": timm_step,
+            "in memory": lambda: trainer.update(kept),
+            "models alone": models_alone,
+        },
+        check=check,
+        rounds=40 if where == "cpu" else 200,
+    )
+    medians = {name: row["median_us"] for name, row in table.items()}
+    shares = {
+        f"percent outside models, {name}": 100 * (1 - medians["models alone"] / medians[name])
+        for name in ("vitkd_fast", "in memory")
+    }
+    rates = {f"images/s, {name}": batch / medians[name] * 1e6 for name in ("vitkd_fast", "timm")}
+    benchmark.extra_info |= shares | rates
+    with capsys.disabled():
+        print("  " + "; ".join(f"{name} {value:.1f}" for name, value in (shares | rates).items()))
+
+
+def timms(recipe, student, teacher, splits):
+    """The step that a user of timm's task writes, and a function that gives its last loss."""
+    place = Place.of(recipe)
+    student, teacher = (m.to(place.device, memory_format=CHANNELS_LAST) for m in (student, teacher))
+    task = LogitDistillationTask(
+        student,
+        teacher,
+        criterion=SoftTargetCrossEntropy(),
+        distill_loss_weight=1.0,
+        task_loss_weight=CE_WEIGHT,
+        temperature=T,
+        device=place.device,
+        verbose=False,
+    )
+    task.train()
+    options, mixing = recipe.optimizer, recipe.augmentation
+    optimizer = create_optimizer_v2(
+        student, opt=options.name, lr=options.warmup_lr, weight_decay=options.weight_decay
+    )
+    mixup = Mixup(
+        mixing.mixup, mixing.cutmix, prob=mixing.mix_prob, label_smoothing=0.0, num_classes=10
+    )
+    pixels = models.Pixels.of(student)
+    normalize = models.Normalize(pixels.mean, pixels.std).to(place.device)
+    batches = endless(data.loaders(recipe, splits, 0)[0])
+    last = [0, torch.zeros(())]
+
+    def step():
+        data.seed_all(0, last[0], 0)  # to mix as the loop does
+        batch = next(batches)
+        images = batch.images.to(place.device, non_blocking=True).float()
+        images, target = mixup(images, batch.labels.to(place.device, non_blocking=True))
+        with place.autocast():
+            loss = task(normalize(images), target)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        last[:] = last[0] + 1, loss.detach()
+
+    return step, lambda: last[1]
