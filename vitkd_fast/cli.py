@@ -1,5 +1,6 @@
 """The command line, `vitkd`. Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -174,6 +175,8 @@ def _run(config, resume: bool) -> None:  # type: ignore[no-untyped-def]
     from .distill.experiment import distill
 
     results = distill(config, resume=resume)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's: the first process speaks
+        return
     print(report.table(results))
     print(results["verdict"])
     print(f"report: {config.run.folder}/report.html")
