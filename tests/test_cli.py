@@ -17,7 +17,7 @@ from PIL import Image
 pytest.importorskip("pydantic")
 
 from vitkd_fast import cli, models
-from vitkd_fast.distill import data, report
+from vitkd_fast.distill import data, evaluate, experiment, report
 
 COMMANDS = ["distill", "eval", "predict", "report", "show", "demo"]
 
@@ -154,7 +154,7 @@ def test_the_seeds_differ_and_the_table_is_of_the_last_weights(
 
 def test_distill_refuses_a_folder_with_a_run(pictures: Path, run_folder: Path, vitkd) -> None:
     result = vitkd("distill", *arguments(pictures, run_folder))
-    assert result.code == 1
+    assert result.code == 2
     assert result.err == (
         f"vitkd: ConfigError: run.folder: {run_folder} holds a run; --resume goes on with it, or "
         "name another (traceback: vitkd --debug)\n"
@@ -164,7 +164,7 @@ def test_distill_refuses_a_folder_with_a_run(pictures: Path, run_folder: Path, v
 def test_resume_refuses_another_configuration(pictures: Path, run_folder: Path, vitkd) -> None:
     changed = [*arguments(pictures, run_folder), "optimizer.lr=0.5", "losses.kd.temperature=1"]
     result = vitkd("distill", *changed, "--resume")
-    assert result.code == 1
+    assert result.code == 2
     assert f"{run_folder} was begun with another losses.kd, optimizer.lr" in result.err
 
 
@@ -206,33 +206,48 @@ def test_distill_without_a_teacher_trains_alone(pictures: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("changed", "error"),
+    ("changed", "code", "error"),
     [
-        (["optimizer.lrr=1"], "optimizer.lrr: unknown key; the nearest is optimizer.lr"),
-        (["data.train=/nowhere"], "data.train: /nowhere is no folder"),
-        (["optimizer.name=adamx"], "optimizer.name: timm has no 'adamx'; the nearest is adamax"),
-        (["optimizer.options={beta: 1}"], "optimizer.options: {'beta': 1}: "),
-        (["augmentation.auto_augment=foo"], "augmentation.auto_augment: 'foo' is none of timm's"),
-        (["augmentation.scale=[-1, 1]"], "augmentation.scale.0: -1 (int) given; input should be"),
-        (["run.seeds=[-1]"], "run.seeds.0: -1 (int) given; input should be greater than"),
-        (["student.model=mobilenetv2_10"], "mobilenetv2_100"),
-        (["teacher.epochs=0"], "answers in 1000 classes, and the pictures have 10"),
-        (["run.folder=/proc/nowhere/run"], "run.folder: /proc/nowhere/run cannot be written"),
-        (["data.batch_size=1000"], "150 training pictures are fewer than an update takes: 1000"),
+        (["optimizer.lrr=1"], 2, "optimizer.lrr: unknown key; the nearest is optimizer.lr"),
+        (["data.train=/nowhere"], 1, "data.train: /nowhere is no folder"),
+        (["optimizer.name=adamx"], 2, "optimizer.name: timm has no 'adamx'; the nearest is adamax"),
+        (["optimizer.options={beta: 1}"], 2, "optimizer.options: {'beta': 1}: "),
+        (
+            ["augmentation.auto_augment=foo"],
+            2,
+            "augmentation.auto_augment: 'foo' is none of",
+        ),
+        (
+            ["augmentation.scale=[-1, 1]"],
+            2,
+            "augmentation.scale.0: -1 (int) given; ",
+        ),
+        (["run.seeds=[-1]"], 2, "run.seeds.0: -1 (int) given; input should be greater than"),
+        (["run.seeds=[1, 1]"], 2, "run.seeds: [1, 1] names a seed twice"),
+        (["run.device=cuda"], 2, "run.device: cuda, and torch sees no GPU"),
+        (["losses={ce: {}}"], 2, "teaches nothing without losses.kd"),
+        (["teacher.options.img_size=64"], 2, "teacher.model: cannot read pictures of data.image_"),
+        (["optimizer.accumulate=100"], 1, "are fewer than an update takes: 1600"),
+        (["student.model=mobilenetv2_10"], 1, "mobilenetv2_100"),
+        (["teacher.epochs=0"], 2, "answers in 1000 classes, and the pictures have 10"),
+        (["run.folder=/proc/nowhere/run"], 1, "run.folder: /proc/nowhere/run cannot be written"),
+        (["data.batch_size=1000"], 1, "150 training pictures are fewer than an update takes: 1000"),
     ],
 )
-def test_what_cannot_run_is_one_line_and_1(
-    pictures: Path, tmp_path: Path, vitkd, changed: list[str], error: str
+def test_what_cannot_run_is_one_line(
+    pictures: Path, tmp_path: Path, vitkd, changed: list[str], code: int, error: str
 ) -> None:
+    if "run.device=cuda" in changed and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     result = vitkd("distill", *arguments(pictures, tmp_path / "run"), *changed)
-    assert result.code == 1
+    assert result.code == code
     assert error in result.err
     assert len(result.err.splitlines()) == 1
 
 
 def test_unknown_recipe_names_the_nearest(vitkd) -> None:
     result = vitkd("distill", "cifar")
-    assert result.code == 1
+    assert result.code == 2
     assert "the nearest is cifar10" in result.err
 
 
@@ -253,6 +268,65 @@ def test_a_trained_file_teaches(pictures: Path, run_folder: Path, tmp_path: Path
     assert result.code == 0, result.err
     again, first = report.read(tmp_path / "run"), report.read(run_folder)
     assert again["models"][0]["mean"] == first["models"][0]["mean"]
+
+
+def test_a_file_that_teaches_is_all_that_is_said_of_it(
+    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+) -> None:
+    file = run_folder / "teacher" / "last.safetensors"
+    result = vitkd("distill", *arguments(pictures, tmp_path / "run"), f"teacher.model={file}")
+    assert result.code == 2
+    assert "is a file, with which pretrained, checkpoint, options and epochs have" in result.err
+
+
+def test_a_teachers_checkpoint_has_the_pictures_classes(
+    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+) -> None:
+    file = run_folder / "teacher" / "last.safetensors"
+    given = [*arguments(pictures, tmp_path / "run"), "run.seeds=[0]", "run.alone=false"]
+    result = vitkd("distill", *given, "teacher.epochs=0", f"teacher.checkpoint={file}")
+    assert result.code == 0, result.err
+    again, first = report.read(tmp_path / "run"), report.read(run_folder)
+    assert again["models"][0]["mean"] == first["models"][0]["mean"]
+
+
+def test_thumbnails_are_of_the_pictures_they_name(
+    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+) -> None:
+    copy = tmp_path / "pictures"
+    shutil.copytree(pictures, copy)
+    first = next(iter(sorted((copy / "val" / "0").iterdir())))
+    first.write_text("no picture")
+    given = [x for x in arguments(copy, tmp_path / "run") if not x.startswith("teacher.")]
+    given += [f"teacher.model={run_folder / 'teacher' / 'last.safetensors'}", "run.alone=false"]
+    result = vitkd("distill", *given, "run.seeds=[0]", "--skip-bad")
+    assert result.code == 0, result.err
+    results = report.read(tmp_path / "run")
+    assert results["data"]["val"] == 49
+    shown = results["disagreements"]["shown"]
+    assert len(shown) > 5
+    assert all(Path(picture["name"]).parent.name == picture["label"] for picture in shown)
+    assert any(str(first) in note for note in results["notes"])
+
+
+@pytest.mark.parametrize(
+    ("distilled", "alone", "verdict"),
+    [
+        ([0.90, 0.92, 0.94], [0.80, 0.81, 0.85], "Distilled beats alone: +10.0 points, +17.3"),
+        ([0.9, 0.9, 0.9], [0.8, 0.8, 0.8], "Distilled beats alone: +10.0 points, p = 0"),
+        ([0.80, 0.81, 0.85], [0.90, 0.92, 0.94], "Distilled is worse than alone: -10.0 points"),
+        ([0.90, 0.80, 0.91], [0.80, 0.85, 0.90], "Distilled is not shown to beat alone: +2.0"),
+        ([0.90, 0.92], [0.80, 0.81], "Distilled is not shown to beat alone: +10.5 points"),
+        ([0.9], [0.8], "One seed says nothing about chance"),
+    ],
+)
+def test_the_verdict_says_what_the_numbers_say(
+    distilled: list[float], alone: list[float], verdict: str
+) -> None:
+    comparison = None
+    if len(alone) > 1:
+        comparison = {"metric": "top1", **evaluate.paired_test(distilled, alone)}
+    assert experiment._verdict(comparison, True).startswith(verdict)
 
 
 def test_a_truncated_picture_stops_or_is_skipped(pictures: Path, tmp_path: Path, vitkd) -> None:

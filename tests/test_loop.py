@@ -25,7 +25,7 @@ pytest.importorskip("pydantic")
 from vitkd_fast import models
 from vitkd_fast.distill import checkpoint, data, journal
 from vitkd_fast.distill.config import load
-from vitkd_fast.distill.loop import Meter, NonFiniteError, Place, Trainer
+from vitkd_fast.distill.loop import Meter, NonFiniteError, Place, Stopped, Trainer
 
 TINY = [
     "student.model=mobilenetv2_035",
@@ -124,6 +124,56 @@ def test_resume_gives_the_same_weights(tmp_path: Path, at: int) -> None:
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("name", ["lamb", "sgd", "muon"])
+def test_every_optimizer_is_restored(tmp_path: Path, name: str) -> None:
+    changed = [f"optimizer.name={name}", "run.max_steps=3"]
+    options = load("digits", [*TINY, *changed]).optimizer
+    whole = trainer(tmp_path / "whole", changed, optimizer=options).run()
+    first = trainer(tmp_path / "cut", [*changed, "run.save_every=1"], optimizer=options)
+    stop_after(first, 2)
+    with pytest.raises(Stopped):
+        first.run()
+    assert_same(trainer(tmp_path / "cut", changed, optimizer=options, resume=True).run(), whole)
+
+
+def stop_after(run: Trainer, step: int) -> None:
+    """SIGTERM comes while this step is taken."""
+    update = run.update
+
+    def interrupted(batches) -> None:
+        update(batches)
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run.update = interrupted  # type: ignore[method-assign]
+
+
+def test_a_signal_in_the_last_step_leaves_the_evaluation_to_be_done(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    stop_after(run, 6)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 6 of 6"):
+        run.run()
+    assert not (tmp_path / "last.safetensors").exists()
+    trained = trainer(tmp_path, resume=True).run()
+    assert_same(models.load(tmp_path / "last.safetensors").model, trained)
+    assert [row["step"] for row in journal.read(tmp_path) if row["kind"] == "val"] == [6]
+
+
+def test_a_signal_during_the_last_evaluation_is_not_lost(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    save_model = run.save_model
+
+    def interrupted(*arguments) -> None:
+        save_model(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run.save_model = interrupted
+    with pytest.raises(Stopped):
+        run.run()
+    again = trainer(tmp_path, resume=True)
+    assert again.evaluated == again.step == again.total
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     first = trainer(tmp_path).run()
     again = trainer(tmp_path, resume=True)
@@ -200,7 +250,7 @@ def test_a_signal_saves_and_exits_with_a_message(sent: signal.Signals, tmp_path:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     line = err.strip().splitlines()[-1]
-    step = checkpoint.read_info(folder / "checkpoint.safetensors")["step"]
+    step = checkpoint.read_header(folder / "checkpoint.safetensors")["info"]["step"]
     assert f"teacher: stopped by {sent.name} after step {step} of" in line
     assert "--resume goes on" in line
     assert step >= 2
@@ -228,12 +278,27 @@ PLAIN = [
 ]
 
 
+SGD = ["optimizer.name=sgd", "optimizer.lr=0.01"]  # adam divides by what may be rounding alone
+
+
 def _rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     torch.manual_seed(0)
-    half = trainer(folder / "two", ["data.batch_size=8", *PLAIN], student=frozen())
-    half.run()
+    sgd = load("digits", [*TINY, *SGD]).optimizer
+    trainer(folder / "two", ["data.batch_size=8", *PLAIN], student=frozen(), optimizer=sgd).run()
+    # with statistics that each rank sees differently, all end with those that are saved
+    live = trainer(folder / "live", ["data.batch_size=8", *PLAIN])
+    if rank == 1:
+        stop_after(live, 5)
+    try:
+        live.run()
+    except Stopped as stop:
+        assert "after step 5" in str(stop)
+    live = trainer(folder / "live", ["data.batch_size=8", *PLAIN], resume=True)
+    assert live.step == 5
+    trained = live.run()
+    torch.save(trained.state_dict(), folder / f"trained-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -243,7 +308,8 @@ def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> Non
     ]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
     torch.manual_seed(0)
-    trainer(tmp_path / "one", PLAIN, student=frozen()).run()
+    sgd = load("digits", [*TINY, *SGD]).optimizer
+    trainer(tmp_path / "one", PLAIN, student=frozen(), optimizer=sgd).run()
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 6
     assert len(set(one)) == 6  # it does change from step to step
@@ -253,20 +319,21 @@ def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> Non
         for name in ("one", "two")
     ]
     assert val[0] == val[1] != []
+    saved = load_file(tmp_path / "live" / "last.safetensors")
+    for rank in (0, 1):
+        trained = torch.load(tmp_path / f"trained-{rank}.pt")
+        assert all(torch.equal(trained[name], value) for name, value in saved.items())
 
 
 def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
-    options = load("digits", TINY).optimizer
+    options = load("digits", [*TINY, *SGD]).optimizer
     for name, batch, accumulate in (("one", 32, 1), ("two", 16, 2)):
         torch.manual_seed(0)
         trainer(
             tmp_path / name,
             [f"data.batch_size={batch}", *PLAIN],
             student=frozen(),
-            # adam divides by what may be rounding alone
-            optimizer=options.model_copy(
-                update={"accumulate": accumulate, "name": "sgd", "lr": 0.01}
-            ),
+            optimizer=options.model_copy(update={"accumulate": accumulate}),
         ).run()
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 6
@@ -336,7 +403,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
         f"test: loss kd is not finite at step 1 (learning rate 1e-09); checkpoint: "
         f"{tmp_path}/checkpoint.safetensors is the last good one"
     )
-    assert checkpoint.read_info(tmp_path / "checkpoint.safetensors")["step"] == 1
+    assert checkpoint.read_header(tmp_path / "checkpoint.safetensors")["info"]["step"] == 1
     assert trainer(tmp_path, growing, resume=True).step == 1
 
 
@@ -367,7 +434,7 @@ def test_weights_that_are_no_number_are_not_saved(tmp_path: Path) -> None:
     run.update = poison  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match="weights are not finite after step 3"):
         run.run()
-    assert checkpoint.read_info(tmp_path / "checkpoint.safetensors")["step"] == 2
+    assert checkpoint.read_header(tmp_path / "checkpoint.safetensors")["info"]["step"] == 2
 
 
 def test_meter_keeps_the_first_bad_step_of_each_term() -> None:

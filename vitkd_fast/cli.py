@@ -193,4 +193,4 @@ def main() -> None:
         if isinstance(error, ModuleNotFoundError):
             why += '; pip install "vitkd-fast[distill]" brings what training needs'
         print(f"vitkd: {type(error).__name__}: {why} (traceback: vitkd --debug)", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_code", 1))

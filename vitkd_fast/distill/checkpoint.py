@@ -39,19 +39,15 @@ def save(
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 numbers.setdefault(str(index), {})[key] = value
-    header = {"version": VERSION, "info": info, "groups": state["param_groups"], "numbers": numbers}
+    groups = [dict(group) for group in state["param_groups"]]
+    for i, group in enumerate(groups):
+        # timm's lamb counts its steps in a tensor of the group
+        for key in [key for key, value in group.items() if isinstance(value, Tensor)]:
+            tensors[f"group.{i}.{key}"] = group.pop(key)
+    header = {"version": VERSION, "info": info, "groups": groups, "numbers": numbers}
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as part:
         save_file(tensors, part, metadata={"checkpoint": json.dumps(header)})
-
-
-def read_info(path: Path) -> dict[str, Any]:
-    """What `save` was given as `info`.
-
-    Raises:
-        CheckpointError: where the file is no whole checkpoint of this version.
-    """
-    return _header(path)["info"]
 
 
 def restore(
@@ -62,7 +58,7 @@ def restore(
     Raises:
         CheckpointError: where the file is no whole checkpoint of these modules.
     """
-    header = _header(path)
+    header = read_header(path)
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     try:
@@ -76,7 +72,10 @@ def restore(
             int(index): dict(entries) for index, entries in header["numbers"].items()
         }
         for key, value in tensors.items():
-            if key.startswith("optimizer."):
+            if key.startswith("group."):
+                _, index, entry = key.split(".", 2)
+                header["groups"][int(index)][entry] = value
+            elif key.startswith("optimizer."):
                 _, index, entry = key.split(".", 2)
                 parameter = parameters[int(index)]
                 if value.shape == parameter.shape:
@@ -90,7 +89,12 @@ def restore(
     return header["info"]
 
 
-def _header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
+    """What is not a tensor, `info` among it.
+
+    Raises:
+        CheckpointError: where the file is no whole checkpoint of this version.
+    """
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("checkpoint", "null"))

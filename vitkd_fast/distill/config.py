@@ -21,6 +21,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key."""
 
+    exit_code = 2  # of the command line: wrong usage
+
 
 class Data(Section):
     """The pictures. With no `val`, `holdout` of the training pictures are kept for validation."""
@@ -128,8 +130,22 @@ class Config(Section):
             raise ConfigError("student.model: missing; name a timm model, such as mobilenetv2_100")
         if not list(self.losses.terms()):
             raise ConfigError(f"losses: none; accepted are {', '.join(Losses.model_fields)}")
-        if self.losses.kd and not self.teacher.model:
-            raise ConfigError("teacher.model: missing, and losses.kd needs a teacher")
+        if bool(self.losses.kd) != bool(self.teacher.model):
+            raise ConfigError(
+                "teacher.model: missing, and losses.kd needs a teacher"
+                if self.losses.kd
+                else f"teacher.model: {self.teacher.model} teaches nothing without losses.kd"
+            )
+        teacher = self.teacher
+        if Path(teacher.model).is_file() and (
+            teacher.pretrained or teacher.checkpoint or teacher.options or teacher.epochs
+        ):
+            raise ConfigError(
+                f"teacher.model: {teacher.model} is a file, with which pretrained, checkpoint, "
+                "options and epochs have no meaning"
+            )
+        if len(set(self.run.seeds)) < len(self.run.seeds):
+            raise ConfigError(f"run.seeds: {self.run.seeds} names a seed twice")
         if not (self.data.train or self.data.dataset):
             raise ConfigError("data.train: missing; name a folder with a folder for each class")
         if self.augmentation.mixes and self.data.batch_size % 2:

@@ -436,6 +436,12 @@ def _ranks() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def count(source: Any) -> int:
+    """The pictures of all ranks together."""
+    streams: bool = isinstance(source, IterableDataset)
+    return source.reader.num_samples if streams else len(source)
+
+
 class _Order(Sampler):
     """This rank's (epoch, index) keys, batch by batch, from batch `start` of `epoch` on."""
 
@@ -479,7 +485,7 @@ class Loader:
         self.skipped: set[str] = set()
         streams = isinstance(source, IterableDataset)
         # the length of a stream is that of this rank's share, rounded up
-        size = source.reader.num_samples if streams else len(source)
+        size = count(source)
         together = data.batch_size * _ranks()
         self._size = size
         if seed is None:
@@ -580,15 +586,17 @@ class Mixer(Mixup):
         return x, (target, target.flip(0), lam)
 
 
-def loaders(config: Config, splits: Splits, seed: int) -> tuple[Loader, Loader]:
-    """Training and validation batches of a run."""
-    data = config.data
-    train = Loader(
-        splits.train,
-        train_transform(data, config.augmentation),
-        data,
-        seed=seed,
-        multiple=config.optimizer.accumulate,
-    )
-    transform = eval_transform(data.image_size, data.crop_pct, data.interpolation)
-    return train, Loader(splits.val, transform, data, seed=None)
+def loaders(
+    config: Config, splits: Splits, seed: int, accumulate: int = 1
+) -> tuple[Loader, Loader]:
+    """Training and validation batches of a run whose updates take `accumulate` batches each."""
+    transform = train_transform(config.data, config.augmentation)
+    train = Loader(splits.train, transform, config.data, seed=seed, multiple=accumulate)
+    return train, val_loader(config, splits)
+
+
+def val_loader(config: Config, splits: Splits) -> Loader:
+    """Every validation picture once."""
+    section = config.data
+    transform = eval_transform(section.image_size, section.crop_pct, section.interpolation)
+    return Loader(splits.val, transform, section, seed=None)

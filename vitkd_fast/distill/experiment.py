@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from .. import models
 from .._files import replacing
@@ -65,8 +65,10 @@ class _Experiment:
         self.classes = self.splits.classes
         self.teacher = self._create_teacher() if config.teacher.model else None
         student = self._create(config.student, len(self.classes))
+        self._try("student", student)
         build_optimizer(student, config.optimizer)
-        data.loaders(config, self.splits, 0)
+        data.loaders(config, self.splits, 0, config.optimizer.accumulate)
+        self.skipped = set(self.splits.skipped)
 
     def _check_folder(self) -> None:
         """Refuses another run's folder."""
@@ -87,9 +89,21 @@ class _Experiment:
             num_classes=num_classes,
             pretrained=model.pretrained,
             checkpoint=model.checkpoint,
-            image_size=self.config.data.image_size,
+            image_size=None if "img_size" in options else self.config.data.image_size,
             options=options,
         )
+
+    def _try(self, name: str, model: nn.Module) -> None:
+        """Shows the model one picture of the run's size."""
+        size = self.config.data.image_size
+        try:
+            with torch.inference_mode():
+                models.predictor(model).eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())
+            raise ConfigError(
+                f"{name}.model: cannot read pictures of data.image_size {size}: {why}"
+            ) from error
 
     def _create_teacher(self) -> nn.Module:
         section, classes = self.config.teacher, len(self.classes)
@@ -97,13 +111,15 @@ class _Experiment:
         if Path(section.model).is_file():
             teacher = models.load(section.model).model
         else:
-            own = section.options.get("num_classes")
+            # weights of timm's keep timm's classes, so that a mismatch is seen
+            own = section.options.get("num_classes", classes if section.checkpoint else None)
             teacher = self._create(section, classes if section.epochs else own)
         if (found := getattr(teacher, "num_classes", classes)) != classes:
             raise ConfigError(
                 f"teacher.model: {section.model} answers in {found} classes, and the pictures have "
                 f"{classes}; name one trained on them, or let teacher.epochs train it first"
             )
+        self._try("teacher", teacher)
         return teacher
 
     def _train(
@@ -140,7 +156,9 @@ class _Experiment:
             resume=self.resume,
             save_model=save_model,
         )
-        return trainer.run()
+        trained = trainer.run()
+        self.skipped |= trainer.skipped
+        return trained
 
     def _pixels(self, model: nn.Module) -> models.Pixels:
         """The model's own mean and std, and this run's size, crop and interpolation."""
@@ -151,6 +169,8 @@ class _Experiment:
 
     def run(self) -> dict[str, Any]:
         config = self.config
+        if dist.is_initialized():
+            dist.barrier()  # every rank has looked at the folder
         if self.place.rank == 0:
             checkpoint.check_folder(self.folder, 1 << 20)
             with replacing(self.folder / "config.yaml") as part:
@@ -185,30 +205,36 @@ class _Experiment:
                     config.run.epochs,
                     seed,
                 )
-        results = self._results(students)
-        if self.place.rank == 0:
-            report.write(results, self.folder)
+        evaluations = {"teacher": [self._evaluate(self.teacher, None)]} if self.teacher else {}
+        answers = self.teacher and self._predictor(self.teacher)
+        for role, trained in students.items():
+            evaluations[role] = [self._evaluate(model, answers) for model in trained.values()]
+        if self.place.rank != 0:
+            return {}
+        results = self._results(students, evaluations)
+        report.write(results, self.folder)
         return results
 
-    def _results(self, students: dict[str, dict[int, nn.Module]]) -> dict[str, Any]:
+    def _results(
+        self,
+        students: dict[str, dict[int, nn.Module]],
+        evaluations: dict[str, list[evaluate.Evaluation]],
+    ) -> dict[str, Any]:
         config, seeds = self.config, self.config.run.seeds
-        evaluations: dict[str, list[evaluate.Evaluation]] = {}
         rows = []
-        answers = self.teacher and self._predictor(self.teacher)
         if self.teacher:
-            evaluations["teacher"] = [self._evaluate(self.teacher, None)]
             file = self.folder / "teacher" / "last.safetensors"
-            rows.append(self._row("teacher", config.teacher, self.teacher, file, evaluations, [0]))
+            scored = evaluations["teacher"]
+            rows.append(self._row("teacher", config.teacher, self.teacher, file, scored, [0]))
         for role, trained in students.items():
-            evaluations[role] = [self._evaluate(trained[seed], answers) for seed in seeds]
             file = self.folder / f"{role}-{seeds[0]}" / "last.safetensors"
-            model = trained[seeds[0]]
-            rows.append(self._row(role, config.student, model, file, evaluations, seeds))
-        comparison = _compare(evaluations, seeds)
+            model, scored = trained[seeds[0]], evaluations[role]
+            rows.append(self._row(role, config.student, model, file, scored, seeds))
+        comparison = _compare(evaluations)
         role = "distilled" if "distilled" in evaluations else "alone"
-        last = evaluations[role][0]
+        first = evaluations[role][0]
         return {
-            "version": 1,
+            "version": report.VERSION,
             "title": self.folder.name,
             "config": config.model_dump(),
             "environment": {
@@ -218,16 +244,16 @@ class _Experiment:
                 "device": _device_name(self.place),
             },
             "data": {
-                "train": len(self.splits.train),
-                "val": len(self.splits.val),
+                "train": data.count(self.splits.train),
+                "val": int(first.confusion.sum()),
                 "classes": self.classes,
             },
             "models": rows,
             "comparison": comparison,
-            "verdict": _verdict(comparison),
+            "verdict": _verdict(comparison, config.run.alone and self.teacher is not None),
             "curves": self._curves(list(students)),
-            "confusion": {"role": role, "seed": seeds[0], "matrix": last.confusion.tolist()},
-            "disagreements": self._disagreements(last),
+            "confusion": {"role": role, "seed": seeds[0], "matrix": first.confusion.tolist()},
+            "disagreements": self._disagreements(first),
             "notes": self._notes(),
         }
 
@@ -237,14 +263,24 @@ class _Experiment:
     def _evaluate(
         self, model: nn.Module, teacher: Callable[[Any], Any] | None
     ) -> evaluate.Evaluation:
-        _, loader = data.loaders(self.config, self.splits, 0)
-        return evaluate.evaluate(
+        loader = data.val_loader(self.config, self.splits)
+        places = []
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in loader.epoch():
+                places.append(batch.indices)
+                yield batch.images, batch.labels
+
+        result = evaluate.evaluate(
             self._predictor(model),
-            ((batch.images, batch.labels) for batch in loader.epoch()),
+            batches(),
             classes=len(self.classes),
             device=self.place.device,
             teacher=teacher,
         )
+        self.places = torch.cat(places)  # in the pictures, without those that cannot be read
+        self.skipped |= loader.skipped
+        return result
 
     def _row(
         self,
@@ -252,7 +288,7 @@ class _Experiment:
         section: Model,
         model: nn.Module,
         file: Path,
-        evaluations: dict[str, list[evaluate.Evaluation]],
+        scored: list[evaluate.Evaluation],
         seeds: list[int],
     ) -> dict[str, Any]:
         """A model's line of the table: what it costs, and what each seed scored."""
@@ -263,7 +299,6 @@ class _Experiment:
             device=self.place.device,
             file=file if file.exists() else None,
         )
-        scored = evaluations[role]
         runs = [
             {"seed": seed, "metrics": result.metrics, "fidelity": result.fidelity}
             for seed, result in zip(seeds, scored, strict=True)
@@ -300,8 +335,8 @@ class _Experiment:
         names = self.classes
         shown = [
             {
-                "image": _thumbnail(source.read(i)[0]),
-                "name": source.name(i),
+                "image": _thumbnail(source.read(int(self.places[i]))[0]),
+                "name": source.name(int(self.places[i])),
                 "label": names[int(result.labels[i])],
                 "student": {
                     "class": names[int(result.student[i])],
@@ -321,10 +356,12 @@ class _Experiment:
             "Scores are those of the last epoch's weights: to choose the best epoch on the "
             "pictures that it is then scored on would flatter.",
         ]
-        if self.splits.skipped:
-            notes.append(f"Left out: {'; '.join(self.splits.skipped[:10])}")
-        if self.config.data.dataset != "digits" and not self.config.data.val:
-            notes.append(f"Validation: {self.config.data.holdout:.0%} of the training pictures.")
+        if self.skipped:
+            shown = "; ".join(sorted(self.skipped)[:10])
+            notes.append(f"Left out, {len(self.skipped)} in all: {shown}")
+        section = self.config.data
+        if not section.val and section.dataset in ("", "digits"):
+            notes.append(f"Validation: {section.holdout:.0%} of the pictures, kept from training.")
         return notes
 
 
@@ -338,10 +375,8 @@ def _differing(found: Any, wanted: dict[str, Any]) -> list[str]:
     ]
 
 
-def _compare(
-    evaluations: dict[str, list[evaluate.Evaluation]], seeds: list[int]
-) -> dict[str, Any] | None:
-    if len(seeds) < 2 or not {"alone", "distilled"} <= evaluations.keys():
+def _compare(evaluations: dict[str, list[evaluate.Evaluation]]) -> dict[str, Any] | None:
+    if not {"alone", "distilled"} <= evaluations.keys() or len(evaluations["alone"]) < 2:
         return None
     top1 = {
         role: [result.metrics["top1"] for result in evaluations[role]]
@@ -350,23 +385,30 @@ def _compare(
     return {"metric": "top1", **evaluate.paired_test(top1["distilled"], top1["alone"])}
 
 
-def _verdict(comparison: dict[str, Any] | None) -> str:
+def _verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
+    """One sentence: more than two standard errors over at least three seeds count."""
     if comparison is None:
-        return "One seed says nothing about chance: run.seeds=[0,1,2] compares distilled and alone."
-    points, error = 100 * comparison["difference"], comparison["standard_errors"]
-    size = f"{abs(points):.1f} points, {abs(error):.1f} standard errors" if error else "the same"
-    over = f"over {comparison['seeds']} seeds (p = {comparison['p']:.2g})"
-    if points > 0 and (error is None or error > 2):
-        return f"Distilled beats alone by {size}, {over}."
-    if points < 0 and (error is None or error < -2):
+        if not compared:
+            return "One way of training only: run.alone=true and a teacher compare two."
+        return "One seed says nothing about chance: run.seeds=[0,1,2] compares three."
+    points, errors, seeds = (comparison[key] for key in ("difference", "standard_errors", "seeds"))
+    points *= 100
+    size = f"{points:+.1f} points"
+    if errors is not None:
+        size += f", {errors:+.1f} standard errors"
+    size += f", p = {comparison['p']:.2g}, over {seeds} seeds"
+    # equal differences in every seed have no standard error
+    clear = seeds >= 3 and (abs(errors) > 2 if errors is not None else points != 0)
+    if clear and points > 0:
+        return f"Distilled beats alone: {size}."
+    if clear:
         return (
-            f"Distilled is worse than alone by {size}, {over}: try a lower losses.kd.weight, or "
+            f"Distilled is worse than alone: {size}. Try a lower losses.kd.weight, or "
             "losses.kd.temperature=1."
         )
     return (
-        f"Distilled is not shown to beat alone: {points:+.1f} points, "
-        f"{error or 0:.1f} standard errors {over}. More seeds would measure it better; a longer "
-        "run.epochs, a stronger augmentation or a better teacher could make it larger."
+        f"Distilled is not shown to beat alone: {size}. More run.seeds would measure it better; "
+        "more run.epochs, stronger augmentation or a better teacher could make it larger."
     )
 
 

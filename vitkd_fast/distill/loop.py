@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler.scheduler_factory import create_scheduler_v2
+from timm.utils.distributed import distribute_bn
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -58,19 +61,25 @@ class Place:
         if run.threads:
             torch.set_num_threads(run.threads)
         name = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"run.device: {name}, and torch sees no GPU")
         rank, ranks = 0, 1
         if dist.is_torchelastic_launched() and not dist.is_initialized():
-            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if dist.is_initialized():
             rank, ranks = dist.get_rank(), dist.get_world_size()
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", rank % torch.cuda.device_count())
+        if device.type == "cuda":
+            if device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            elif ranks > 1:
+                raise ConfigError(f"run.device: {name} for {ranks} processes; accepted is cuda")
             torch.cuda.set_device(device)
         if run.precision != "auto":
             student = teacher = getattr(torch, run.precision)
         elif device.type == "cuda":
-            student = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            student = torch.bfloat16 if native else torch.float16
             teacher = student
         else:
             # depthwise convolutions in bfloat16 are slower on a CPU, a transformer's GEMMs faster
@@ -138,12 +147,12 @@ class Signals:
     """Remembers SIGINT or SIGTERM, so that a step can end and be saved."""
 
     def __enter__(self) -> Signals:
-        self.name = ""
+        self.number = 0
         self.before = {s: signal.signal(s, self._take) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+        self.number = number
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
@@ -191,10 +200,9 @@ class Trainer:
         save_model: Any,
     ) -> None:
         run = config.run
-        self.config, self.place, self.seed, self.folder = config, place, seed, folder
-        self.run_options, self.options, self.title = run, optimizer, title
-        self.save_model = save_model
-        self.loader, self.val_loader = data.loaders(config, splits, seed)
+        self.place, self.seed, self.folder, self.title = place, seed, folder, title
+        self.run_section, self.options, self.save_model = run, optimizer, save_model
+        self.loader, self.val_loader = data.loaders(config, splits, seed, optimizer.accumulate)
         self.classes = len(splits.classes)
         self.terms = list(losses.terms())
         self.mixer = data.Mixer(config.augmentation) if config.augmentation.mixes else None
@@ -223,7 +231,11 @@ class Trainer:
             place.device.type, enabled=place.student == torch.float16
         )
         self.meter = Meter([name for name, _ in self.terms], place.device)
-        self.step, self.best = 0, -1.0
+        self.step, self.evaluated, self.best = 0, 0, -1.0
+        self._rates: dict[int, float] = {}  # by step, since the last log
+        self._since = time.monotonic(), 0
+        # signals are agreed on here, so that no rank waits for its device
+        self._control: Any = dist.new_group(backend="gloo") if place.ranks > 1 else None
 
         state = sum(p.numel() * p.element_size() for p in self.model.parameters())
         if place.rank == 0:
@@ -231,8 +243,9 @@ class Trainer:
         self.path = folder / "checkpoint.safetensors"
         if resume and self.path.exists():
             info = checkpoint.restore(self.path, self._modules(), self.optimizer)
-            self.step, self.best = info["step"], info["best"]
-            self.scaler.load_state_dict(info["scaler"])
+            self.step, self.evaluated, self.best = info["step"], info["evaluated"], info["best"]
+            if self.scaler.is_enabled() and info["scaler"]:
+                self.scaler.load_state_dict(info["scaler"])
             self.meter.reset(*info["meter"])
             self.scheduler.step_update(self.step)
         if run.compile:
@@ -280,17 +293,19 @@ class Trainer:
 
         Raises:
             NonFiniteError: naming the first bad step, the term and the learning rate.
-            Stopped: after SIGINT or SIGTERM, once the state is saved; with several ranks, at the
-                next log interval.
+            Stopped: after SIGINT or SIGTERM on any rank, once the step is done and saved.
             DataError: naming a file that cannot be read.
         """
-        options = self.run_options
-        folder = self.folder if self.place.rank == 0 else None
+        run, folder = self.run_section, self.folder if self.place.rank == 0 else None
         journal = Journal(folder, self.title, self.total, self.step)
         with journal, Signals() as signals:
-            self._rates: dict[int, float] = {}
             self._since = time.monotonic(), self.step
-            while self.step < self.total:
+            while self.step < self.total or self._is_due():
+                if self._is_due():
+                    self._evaluate(journal)
+                    self._save()
+                    self._obey(signals)
+                    continue
                 epoch, start = divmod(self.step, self.steps_per_epoch)
                 batches = self.loader.epoch(epoch, start * self.options.accumulate)
                 self.forward.train()
@@ -298,26 +313,21 @@ class Trainer:
                     self._rates[self.step] = self.optimizer.param_groups[0]["lr"]
                     self.update(batches)
                     journal.advance(self.step)
-                    stop = signals.name
-                    if self.step % options.log_every == 0:
+                    if self.step % run.log_every == 0:
                         self._log(journal)
-                    if self.place.ranks > 1:
-                        stop = self._agreed(signals.name)
-                    if stop:
+                    if run.save_every and self.step % run.save_every == 0:
                         self._save()
-                        raise Stopped(
-                            f"{self.title}: stopped by {stop} after step {self.step} of "
-                            f"{self.total}; --resume goes on"
-                        )
-                    if options.save_every and self.step % options.save_every == 0:
-                        self._save()
-                ended = self.step == self.total
-                if ended or (epoch + 1) % options.eval_every == 0:
-                    self._evaluate(journal)
-                self._save()
-            if skipped := self.loader.skipped | self.val_loader.skipped:
+                    self._obey(signals)
+                if not self._is_due():
+                    self._save()
+            if skipped := self.skipped:
                 journal.say(f"skipped {len(skipped)} pictures that cannot be read: {_few(skipped)}")
         return self.trained
+
+    @property
+    def skipped(self) -> set[str]:
+        """Pictures of this rank that could not be read."""
+        return self.loader.skipped | self.val_loader.skipped
 
     @property
     def trained(self) -> nn.Module:
@@ -333,13 +343,31 @@ class Trainer:
             return self.forward.no_sync()
         return nullcontext()
 
-    def _agreed(self, name: str) -> str:
-        """The signal that any rank got, at the log interval: there the ranks meet anyway."""
-        if self.step % self.run_options.log_every:
-            return ""
-        flag = torch.tensor(signal.Signals[name].value if name else 0, device=self.place.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return signal.Signals(int(flag)).name if flag else ""
+    def _is_due(self) -> bool:
+        """Whether the weights as they are should be evaluated, and are not yet."""
+        epochs, inside = divmod(self.step, self.steps_per_epoch)
+        ended = self.step == self.total or not (inside or epochs % self.run_section.eval_every)
+        return ended and self.step > self.evaluated
+
+    def _obey(self, signals: Signals) -> None:
+        """Saves and ends the run where any rank was told to."""
+        number = signals.number
+        if self._control:
+            flag = torch.tensor(number)
+            dist.all_reduce(flag, dist.ReduceOp.MAX, self._control)
+            number = int(flag)
+        if number:
+            self._save()
+            raise Stopped(
+                f"{self.title}: stopped by {signal.Signals(number).name} after step {self.step} of "
+                f"{self.total}; --resume goes on"
+            )
+
+    def _share_buffers(self) -> None:
+        """Gives every rank the first one's batch-norm statistics: those are what is saved."""
+        if self.place.ranks > 1:
+            for module in self._modules().values():
+                distribute_bn(module, self.place.ranks)
 
     def _log(self, journal: Journal) -> None:
         self._check()
@@ -355,21 +383,24 @@ class Trainer:
         }
         journal.write("train", self.step, row)
         self._since = now, self.step
-        self._rates.clear()
+        self._rates = {self.step - 1: self._rates[self.step - 1]}
 
     def _check(self) -> None:
-        """Raises where a loss was no number since the last look."""
+        """Raises where a loss was no number since the last look, or a weight is none."""
         if bad := self.meter.first_bad():
-            step, term = bad
-            rate = self._rates.get(step)
-            kept = f"{self.path} is the last good one" if self.path.exists() else "none was saved"
-            raise NonFiniteError(
-                f"{self.title}: loss {term} is not finite at step {step} (learning rate {rate:.3g})"
-                f"; checkpoint: {kept}"
-            )
+            step, what = bad[0], f"loss {bad[1]} is not finite at step {bad[0]}"
+        elif not nn.utils.get_total_norm(self.model.parameters()).isfinite():
+            step = self.step - 1
+            what = f"the weights are not finite after step {step}"
+        else:
+            return
+        what += f" (learning rate {self._rates.get(step, math.nan):.3g})"
+        kept = f"{self.path} is the last good one" if self.path.exists() else "none was saved"
+        raise NonFiniteError(f"{self.title}: {what}; checkpoint: {kept}")
 
     def _evaluate(self, journal: Journal) -> None:
         self._check()
+        self._share_buffers()
         self.trained.eval()
         result = evaluate.evaluate(
             models.predictor(self.trained).to(self.place.device),
@@ -384,22 +415,18 @@ class Trainer:
             self.save_model(self.folder / "last.safetensors", self.trained)
             if scores["top1"] > self.best:
                 self.save_model(self.folder / "best.safetensors", self.trained)
-        self.best = max(self.best, scores["top1"])
+        self.best, self.evaluated = max(self.best, scores["top1"]), self.step
         self._since = time.monotonic(), self.step
 
     def _save(self) -> None:
         """Writes the whole state, unless a loss or a weight in it is no number."""
         self._check()
-        norm = nn.utils.get_total_norm(self.model.parameters())
-        if not norm.isfinite():
-            raise NonFiniteError(
-                f"{self.title}: the weights are not finite after step {self.step - 1} (learning "
-                f"rate {self._rates.get(self.step - 1, 0):.3g}); no checkpoint is written"
-            )
+        self._share_buffers()
         meter = self.meter.state()
         if self.place.rank == 0:
             info = {
                 "step": self.step,
+                "evaluated": self.evaluated,
                 "best": self.best,
                 "scaler": self.scaler.state_dict(),
                 "meter": meter,
