@@ -1,10 +1,11 @@
 """A step of the loop beside the same step by timm's LogitDistillationTask: the CIFAR-10 recipe.
 
 On a CPU a picture is read by the cores that the models run on; `in memory` is a step without that.
-Both sides get their own batches from the same loader, the same seeds, weights, precision, memory
-format, mixing and optimiser. `models alone` is the teacher's forward and the student's forward and
-backward: what is left of a step is what the loop costs. VITKD_DATA names the folder that holds
-cifar10-train.zip; without it the pictures are scikit-learn's digits, at the same size.
+Both sides get their own batches from the same loader, the same seeds, weights, memory format, mixing
+and optimiser. In float32 both compute the same; `auto` is what the loop chooses by itself: on a CPU
+that is fast in it a teacher in bfloat16, which timm's step would need by hand. `models alone` is the
+teacher's forward and the student's forward and backward: the rest of a step is what the loop costs.
+VITKD_DATA names the folder that holds cifar10-train.zip; without it the pictures are digits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import LogitDistillationTask
 
 from vitkd_fast import models
-from vitkd_fast.distill import config, data
+from vitkd_fast.distill import config, data, sources
 from vitkd_fast.distill.loop import Place, Trainer
 
 T, CE_WEIGHT = 4.0, 0.5
@@ -70,7 +71,7 @@ def bench_step(race, benchmark, device, where, precision, pictures, threads, tmp
             f"run.precision={precision}",
         ],
     )
-    splits, place = data.open_data(recipe.data), Place.of(recipe)
+    splits, place = sources.open_data(recipe.data), Place.of(recipe)
     torch.manual_seed(0)
     teacher, student = (
         models.create(part.model, num_classes=10, image_size=64, options=part.options)

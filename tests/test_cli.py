@@ -17,7 +17,9 @@ from PIL import Image
 pytest.importorskip("pydantic")
 
 from vitkd_fast import cli, models
-from vitkd_fast.distill import data, evaluate, experiment, report
+from vitkd_fast.distill import data, evaluate, experiment, report, sources
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMANDS = ["distill", "eval", "predict", "report", "show", "demo"]
 
@@ -26,14 +28,6 @@ class Result(NamedTuple):
     code: int
     out: str
     err: str
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -55,7 +49,7 @@ def vitkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits as PNG files, in train/<class>/ and val/<class>/."""
     root = tmp_path_factory.mktemp("pictures")
-    digits = data.Digits()
+    digits = sources.Digits()
     for i in range(200):
         image, label = digits.read(i)
         folder = root / ("val" if i % 4 == 0 else "train") / digits.classes[label]

@@ -13,10 +13,11 @@ from PIL import Image
 from timm.data.mixup import Mixup
 
 from vitkd_fast.distill.config import Augmentation, Config, validate
-from vitkd_fast.distill.data import Batch, DataError, Loader, Mixer, loaders, open_data, open_folder
+from vitkd_fast.distill.data import Batch, Loader, Mixer, loaders
 from vitkd_fast.distill.losses import CE, KD
+from vitkd_fast.distill.sources import DataError, open_data, open_folder
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 STRONG = {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5"}
 
 

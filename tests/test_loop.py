@@ -23,9 +23,11 @@ from torch import nn
 pytest.importorskip("pydantic")
 
 from vitkd_fast import models
-from vitkd_fast.distill import checkpoint, data, journal
+from vitkd_fast.distill import checkpoint, journal, sources
 from vitkd_fast.distill.config import load
 from vitkd_fast.distill.loop import Meter, NonFiniteError, Place, Stopped, Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = [
     "student.model=mobilenetv2_035",
@@ -42,17 +44,9 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
-def splits() -> data.Splits:
-    return data.open_data(load("digits").data)
+def splits() -> sources.Splits:
+    return sources.open_data(load("digits").data)
 
 
 def student() -> nn.Module:
@@ -525,7 +519,7 @@ def test_journal_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_a_step_waits_for_nothing(tmp_path: Path) -> None:
-    run = trainer(tmp_path, PLAIN)
+    run = trainer(tmp_path)
     batches = run.loader.epoch(0)
     run.forward.train()
     run.update(batches)

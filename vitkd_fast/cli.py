@@ -78,12 +78,12 @@ def evaluate(
     import torch
 
     from . import models
-    from .distill import config, data, evaluate
+    from .distill import config, data, evaluate, sources
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = models.load(model)
     pixels = loaded.pixels
-    source, bad = data.open_folder(folder, models.class_names(loaded), skip_bad)
+    source, bad = sources.open_folder(folder, models.class_names(loaded), skip_bad)
     transform = data.eval_transform(pixels.image_size, pixels.crop_pct, pixels.interpolation)
     section = config.Data(batch_size=batch_size, workers=workers, skip_bad=skip_bad)
     loader = data.Loader(source, transform, section, seed=None)
@@ -112,7 +112,7 @@ def predict(
     from PIL import Image
 
     from . import models
-    from .distill import data
+    from .distill import data, sources
 
     loaded = models.load(model)
     pixels, names = loaded.pixels, loaded.classes
@@ -122,8 +122,8 @@ def predict(
         try:
             with Image.open(file) as image:
                 picture = torch.as_tensor(transform(image.convert("RGB")))
-        except data.UNREADABLE as error:
-            raise data.DataError(f"{file} cannot be read: {error}") from error
+        except sources.UNREADABLE as error:
+            raise sources.DataError(f"{file} cannot be read: {error}") from error
         with torch.inference_mode():
             answers = predictor(picture[None]).float().softmax(1)[0].topk(min(top, len(names)))
         pairs = zip(answers.indices.tolist(), answers.values.tolist(), strict=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import models
 from .._files import replacing
-from . import checkpoint, data, evaluate, journal, report
+from . import checkpoint, data, evaluate, journal, report, sources
 from .config import Config, ConfigError, Model, Optimizer
 from .loop import Place, Trainer, build_optimizer, cpu_capabilities
 from .losses import Losses
@@ -61,7 +61,7 @@ class _Experiment:
         self.config, self.place, self.resume = config, place, resume
         self.folder = Path(config.run.folder)
         self._check_folder()
-        self.splits = data.open_data(config.data, config.student.options.get("num_classes"))
+        self.splits = sources.open_data(config.data, config.student.options.get("num_classes"))
         self.classes = self.splits.classes
         self.teacher = self._create_teacher() if config.teacher.model else None
         student = self._create(config.student, len(self.classes))
@@ -244,7 +244,7 @@ class _Experiment:
                 "device": _device_name(self.place),
             },
             "data": {
-                "train": data.count(self.splits.train),
+                "train": sources.count(self.splits.train),
                 "val": int(first.confusion.sum()),
                 "classes": self.classes,
             },

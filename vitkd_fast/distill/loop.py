@@ -1,6 +1,7 @@
 """The training loop: `Trainer.update` is the whole step, and `Trainer.run` what goes on around it.
 
 Nothing in a step waits for the device: losses are added up there, and read at the log interval.
+(float16's loss scale does wait, and timm's mixing by pair or element, which copies its shares.)
 Every random number is a function of (seed, step, rank), so a resumed run is the run.
 """
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import models
-from . import checkpoint, data, evaluate
+from . import checkpoint, data, evaluate, sources
 from .config import Config, ConfigError, Optimizer
 from .journal import Journal
 from .losses import Losses
@@ -190,7 +191,7 @@ class Trainer:
         losses: Losses,
         optimizer: Optimizer,
         epochs: int,
-        splits: data.Splits,
+        splits: sources.Splits,
         folder: Path,
         *,
         seed: int,
