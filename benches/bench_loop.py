@@ -1,11 +1,12 @@
 """A step of the loop beside the same step by timm's LogitDistillationTask: the CIFAR-10 recipe.
 
 On a CPU a picture is read by the cores that the models run on; `in memory` is a step without that.
-Both sides get their own batches from the same loader, the same seeds, weights, memory format, mixing
-and optimiser. In float32 both compute the same; `auto` is what the loop chooses by itself: on a CPU
-that is fast in it a teacher in bfloat16, which timm's step would need by hand. `models alone` is the
-teacher's forward and the student's forward and backward: the rest of a step is what the loop costs.
-VITKD_DATA names the folder that holds cifar10-train.zip; without it the pictures are digits.
+Both sides get their own batches from the same loader, the same seeds, weights, memory format,
+mixing and optimiser. In float32 both compute the same; `auto` is what the loop chooses by itself:
+on a CPU that is fast in it a teacher in bfloat16, which timm's step would need by hand. `models
+alone` is the teacher's forward and the student's forward and backward: the rest of a step is what
+the loop costs. VITKD_DATA names the folder that holds cifar10-train.zip; without it the pictures
+are digits.
 """
 
 from __future__ import annotations
