@@ -81,7 +81,7 @@ def bench_step(race, benchmark, device, where, precision, pictures, threads, tmp
     timm_step, timm_loss = timms(recipe, copy.deepcopy(student), copy.deepcopy(teacher), splits)
     trainer = Trainer(
         recipe, student, teacher, recipe.losses, recipe.optimizer, 60, splits, tmp_path,
-        seed=0, title="bench", place=place, save_model=None,
+        seed=0, title="bench", place=place, save_model=lambda path, model: None,
     )  # fmt: skip
     trainer.forward.train()
     batches = endless(trainer.loader)

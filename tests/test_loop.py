@@ -191,6 +191,7 @@ def vitkd(*arguments: str, cwd: Path) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -237,10 +238,11 @@ def test_kill_9_and_resume_give_the_same_weights(uninterrupted: Path, tmp_path: 
 def test_a_signal_saves_and_exits_with_a_message(sent: signal.Signals, tmp_path: Path) -> None:
     # the teacher's run is the first to go on
     many = [x for x in SHORT if not x.startswith("run.max_steps")] + ["teacher.epochs=50"]
+    many.append("data.workers=2")
     process = vitkd("distill", "digits", *many, "run.folder=run", cwd=tmp_path)
     folder = tmp_path / "run" / "teacher"
     wait_for_step(folder, 2, process)
-    process.send_signal(sent)
+    os.killpg(process.pid, sent)  # as Ctrl-C and most job schedulers do: workers get it too
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     line = err.strip().splitlines()[-1]

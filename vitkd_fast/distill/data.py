@@ -306,8 +306,12 @@ class Loader:
 
 
 def _quiet_worker(_: int) -> None:
-    """A worker leaves Ctrl-C to the process that asks it for pictures."""
+    """A worker leaves signals, which a whole group of processes may get, to the one that asks it.
+
+    A second SIGTERM ends it, as ever: that is how its process would get rid of it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class Mixer(Mixup):

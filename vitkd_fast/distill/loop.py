@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +134,7 @@ class Meter:
 
     def reset(self, sums: list[float] | None = None, count: int = 0) -> None:
         """Begins anew, or where `state` was taken."""
-        self.sums.copy_(torch.tensor(sums)) if sums else self.sums.zero_()
+        self.sums.copy_(torch.tensor(sums or [0.0] * len(self.names)))
         self.count = count
 
     def means(self) -> dict[str, float]:
@@ -176,6 +176,7 @@ class Trainer:
         seed: of order, augmentation and everything drawn.
         title: for the journal.
         place: where to compute.
+        save_model: writes a model's weights to a path, so that `models.load` reads them.
         resume: go on from the folder's checkpoint, where there is one.
 
     Raises:
@@ -197,8 +198,8 @@ class Trainer:
         seed: int,
         title: str,
         place: Place,
+        save_model: Callable[[Path, nn.Module], None],
         resume: bool = False,
-        save_model: Any,
     ) -> None:
         run = config.run
         self.place, self.seed, self.folder, self.title = place, seed, folder, title
