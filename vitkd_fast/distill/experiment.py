@@ -268,7 +268,7 @@ class _Experiment:
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in loader.epoch():
-                places.append(batch.indices)
+                places.append(batch.indices.clone())  # a worker lends its memory
                 yield batch.images, batch.labels
 
         result = evaluate.evaluate(
