@@ -21,6 +21,8 @@ import pytest
 import torch
 
 pytest.importorskip("timm.task")
+pytest.importorskip("pydantic")
+pytest.importorskip("torchmetrics")
 
 from timm.data.mixup import Mixup
 from timm.loss import SoftTargetCrossEntropy

@@ -3,11 +3,24 @@
 import os
 import random
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# where only the losses' dependencies are, as on a bare machine with a GPU, the loop is left out
+_EXTRA = "jinja2 matplotlib pydantic rich scipy sklearn tensorboard timm torchmetrics yaml".split()
+_MISSING = [name for name in _EXTRA if not find_spec(name)]
+_LOOP = "cli config data evaluate loop models report".split()
+collect_ignore = [f"test_{stem}.py" for stem in _LOOP] if _MISSING else []
+
+
+def pytest_report_header() -> list[str]:
+    if not _MISSING:
+        return []
+    return [f"left out: {', '.join(collect_ignore)}: no {', '.join(_MISSING)} (extra: distill)"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

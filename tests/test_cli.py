@@ -14,8 +14,6 @@ import torch
 import yaml
 from PIL import Image
 
-pytest.importorskip("pydantic")
-
 from vitkd_fast import cli, models
 from vitkd_fast.distill import data, evaluate, experiment, report, sources
 

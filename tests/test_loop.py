@@ -20,8 +20,6 @@ from safetensors.torch import load_file
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
-pytest.importorskip("pydantic")
-
 from vitkd_fast import models
 from vitkd_fast.distill import checkpoint, journal, sources
 from vitkd_fast.distill.config import load
