@@ -291,7 +291,8 @@ def test_wheel(tmp_path: Path) -> None:
     folders = {name.split("/")[0] for name in names}
     assert folders == {"vitkd_fast", f"vitkd_fast-{metadata.version('vitkd-fast')}.dist-info"}
     kernels = {f"vitkd_fast/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
-    assert kernels | {"vitkd_fast/py.typed", "vitkd_fast/_int8.pyi"} <= set(names)
+    data = {"py.typed", "_int8.pyi", "recipes/digits.yaml", "distill/report.html.jinja"}
+    assert kernels | {f"vitkd_fast/{name}" for name in data} <= set(names)
     assert "vitkd_fast/_C.abi3.so" in names
 
     # from outside the checkout, and before the editable install that these tests run from
