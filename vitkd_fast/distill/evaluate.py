@@ -204,7 +204,7 @@ def evaluate(
     values["auroc"] = curves[(occurs > 0) & (occurs < size)].mean()
     cpu = {name: x.cpu() for name, x in kept.items()}
     return Evaluation(
-        metrics={k: float(x) for k, x in values.items()} | {k: mean[k] for k in _METRICS},
+        metrics={k: mean[k] for k in _METRICS} | {k: float(x) for k, x in values.items()},
         fidelity={k: mean[k] for k in _FIDELITY if teacher is not None},
         labels=cpu["labels"],
         student=cpu["student"],
