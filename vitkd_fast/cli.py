@@ -34,7 +34,7 @@ def distill(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RECIPE|FILE.yaml] [KEY=VALUE]...",
+            metavar="RECIPE|FILE.yaml|KEY=VALUE",
             help="A shipped recipe or a file, and what to change in it.",
         ),
     ] = None,
