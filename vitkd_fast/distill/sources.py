@@ -164,7 +164,7 @@ def _open_folder(
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files = [file for file in files if not file.startswith(".")]
-        pictures = [file for file in files if Path(file).suffix.lower() in extensions]
+        pictures = {file for file in files if Path(file).suffix.lower() in extensions}
         at_root = Path(folder) == root
         bad += [
             f"{Path(folder) / file} is no picture in a class's folder"
