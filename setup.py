@@ -17,8 +17,10 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-OPERATIONS = [*sorted(glob("csrc/cpu/*.cpp")), "csrc/int8/isa.cpp", "csrc/ops.cpp"]
 ENGINE = sorted(glob("csrc/int8/*.cpp"))
+# those of the engine's files that know no graph: instruction sets, kernels, the plain convolutions
+SHARED = [f for f in ENGINE if re.search(r"/(isa|kernels|kernels_\w+|plain)\.cpp$", f)]
+OPERATIONS = [*sorted(glob("csrc/cpu/*.cpp")), *SHARED, "csrc/ops.cpp"]
 INCLUDE = [os.path.abspath("csrc")]
 CXX = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # gcc 12 and 13 give false alarms inside their own AVX-512 headers

@@ -1,18 +1,185 @@
 // vitkd_fast._int8: the engine's objects for Python. Links no torch.
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "isa.h"
+#include "session.h"
+
+namespace py = pybind11;
+using namespace vitkd;
+using namespace vitkd::int8;
+
+namespace {
+
+// a contiguous array of exactly this type, borrowed from an attribute of a node
+template <class T>
+Array<T> array_of(const py::handle& node, const char* name) {
+  const py::object value = node.attr(name);
+  if (!py::isinstance<py::array>(value)) throw GraphError(std::string(name) + " is no array");
+  const auto array = py::cast<py::array>(value);
+  if (!array.dtype().equal(py::dtype::of<T>()) || !(array.flags() & py::array::c_style)) {
+    throw GraphError(std::string(name) + " is of the wrong dtype or not contiguous");
+  }
+  return {static_cast<const T*>(array.data()), {array.shape(), array.shape() + array.ndim()}};
+}
+
+Node node_of(const py::handle& from) {
+  const auto op = from.attr("op").cast<std::string>();
+  Node n;
+  n.name = from.attr("name").cast<std::string>();
+  n.inputs = from.attr("inputs").cast<std::vector<int>>();
+  if (op == "conv" || op == "depthwise" || op == "classifier") {
+    n.op = op == "conv" ? Op::conv : op == "depthwise" ? Op::depthwise : Op::classifier;
+    n.weight = array_of<int8_t>(from, "weight");
+    n.bias = array_of<int32_t>(from, "bias");
+    n.multiplier = array_of<float>(from, "multiplier");
+    if (n.op == Op::classifier) return n;
+    n.stride = from.attr("stride").cast<std::array<int, 2>>();
+    const py::object padding = from.attr("padding");
+    n.same = py::isinstance<py::str>(padding);
+    if (!n.same) n.padding = padding.cast<std::array<int, 4>>();
+    if (const py::object k = from.attr("hardswish_scale"); !k.is_none()) {
+      n.hardswish = true;
+      n.hardswish_scale = k.cast<float>();
+    }
+    if (n.op == Op::conv) {
+      if (const py::object m = from.attr("residual_multiplier"); !m.is_none()) {
+        n.residual = true;
+        n.residual_multiplier = m.cast<float>();
+      }
+    }
+  } else if (op == "add") {
+    n.op = Op::add;
+    n.multipliers = from.attr("multipliers").cast<std::array<float, 2>>();
+  } else if (op == "squeeze_excite") {
+    n.op = Op::squeeze_excite;
+    n.w1 = array_of<float>(from, "w1"), n.b1 = array_of<float>(from, "b1");
+    n.w2 = array_of<float>(from, "w2"), n.b2 = array_of<float>(from, "b2");
+    n.scale = from.attr("scale").cast<double>();
+    n.ratio = from.attr("ratio").cast<double>();
+  } else if (op == "pool") {
+    n.op = Op::pool;
+    n.ratio = from.attr("ratio").cast<double>();
+  } else {
+    throw GraphError("operation " + op + " is unknown");
+  }
+  n.zero_point = from.attr("zero_point").cast<int>();
+  n.lo = from.attr("lo").cast<int>();
+  n.hi = from.attr("hi").cast<int>();
+  return n;
+}
+
+Isa isa_of(const std::string& wanted) {
+  std::string accepted;
+  for (Isa isa : available_isas()) {
+    if (wanted.empty() || wanted == name(isa)) return isa;
+    accepted += (accepted.empty() ? "" : ", ") + std::string(name(isa));
+  }
+  throw std::invalid_argument("isa is " + wanted + "; accepted on this machine are " + accepted);
+}
+
+std::unique_ptr<Session> make_session(const py::object& from, int image_size, int threads,
+                                      const std::string& isa, bool fuse, bool poison) {
+  Graph graph;
+  const py::object nodes = from.attr("nodes");
+  for (const py::handle node : nodes) graph.nodes.push_back(node_of(node));
+  graph.padding_bytes = from.attr("padding_bytes").cast<std::array<int, 3>>();
+  const Options options{image_size, threads, isa_of(isa), fuse, poison};
+  // the arrays belong to `from`, which the caller holds
+  const py::gil_scoped_release release;
+  return std::make_unique<Session>(graph, options);
+}
+
+// The caller has checked: images uint8 [count, size, size, 3], logits float32 [count, classes],
+// both contiguous.
+using Images = py::array_t<uint8_t, py::array::c_style>;
+using Logits = py::array_t<float, py::array::c_style>;
+
+void check(const Session& session, const Images& images, const Logits& logits) {
+  const py::ssize_t size = session.plan().options.image_size;
+  if (images.ndim() != 4 || images.shape(1) != size || images.shape(2) != size ||
+      images.shape(3) != 3 || logits.ndim() != 2 || logits.shape(0) != images.shape(0) ||
+      logits.shape(1) != session.classes()) {
+    throw std::invalid_argument("images or logits of the wrong shape");
+  }
+}
+
+void run(Session& session, const Images& images, Logits logits) {
+  check(session, images, logits);
+  const uint8_t* from = images.data();
+  float* to = logits.mutable_data();
+  const int64_t count = images.shape(0);
+  const py::gil_scoped_release release;
+  session.run(from, count, to);
+}
+
+py::list profile(Session& session, const Images& images, Logits logits) {
+  check(session, images, logits);
+  std::vector<NodeProfile> profile;
+  {
+    const py::gil_scoped_release release;
+    profile = session.profile(images.data(), images.shape(0), logits.mutable_data());
+  }
+  py::list rows;
+  for (const NodeProfile& p : profile) {
+    const Layer& layer = *p.layer;
+    const std::array<int, 3> shape{layer.out.height, layer.out.width, layer.out.channels};
+    rows.append(py::make_tuple(p.step, layer.node.name, layer.kernel, shape, p.seconds, layer.macs,
+                               layer.bytes));
+  }
+  return rows;
+}
+
+py::list maps(Session& session, const Images& image) {
+  py::list maps;
+  const std::vector<std::vector<uint8_t>> all = session.maps(image.data());
+  for (size_t i = 0; i < all.size(); ++i) {
+    const Shape& shape = session.plan().layers[i].out;
+    if (all[i].empty()) {
+      maps.append(py::none());
+      continue;
+    }
+    py::array_t<uint8_t> map({shape.height, shape.width, shape.channels});
+    std::memcpy(map.mutable_data(), all[i].data(), all[i].size());
+    maps.append(map);
+  }
+  return maps;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_int8, module) {
   module.doc() = "The compiled int8 engine of vitkd_fast.";
+  py::register_exception<GraphError>(module, "GraphError", PyExc_ValueError);
   module.def("isa", [] {
     std::vector<std::string> names;
-    for (vitkd::Isa isa : vitkd::available_isas()) names.emplace_back(vitkd::name(isa));
+    for (Isa isa : available_isas()) names.emplace_back(name(isa));
     return names;
   });
+  // multiply-adds a second; 0 without AVX-512 VNNI
+  module.def("vnni_peak", [](double seconds) {
+    const py::gil_scoped_release release;
+    return available_isas().front() == Isa::avx512vnni ? vnni_peak(seconds) : 0.0;
+  });
+  py::class_<Session>(module, "Session")
+      .def(py::init(&make_session), py::arg("graph"), py::kw_only(), py::arg("image_size"),
+           py::arg("threads") = 1, py::arg("isa") = "", py::arg("fuse") = true,
+           py::arg("poison") = false)
+      .def("run", &run)
+      .def("profile", &profile)
+      .def("maps", &maps)
+      .def_property_readonly("classes", &Session::classes)
+      .def_property_readonly("isa", [](const Session& s) { return name(s.plan().with.isa); })
+      .def_property_readonly("weight_bytes", [](const Session& s) { return s.plan().weights; })
+      .def_property_readonly("arena_bytes",
+                             [](const Session& s) {
+                               return s.plan().options.threads * (s.plan().arena + s.plan().rings);
+                             })
+      .def_property_readonly("steps", [](const Session& s) { return s.plan().steps.size(); });
 }

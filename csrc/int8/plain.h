@@ -1,5 +1,5 @@
-// The engine's two convolutions as plain functions of plain arrays, for the torch operations. Weights
-// are packed inside the call. Arguments are the caller's to check.
+// The engine's two convolutions as plain functions of plain arrays, for the torch operations.
+// Weights are packed inside the call. Arguments are the caller's to check.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ void depthwise(const DepthwiseShape& shape, const Requantize& requantize, const 
 
 // x [pixels, in], weight [out, in], bias and multiplier [out], y [pixels, out]; all contiguous
 void pointwise(int64_t pixels, int64_t in, int64_t out, const Requantize& requantize,
-               const uint8_t* x, const int8_t* weight, const int32_t* bias,
-               const float* multiplier, uint8_t* y);
+               const uint8_t* x, const int8_t* weight, const int32_t* bias, const float* multiplier,
+               uint8_t* y);
 
 }  // namespace vitkd::int8

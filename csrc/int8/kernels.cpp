@@ -1,0 +1,78 @@
+// What all instruction sets share: the pick of one, and the layout of panels and their constants.
+
+#include "int8/kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace vitkd::int8 {
+namespace {
+
+// whether float(acc) * m may be formed as `kMagicBits` says, for every input
+bool fits_magic(const ConvSpec& spec, int channel) {
+  int64_t low = spec.bias[channel], high = low;
+  for (int tap = 0; tap < spec.taps(); ++tap) {
+    for (int c = 0; c < (spec.depthwise ? 1 : spec.in); ++c) {
+      const int64_t product = 255 * int64_t{spec.at(channel, tap, c)};
+      (product < 0 ? low : high) += product;
+    }
+  }
+  const double shift = double{kMagicFloat} * spec.multiplier[channel];
+  return -(1 << 22) < low && high < (1 << 22) && shift == static_cast<float>(shift);
+}
+
+}  // namespace
+
+const Kernels& kernels(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx512vnni:
+      return kAvx512Vnni;
+    case Isa::avx512:
+    case Isa::avx2:
+      return kAvx2;
+#endif
+    default:
+      return kScalar;
+  }
+}
+
+void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed) {
+  packed->spec = spec;
+  size_t end = 0;
+  for (int channel = 0; channel < spec.out;) {
+    Packed::Panel panel;
+    panel.channel = channel;
+    panel.width = std::min<int>(layout.widest, pixel_bytes(spec.out - channel) / 16);
+    panel.vectors = layout.vectors ? layout.vectors : panel.width;
+    panel.constants = end;
+    panel.weights = end + panel.vectors * 3 * kLine;
+    panel.magic = layout.magic;
+    const int channels = std::min(spec.out - channel, panel.width * 16);
+    for (int i = 0; i < channels && panel.magic; ++i) panel.magic = fits_magic(spec, channel + i);
+    end = panel.weights + round_up(panel.vectors * layout.weight_bytes, kLine);
+    channel += channels;
+    packed->panels.push_back(panel);
+  }
+  packed->data = Buffer(end);
+  std::memset(packed->data.data(), 0, end);
+  for (const Packed::Panel& panel : packed->panels) {
+    const int lanes = panel.vectors * 16;
+    auto* bias = reinterpret_cast<int32_t*>(packed->data.data() + panel.constants);
+    auto* multiplier = reinterpret_cast<float*>(bias + lanes);
+    float* shift = multiplier + lanes;
+    for (int i = 0; i < lanes; ++i) {
+      const int channel = panel.channel + layout.lanes(panel.width, i / 16, i % 16);
+      const bool real = channel < spec.out;
+      bias[i] = real ? spec.bias[channel] : 0;
+      multiplier[i] = real ? spec.multiplier[channel] : 0;
+      if (panel.magic) {
+        bias[i] += kMagicBits;
+        shift[i] = -kMagicFloat * multiplier[i];
+      }
+    }
+  }
+}
+
+}  // namespace vitkd::int8

@@ -1,0 +1,172 @@
+// What the engine computes with, once per instruction set: the same bytes from each.
+//
+// A map is u8 [rows, width, pixel], pixel = channels rounded up to 16: bytes past the channels, and
+// up to kSlack past the end of a map, are read but never matter. A map may hold only its last
+// `ring` rows. Weights are packed when a file is loaded: panels of up to four vectors of 16
+// channels, each with its constants.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "int8/isa.h"
+#include "math/requantize.h"
+
+namespace vitkd::int8 {
+
+constexpr int kLine = 64;    // bytes of a cache line and of the widest vector
+constexpr int kSlack = 256;  // bytes readable past the end of every buffer
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t pixel_bytes(int64_t channels) { return round_up(channels, 16); }
+
+// Memory on a cache line, not initialised.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t bytes)
+      : size_(bytes),
+        data_(static_cast<uint8_t*>(::operator new(bytes + kSlack, std::align_val_t{kLine}))) {}
+  uint8_t* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t{kLine}); }
+  };
+  size_t size_ = 0;
+  std::unique_ptr<uint8_t, Free> data_;
+};
+
+struct Map {
+  uint8_t* data = nullptr;
+  int height = 1;
+  int width = 1;
+  int ring = 1;       // rows in memory
+  int64_t pixel = 0;  // bytes from one pixel to the next
+
+  uint8_t* row(int y) const { return data + int64_t{y % ring} * width * pixel; }
+};
+
+// What becomes of a sum, as graph.py's Conv states it.
+enum class Finish { bytes, hardswish, residual, logits };
+
+struct Epilogue {
+  Requantize requantize;
+  Finish finish = Finish::bytes;
+  int32_t residual_zero_point = 0;
+  float residual_multiplier = 0;
+};
+
+// A convolution as it is in the file, channels outermost or (depthwise) innermost.
+struct ConvSpec {
+  int out = 0;
+  int in = 0;
+  int kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1;
+  bool depthwise = false;
+  const int8_t* weight = nullptr;     // [out, kernel_h, kernel_w, in]; depthwise [kh, kw, out]
+  const int32_t* bias = nullptr;      // [out]
+  const float* multiplier = nullptr;  // [out]
+  Epilogue epilogue;
+
+  int taps() const { return kernel_h * kernel_w; }
+  int8_t at(int channel, int tap, int c) const {
+    return depthwise ? weight[int64_t{tap} * out + channel]
+                     : weight[(int64_t{channel} * taps() + tap) * in + c];
+  }
+};
+
+// Packed weights; the layout is each instruction set's own.
+struct Packed {
+  struct Panel {
+    int channel = 0;       // the first of its channels
+    int width = 0;         // channels in units of 16
+    int vectors = 0;       // of 16 lanes
+    size_t constants = 0;  // offset in bytes of bias, multiplier, shift, [vectors][16] each
+    size_t weights = 0;    // offset in bytes
+    bool magic = false;    // see `magic_float`
+  };
+  ConvSpec spec;  // its pointers are not kept
+  int steps = 0;  // of a product, four bytes deep each
+  std::vector<Panel> panels;
+  Buffer data;
+  std::vector<int32_t> offsets;  // avx2: where the bytes of a step lie; depthwise: of a tap
+  std::vector<int32_t> groups;   // depthwise: four (row, column) per interleaved vector
+};
+
+// y [pixels, out] = finish(x [pixels, 4 * steps] . weights)
+struct GemmCall {
+  const uint8_t* x = nullptr;
+  int64_t x_pixel = 0;
+  int64_t pixels = 0;
+  uint8_t* y = nullptr;  // logits: float
+  int64_t y_pixel = 0;
+  const uint8_t* residual = nullptr;
+  int64_t residual_pixel = 0;
+  int panel = 0, panel_end = 0;
+};
+
+// Rows [row, row_end) and panels of a depthwise convolution.
+struct DepthwiseCall {
+  Map x, y;
+  const uint8_t* padding_row = nullptr;  // a row of x that holds only the padding byte
+  int top = 0, left = 0;                 // padding
+  int row = 0, row_end = 0;
+  int panel = 0, panel_end = 0;
+  uint8_t* scratch = nullptr;  // kDepthwiseScratch bytes
+};
+constexpr int kDepthwiseScratch = 64 << 10;
+
+struct Kernels {
+  Isa isa;
+  const char* pointwise_name;
+  const char* depthwise_name;
+  // the in-dimension of a product is [taps][in padded to `pixel`]: one tap for a pointwise one
+  void (*pack_gemm)(const ConvSpec&, int64_t pixel, Packed*);
+  void (*gemm)(const Packed&, const GemmCall&);
+  void (*pack_depthwise)(const ConvSpec&, Packed*);
+  void (*depthwise)(const Packed&, const DepthwiseCall&);
+  // y = requantise(float(a - z_a) * m_a + float(b - z_b) * m_b), n bytes
+  void (*add)(const uint8_t* a, int z_a, float m_a, const uint8_t* b, int z_b, float m_b,
+              const Requantize&, int64_t n, uint8_t* y);
+  // sums[c] += x[p][c] over pixels, c < channels, a multiple of 16; fewer than 2^22 pixels in all
+  void (*channel_sums)(const uint8_t* x, int64_t pixels, int64_t pixel, int64_t channels,
+                       int32_t* sums);
+  // y = requantise(float(x - z) * factor[c])
+  void (*scale)(const uint8_t* x, int z, const float* factor, const Requantize&, int64_t pixels,
+                int64_t pixel, uint8_t* y);
+  // h[j] = h[j] + w[c * stride + j] * x[c], c ascending; out is a multiple of 16
+  void (*linear)(const float* w, int64_t stride, const float* x, int in, int out, float* h);
+};
+
+const Kernels& kernels(Isa isa);
+extern const Kernels kScalar, kAvx2, kAvx512Vnni;
+
+// The most multiply-adds a second that vpdpbusd on registers reaches; needs AVX-512 VNNI.
+double vnni_peak(double seconds);
+
+// float(acc) * m in one instruction. An acc that starts from 0x4B400000, the bits of 1.5 * 2^23, is
+// as a float 1.5 * 2^23 + acc, exactly, while |acc| < 2^22; then fma(it, m, -1.5 * 2^23 * m) rounds
+// acc * m once, as the multiplication does, if that last product is a float. `quantize` clears two
+// bits of every m, so that it is.
+constexpr int32_t kMagicBits = 0x4B400000;
+constexpr float kMagicFloat = 12582912.0f;
+
+// Lays out panels of up to 16 * `widest` channels, in `vectors` vectors or as many as the channels
+// need (0), each with its constants and zeroed room for `weight_bytes` per vector; `lanes` says
+// which channel of a panel of that width a lane holds.
+using LaneOrder = int (*)(int width, int vector, int lane);
+struct Layout {
+  int widest;
+  int vectors;
+  size_t weight_bytes;
+  bool magic;
+  LaneOrder lanes;
+};
+void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed);
+
+}  // namespace vitkd::int8

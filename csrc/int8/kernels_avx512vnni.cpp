@@ -1,0 +1,782 @@
+// The kernels in AVX-512 VNNI. Roof: two vpdpbusd a cycle, 128 multiply-adds; everything else that
+// needs a vector port (conversion, packing, byte interleaving) takes from it.
+//
+// Pointwise: tiles of pixels x channels (6x64, 8x48, 12x32, 16x16), four bytes of a pixel broadcast
+// to all lanes. Depthwise: four input bytes per channel lie side by side (rows of one column where
+// there are that many) after eight unpacks per 64 channels; two output rows and up to three output
+// columns share them. A sum becomes a byte in 2.75 to 3.25 instructions per 16: fma (kMagicBits),
+// cvtps2dq, and packs with saturation; lanes are ordered so that packing puts channels in order.
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <utility>
+
+#include "cpu/target.h"
+#include "int8/kernels.h"
+
+namespace vitkd::int8 {
+namespace {
+
+// channel 16 i + 4 v + j in lane 4 i + j of vector v: what packing four vectors puts in order
+int packed_order(int, int vector, int lane) { return lane / 4 * 16 + vector * 4 + lane % 4; }
+
+int in_order(int, int vector, int lane) { return vector * 16 + lane; }
+
+// narrow panels hold the same channels of 2 or 4 neighbouring pixels
+int depthwise_order(int width, int vector, int lane) {
+  return lane / 4 % width * 16 + vector * 4 + lane % 4;
+}
+
+}  // namespace
+
+VITKD_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")
+namespace {
+
+// constant indices keep accumulators in registers, and asm keeps gcc 12 from copying them around
+template <int N, class F, int... I>
+VITKD_INLINE void unroll_over(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+VITKD_INLINE void unroll(F&& f) {
+  unroll_over<N>(f, std::make_integer_sequence<int, N>{});
+}
+#define VITKD_UNROLL(n, i) unroll<n>([&](auto i) __attribute__((always_inline))
+#define VITKD_END )
+
+VITKD_INLINE void dot4(__m512i& acc, __m512i x, __m512i w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+}
+
+// the epilogue's constants, in memory: registers belong to the accumulators
+struct Finisher {
+  alignas(kLine) int16_t zero_point[32];
+  alignas(kLine) uint8_t lo[64], hi[64];
+  alignas(kLine) float hardswish_scale[16], residual_multiplier[16];
+  alignas(kLine) int32_t residual_zero_point[16];
+  bool shifts, clamps;
+};
+
+Finisher finisher(const Epilogue& e) {
+  const Requantize& r = e.requantize;
+  Finisher f;
+  std::fill_n(f.zero_point, 32, static_cast<int16_t>(r.zero_point));
+  std::fill_n(f.lo, 64, static_cast<uint8_t>(r.lo));
+  std::fill_n(f.hi, 64, static_cast<uint8_t>(r.hi));
+  std::fill_n(f.hardswish_scale, 16, r.hardswish_scale);
+  std::fill_n(f.residual_multiplier, 16, e.residual_multiplier);
+  std::fill_n(f.residual_zero_point, 16, e.residual_zero_point);
+  f.shifts = r.zero_point != 0;
+  f.clamps = r.lo != 0 || r.hi != 255;
+  return f;
+}
+
+// `p` and all else in memory is loaded again after this, so that nothing of it holds a register
+// across a main loop: gcc would rather spill what the loop needs
+VITKD_INLINE void forget(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+
+VITKD_INLINE __m512 product(__m512i acc, const float* m, const float* shift, bool magic) {
+  const __m512 sum = magic ? _mm512_castsi512_ps(acc) : _mm512_cvtepi32_ps(acc);
+  return _mm512_fmadd_ps(sum, _mm512_load_ps(m), _mm512_load_ps(shift));
+}
+
+VITKD_INLINE __m512 hardswish(__m512 t, const Finisher& f) {
+  __m512 u = _mm512_add_ps(t, _mm512_set1_ps(3.0f));
+  u = _mm512_min_ps(_mm512_max_ps(u, _mm512_setzero_ps()), _mm512_set1_ps(6.0f));
+  return _mm512_mul_ps(_mm512_mul_ps(t, u), _mm512_load_ps(f.hardswish_scale));
+}
+
+VITKD_INLINE __m512 plus_residual(__m512 v, __m512i q, const Finisher& f) {
+  const __m512 b =
+      _mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_load_si512(f.residual_zero_point)));
+  return _mm512_add_ps(v, _mm512_mul_ps(b, _mm512_load_ps(f.residual_multiplier)));
+}
+
+// lane i of the result: four bytes of lane i of each vector
+VITKD_INLINE __m512i pack4(__m512 a, __m512 b, __m512 c, __m512 d, const Finisher& f) {
+  __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+  __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+  if (f.shifts) {
+    ab = _mm512_adds_epi16(ab, _mm512_load_si512(f.zero_point));
+    cd = _mm512_adds_epi16(cd, _mm512_load_si512(f.zero_point));
+  }
+  __m512i y = _mm512_packus_epi16(ab, cd);
+  if (f.clamps) {
+    y = _mm512_max_epu8(y, _mm512_load_si512(f.lo));
+    y = _mm512_min_epu8(y, _mm512_load_si512(f.hi));
+  }
+  return y;
+}
+
+// bytes 4 v to 4 v + 3 of each lane, as integers: the residual in packed_order
+template <int V>
+VITKD_INLINE __m512i spread(__m512i bytes) {
+  constexpr int z = -128;
+  const __m128i pick =
+      _mm_setr_epi8(4 * V, z, z, z, 4 * V + 1, z, z, z, 4 * V + 2, z, z, z, 4 * V + 3, z, z, z);
+  return _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(pick));
+}
+
+struct GemmTile {
+  const uint8_t* x;
+  int64_t x_pixel;
+  const uint8_t* constants;
+  const uint8_t* weights;
+  int64_t steps;
+  uint8_t* y;
+  int64_t y_pixel;
+  const uint8_t* residual;
+  int64_t residual_pixel;
+  int channels;  // from the panel's first on
+  bool magic;
+  Finisher finisher;
+};
+
+// MR pixels and NV vectors of channels
+template <int MR, int NV, Finish kFinish>
+VITKD_INLINE void gemm_tile(const GemmTile& t) {
+  __m512i acc[MR][NV];
+  VITKD_UNROLL(NV, v) {
+    const __m512i bias = _mm512_load_si512(t.constants + v * kLine);
+    VITKD_UNROLL(MR, r) { acc[r][v] = bias; }
+    VITKD_END;
+  }
+  VITKD_END;
+  {
+    const uint8_t* x = t.x;
+    const int64_t x_pixel = t.x_pixel;
+    const uint8_t* w = t.weights;
+    for (int64_t step = t.steps; step > 0; --step, x += 4, w += NV * kLine) {
+      __m512i weights[NV];
+      VITKD_UNROLL(NV, v) { weights[v] = _mm512_load_si512(w + v * kLine); }
+      VITKD_END;
+      VITKD_UNROLL(MR, r) {
+        int32_t four;
+        std::memcpy(&four, x + r * x_pixel, 4);
+        const __m512i bytes = _mm512_set1_epi32(four);
+        VITKD_UNROLL(NV, v) { dot4(acc[r][v], bytes, weights[v]); }
+        VITKD_END;
+      }
+      VITKD_END;
+    }
+  }
+  forget(&t);
+
+  const Finisher& f = t.finisher;
+  const bool magic = t.magic;
+  const auto* m = reinterpret_cast<const float*>(t.constants) + NV * 16;
+  const float* shift = m + NV * 16;
+  uint8_t* y = t.y;
+  const int64_t y_pixel = t.y_pixel;
+  __m512 value[MR][NV];
+  VITKD_UNROLL(NV, v) {
+    VITKD_UNROLL(MR, r) {
+      value[r][v] = product(acc[r][v], m + v * 16, shift + v * 16, magic);
+      if constexpr (kFinish == Finish::hardswish) {
+        value[r][v] = hardswish(value[r][v], f);
+      }
+    }
+    VITKD_END;
+  }
+  VITKD_END;
+
+  if constexpr (kFinish == Finish::logits) {
+    VITKD_UNROLL(MR, r) {
+      VITKD_UNROLL(NV, v) {
+        const int left = t.channels - v * 16;
+        const __mmask16 mask = left >= 16 ? 0xFFFF : left <= 0 ? 0 : (1 << left) - 1;
+        _mm512_mask_storeu_ps(y + r * y_pixel + v * kLine, mask, value[r][v]);
+      }
+      VITKD_END;
+    }
+    VITKD_END;
+    return;
+  }
+  if constexpr (kFinish == Finish::residual) {
+    VITKD_UNROLL(MR, r) {
+      const uint8_t* b = t.residual + r * t.residual_pixel;
+      if constexpr (NV == 4) {
+        const __m512i bytes = _mm512_loadu_si512(b);
+        VITKD_UNROLL(4, v) { value[r][v] = plus_residual(value[r][v], spread<v>(bytes), f); }
+        VITKD_END;
+      } else {
+        VITKD_UNROLL(NV, v) {
+          const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + v * 16));
+          value[r][v] = plus_residual(value[r][v], _mm512_cvtepu8_epi32(bytes), f);
+        }
+        VITKD_END;
+      }
+    }
+    VITKD_END;
+  }
+
+  if constexpr (NV == 4) {
+    VITKD_UNROLL(MR, r) {
+      _mm512_storeu_si512(y + r * y_pixel,
+                          pack4(value[r][0], value[r][1], value[r][2], value[r][3], f));
+    }
+    VITKD_END;
+  } else {
+    // lanes are in order: transpose the packed 4x4 groups of four bytes
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    constexpr int kAtOnce = NV == 3 || MR == 1 ? 1 : 4 / NV;  // pixels in one pack
+    const __m512 none = _mm512_setzero_ps();
+    VITKD_UNROLL(MR / kAtOnce, i) {
+      __m512 four[4] = {none, none, none, none};
+      VITKD_UNROLL(kAtOnce, p) {
+        VITKD_UNROLL(NV, v) { four[p * NV + v] = value[i * kAtOnce + p][v]; }
+        VITKD_END;
+      }
+      VITKD_END;
+      const __m512i bytes =
+          _mm512_permutexvar_epi32(order, pack4(four[0], four[1], four[2], four[3], f));
+      uint8_t* at = y + i * kAtOnce * y_pixel;
+      if constexpr (NV == 3) {
+        _mm512_mask_storeu_epi8(at, 0xFFFFFFFFFFFF, bytes);
+      } else if constexpr (NV == 2) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_castsi512_si256(bytes));
+        if constexpr (kAtOnce == 2) {
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + y_pixel),
+                              _mm512_extracti64x4_epi64(bytes, 1));
+        }
+      } else {
+        VITKD_UNROLL(kAtOnce, p) {
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(at + p * y_pixel),
+                           _mm512_extracti32x4_epi32(bytes, p));
+        }
+        VITKD_END;
+      }
+    }
+    VITKD_END;
+  }
+}
+
+template <int MR, int NV, Finish kFinish>
+void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall& call,
+                int64_t first, int64_t end) {
+  GemmTile t;
+  const int bytes = kFinish == Finish::logits ? 4 : 1;
+  t.x = call.x + first * call.x_pixel;
+  t.x_pixel = call.x_pixel;
+  t.constants = packed.data.data() + panel.constants;
+  t.weights = packed.data.data() + panel.weights;
+  t.steps = packed.steps;
+  t.y = call.y + first * call.y_pixel + panel.channel * bytes;
+  t.y_pixel = call.y_pixel;
+  t.residual = call.residual + first * call.residual_pixel + panel.channel;
+  t.residual_pixel = call.residual_pixel;
+  t.channels = packed.spec.out - panel.channel;
+  t.magic = panel.magic;
+  t.finisher = finisher(packed.spec.epilogue);
+  const auto advance = [&t](int64_t pixels) __attribute__((always_inline)) {
+    t.x += pixels * t.x_pixel;
+    t.y += pixels * t.y_pixel;
+    t.residual += pixels * t.residual_pixel;
+  };
+  int64_t left = end - first;
+  for (; left >= MR; left -= MR) {
+    gemm_tile<MR, NV, kFinish>(t);
+    advance(MR);
+  }
+  if (left > 2 && end - first >= MR) {
+    advance(left - MR);  // again what lies before: the same bytes
+    gemm_tile<MR, NV, kFinish>(t);
+    return;
+  }
+  for (; left > 0; --left) {
+    gemm_tile<1, NV, kFinish>(t);
+    advance(1);
+  }
+}
+
+template <Finish kFinish>
+void gemm_finish(const Packed& packed, const GemmCall& call) {
+  // pixels that stay in L1 while the panels pass by, unless re-reading the weights would cost more
+  const int64_t depth = 4 * int64_t{packed.steps};
+  int64_t chunk = std::max<int64_t>(48, (20 << 10) / depth / 48 * 48);
+  if (packed.data.size() > (256 << 10)) chunk = std::max<int64_t>(chunk, call.pixels);
+  for (int64_t first = 0; first < call.pixels; first += chunk) {
+    const int64_t end = std::min(first + chunk, call.pixels);
+    for (int i = call.panel; i < call.panel_end; ++i) {
+      const Packed::Panel& panel = packed.panels[i];
+      switch (panel.vectors) {
+        case 1:
+          gemm_panel<16, 1, kFinish>(packed, panel, call, first, end);
+          break;
+        case 2:
+          gemm_panel<12, 2, kFinish>(packed, panel, call, first, end);
+          break;
+        case 3:
+          gemm_panel<8, 3, kFinish>(packed, panel, call, first, end);
+          break;
+        default:
+          gemm_panel<6, 4, kFinish>(packed, panel, call, first, end);
+      }
+    }
+  }
+}
+
+void gemm(const Packed& packed, const GemmCall& call) {
+  switch (packed.spec.epilogue.finish) {
+    case Finish::bytes:
+      return gemm_finish<Finish::bytes>(packed, call);
+    case Finish::hardswish:
+      return gemm_finish<Finish::hardswish>(packed, call);
+    case Finish::residual:
+      return gemm_finish<Finish::residual>(packed, call);
+    case Finish::logits:
+      return gemm_finish<Finish::logits>(packed, call);
+  }
+}
+
+// ---- depthwise ----
+
+// 64 bytes at a column: 64 channels of one pixel, 32 of two or 16 of four, `lane_step` apart
+template <int kPixels>
+VITKD_INLINE __m512i load_column(const uint8_t* p, int64_t lane_step) {
+  if constexpr (kPixels == 1) return _mm512_loadu_si512(p);
+  if constexpr (kPixels == 2) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + lane_step));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+  const auto at = [&](int i) __attribute__((always_inline)) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * lane_step));
+  };
+  __m512i all = _mm512_castsi128_si512(at(0));
+  all = _mm512_inserti32x4(all, at(1), 1);
+  all = _mm512_inserti32x4(all, at(2), 2);
+  return _mm512_inserti32x4(all, at(3), 3);
+}
+
+struct Strip {
+  int column;   // the input column that buffer column 0 holds, negative in the padding
+  int columns;  // buffer columns
+  int step;     // from one output position to the next; only its first `used` are read
+  int used;
+};
+
+// phase 1: rows and columns of a group, byte by byte side by side, into the scratch
+template <int kPixels>
+void interleave(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel,
+                const Strip& strip, int row) {
+  const Map& map = call.x;
+  const int stride = packed.spec.stride_w;
+  const int64_t lane_step = stride * map.pixel;
+  const int groups = static_cast<int>(packed.groups.size()) / 8;
+  const int64_t group_bytes = kDepthwiseScratch / groups / 256 * 256;
+  const uint8_t* edge = call.padding_row + panel.channel;
+  for (int g = 0; g < groups; ++g) {
+    const int32_t* rows = &packed.groups[8 * g];
+    const int32_t* shifts = rows + 4;
+    const uint8_t* source[4];
+    int lowest = 0, highest = 0;
+    for (int i = 0; i < 4; ++i) {
+      const int r = row * packed.spec.stride_h - call.top + rows[i];
+      const bool inside = r >= 0 && r < map.height;
+      source[i] = (inside ? map.row(r) : call.padding_row) + panel.channel;
+      lowest = std::min(lowest, shifts[i]);
+      highest = std::max(highest, shifts[i]);
+    }
+    uint8_t* to = call.scratch + g * group_bytes;
+    const int last = highest + (kPixels - 1) * stride;
+    for (int b = 0, phase = 0; b < strip.columns; ++b, to += 256) {
+      const bool wanted = phase < strip.used;
+      if (++phase == strip.step) phase = 0;
+      if (!wanted) continue;
+      const int column = strip.column + b;
+      __m512i v[4];
+      if (column >= 0 && column + last < map.width) {
+        for (int i = 0; i < 4; ++i) {
+          v[i] = load_column<kPixels>(source[i] + (column + shifts[i]) * map.pixel, lane_step);
+        }
+      } else {
+        for (int i = 0; i < 4; ++i) {
+          alignas(kLine) uint8_t bytes[kLine];
+          for (int p = 0; p < kPixels; ++p) {
+            const int c = column + shifts[i] + p * stride;
+            const uint8_t* from = c >= 0 && c < map.width ? source[i] + c * map.pixel : edge;
+            std::memcpy(bytes + p * (kLine / kPixels), from, kLine / kPixels);
+          }
+          v[i] = _mm512_load_si512(bytes);
+        }
+      }
+      const __m512i ab_lo = _mm512_unpacklo_epi8(v[0], v[1]);
+      const __m512i ab_hi = _mm512_unpackhi_epi8(v[0], v[1]);
+      const __m512i cd_lo = _mm512_unpacklo_epi8(v[2], v[3]);
+      const __m512i cd_hi = _mm512_unpackhi_epi8(v[2], v[3]);
+      _mm512_store_si512(to, _mm512_unpacklo_epi16(ab_lo, cd_lo));
+      _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(ab_lo, cd_lo));
+      _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(ab_hi, cd_hi));
+      _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(ab_hi, cd_hi));
+    }
+  }
+}
+
+struct DepthwiseTile {
+  const uint8_t* x;  // in the scratch
+  int64_t step;      // bytes from one position to the next
+  const uint8_t* constants;
+  const uint8_t* weights;
+  const int32_t* offsets;
+  int64_t taps;
+  uint8_t* y[2];  // nullptr: a row that is not wanted
+  int64_t y_pixel;
+  int64_t bytes;  // of a pixel
+  int pixels;     // to the end of the row
+  bool magic;
+  Finisher finisher;
+};
+
+// phase 2: kRows output rows of kColumns positions of kPixels pixels
+template <int kRows, int kColumns, int kPixels, Finish kFinish>
+VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
+  __m512i acc[kRows][kColumns][4];
+  VITKD_UNROLL(4, j) {
+    const __m512i bias = _mm512_load_si512(t.constants + j * kLine);
+    VITKD_UNROLL(kRows * kColumns, i) { acc[i / kColumns][i % kColumns][j] = bias; }
+    VITKD_END;
+  }
+  VITKD_END;
+  {
+    const uint8_t* const from = t.x;
+    const int64_t step = t.step;
+    const uint8_t* w = t.weights;
+    const int32_t* offset = t.offsets;
+    for (int64_t tap = t.taps; tap > 0; --tap, ++offset, w += kRows * 4 * kLine) {
+      const uint8_t* x = from + *offset;
+      VITKD_UNROLL(4, j) {
+        __m512i weights[kRows];
+        VITKD_UNROLL(kRows, r) { weights[r] = _mm512_load_si512(w + (r * 4 + j) * kLine); }
+        VITKD_END;
+        VITKD_UNROLL(kColumns, c) {
+          const __m512i column = _mm512_load_si512(x + c * step + j * kLine);
+          VITKD_UNROLL(kRows, r) { dot4(acc[r][c][j], column, weights[r]); }
+          VITKD_END;
+        }
+        VITKD_END;
+      }
+      VITKD_END;
+    }
+  }
+  forget(&t);
+
+  const Finisher& f = t.finisher;
+  const auto* m = reinterpret_cast<const float*>(t.constants) + 64;
+  const int64_t y_pixel = t.y_pixel, bytes = t.bytes;
+  const int pixels = t.pixels;
+  VITKD_UNROLL(kRows, r) {
+    if (t.y[r] != nullptr) {
+      VITKD_UNROLL(kColumns, c) {
+        __m512 v[4];
+        VITKD_UNROLL(4, j) {
+          v[j] = product(acc[r][c][j], m + j * 16, m + 64 + j * 16, t.magic);
+          if constexpr (kFinish == Finish::hardswish) v[j] = hardswish(v[j], f);
+        }
+        VITKD_END;
+        const __m512i out = pack4(v[0], v[1], v[2], v[3], f);
+        uint8_t* at = t.y[r] + c * kPixels * y_pixel;
+        if constexpr (kPixels == 1) {
+          _mm512_mask_storeu_epi8(at, ~uint64_t{0} >> (64 - bytes), out);
+        } else if constexpr (kPixels == 2) {
+          const __mmask32 mask = ~uint32_t{0} >> (32 - bytes);
+          _mm256_mask_storeu_epi8(at, mask, _mm512_castsi512_si256(out));
+          if (pixels - c * 2 > 1) {
+            _mm256_mask_storeu_epi8(at + y_pixel, mask, _mm512_extracti64x4_epi64(out, 1));
+          }
+        } else {
+          VITKD_UNROLL(4, p) {
+            if (pixels - c * 4 > p) {
+              _mm_storeu_si128(reinterpret_cast<__m128i*>(at + p * y_pixel),
+                               _mm512_extracti32x4_epi32(out, p));
+            }
+          }
+          VITKD_END;
+        }
+      }
+      VITKD_END;
+    }
+  }
+  VITKD_END;
+}
+
+template <int kRows, int kPixels, Finish kFinish>
+void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
+  const ConvSpec& spec = packed.spec;
+  const int groups = static_cast<int>(packed.groups.size()) / 8;
+  const int capacity = kDepthwiseScratch / groups / 256;
+  const int wanted = std::min(capacity, (24 << 10) / groups / 256);
+  const int step = spec.stride_w * kPixels;
+  const int positions = (call.y.width + kPixels - 1) / kPixels;
+  const int at_once = std::max(1, (wanted - spec.kernel_w) / step + 1);
+  DepthwiseTile t;
+  t.step = int64_t{step} * 256;
+  t.constants = packed.data.data() + panel.constants;
+  t.weights = packed.data.data() + panel.weights;
+  t.offsets = packed.offsets.data();
+  t.taps = packed.steps;
+  t.y_pixel = call.y.pixel;
+  t.bytes = std::min<int64_t>(64 / kPixels, call.y.pixel - panel.channel);
+  t.magic = panel.magic;
+  t.finisher = finisher(spec.epilogue);
+  // x positions outermost: short strips stay in L1
+  for (int begin = 0; begin < positions; begin += at_once) {
+    const int end = std::min(begin + at_once, positions);
+    const Strip strip{begin * step - call.left, (end - begin - 1) * step + spec.kernel_w, step,
+                      std::min(spec.kernel_w, step)};
+    for (int row = call.row; row < call.row_end; row += kRows) {
+      interleave<kPixels>(packed, call, panel, strip, row);
+      const auto tile = [&]<int kColumns>(int at) __attribute__((always_inline)) {
+        const int64_t to = int64_t{at} * kPixels * call.y.pixel + panel.channel;
+        for (int r = 0; r < kRows; ++r) {
+          t.y[r] = row + r < call.row_end ? call.y.row(row + r) + to : nullptr;
+        }
+        t.x = call.scratch + (at - begin) * t.step;
+        t.pixels = call.y.width - at * kPixels;
+        depthwise_tile<kRows, kColumns, kPixels, kFinish>(t);
+      };
+      constexpr int kWide = kRows == 2 ? 3 : 4;
+      int at = begin;
+      for (; at + kWide <= end && end - at != kWide + 1; at += kWide) {
+        tile.template operator()<kWide>(at);
+      }
+      for (; at + 2 <= end; at += 2) tile.template operator()<2>(at);
+      if (at < end) tile.template operator()<1>(at);
+    }
+  }
+}
+
+template <Finish kFinish>
+void depthwise_finish(const Packed& packed, const DepthwiseCall& call) {
+  const bool two_rows = packed.spec.stride_h == 1;
+  for (int i = call.panel; i < call.panel_end; ++i) {
+    const Packed::Panel& panel = packed.panels[i];
+    switch (panel.width + (two_rows ? 8 : 0)) {
+      case 1:
+        depthwise_panel<1, 4, kFinish>(packed, call, panel);
+        break;
+      case 2:
+        depthwise_panel<1, 2, kFinish>(packed, call, panel);
+        break;
+      case 9:
+        depthwise_panel<2, 4, kFinish>(packed, call, panel);
+        break;
+      case 10:
+        depthwise_panel<2, 2, kFinish>(packed, call, panel);
+        break;
+      default:
+        two_rows ? depthwise_panel<2, 1, kFinish>(packed, call, panel)
+                 : depthwise_panel<1, 1, kFinish>(packed, call, panel);
+    }
+  }
+}
+
+void depthwise(const Packed& packed, const DepthwiseCall& call) {
+  packed.spec.epilogue.finish == Finish::hardswish
+      ? depthwise_finish<Finish::hardswish>(packed, call)
+      : depthwise_finish<Finish::bytes>(packed, call);
+}
+
+// ---- elementwise ----
+
+VITKD_INLINE __m512 centred(const uint8_t* x, __m512i zero_point) {
+  const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(q, zero_point));
+}
+
+VITKD_INLINE void store16(uint8_t* y, __m512 v, const Finisher& f) {
+  const __m512i dword = _mm512_cvtps_epi32(v);
+  __m256i word = _mm512_cvtsepi32_epi16(dword);
+  word = _mm256_adds_epi16(word, *reinterpret_cast<const __m256i*>(f.zero_point));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(word, word), 0x08);
+  __m128i byte = _mm256_castsi256_si128(packed);
+  byte = _mm_max_epu8(byte, *reinterpret_cast<const __m128i*>(f.lo));
+  byte = _mm_min_epu8(byte, *reinterpret_cast<const __m128i*>(f.hi));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), byte);
+}
+
+void add(const uint8_t* a, int z_a, float m_a, const uint8_t* b, int z_b, float m_b,
+         const Requantize& requantize, int64_t n, uint8_t* y) {
+  const Finisher f = finisher({requantize, Finish::bytes, 0, 0});
+  const __m512i zero_a = _mm512_set1_epi32(z_a), zero_b = _mm512_set1_epi32(z_b);
+  const __m512 scale_a = _mm512_set1_ps(m_a), scale_b = _mm512_set1_ps(m_b);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 v = _mm512_mul_ps(centred(a + i, zero_a), scale_a);
+    store16(y + i, _mm512_add_ps(v, _mm512_mul_ps(centred(b + i, zero_b), scale_b)), f);
+  }
+}
+
+void channel_sums(const uint8_t* x, int64_t pixels, int64_t pixel, int64_t channels,
+                  int32_t* sums) {
+  for (int64_t c = 0; c < channels; c += 16) {
+    const uint8_t* p = x + c;
+    __m512i sum = _mm512_loadu_si512(sums + c);
+    for (int64_t left = pixels; left > 0; left -= 256) {
+      __m256i part = _mm256_setzero_si256();
+      for (int64_t i = std::min<int64_t>(left, 256); i > 0; --i, p += pixel) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        part = _mm256_add_epi16(part, _mm256_cvtepu8_epi16(bytes));
+      }
+      sum = _mm512_add_epi32(sum, _mm512_cvtepu16_epi32(part));
+    }
+    _mm512_storeu_si512(sums + c, sum);
+  }
+}
+
+void scale(const uint8_t* x, int z, const float* factor, const Requantize& requantize,
+           int64_t pixels, int64_t pixel, uint8_t* y) {
+  const Finisher f = finisher({requantize, Finish::bytes, 0, 0});
+  const __m512i zero = _mm512_set1_epi32(z);
+  for (int64_t p = 0; p < pixels; ++p, x += pixel, y += pixel) {
+    for (int64_t c = 0; c < pixel; c += 16) {
+      store16(y + c, _mm512_mul_ps(centred(x + c, zero), _mm512_loadu_ps(factor + c)), f);
+    }
+  }
+}
+
+void linear(const float* w, int64_t stride, const float* x, int in, int out, float* h) {
+  for (int j = 0; j < out; j += 64) {
+    const int vectors = std::min(4, (out - j) / 16);
+    __m512 sum[4] = {};
+    for (int v = 0; v < vectors; ++v) sum[v] = _mm512_loadu_ps(h + j + v * 16);
+    const float* from = w + j;
+    for (int c = 0; c < in; ++c, from += stride) {
+      const __m512 mean = _mm512_set1_ps(x[c]);
+      for (int v = 0; v < vectors; ++v) {
+        sum[v] = _mm512_add_ps(sum[v], _mm512_mul_ps(_mm512_loadu_ps(from + v * 16), mean));
+      }
+    }
+    for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(h + j + v * 16, sum[v]);
+  }
+}
+
+// independent vpdpbusd on registers
+void dot_loop(int64_t rounds) {
+  __m512i acc[12] = {};
+  const __m512i x = _mm512_set1_epi8(3), w = _mm512_set1_epi8(-5);
+  for (int64_t i = 0; i < rounds; ++i) {
+    VITKD_UNROLL(12, r) { dot4(acc[r], x, w); }
+    VITKD_END;
+  }
+  VITKD_UNROLL(12, r) { asm volatile("" : : "v"(acc[r])); }
+  VITKD_END;
+}
+
+}  // namespace
+VITKD_TARGET_END
+
+namespace {
+
+void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
+  packed->steps = static_cast<int>(((spec.taps() - 1) * pixel + spec.in + 3) / 4);
+  const bool logits = spec.epilogue.finish == Finish::logits;
+  // a panel of four packs in order by the order of its lanes, a narrower one by a permutation
+  const LaneOrder lanes = logits ? in_order : [](int width, int vector, int lane) {
+    return width == 4 ? packed_order(width, vector, lane) : in_order(width, vector, lane);
+  };
+  lay_out(spec, {4, 0, size_t{kLine} * packed->steps, !logits, lanes}, packed);
+  for (const Packed::Panel& panel : packed->panels) {
+    auto* weights = reinterpret_cast<int8_t*>(packed->data.data() + panel.weights);
+    for (int i = 0; i < panel.vectors * 16; ++i) {
+      const int channel = panel.channel + lanes(panel.width, i / 16, i % 16);
+      if (channel >= spec.out) continue;
+      for (int tap = 0; tap < spec.taps(); ++tap) {
+        for (int c = 0; c < spec.in; ++c) {
+          const int64_t k = tap * pixel + c;
+          weights[(k / 4 * panel.vectors * 16 + i) * 4 + k % 4] = spec.at(channel, tap, c);
+        }
+      }
+    }
+  }
+}
+
+// Groups of four (row, column) whose bytes lie side by side, and taps, each a group at a column
+// with weights for one or two output rows; [taps][rows][4 vectors][16 lanes][4 bytes].
+void pack_depthwise(const ConvSpec& spec, Packed* packed) {
+  const int variants = spec.stride_h == 1 ? 2 : 1;
+  const int rows = spec.kernel_h + variants - 1;
+  struct Tap {
+    int group, column;
+  };
+  std::vector<Tap> taps;
+  const auto group = [&](int row, int row_step, int columns) {
+    // four rows of one column, two rows of two columns or one row of four
+    const int per_column = 4 / columns, index = static_cast<int>(packed->groups.size()) / 8;
+    for (int i = 0; i < 4; ++i) {
+      packed->groups.push_back(std::min(row + i % per_column * row_step, rows - 1));
+    }
+    for (int i = 0; i < 4; ++i) packed->groups.push_back(i / per_column);
+    for (int c = 0; c < spec.kernel_w; c += columns) taps.push_back({index, c});
+  };
+  for (int row = 0; row < rows;) {
+    const int left = rows - row;
+    group(row, 1, left >= 3 ? 1 : left == 2 ? 2 : 4);
+    row += left >= 3 ? 4 : left;
+  }
+  packed->steps = static_cast<int>(taps.size());
+  const int64_t group_bytes = kDepthwiseScratch / (packed->groups.size() / 8) / 256 * 256;
+  for (const Tap& tap : taps) {
+    packed->offsets.push_back(static_cast<int32_t>(tap.group * group_bytes + tap.column * 256));
+  }
+  // a panel of 48 channels is as one of 64
+  const auto order = [](int width, int vector, int lane) {
+    return depthwise_order(width == 3 ? 4 : width, vector, lane);
+  };
+  lay_out(spec, {4, 4, size_t{kLine} * taps.size() * variants, true, order}, packed);
+  for (const Packed::Panel& panel : packed->panels) {
+    auto* w = reinterpret_cast<int8_t*>(packed->data.data() + panel.weights);
+    for (const Tap& tap : taps) {
+      const int32_t* place = &packed->groups[8 * tap.group];
+      for (int variant = 0; variant < variants; ++variant) {
+        for (int i = 0; i < 64; ++i) {
+          const int channel = panel.channel + order(panel.width, i / 16, i % 16);
+          for (int k = 0; k < 4; ++k, ++w) {
+            const int y = place[k] - variant, x = tap.column + place[4 + k];
+            // of rows that fill a group up, only the first counts
+            const bool again = place[4 + k] == 0 && k > 0 && place[k] == place[k - 1];
+            if (channel < spec.out && !again && y >= 0 && y < spec.kernel_h && x < spec.kernel_w) {
+              *w = spec.at(channel, y * spec.kernel_w + x, 0);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+double vnni_peak(double seconds) {
+  constexpr int64_t kRounds = 20000;
+  const auto now = [] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch());
+  };
+  double best = 0;
+  for (const auto start = now(); (now() - start).count() < seconds;) {
+    const auto begin = now();
+    dot_loop(kRounds);
+    best = std::max(best, 12 * 64 * kRounds / (now() - begin).count());
+  }
+  return best;
+}
+
+const Kernels kAvx512Vnni{Isa::avx512vnni,
+                          "gemm_u8s8_6x64_avx512vnni",
+                          "depthwise_2x3x64_avx512vnni",
+                          pack_gemm,
+                          gemm,
+                          pack_depthwise,
+                          depthwise,
+                          add,
+                          channel_sums,
+                          scale,
+                          linear};
+
+}  // namespace vitkd::int8
+
+#endif

@@ -1,0 +1,196 @@
+#include "int8/plan.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace vitkd::int8 {
+namespace {
+
+constexpr int64_t kNear = 192 << 10;   // bytes of a map that may be written whole
+constexpr int64_t kStripPixels = 192;  // of a chain's output, at least
+
+// the node without its arrays, which the file owns
+Node numbers_of(Node node) {
+  node.weight = {}, node.bias = {}, node.multiplier = {};
+  node.w1 = {}, node.b1 = {}, node.w2 = {}, node.b2 = {};
+  return node;
+}
+
+}  // namespace
+
+Plan::Plan(const Graph& graph, const Options& o) : options(o), with(kernels(o.isa)) {
+  const std::vector<Shape> shapes = check(graph, o.image_size);
+  for (int i = 0; i < 3; ++i) picture_padding[i] = static_cast<uint8_t>(graph.padding_bytes[i]);
+  layers.reserve(shapes.size());
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    Layer& layer = layers.emplace_back();
+    layer.node = numbers_of(graph.nodes[i]);
+    const int from = layer.node.inputs[0];
+    layer.in = from < 0 ? Shape{o.image_size, o.image_size, 3} : shapes[from];
+    layer.out = shapes[i];
+    layer.pixel = pixel_bytes(layer.out.channels);
+    pack(graph.nodes[i], layer);
+    channels = std::max<size_t>(channels, layer.pixel);
+  }
+  join();
+  place();
+}
+
+void Plan::pack(const Node& n, Layer& layer) {
+  const int from = n.inputs[0];
+  const int64_t in_pixel = from < 0 ? 3 : layers[from].pixel;
+  const Requantize requantize{n.zero_point, n.lo, n.hi, n.hardswish ? n.hardswish_scale : 0.0f};
+  const auto keep = [this](const Array<float>& array, int64_t rows, int64_t columns) {
+    const int64_t stride = round_up(columns, 16);
+    Buffer buffer(rows * stride * 4);
+    std::memset(buffer.data(), 0, buffer.size());
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(buffer.data() + r * stride * 4, array.data + r * columns, columns * 4);
+    }
+    weights += buffer.size();
+    return buffer;
+  };
+  layer.bytes = layer.in.pixels() * layer.in.channels + layer.out.pixels() * layer.out.channels;
+  switch (n.op) {
+    case Op::conv:
+    case Op::depthwise:
+    case Op::classifier: {
+      ConvSpec spec;
+      spec.depthwise = n.op == Op::depthwise;
+      spec.out = layer.out.channels, spec.in = layer.in.channels;
+      if (n.op != Op::classifier) {
+        spec.kernel_h = n.kernel(0), spec.kernel_w = n.kernel(1);
+        layer.top = padding_before(n, 0, layer.in.height);
+        layer.left = padding_before(n, 1, layer.in.width);
+      }
+      spec.stride_h = n.stride[0], spec.stride_w = n.stride[1];
+      spec.weight = n.weight.data, spec.bias = n.bias.data, spec.multiplier = n.multiplier.data;
+      spec.epilogue.requantize = requantize;
+      spec.epilogue.finish = n.op == Op::classifier ? Finish::logits
+                             : n.hardswish          ? Finish::hardswish
+                             : n.residual           ? Finish::residual
+                                                    : Finish::bytes;
+      if (n.residual) {
+        spec.epilogue.residual_zero_point = zero_point(n.inputs[1]);
+        spec.epilogue.residual_multiplier = n.residual_multiplier;
+        layer.bytes += layer.out.pixels() * layer.out.channels;
+      }
+      if (spec.depthwise) {
+        with.pack_depthwise(spec, &layer.packed);
+        layer.kernel = with.depthwise_name;
+        layer.padding = Buffer(layer.in.width * in_pixel);
+      } else {
+        with.pack_gemm(spec, in_pixel, &layer.packed);
+        layer.kernel = with.pointwise_name;
+        layer.padding = Buffer(in_pixel);
+      }
+      std::memset(layer.padding.data(), zero_point(from), layer.padding.size());
+      if (from < 0) std::copy_n(picture_padding.data(), 3, layer.padding.data());
+      const int64_t depth = int64_t{spec.taps()} * (spec.depthwise ? 1 : spec.in);
+      layer.macs = layer.out.pixels() * spec.out * depth;
+      layer.bytes += spec.out * (depth + 8);
+      weights += layer.packed.data.size();
+      // sharing panels reads each weight once, sharing pixels each input
+      layer.by_panels = static_cast<int>(layer.packed.panels.size()) >= 2 * options.threads &&
+                        (spec.depthwise || spec.out * depth > layer.in.pixels() * in_pixel);
+      break;
+    }
+    case Op::add:
+      layer.kernel = "add";
+      layer.bytes += layer.out.pixels() * layer.out.channels;
+      break;
+    case Op::squeeze_excite: {
+      layer.kernel = "squeeze_excite";
+      const int64_t middle = n.b1.shape[0], channels = layer.in.channels;
+      layer.middle = static_cast<int>(middle);
+      layer.w1 = keep(n.w1, channels, middle), layer.b1 = keep(n.b1, 1, middle);
+      layer.w2 = keep(n.w2, middle, channels), layer.b2 = keep(n.b2, 1, channels);
+      layer.mean_multiplier = static_cast<float>(n.scale / static_cast<double>(layer.in.pixels()));
+      layer.macs = 2 * middle * channels + layer.out.pixels() * channels;
+      layer.bytes += 8 * middle * channels;
+      this->channels = std::max<size_t>(this->channels, pixel_bytes(middle));
+      break;
+    }
+    case Op::pool:
+      layer.kernel = "pool";
+      layer.mean_multiplier = static_cast<float>(n.ratio / static_cast<double>(layer.in.pixels()));
+      break;
+  }
+}
+
+// Chains: a node joins the one before it if it is that one's only reader and the map between them
+// is too large to stay near. What that saves is a trip of the map to a farther cache and back; what
+// it costs is the rows that two threads both make, and shorter runs of pixels.
+void Plan::join() {
+  const int count = static_cast<int>(layers.size());
+  std::vector<int> uses(count, 0);
+  for (const Layer& layer : layers) {
+    for (int from : layer.node.inputs) {
+      if (from >= 0) ++uses[from];
+    }
+  }
+  const auto convolves = [&](int i) {
+    return layers[i].node.op == Op::conv || layers[i].node.op == Op::depthwise;
+  };
+  for (int i = 0; i < count; ++i) {
+    const bool joins = options.fuse && i > 0 && convolves(i) && convolves(i - 1) &&
+                       layers[i].node.inputs[0] == i - 1 && uses[i - 1] == 1 &&
+                       i - steps.back().first < kLongestChain &&
+                       layers[i - 1].out.pixels() * layers[i - 1].pixel > kNear;
+    if (joins) {
+      steps.back().last = i;
+    } else {
+      steps.push_back({i, i, 0});
+    }
+  }
+  for (Step& step : steps) {
+    const Layer& last = layers[step.last];
+    step.strip_rows = static_cast<int>(
+        std::min<int64_t>(round_up(kStripPixels / last.out.width + 1, 2), last.out.height));
+    // the rows of each map that one strip of its reader touches
+    int rows = step.strip_rows;
+    for (int i = step.last; i > step.first; --i) {
+      const ConvSpec& reader = layers[i].packed.spec;
+      rows = (rows - 1) * reader.stride_h + reader.kernel_h;
+      layers[i - 1].ring = std::min(rows, layers[i - 1].out.height);
+      rows = layers[i - 1].ring;
+    }
+  }
+}
+
+// Maps in the arena, first fit by lifetime; rings one after another in each thread's own memory.
+void Plan::place() {
+  struct Placed {
+    size_t begin, end, last_step;
+  };
+  std::vector<Placed> live;
+  std::vector<size_t> last_use(layers.size(), 0);
+  for (size_t s = 0; s < steps.size(); ++s) {
+    for (int i = steps[s].first; i <= steps[s].last; ++i) {
+      for (int from : layers[i].node.inputs) {
+        if (from >= 0) last_use[from] = s;
+      }
+    }
+  }
+  for (size_t s = 0; s < steps.size(); ++s) {
+    size_t ring = 0;
+    for (int i = steps[s].first; i < steps[s].last; ++i) {
+      layers[i].offset = ring;
+      ring += layers[i].map_bytes();
+    }
+    rings = std::max(rings, ring);
+    Layer& last = layers[steps[s].last];
+    if (last.node.op == Op::classifier) continue;
+    std::erase_if(live, [s](const Placed& p) { return p.last_step < s; });
+    std::sort(live.begin(), live.end(), [](auto& a, auto& b) { return a.begin < b.begin; });
+    for (const Placed& p : live) {
+      if (last.offset + last.map_bytes() <= p.begin) break;
+      last.offset = std::max(last.offset, p.end);
+    }
+    const size_t end = last.offset + last.map_bytes();
+    live.push_back({last.offset, end, last_use[steps[s].last]});
+    arena = std::max(arena, end);
+  }
+}
+
+}  // namespace vitkd::int8

@@ -1,0 +1,77 @@
+// What a session does, worked out once per file and image size: weights packed, padding and shapes
+// known, every map placed, nodes joined to chains.
+//
+// A step is one node, which the threads share by pixels or by panels, or a chain: convolutions with
+// maps between them that are too large to stay near. A chain's output is made in strips of rows,
+// and of each map inside it only the rows are kept that its reader still needs, in a ring.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "int8/graph.h"
+#include "int8/kernels.h"
+
+namespace vitkd::int8 {
+
+struct Options {
+  int image_size = 0;
+  int threads = 1;
+  Isa isa = Isa::scalar;
+  bool fuse = true;     // tests: chains change no byte
+  bool poison = false;  // tests: fill memory with 0xA5 before each image
+};
+
+struct Layer {
+  Node node;  // without its arrays
+  Shape in, out;
+  int top = 0, left = 0;      // padding
+  Packed packed;              // convolutions and the classifier
+  Buffer padding;             // a pixel, or for a depthwise one a row, of padding bytes
+  Buffer w1, b1, w2, b2;      // squeeze-excite: [in][out rounded up to 16]
+  int middle = 0;             // squeeze-excite: channels between its layers
+  float mean_multiplier = 0;  // squeeze-excite and pool
+  int64_t pixel = 0;          // bytes of an output pixel
+  size_t offset = 0;          // of the output, in the arena or (ring > 0) in a thread's rings
+  int ring = 0;               // rows in memory, inside a chain
+  bool by_panels = false;     // how threads share it
+  const char* kernel = "";
+  int64_t macs = 0;   // per image
+  int64_t bytes = 0;  // read and written per image, if each were once
+
+  size_t map_bytes() const {
+    const size_t rows = ring > 0 ? ring : out.height;
+    return round_up(rows * out.width * pixel + kSlack, kLine);
+  }
+};
+
+constexpr int kLongestChain = 16;
+
+struct Step {
+  int first, last;  // nodes
+  int strip_rows;
+};
+
+struct Plan {
+  Plan(const Graph& graph, const Options& options);  // throws GraphError; borrows nothing
+
+  Options options;
+  const Kernels& with;
+  std::vector<Layer> layers;
+  std::vector<Step> steps;
+  std::array<uint8_t, 3> picture_padding;
+  size_t arena = 0;     // bytes of maps
+  size_t rings = 0;     // bytes of the largest chain's rings, per thread
+  size_t weights = 0;   // bytes packed
+  size_t channels = 0;  // the most of any vector
+
+  int zero_point(int node) const { return node < 0 ? 0 : layers[node].node.zero_point; }
+
+ private:
+  void pack(const Node& node, Layer& layer);
+  void join();
+  void place();
+};
+
+}  // namespace vitkd::int8

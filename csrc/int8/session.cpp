@@ -1,0 +1,535 @@
+#include "int8/session.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "int8/team.h"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace vitkd::int8 {
+namespace {
+
+constexpr int64_t kIm2col = 24 << 10;  // bytes of gathered pixels that stay in L1
+
+double now() {
+  const auto since = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double>(since).count();
+}
+
+// rounding to nearest, no flush to zero and no traps, whatever the calling thread is set to
+class FloatState {
+#if defined(__x86_64__)
+ public:
+  FloatState() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~FloatState() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// a thread's part of [0, n), in multiples of `unit`
+Range part_of(int64_t n, int64_t unit, int thread, int threads) {
+  const int64_t units = (n + unit - 1) / unit;
+  return {std::min(n, units * thread / threads * unit),
+          std::min(n, units * (thread + 1) / threads * unit)};
+}
+
+// n bytes, and up to 15 more
+void copy_over(const uint8_t* from, int64_t n, uint8_t* to) {
+  for (int64_t i = 0; i < n; i += 16) std::memcpy(to + i, from + i, 16);
+}
+
+// the mutex of all sessions' idle callers, and how often this process was forked
+struct Forks {
+  std::mutex mutex;
+  int generation = 0;
+};
+
+Forks& forks() {
+  static Forks* forks = [] {
+    static Forks* made = new Forks;  // never destroyed: a fork may come at any time
+    pthread_atfork([] { made->mutex.lock(); }, [] { made->mutex.unlock(); },
+                   [] {
+                     ++made->generation;
+                     made->mutex.unlock();
+                   });
+    return made;
+  }();
+  return *forks;
+}
+
+// A thread's memory. Threads that share an image use the first's maps and vectors.
+struct Workspace {
+  explicit Workspace(const Plan& plan)
+      : arena(plan.arena),
+        rings(plan.rings),
+        scratch(scratch_bytes(plan)),
+        sums(plan.channels * 4),
+        means(plan.channels * 4),
+        middle(plan.channels * 4),
+        factors(plan.channels * 4) {}
+
+  // depthwise: interleaved bytes; dense: 48 gathered pixels of the deepest product, or more
+  static size_t scratch_bytes(const Plan& plan) {
+    size_t deepest = 0;
+    for (const Layer& layer : plan.layers) {
+      if (!layer.packed.spec.depthwise) deepest = std::max<size_t>(deepest, layer.packed.steps);
+    }
+    return std::max<size_t>({kDepthwiseScratch, kIm2col, 48 * (4 * deepest + 32)}) + kSlack;
+  }
+
+  float* floats(const Buffer& buffer) const { return reinterpret_cast<float*>(buffer.data()); }
+
+  void poison() const {
+    for (const Buffer* b : {&arena, &rings, &scratch, &sums, &means, &middle, &factors}) {
+      std::memset(b->data(), 0xA5, b->size() + kSlack);
+    }
+  }
+
+  Buffer arena, rings, scratch, sums, means, middle, factors;
+};
+
+}  // namespace
+
+// What one call needs for itself.
+struct Session::Caller {
+  explicit Caller(const Plan& plan) : team(plan.options.threads) {
+    for (int i = 0; i < plan.options.threads; ++i) workspaces.emplace_back(plan);
+  }
+
+  Team team;
+  std::vector<Workspace> workspaces;  // by thread
+};
+
+// A caller, made or waiting idle, for the time of a call.
+class Session::Lease {
+ public:
+  explicit Lease(Session& session) : session_(session) {
+    {
+      const std::lock_guard lock(forks().mutex);
+      if (session.generation_ != forks().generation) {
+        // their threads did not survive the fork: nothing of them can be taken apart
+        for (auto& caller : session.idle_) static_cast<void>(caller.release());
+        session.idle_.clear();
+        session.generation_ = forks().generation;
+      }
+      if (!session.idle_.empty()) {
+        caller_ = std::move(session.idle_.back());
+        session.idle_.pop_back();
+        return;
+      }
+      session.idle_.reserve(++session.callers_);  // giving back allocates nothing
+    }
+    caller_ = std::make_unique<Caller>(session.plan_);
+  }
+  ~Lease() {
+    const std::lock_guard lock(forks().mutex);
+    session_.idle_.push_back(std::move(caller_));
+  }
+  Caller& operator*() { return *caller_; }
+
+ private:
+  Session& session_;
+  std::unique_ptr<Caller> caller_;
+};
+
+namespace {
+
+// One image on `threads` threads, of which this is one; they meet after each step.
+class Runner {
+ public:
+  Runner(const Plan& plan, const Workspace& shared, const Workspace& own, Team* team, int thread,
+         int threads)
+      : plan_(plan),
+        arena_(shared.arena.data()),
+        rings_(own.rings.data()),
+        scratch_(own.scratch.data()),
+        sums_(reinterpret_cast<int32_t*>(shared.sums.data())),
+        means_(shared.floats(shared.means)),
+        middle_(shared.floats(shared.middle)),
+        factors_(shared.floats(shared.factors)),
+        team_(team),
+        thread_(thread),
+        threads_(threads) {}
+
+  double* seconds = nullptr;                          // by node, where they are timed
+  std::vector<std::vector<uint8_t>>* maps = nullptr;  // by node, where they are wanted
+
+  void run(const uint8_t* image, float* logits) {
+    image_ = image;
+    logits_ = logits;
+    for (const Step& step : plan_.steps) {
+      if (step.first == step.last) {
+        node(step.last);
+      } else {
+        chain(step);
+      }
+      meet();
+      if (maps != nullptr) keep(step.last);
+    }
+  }
+
+ private:
+  void meet() {
+    if (threads_ > 1) team_->barrier();
+  }
+
+  template <class F>
+  void timed(int i, F&& f) {
+    if (seconds == nullptr) return f();
+    const double start = now();
+    f();
+    seconds[i] += now() - start;
+  }
+
+  Map map(int i) const {
+    if (i < 0) {
+      const int size = plan_.options.image_size;
+      return {const_cast<uint8_t*>(image_), size, size, size, 3};
+    }
+    const Layer& layer = plan_.layers[i];
+    const int ring = layer.ring > 0 ? layer.ring : layer.out.height;
+    return {(layer.ring > 0 ? rings_ : arena_) + layer.offset, layer.out.height, layer.out.width,
+            ring, layer.pixel};
+  }
+
+  void keep(int i) {
+    const Layer& layer = plan_.layers[i];
+    if (layer.node.op == Op::classifier) return;
+    std::vector<uint8_t>& kept = (*maps)[i];
+    const int64_t channels = layer.out.channels;
+    kept.resize(layer.out.pixels() * channels);
+    for (int64_t p = 0; p < layer.out.pixels(); ++p) {
+      std::memcpy(kept.data() + p * channels, map(i).data + p * layer.pixel, channels);
+    }
+  }
+
+  void node(int i) {
+    const Layer& layer = plan_.layers[i];
+    switch (layer.node.op) {
+      case Op::conv:
+      case Op::depthwise:
+      case Op::classifier: {
+        const int panels = static_cast<int>(layer.packed.panels.size());
+        const Range all{0, panels}, rows{0, layer.out.height};
+        if (layer.by_panels) {
+          const Range mine = part_of(panels, 1, thread_, threads_);
+          timed(i, [&] { convolve(i, rows, mine); });
+        } else if (layer.out.height > 1) {
+          const Range mine = part_of(layer.out.height, 2, thread_, threads_);
+          timed(i, [&] { convolve(i, mine, all); });
+        } else if (thread_ == 0) {
+          timed(i, [&] { convolve(i, rows, all); });
+        }
+        break;
+      }
+      case Op::add:
+        timed(i, [&] { add(i); });
+        break;
+      case Op::squeeze_excite:
+        timed(i, [&] { squeeze_excite(i); });
+        break;
+      case Op::pool:
+        timed(i, [&] { pool(i); });
+        break;
+    }
+  }
+
+  void convolve(int i, Range rows, Range panels) {
+    if (rows.begin >= rows.end || panels.begin >= panels.end) return;
+    const Layer& layer = plan_.layers[i];
+    if (layer.node.op == Op::depthwise) {
+      depthwise(i, rows, panels);
+    } else if (layer.packed.spec.taps() == 1 && layer.node.stride[0] == 1 &&
+               layer.node.stride[1] == 1 && layer.node.inputs[0] >= 0) {
+      pointwise(i, rows, panels);
+    } else {
+      dense(i, rows, panels);
+    }
+  }
+
+  GemmCall gemm_call(int i, Range panels) const {
+    GemmCall call;
+    call.panel = static_cast<int>(panels.begin);
+    call.panel_end = static_cast<int>(panels.end);
+    call.y_pixel = plan_.layers[i].pixel;
+    return call;
+  }
+
+  void at_row(int i, const Map& y, int row, GemmCall* call) const {
+    const Layer& layer = plan_.layers[i];
+    call->y = layer.node.op == Op::classifier ? reinterpret_cast<uint8_t*>(logits_) : y.row(row);
+    if (layer.node.residual) {
+      const Map residual = map(layer.node.inputs[1]);
+      call->residual = residual.row(row);
+      call->residual_pixel = residual.pixel;
+    }
+  }
+
+  // runs of rows that lie one after another in both maps
+  void pointwise(int i, Range rows, Range panels) {
+    const Layer& layer = plan_.layers[i];
+    const Map x = map(layer.node.inputs[0]);
+    const Map y = layer.node.op == Op::classifier ? Map{nullptr, 1, 1, 1, 0} : map(i);
+    GemmCall call = gemm_call(i, panels);
+    call.x_pixel = x.pixel;
+    for (int64_t row = rows.begin; row < rows.end;) {
+      const int64_t run = std::min({rows.end - row, x.ring - row % x.ring, y.ring - row % y.ring});
+      call.x = x.row(static_cast<int>(row));
+      call.pixels = run * layer.out.width;
+      at_row(i, y, static_cast<int>(row), &call);
+      plan_.with.gemm(layer.packed, call);
+      row += run;
+    }
+  }
+
+  // gathers the bytes under the kernel, pixel by pixel, and multiplies
+  void dense(int i, Range rows, Range panels) {
+    const Layer& layer = plan_.layers[i];
+    const ConvSpec& spec = layer.packed.spec;
+    const Map x = map(layer.node.inputs[0]), y = map(i);
+    const int64_t in_row = spec.kernel_w * x.pixel, depth = spec.kernel_h * in_row;
+    const int64_t stride = round_up(depth, 16);
+    const int64_t at_once = std::max<int64_t>(48, kIm2col / stride / 48 * 48);
+    const uint8_t* end =
+        x.data + (layer.node.inputs[0] < 0 ? x.height * x.width * x.pixel : INT64_MAX / 2);
+    GemmCall call = gemm_call(i, panels);
+    call.x = scratch_;
+    call.x_pixel = stride;
+    for (int row = static_cast<int>(rows.begin); row < rows.end; ++row) {
+      for (int column = 0; column < y.width; column += static_cast<int>(at_once)) {
+        call.pixels = std::min<int64_t>(at_once, y.width - column);
+        for (int64_t p = 0; p < call.pixels; ++p) {
+          uint8_t* to = scratch_ + p * stride;
+          const int left = (column + static_cast<int>(p)) * spec.stride_w - layer.left;
+          for (int k = 0; k < spec.kernel_h; ++k, to += in_row) {
+            const int r = row * spec.stride_h - layer.top + k;
+            const bool inside = r >= 0 && r < x.height;
+            const uint8_t* from = x.row(inside ? r : 0) + left * x.pixel;
+            if (inside && left >= 0 && left + spec.kernel_w <= x.width &&
+                end - from >= in_row + 15) {
+              copy_over(from, in_row, to);
+              continue;
+            }
+            for (int c = 0; c < spec.kernel_w; ++c) {
+              const bool within = inside && left + c >= 0 && left + c < x.width;
+              std::memcpy(to + c * x.pixel, within ? from + c * x.pixel : layer.padding.data(),
+                          x.pixel);
+            }
+          }
+        }
+        at_row(i, y, row, &call);
+        call.y += column * y.pixel;
+        if (call.residual != nullptr) call.residual += column * call.residual_pixel;
+        plan_.with.gemm(layer.packed, call);
+      }
+    }
+  }
+
+  void depthwise(int i, Range rows, Range panels) {
+    const Layer& layer = plan_.layers[i];
+    DepthwiseCall call;
+    call.x = map(layer.node.inputs[0]);
+    call.y = map(i);
+    call.padding_row = layer.padding.data();
+    call.top = layer.top, call.left = layer.left;
+    call.row = static_cast<int>(rows.begin), call.row_end = static_cast<int>(rows.end);
+    call.panel = static_cast<int>(panels.begin), call.panel_end = static_cast<int>(panels.end);
+    call.scratch = scratch_;
+    plan_.with.depthwise(layer.packed, call);
+  }
+
+  // strips of the last map; each pulls the rows that it needs through the maps before it
+  void chain(const Step& step) {
+    const Range mine = part_of(plan_.layers[step.last].out.height, 2, thread_, threads_);
+    if (mine.begin >= mine.end) return;
+    std::array<int, kLongestChain> made;  // rows of each map, from the first that is needed
+    int row = static_cast<int>(mine.begin);
+    for (int i = step.last; i >= step.first; --i) {
+      made[i - step.first] = row;
+      const Layer& layer = plan_.layers[i];
+      row = std::max(0, row * layer.node.stride[0] - layer.top);
+    }
+    for (int64_t end = mine.begin; end < mine.end;) {
+      end = std::min<int64_t>(end + step.strip_rows, mine.end);
+      pull(step, step.last, static_cast<int>(end), made.data());
+    }
+  }
+
+  void pull(const Step& step, int i, int end, int* made) {
+    int& from = made[i - step.first];
+    if (from >= end) return;
+    const Layer& layer = plan_.layers[i];
+    if (i > step.first) {
+      const int last = (end - 1) * layer.node.stride[0] - layer.top + layer.packed.spec.kernel_h;
+      pull(step, i - 1, std::min(last, layer.in.height), made);
+    }
+    const Range rows{from, end}, panels{0, static_cast<int64_t>(layer.packed.panels.size())};
+    timed(i, [&] { convolve(i, rows, panels); });
+    from = end;
+  }
+
+  void add(int i) {
+    const Layer& layer = plan_.layers[i];
+    const Node& n = layer.node;
+    const Map a = map(n.inputs[0]), b = map(n.inputs[1]), y = map(i);
+    const Range mine = part_of(layer.out.pixels() * y.pixel, 16, thread_, threads_);
+    plan_.with.add(a.data + mine.begin, plan_.zero_point(n.inputs[0]), n.multipliers[0],
+                   b.data + mine.begin, plan_.zero_point(n.inputs[1]), n.multipliers[1],
+                   {n.zero_point, n.lo, n.hi, 0}, mine.end - mine.begin, y.data + mine.begin);
+  }
+
+  // sums less zero points of this thread's channels
+  Range centred_sums(int i) {
+    const Layer& layer = plan_.layers[i];
+    const Map x = map(layer.node.inputs[0]);
+    const Range mine = part_of(x.pixel, 16, thread_, threads_);
+    const auto pixels = static_cast<int32_t>(layer.in.pixels());
+    const int32_t zero = pixels * plan_.zero_point(layer.node.inputs[0]);
+    std::fill(sums_ + mine.begin, sums_ + mine.end, 0);
+    plan_.with.channel_sums(x.data + mine.begin, pixels, x.pixel, mine.end - mine.begin,
+                            sums_ + mine.begin);
+    for (int64_t c = mine.begin; c < mine.end; ++c) sums_[c] -= zero;
+    return mine;
+  }
+
+  void pool(int i) {
+    const Layer& layer = plan_.layers[i];
+    const Requantize requantize{layer.node.zero_point, layer.node.lo, layer.node.hi, 0};
+    const Map y = map(i);
+    const Range mine = centred_sums(i);
+    for (int64_t c = mine.begin; c < mine.end; ++c) {
+      y.data[c] = vitkd::int8::requantize(sums_[c], layer.mean_multiplier, requantize);
+    }
+  }
+
+  // a part of h = b + w^T x
+  Range linear(const Buffer& w, const Buffer& b, const float* x, int in, int64_t out, float* h) {
+    const int64_t stride = pixel_bytes(out);
+    const Range mine = part_of(stride, 16, thread_, threads_);
+    if (mine.begin < mine.end) {
+      std::memcpy(h + mine.begin, b.data() + 4 * mine.begin, 4 * (mine.end - mine.begin));
+      plan_.with.linear(reinterpret_cast<const float*>(w.data()) + mine.begin, stride, x, in,
+                        static_cast<int>(mine.end - mine.begin), h + mine.begin);
+    }
+    return mine;
+  }
+
+  void squeeze_excite(int i) {
+    const Layer& layer = plan_.layers[i];
+    const Node& n = layer.node;
+    const int channels = layer.in.channels, middle = layer.middle;
+    const Map x = map(n.inputs[0]), y = map(i);
+    const Range summed = centred_sums(i);
+    for (int64_t c = summed.begin; c < summed.end; ++c) {
+      means_[c] = mul(static_cast<float>(sums_[c]), layer.mean_multiplier);
+    }
+    meet();
+    Range mine = linear(layer.w1, layer.b1, means_, channels, middle, middle_);
+    for (int64_t j = mine.begin; j < mine.end; ++j) {
+      middle_[j] = std::max(middle_[j], 0.0f);
+    }
+    meet();
+    mine = linear(layer.w2, layer.b2, middle_, middle, channels, factors_);
+    for (int64_t c = mine.begin; c < mine.end; ++c) {
+      const float gate = mul(clamp(vitkd::int8::add(factors_[c], 3.0f), 0.0f, 6.0f), 1.0f / 6.0f);
+      factors_[c] = mul(gate, static_cast<float>(n.ratio));
+    }
+    meet();
+    const Range pixels = part_of(layer.out.pixels(), 1, thread_, threads_);
+    plan_.with.scale(x.data + pixels.begin * x.pixel, plan_.zero_point(n.inputs[0]), factors_,
+                     {n.zero_point, n.lo, n.hi, 0}, pixels.end - pixels.begin, x.pixel,
+                     y.data + pixels.begin * y.pixel);
+  }
+
+  const Plan& plan_;
+  uint8_t *const arena_, *const rings_, *const scratch_;
+  int32_t* const sums_;
+  float *const means_, *const middle_, *const factors_;
+  Team* const team_;
+  const int thread_, threads_;
+  const uint8_t* image_ = nullptr;
+  float* logits_ = nullptr;
+};
+
+}  // namespace
+
+Session::Session(const Graph& graph, const Options& options)
+    : plan_(graph, options), generation_(forks().generation) {}
+
+Session::~Session() {
+  const std::lock_guard lock(forks().mutex);
+  if (generation_ == forks().generation) return;
+  for (auto& caller : idle_) static_cast<void>(caller.release());
+}
+
+void Session::run(const uint8_t* images, int64_t count, float* logits) {
+  const int64_t size = plan_.options.image_size, image = size * size * 3;
+  const int threads = plan_.options.threads;
+  Lease lease(*this);
+  Caller& caller = *lease;
+  // as many images as there are threads: one each; of what is left, all threads share each
+  const int64_t apart = threads == 1 ? count : count / threads * threads;
+  caller.team.run([&](int thread) {
+    const FloatState state;
+    const Workspace& own = caller.workspaces[thread];
+    Runner alone(plan_, own, own, nullptr, 0, 1);
+    for (int64_t i = thread; i < apart; i += threads) {
+      if (plan_.options.poison) own.poison();
+      alone.run(images + i * image, logits + i * classes());
+    }
+    if (apart == count) return;
+    caller.team.barrier();
+    Runner together(plan_, caller.workspaces[0], own, &caller.team, thread, threads);
+    for (int64_t i = apart; i < count; ++i) {
+      if (plan_.options.poison) {
+        own.poison();
+        caller.team.barrier();
+      }
+      together.run(images + i * image, logits + i * classes());
+    }
+  });
+}
+
+std::vector<NodeProfile> Session::profile(const uint8_t* images, int64_t count, float* logits) {
+  const int64_t size = plan_.options.image_size, image = size * size * 3;
+  std::vector<double> seconds(plan_.layers.size(), 0);
+  Lease lease(*this);
+  const Workspace& own = (*lease).workspaces[0];
+  const FloatState state;
+  Runner runner(plan_, own, own, nullptr, 0, 1);
+  runner.seconds = seconds.data();
+  for (int64_t i = 0; i < count; ++i) runner.run(images + i * image, logits + i * classes());
+  std::vector<NodeProfile> profile;
+  for (size_t s = 0; s < plan_.steps.size(); ++s) {
+    for (int i = plan_.steps[s].first; i <= plan_.steps[s].last; ++i) {
+      profile.push_back({&plan_.layers[i], static_cast<int>(s), seconds[i]});
+    }
+  }
+  return profile;
+}
+
+std::vector<std::vector<uint8_t>> Session::maps(const uint8_t* image) {
+  std::vector<std::vector<uint8_t>> maps(plan_.layers.size());
+  std::vector<float> logits(classes());
+  Lease lease(*this);
+  const Workspace& own = (*lease).workspaces[0];
+  const FloatState state;
+  Runner runner(plan_, own, own, nullptr, 0, 1);
+  runner.maps = &maps;
+  runner.run(image, logits.data());
+  return maps;
+}
+
+}  // namespace vitkd::int8

@@ -1,0 +1,44 @@
+// A plan, ready to run from any number of threads at once.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "int8/plan.h"
+
+namespace vitkd::int8 {
+
+struct NodeProfile {
+  const Layer* layer;
+  int step;        // nodes of one step make a chain
+  double seconds;  // for all images
+};
+
+class Session {
+ public:
+  Session(const Graph& graph, const Options& options);  // throws GraphError; borrows nothing
+  ~Session();
+
+  const Plan& plan() const { return plan_; }
+  int classes() const { return plan_.layers.back().out.channels; }
+  // images [count, image_size, image_size, 3], logits [count, classes]
+  void run(const uint8_t* images, int64_t count, float* logits);
+  // the same on one thread, timed node by node
+  std::vector<NodeProfile> profile(const uint8_t* images, int64_t count, float* logits);
+  // every node's map [height, width, channels] of one image, computed node by node
+  std::vector<std::vector<uint8_t>> maps(const uint8_t* image);
+
+ private:
+  struct Caller;
+  class Lease;
+
+  const Plan plan_;
+  std::vector<std::unique_ptr<Caller>> idle_;
+  size_t callers_ = 0;
+  int generation_;  // of the process: a fork has its parent's memory, but not its threads
+};
+
+}  // namespace vitkd::int8

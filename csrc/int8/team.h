@@ -1,0 +1,37 @@
+// The threads of one call: the caller and those that wait for it. They run the same function side
+// by side and meet at barriers. A thread that waits spins for some 20 us, about a layer's time, and
+// then sleeps.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace vitkd::int8 {
+
+class Team {
+ public:
+  explicit Team(int threads);
+  ~Team();
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  // f(0) here, f(1), f(2), ... in the workers; returns when all have
+  void run(const std::function<void(int)>& f);
+  // returns when all threads of `run` have come here
+  void barrier();
+
+ private:
+  void work(int index);
+
+  std::vector<std::thread> workers_;
+  const std::function<void(int)>* job_ = nullptr;
+  alignas(64) std::atomic<int> round_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> phase_{0};
+  bool stop_ = false;
+};
+
+}  // namespace vitkd::int8

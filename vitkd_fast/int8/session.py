@@ -1,0 +1,197 @@
+"""uint8 pictures -> float32 logits, by the compiled engine. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitkd_fast import _int8
+
+from . import file
+from .graph import Graph
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One layer's share of a call; layers of one step are computed together, strip by strip."""
+
+    step: int
+    name: str
+    kernel: str
+    shape: tuple[int, int, int]  # of its output: H, W, C
+    us: float  # per picture
+    gmacs: float  # 1e9 multiply-adds a second
+    bytes: int  # read and written per picture, if each were once
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What each layer took, on one thread."""
+
+    layers: tuple[LayerProfile, ...]
+
+    @property
+    def us(self) -> float:
+        """Per picture, all layers."""
+        return sum(layer.us for layer in self.layers)
+
+    def __str__(self) -> str:
+        rows = [f"{'layer':44} {'kernel':28} {'output':>14} {'us':>8} {'GMAC/s':>7} {'kB':>8}"]
+        for n in self.layers:
+            size = "x".join(map(str, n.shape))
+            rows.append(
+                f"{n.step:3} {n.name:40} {n.kernel:28} {size:>14} {n.us:8.1f} {n.gmacs:7.1f} "
+                f"{n.bytes / 1e3:8.1f}"
+            )
+        return "\n".join([*rows, f"{'all':88} {self.us:8.1f}"])
+
+
+class Session:
+    """uint8 pictures [N, H, W, 3] -> float32 logits [N, classes]; made by `load`.
+
+    Calls may come from several threads at once. Each concurrent one has its own memory and threads,
+    made at its first call and kept; a call itself allocates its result alone.
+
+    Attributes:
+        image_size: the side of the pictures.
+        classes: names, or as many numbers.
+        mean, std, crop_pct, interpolation: how pictures are prepared; the engine normalises.
+        threads: of one call.
+        isa: the instruction set of its kernels.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        threads: int = 1,
+        isa: str | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        if not isinstance(threads, int) or not 1 <= threads <= 256:
+            raise ValueError(f"int8.load: threads is {threads!r}; accepted are 1 to 256")
+        if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+            raise ValueError(f"int8.load: image_size is {image_size!r}; accepted is 1 or more")
+        size = graph.image_size if image_size is None else image_size
+        try:
+            self._engine: _int8.Session | None = _int8.Session(
+                graph, image_size=size, threads=threads, isa=isa or ""
+            )
+        except _int8.GraphError as error:
+            if size != graph.image_size:
+                raise ValueError(f"int8.load: image_size {size}: {error}") from error
+            raise file.FileError(str(error)) from error
+        self.image_size, self.threads, self.isa = size, threads, self._engine.isa
+        self.mean, self.std = graph.mean, graph.std
+        self.crop_pct, self.interpolation = graph.crop_pct, graph.interpolation
+        self.classes = graph.classes or tuple(map(str, range(self._engine.classes)))
+
+    @property
+    def resize(self) -> int:
+        """What the short side is resized to before the centre is cropped."""
+        return int(self.image_size / self.crop_pct)
+
+    def _open(self) -> _int8.Session:
+        if self._engine is None:
+            raise ValueError("int8.Session: it is closed")
+        return self._engine
+
+    def _pictures(self, images: Any) -> np.ndarray:
+        array = np.asarray(images)
+        size = self.image_size
+        if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"int8.Session: images are {array.dtype} {list(array.shape)}; accepted is uint8 "
+                f"[N, {size}, {size}, 3]"
+            )
+        return np.ascontiguousarray(array)
+
+    def __call__(self, images: Any, out: np.ndarray | None = None) -> np.ndarray:
+        """Logits of pictures.
+
+        Args:
+            images: uint8 [N, image_size, image_size, 3], an array or a CPU tensor, not normalised.
+            out: float32 [N, classes], contiguous, to write the logits to.
+
+        Raises:
+            ValueError: images or out of another shape or dtype, or a closed session.
+        """
+        engine, pictures = self._open(), self._pictures(images)
+        shape = (len(pictures), engine.classes)
+        if out is None:
+            out = np.empty(shape, np.float32)
+        elif (
+            not isinstance(out, np.ndarray)
+            or out.dtype != np.float32
+            or out.shape != shape
+            or not (out.flags.c_contiguous and out.flags.writeable)
+        ):
+            given = f"{getattr(out, 'dtype', type(out).__name__)} {list(np.shape(out))}"
+            raise ValueError(
+                f"int8.Session: out is {given}; accepted is a contiguous, writeable float32 "
+                f"ndarray {list(shape)}"
+            )
+        engine.run(pictures, out)
+        return out
+
+    def profile(self, images: Any, rounds: int = 5) -> Profile:
+        """What each layer takes on one thread: the median of some rounds over the pictures."""
+        engine, pictures = self._open(), self._pictures(images)
+        if len(pictures) == 0 or rounds < 1:
+            raise ValueError("int8.Session.profile: it takes at least one picture and one round")
+        out = np.empty((len(pictures), engine.classes), np.float32)
+        engine.profile(pictures, out)  # warms the caches
+        runs = [engine.profile(pictures, out) for _ in range(rounds)]
+        layers = []
+        for i, (step, name, kernel, shape, _, macs, size) in enumerate(runs[0]):
+            seconds = float(np.median([run[i][4] for run in runs])) / len(pictures)
+            gmacs = macs / seconds / 1e9 if seconds else 0.0
+            layers.append(LayerProfile(step, name, kernel, shape, seconds * 1e6, gmacs, size))
+        return Profile(tuple(layers))
+
+    def close(self) -> None:
+        """Gives back weights, memory and threads; a later call raises ValueError."""
+        self._engine = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._engine is None:
+            return "int8.Session(closed)"
+        megabytes = self._engine.weight_bytes / 1e6
+        return (
+            f"int8.Session({len(self.classes)} classes, {self.image_size}x{self.image_size}, "
+            f"{self.isa}, {self.threads} thread{'s' * (self.threads > 1)}, "
+            f"{megabytes:.1f} MB of weights)"
+        )
+
+
+def load(
+    source: str | Path | bytes | Graph,
+    *,
+    threads: int = 1,
+    isa: str | None = None,
+    image_size: int | None = None,
+) -> Session:
+    """Makes a file, its bytes or a graph ready to run.
+
+    Args:
+        source: a .int8.safetensors file, its content, or `QuantizedModel.graph`.
+        threads: that share a call; pictures of a batch first, then the layers of what is left.
+        isa: one of `isa()`; None: the best.
+        image_size: the side of the pictures; None: as the file says.
+
+    Raises:
+        FileError: the file is damaged, or no such file; it names what is wrong.
+        FileNotFoundError: there is no file.
+        ValueError: threads, isa or image_size out of what is accepted.
+    """
+    graph = source if isinstance(source, Graph) else file.read(source)
+    return Session(graph, threads=threads, isa=isa, image_size=image_size)
