@@ -7,7 +7,7 @@
 namespace vitkd::int8 {
 namespace {
 
-constexpr int kMaxNodes = 4096, kMaxImage = 8192, kMaxKernel = 31, kMaxStride = 8;
+constexpr int kMaxNodes = 4096, kMaxImage = 8192, kMaxStride = 8;
 constexpr int64_t kMaxChannels = 65536, kMaxPooled = int64_t{1} << 22;
 constexpr int64_t kMaxMap = int64_t{1} << 31;  // bytes
 

@@ -15,6 +15,8 @@ struct GraphError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+constexpr int kMaxKernel = 31;
+
 // Borrowed memory.
 template <class T>
 struct Array {

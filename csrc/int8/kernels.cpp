@@ -55,11 +55,12 @@ void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed) {
     channel += channels;
     packed->panels.push_back(panel);
   }
-  packed->data = Buffer(end);
-  std::memset(packed->data.data(), 0, end);
+  packed->own = Buffer(end);
+  packed->data = packed->own.data();
+  std::memset(packed->own.data(), 0, end);
   for (const Packed::Panel& panel : packed->panels) {
     const int lanes = panel.vectors * 16;
-    auto* bias = reinterpret_cast<int32_t*>(packed->data.data() + panel.constants);
+    auto* bias = reinterpret_cast<int32_t*>(packed->own.data() + panel.constants);
     auto* multiplier = reinterpret_cast<float*>(bias + lanes);
     float* shift = multiplier + lanes;
     for (int i = 0; i < lanes; ++i) {
@@ -70,6 +71,27 @@ void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed) {
       if (panel.magic) {
         bias[i] += kMagicBits;
         shift[i] = -kMagicFloat * multiplier[i];
+      }
+    }
+  }
+}
+
+void lay_out_gemm(const ConvSpec& spec, int64_t pixel, Layout layout, Packed* packed) {
+  packed->segments = spec.kernel_h;
+  packed->steps = static_cast<int>(((spec.kernel_w - 1) * pixel + spec.in + 3) / 4);
+  layout.weight_bytes = size_t{kLine} * packed->segments * packed->steps;
+  lay_out(spec, layout, packed);
+  for (const Packed::Panel& panel : packed->panels) {
+    auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
+    for (int i = 0; i < panel.vectors * 16; ++i) {
+      const int channel = panel.channel + layout.lanes(panel.width, i / 16, i % 16);
+      if (channel >= spec.out) continue;
+      for (int tap = 0; tap < spec.taps(); ++tap) {
+        const int64_t begin = int64_t{tap / spec.kernel_w} * packed->steps * 4;
+        for (int c = 0; c < spec.in; ++c) {
+          const int64_t k = begin + tap % spec.kernel_w * pixel + c;
+          weights[(k / 4 * panel.vectors * 16 + i) * 4 + k % 4] = spec.at(channel, tap, c);
+        }
       }
     }
   }

@@ -90,17 +90,20 @@ struct Packed {
     size_t weights = 0;    // offset in bytes
     bool magic = false;    // see `magic_float`
   };
-  ConvSpec spec;  // its pointers are not kept
-  int steps = 0;  // of a product, four bytes deep each
+  ConvSpec spec;     // its pointers are not kept
+  int segments = 1;  // of a product: one per row of the kernel
+  int steps = 0;     // of a segment, four bytes deep each; depthwise: taps
   std::vector<Panel> panels;
-  Buffer data;
+  // a plan moves all of them to one place, in the order of their use: kernels fetch ahead
+  const uint8_t* data = nullptr;
+  Buffer own;
   std::vector<int32_t> offsets;  // avx2: where the bytes of a step lie; depthwise: of a tap
   std::vector<int32_t> groups;   // depthwise: four (row, column) per interleaved vector
 };
 
-// y [pixels, out] = finish(x [pixels, 4 * steps] . weights)
+// y [pixels, out] = finish(sum over segments of x [pixels, 4 * steps] . weights)
 struct GemmCall {
-  const uint8_t* x = nullptr;
+  const uint8_t* const* x = nullptr;  // by segment
   int64_t x_pixel = 0;
   int64_t pixels = 0;
   uint8_t* y = nullptr;  // logits: float
@@ -108,6 +111,7 @@ struct GemmCall {
   const uint8_t* residual = nullptr;
   int64_t residual_pixel = 0;
   int panel = 0, panel_end = 0;
+  const uint8_t** fetched = nullptr;  // how far weights have been fetched ahead
 };
 
 // Rows [row, row_end) and panels of a depthwise convolution.
@@ -125,7 +129,7 @@ struct Kernels {
   Isa isa;
   const char* pointwise_name;
   const char* depthwise_name;
-  // the in-dimension of a product is [taps][in padded to `pixel`]: one tap for a pointwise one
+  // a segment's bytes are those of `kernel_w` pixels, `pixel` bytes apart
   void (*pack_gemm)(const ConvSpec&, int64_t pixel, Packed*);
   void (*gemm)(const Packed&, const GemmCall&);
   void (*pack_depthwise)(const ConvSpec&, Packed*);
@@ -168,5 +172,7 @@ struct Layout {
   LaneOrder lanes;
 };
 void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed);
+// the same, with weights [segments][steps][vectors * 16][4] in the room
+void lay_out_gemm(const ConvSpec& spec, int64_t pixel, Layout layout, Packed* packed);
 
 }  // namespace vitkd::int8

@@ -95,28 +95,30 @@ VITKD_INLINE void finish(Sum acc, const float* m, const Epilogue& e, const uint8
 template <int kPixels>
 VITKD_INLINE void gemm_tile(const Packed& packed, const Packed::Panel& panel, const int32_t* unsafe,
                             const GemmCall& call, int64_t p) {
-  const uint8_t* constants = packed.data.data() + panel.constants;
-  const uint8_t* w = packed.data.data() + panel.weights;
-  const uint8_t* x = call.x + p * call.x_pixel;
+  const uint8_t* constants = packed.data + panel.constants;
+  const uint8_t* w = packed.data + panel.weights;
   Sum acc[kPixels];
   for (Sum& sum : acc) sum = load_sum(constants);
   const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi16(0xFF);
-  for (int step = 0; step < packed.steps; ++step, w += 64) {
-    const Sum weights = load_sum(w);
-    for (int i = 0; i < kPixels; ++i) {
-      int32_t four;
-      std::memcpy(&four, x + i * call.x_pixel + 4 * step, 4);
-      const __m256i bytes = _mm256_set1_epi32(four);
-      for (int h = 0; h < 2; ++h) {
-        __m256i pairs = _mm256_maddubs_epi16(bytes, weights.half[h]);
-        if (unsafe[step]) {
-          const __m256i even = _mm256_and_si256(bytes, low);
-          const __m256i odd = _mm256_andnot_si256(low, bytes);
-          pairs = _mm256_maddubs_epi16(even, weights.half[h]);
-          const __m256i others = _mm256_maddubs_epi16(odd, weights.half[h]);
-          acc[i].half[h] = _mm256_add_epi32(acc[i].half[h], _mm256_madd_epi16(others, ones));
+  for (int segment = 0; segment < packed.segments; ++segment, unsafe += packed.steps) {
+    const uint8_t* x = call.x[segment] + p * call.x_pixel;
+    for (int step = 0; step < packed.steps; ++step, w += 64) {
+      const Sum weights = load_sum(w);
+      for (int i = 0; i < kPixels; ++i) {
+        int32_t four;
+        std::memcpy(&four, x + i * call.x_pixel + 4 * step, 4);
+        const __m256i bytes = _mm256_set1_epi32(four);
+        for (int h = 0; h < 2; ++h) {
+          __m256i pairs = _mm256_maddubs_epi16(bytes, weights.half[h]);
+          if (unsafe[step]) {
+            const __m256i even = _mm256_and_si256(bytes, low);
+            const __m256i odd = _mm256_andnot_si256(low, bytes);
+            pairs = _mm256_maddubs_epi16(even, weights.half[h]);
+            const __m256i others = _mm256_maddubs_epi16(odd, weights.half[h]);
+            acc[i].half[h] = _mm256_add_epi32(acc[i].half[h], _mm256_madd_epi16(others, ones));
+          }
+          acc[i].half[h] = _mm256_add_epi32(acc[i].half[h], _mm256_madd_epi16(pairs, ones));
         }
-        acc[i].half[h] = _mm256_add_epi32(acc[i].half[h], _mm256_madd_epi16(pairs, ones));
       }
     }
   }
@@ -131,7 +133,7 @@ VITKD_INLINE void gemm_tile(const Packed& packed, const Packed::Panel& panel, co
 
 void gemm(const Packed& packed, const GemmCall& call) {
   for (int i = call.panel; i < call.panel_end; ++i) {
-    const int32_t* unsafe = packed.offsets.data() + int64_t{i} * packed.steps;
+    const int32_t* unsafe = packed.offsets.data() + int64_t{i} * packed.segments * packed.steps;
     int64_t p = 0;
     for (; p + 4 <= call.pixels; p += 4) gemm_tile<4>(packed, packed.panels[i], unsafe, call, p);
     for (; p < call.pixels; ++p) gemm_tile<1>(packed, packed.panels[i], unsafe, call, p);
@@ -142,7 +144,7 @@ void depthwise(const Packed& packed, const DepthwiseCall& call) {
   const ConvSpec& spec = packed.spec;
   for (int i = call.panel; i < call.panel_end; ++i) {
     const Packed::Panel& panel = packed.panels[i];
-    const uint8_t* constants = packed.data.data() + panel.constants;
+    const uint8_t* constants = packed.data + panel.constants;
     const auto* m = reinterpret_cast<const float*>(constants + 64);
     for (int row = call.row; row < call.row_end; ++row) {
       for (int column = 0; column < call.y.width; ++column) {
@@ -154,7 +156,7 @@ void depthwise(const Packed& packed, const DepthwiseCall& call) {
           return _mm256_cvtepu8_epi16(
               _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + panel.channel)));
         };
-        const uint8_t* w = packed.data.data() + panel.weights;
+        const uint8_t* w = packed.data + panel.weights;
         Sum acc = load_sum(constants);
         for (int tap = 0; tap < spec.taps(); tap += 2, w += 64) {
           const __m256i a = at(tap);
@@ -233,24 +235,14 @@ VITKD_TARGET_END
 
 namespace {
 
-// weights [steps][16 lanes][4]; offsets [panels][steps]: whether a pair's sum may saturate
+// weights [segments][steps][16 lanes][4]; offsets [panels][segments][steps]: whether a pair's sum
+// may saturate
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
-  packed->steps = static_cast<int>(((spec.taps() - 1) * pixel + spec.in + 3) / 4);
   const LaneOrder lanes = spec.epilogue.finish == Finish::logits ? in_order : halves_order;
-  lay_out(spec, {1, 0, size_t{64} * packed->steps, false, lanes}, packed);
+  lay_out_gemm(spec, pixel, {1, 0, 0, false, lanes}, packed);
   for (const Packed::Panel& panel : packed->panels) {
-    auto* weights = reinterpret_cast<int8_t*>(packed->data.data() + panel.weights);
-    for (int lane = 0; lane < 16; ++lane) {
-      const int channel = panel.channel + lanes(1, 0, lane);
-      if (channel >= spec.out) continue;
-      for (int tap = 0; tap < spec.taps(); ++tap) {
-        for (int c = 0; c < spec.in; ++c) {
-          const int64_t k = tap * pixel + c;
-          weights[(k / 4 * 16 + lane) * 4 + k % 4] = spec.at(channel, tap, c);
-        }
-      }
-    }
-    for (int step = 0; step < packed->steps; ++step) {
+    auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
+    for (int step = 0; step < packed->segments * packed->steps; ++step) {
       bool unsafe = false;
       for (int pair = 0; pair < 32; ++pair) {
         const int a = weights[step * 64 + pair * 2], b = weights[step * 64 + pair * 2 + 1];
@@ -265,7 +257,7 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
 void pack_depthwise(const ConvSpec& spec, Packed* packed) {
   lay_out(spec, {1, 0, size_t{64} * ((spec.taps() + 1) / 2), false, halves_order}, packed);
   for (const Packed::Panel& panel : packed->panels) {
-    auto* weights = reinterpret_cast<int16_t*>(packed->data.data() + panel.weights);
+    auto* weights = reinterpret_cast<int16_t*>(packed->own.data() + panel.weights);
     for (int tap = 0; tap < spec.taps(); ++tap) {
       for (int lane = 0; lane < 16; ++lane) {
         const int channel = panel.channel + halves_order(1, 0, lane);

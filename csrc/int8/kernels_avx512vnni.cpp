@@ -123,8 +123,11 @@ VITKD_INLINE __m512i spread(__m512i bytes) {
 }
 
 struct GemmTile {
-  const uint8_t* x;
+  const uint8_t* const* x;
+  int64_t x_offset;
   int64_t x_pixel;
+  int64_t segments;
+  const uint8_t* next;  // weights that will be needed soon, fetched to L2 a line a step
   const uint8_t* constants;
   const uint8_t* weights;
   int64_t steps;
@@ -137,6 +140,9 @@ struct GemmTile {
   Finisher finisher;
 };
 
+constexpr int kAhead = 8 << 10;  // bytes that a single pass over weights fetches ahead
+constexpr int kFar = 640 << 10;  // bytes of L2 that hold weights before their turn
+
 // MR pixels and NV vectors of channels
 template <int MR, int NV, Finish kFinish>
 VITKD_INLINE void gemm_tile(const GemmTile& t) {
@@ -148,21 +154,30 @@ VITKD_INLINE void gemm_tile(const GemmTile& t) {
   }
   VITKD_END;
   {
-    const uint8_t* x = t.x;
     const int64_t x_pixel = t.x_pixel;
     const uint8_t* w = t.weights;
-    for (int64_t step = t.steps; step > 0; --step, x += 4, w += NV * kLine) {
-      __m512i weights[NV];
-      VITKD_UNROLL(NV, v) { weights[v] = _mm512_load_si512(w + v * kLine); }
-      VITKD_END;
-      VITKD_UNROLL(MR, r) {
-        int32_t four;
-        std::memcpy(&four, x + r * x_pixel, 4);
-        const __m512i bytes = _mm512_set1_epi32(four);
-        VITKD_UNROLL(NV, v) { dot4(acc[r][v], bytes, weights[v]); }
+    const uint8_t* next = t.next;
+    for (int64_t segment = 0; segment < t.segments; ++segment) {
+      const uint8_t* x = t.x[segment] + t.x_offset;
+      for (int64_t step = t.steps; step > 0; --step, x += 4, w += NV * kLine, next += kLine) {
+        if constexpr (MR == 1) {
+          VITKD_UNROLL(NV, v) { _mm_prefetch(w + v * kLine + kAhead, _MM_HINT_T1); }
+          VITKD_END;
+        } else {
+          _mm_prefetch(next, _MM_HINT_T1);
+        }
+        __m512i weights[NV];
+        VITKD_UNROLL(NV, v) { weights[v] = _mm512_load_si512(w + v * kLine); }
+        VITKD_END;
+        VITKD_UNROLL(MR, r) {
+          int32_t four;
+          std::memcpy(&four, x + r * x_pixel, 4);
+          const __m512i bytes = _mm512_set1_epi32(four);
+          VITKD_UNROLL(NV, v) { dot4(acc[r][v], bytes, weights[v]); }
+          VITKD_END;
+        }
         VITKD_END;
       }
-      VITKD_END;
     }
   }
   forget(&t);
@@ -261,10 +276,12 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
                 int64_t first, int64_t end) {
   GemmTile t;
   const int bytes = kFinish == Finish::logits ? 4 : 1;
-  t.x = call.x + first * call.x_pixel;
+  t.x = call.x;
+  t.x_offset = first * call.x_pixel;
   t.x_pixel = call.x_pixel;
-  t.constants = packed.data.data() + panel.constants;
-  t.weights = packed.data.data() + panel.weights;
+  t.segments = packed.segments;
+  t.constants = packed.data + panel.constants;
+  t.weights = packed.data + panel.weights;
   t.steps = packed.steps;
   t.y = call.y + first * call.y_pixel + panel.channel * bytes;
   t.y_pixel = call.y_pixel;
@@ -273,10 +290,17 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
   t.channels = packed.spec.out - panel.channel;
   t.magic = panel.magic;
   t.finisher = finisher(packed.spec.epilogue);
-  const auto advance = [&t](int64_t pixels) __attribute__((always_inline)) {
-    t.x += pixels * t.x_pixel;
+  // what follows is the next panel or the next layer's first; the fetching gets further ahead of
+  // the arithmetic where pixels are many, and lives on it where they are few
+  const int64_t bytes_of_tile = int64_t{packed.segments} * packed.steps * kLine;
+  const uint8_t* const soon = t.weights + bytes_of_tile * NV;
+  t.next = call.fetched == nullptr ? soon : std::max(*call.fetched, soon);
+  const auto advance = [&](int64_t pixels) __attribute__((always_inline)) {
+    t.x_offset += pixels * t.x_pixel;
     t.y += pixels * t.y_pixel;
     t.residual += pixels * t.residual_pixel;
+    if (t.next - soon < kFar) t.next += bytes_of_tile;
+    if (call.fetched != nullptr) *call.fetched = t.next;
   };
   int64_t left = end - first;
   for (; left >= MR; left -= MR) {
@@ -297,9 +321,9 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
 template <Finish kFinish>
 void gemm_finish(const Packed& packed, const GemmCall& call) {
   // pixels that stay in L1 while the panels pass by, unless re-reading the weights would cost more
-  const int64_t depth = 4 * int64_t{packed.steps};
+  const int64_t depth = int64_t{4} * packed.segments * packed.steps;
   int64_t chunk = std::max<int64_t>(48, (20 << 10) / depth / 48 * 48);
-  if (packed.data.size() > (256 << 10)) chunk = std::max<int64_t>(chunk, call.pixels);
+  if (packed.spec.out * depth > (256 << 10)) chunk = std::max<int64_t>(chunk, call.pixels);
   for (int64_t first = 0; first < call.pixels; first += chunk) {
     const int64_t end = std::min(first + chunk, call.pixels);
     for (int i = call.panel; i < call.panel_end; ++i) {
@@ -516,8 +540,8 @@ void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Pack
   const int at_once = std::max(1, (wanted - spec.kernel_w) / step + 1);
   DepthwiseTile t;
   t.step = int64_t{step} * 256;
-  t.constants = packed.data.data() + panel.constants;
-  t.weights = packed.data.data() + panel.weights;
+  t.constants = packed.data + panel.constants;
+  t.weights = packed.data + panel.weights;
   t.offsets = packed.offsets.data();
   t.taps = packed.steps;
   t.y_pixel = call.y.pixel;
@@ -673,26 +697,12 @@ VITKD_TARGET_END
 namespace {
 
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
-  packed->steps = static_cast<int>(((spec.taps() - 1) * pixel + spec.in + 3) / 4);
   const bool logits = spec.epilogue.finish == Finish::logits;
   // a panel of four packs in order by the order of its lanes, a narrower one by a permutation
   const LaneOrder lanes = logits ? in_order : [](int width, int vector, int lane) {
     return width == 4 ? packed_order(width, vector, lane) : in_order(width, vector, lane);
   };
-  lay_out(spec, {4, 0, size_t{kLine} * packed->steps, !logits, lanes}, packed);
-  for (const Packed::Panel& panel : packed->panels) {
-    auto* weights = reinterpret_cast<int8_t*>(packed->data.data() + panel.weights);
-    for (int i = 0; i < panel.vectors * 16; ++i) {
-      const int channel = panel.channel + lanes(panel.width, i / 16, i % 16);
-      if (channel >= spec.out) continue;
-      for (int tap = 0; tap < spec.taps(); ++tap) {
-        for (int c = 0; c < spec.in; ++c) {
-          const int64_t k = tap * pixel + c;
-          weights[(k / 4 * panel.vectors * 16 + i) * 4 + k % 4] = spec.at(channel, tap, c);
-        }
-      }
-    }
-  }
+  lay_out_gemm(spec, pixel, {4, 0, 0, !logits, lanes}, packed);
 }
 
 // Groups of four (row, column) whose bytes lie side by side, and taps, each a group at a column
@@ -729,7 +739,7 @@ void pack_depthwise(const ConvSpec& spec, Packed* packed) {
   };
   lay_out(spec, {4, 4, size_t{kLine} * taps.size() * variants, true, order}, packed);
   for (const Packed::Panel& panel : packed->panels) {
-    auto* w = reinterpret_cast<int8_t*>(packed->data.data() + panel.weights);
+    auto* w = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
     for (const Tap& tap : taps) {
       const int32_t* place = &packed->groups[8 * tap.group];
       for (int variant = 0; variant < variants; ++variant) {

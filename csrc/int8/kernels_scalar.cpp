@@ -10,25 +10,13 @@ namespace {
 
 int in_order(int, int vector, int lane) { return vector * 16 + lane; }
 
-// one vector per panel; weights [steps][16][4]
+// one vector per panel; weights [segments][steps][16][4]
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
-  packed->steps = static_cast<int>(((spec.taps() - 1) * pixel + spec.in + 3) / 4);
-  lay_out(spec, {1, 0, size_t{64} * packed->steps, false, in_order}, packed);
-  for (const Packed::Panel& panel : packed->panels) {
-    auto* weights = reinterpret_cast<int8_t*>(packed->data.data() + panel.weights);
-    for (int lane = 0; lane < std::min(16, spec.out - panel.channel); ++lane) {
-      for (int tap = 0; tap < spec.taps(); ++tap) {
-        for (int c = 0; c < spec.in; ++c) {
-          const int64_t k = tap * pixel + c;
-          weights[(k / 4 * 16 + lane) * 4 + k % 4] = spec.at(panel.channel + lane, tap, c);
-        }
-      }
-    }
-  }
+  lay_out_gemm(spec, pixel, {1, 0, 0, false, in_order}, packed);
 }
 
 const int32_t* bias_of(const Packed& packed, const Packed::Panel& panel) {
-  return reinterpret_cast<const int32_t*>(packed.data.data() + panel.constants);
+  return reinterpret_cast<const int32_t*>(packed.data + panel.constants);
 }
 
 void gemm(const Packed& packed, const GemmCall& call) {
@@ -39,13 +27,15 @@ void gemm(const Packed& packed, const GemmCall& call) {
     const auto* m = reinterpret_cast<const float*>(bias + 16);
     const int lanes = std::min(16, packed.spec.out - panel.channel);
     for (int64_t p = 0; p < call.pixels; ++p) {
-      const uint8_t* x = call.x + p * call.x_pixel;
-      const auto* w = reinterpret_cast<const int8_t*>(packed.data.data() + panel.weights);
+      const auto* w = reinterpret_cast<const int8_t*>(packed.data + panel.weights);
       int32_t acc[16];
       std::copy_n(bias, 16, acc);
-      for (int step = 0; step < packed.steps; ++step, x += 4, w += 64) {
-        for (int lane = 0; lane < 16; ++lane) {
-          for (int k = 0; k < 4; ++k) acc[lane] += x[k] * w[lane * 4 + k];
+      for (int segment = 0; segment < packed.segments; ++segment) {
+        const uint8_t* x = call.x[segment] + p * call.x_pixel;
+        for (int step = 0; step < packed.steps; ++step, x += 4, w += 64) {
+          for (int lane = 0; lane < 16; ++lane) {
+            for (int k = 0; k < 4; ++k) acc[lane] += x[k] * w[lane * 4 + k];
+          }
         }
       }
       uint8_t* y = call.y + p * call.y_pixel + panel.channel * (e.finish == Finish::logits ? 4 : 1);
@@ -69,7 +59,7 @@ void gemm(const Packed& packed, const GemmCall& call) {
 void pack_depthwise(const ConvSpec& spec, Packed* packed) {
   lay_out(spec, {1, 0, size_t{16} * spec.taps(), false, in_order}, packed);
   for (const Packed::Panel& panel : packed->panels) {
-    auto* weights = reinterpret_cast<int8_t*>(packed->data.data() + panel.weights);
+    auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
     for (int tap = 0; tap < spec.taps(); ++tap) {
       for (int lane = 0; lane < std::min(16, spec.out - panel.channel); ++lane) {
         weights[tap * 16 + lane] = spec.at(panel.channel + lane, tap, 0);
@@ -84,7 +74,7 @@ void depthwise(const Packed& packed, const DepthwiseCall& call) {
     const Packed::Panel& panel = packed.panels[i];
     const int32_t* bias = bias_of(packed, panel);
     const auto* m = reinterpret_cast<const float*>(bias + 16);
-    const auto* weights = reinterpret_cast<const int8_t*>(packed.data.data() + panel.weights);
+    const auto* weights = reinterpret_cast<const int8_t*>(packed.data + panel.weights);
     const int lanes = std::min(16, spec.out - panel.channel);
     for (int row = call.row; row < call.row_end; ++row) {
       for (int column = 0; column < call.y.width; ++column) {

@@ -82,7 +82,8 @@ void pointwise(int64_t pixels, int64_t in, int64_t out, const Requantize& requan
   for (int64_t p = 0; p < pixels; p += kAtOnce) {
     const int64_t n = std::min(kAtOnce, pixels - p);
     if (pad_x) copy_pixels(x + p * in, in, x_padded.data(), x_pixel, n, in);
-    call.x = pad_x ? x_padded.data() : x + p * in;
+    const uint8_t* from = pad_x ? x_padded.data() : x + p * in;
+    call.x = &from;
     call.y = pad_y ? y_padded.data() : y + p * out;
     call.pixels = n;
     with.gemm(packed, call);

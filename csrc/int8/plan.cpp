@@ -20,7 +20,6 @@ Node numbers_of(Node node) {
 
 Plan::Plan(const Graph& graph, const Options& o) : options(o), with(kernels(o.isa)) {
   const std::vector<Shape> shapes = check(graph, o.image_size);
-  for (int i = 0; i < 3; ++i) picture_padding[i] = static_cast<uint8_t>(graph.padding_bytes[i]);
   layers.reserve(shapes.size());
   for (size_t i = 0; i < shapes.size(); ++i) {
     Layer& layer = layers.emplace_back();
@@ -29,14 +28,15 @@ Plan::Plan(const Graph& graph, const Options& o) : options(o), with(kernels(o.is
     layer.in = from < 0 ? Shape{o.image_size, o.image_size, 3} : shapes[from];
     layer.out = shapes[i];
     layer.pixel = pixel_bytes(layer.out.channels);
-    pack(graph.nodes[i], layer);
+    pack(graph.nodes[i], graph.padding_bytes, layer);
     channels = std::max<size_t>(channels, layer.pixel);
   }
+  gather();
   join();
   place();
 }
 
-void Plan::pack(const Node& n, Layer& layer) {
+void Plan::pack(const Node& n, const std::array<int, 3>& picture_padding, Layer& layer) {
   const int from = n.inputs[0];
   const int64_t in_pixel = from < 0 ? 3 : layers[from].pixel;
   const Requantize requantize{n.zero_point, n.lo, n.hi, n.hardswish ? n.hardswish_scale : 0.0f};
@@ -78,18 +78,20 @@ void Plan::pack(const Node& n, Layer& layer) {
       if (spec.depthwise) {
         with.pack_depthwise(spec, &layer.packed);
         layer.kernel = with.depthwise_name;
-        layer.padding = Buffer(layer.in.width * in_pixel);
       } else {
         with.pack_gemm(spec, in_pixel, &layer.packed);
         layer.kernel = with.pointwise_name;
-        layer.padding = Buffer(in_pixel);
       }
+      layer.padding = Buffer(layer.in.width * in_pixel);
       std::memset(layer.padding.data(), zero_point(from), layer.padding.size());
-      if (from < 0) std::copy_n(picture_padding.data(), 3, layer.padding.data());
+      if (from < 0) {
+        for (size_t i = 0; i < layer.padding.size(); ++i) {
+          layer.padding.data()[i] = static_cast<uint8_t>(picture_padding[i % 3]);
+        }
+      }
       const int64_t depth = int64_t{spec.taps()} * (spec.depthwise ? 1 : spec.in);
       layer.macs = layer.out.pixels() * spec.out * depth;
       layer.bytes += spec.out * (depth + 8);
-      weights += layer.packed.data.size();
       // sharing panels reads each weight once, sharing pixels each input
       layer.by_panels = static_cast<int>(layer.packed.panels.size()) >= 2 * options.threads &&
                         (spec.depthwise || spec.out * depth > layer.in.pixels() * in_pixel);
@@ -115,6 +117,23 @@ void Plan::pack(const Node& n, Layer& layer) {
       layer.kernel = "pool";
       layer.mean_multiplier = static_cast<float>(n.ratio / static_cast<double>(layer.in.pixels()));
       break;
+  }
+}
+
+// All weights of convolutions side by side, in the order of their use.
+void Plan::gather() {
+  size_t bytes = 0;
+  for (const Layer& layer : layers) bytes += round_up(layer.packed.own.size(), kLine);
+  convolutions = Buffer(bytes);
+  weights += bytes;
+  uint8_t* to = convolutions.data();
+  for (Layer& layer : layers) {
+    const size_t size = layer.packed.own.size();
+    if (size == 0) continue;
+    std::memcpy(to, layer.packed.data, size);
+    layer.packed.data = to;
+    layer.packed.own = Buffer();
+    to += round_up(size, kLine);
   }
 }
 

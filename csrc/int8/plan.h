@@ -28,7 +28,7 @@ struct Layer {
   Shape in, out;
   int top = 0, left = 0;      // padding
   Packed packed;              // convolutions and the classifier
-  Buffer padding;             // a pixel, or for a depthwise one a row, of padding bytes
+  Buffer padding;             // a row of the input's padding bytes
   Buffer w1, b1, w2, b2;      // squeeze-excite: [in][out rounded up to 16]
   int middle = 0;             // squeeze-excite: channels between its layers
   float mean_multiplier = 0;  // squeeze-excite and pool
@@ -60,16 +60,17 @@ struct Plan {
   const Kernels& with;
   std::vector<Layer> layers;
   std::vector<Step> steps;
-  std::array<uint8_t, 3> picture_padding;
   size_t arena = 0;     // bytes of maps
   size_t rings = 0;     // bytes of the largest chain's rings, per thread
+  Buffer convolutions;  // what `Layer::packed` points to
   size_t weights = 0;   // bytes packed
   size_t channels = 0;  // the most of any vector
 
   int zero_point(int node) const { return node < 0 ? 0 : layers[node].node.zero_point; }
 
  private:
-  void pack(const Node& node, Layer& layer);
+  void pack(const Node& node, const std::array<int, 3>& picture_padding, Layer& layer);
+  void gather();
   void join();
   void place();
 };

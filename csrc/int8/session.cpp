@@ -15,8 +15,6 @@
 namespace vitkd::int8 {
 namespace {
 
-constexpr int64_t kIm2col = 24 << 10;  // bytes of gathered pixels that stay in L1
-
 double now() {
   const auto since = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration<double>(since).count();
@@ -43,11 +41,6 @@ Range part_of(int64_t n, int64_t unit, int thread, int threads) {
   const int64_t units = (n + unit - 1) / unit;
   return {std::min(n, units * thread / threads * unit),
           std::min(n, units * (thread + 1) / threads * unit)};
-}
-
-// n bytes, and up to 15 more
-void copy_over(const uint8_t* from, int64_t n, uint8_t* to) {
-  for (int64_t i = 0; i < n; i += 16) std::memcpy(to + i, from + i, 16);
 }
 
 // the mutex of all sessions' idle callers, and how often this process was forked
@@ -80,13 +73,13 @@ struct Workspace {
         middle(plan.channels * 4),
         factors(plan.channels * 4) {}
 
-  // depthwise: interleaved bytes; dense: 48 gathered pixels of the deepest product, or more
+  // depthwise: interleaved bytes; dense: a gathered pixel of the deepest product
   static size_t scratch_bytes(const Plan& plan) {
-    size_t deepest = 0;
+    size_t most = kDepthwiseScratch;
     for (const Layer& layer : plan.layers) {
-      if (!layer.packed.spec.depthwise) deepest = std::max<size_t>(deepest, layer.packed.steps);
+      most = std::max<size_t>(most, size_t{4} * layer.packed.segments * layer.packed.steps);
     }
-    return std::max<size_t>({kDepthwiseScratch, kIm2col, 48 * (4 * deepest + 32)}) + kSlack;
+    return most + kSlack;
   }
 
   float* floats(const Buffer& buffer) const { return reinterpret_cast<float*>(buffer.data()); }
@@ -169,6 +162,7 @@ class Runner {
   void run(const uint8_t* image, float* logits) {
     image_ = image;
     logits_ = logits;
+    fetched_ = nullptr;
     for (const Step& step : plan_.steps) {
       if (step.first == step.last) {
         node(step.last);
@@ -251,19 +245,20 @@ class Runner {
     const Layer& layer = plan_.layers[i];
     if (layer.node.op == Op::depthwise) {
       depthwise(i, rows, panels);
-    } else if (layer.packed.spec.taps() == 1 && layer.node.stride[0] == 1 &&
-               layer.node.stride[1] == 1 && layer.node.inputs[0] >= 0) {
+    } else if (layer.packed.spec.taps() == 1 && layer.node.stride == std::array{1, 1} &&
+               layer.node.inputs[0] >= 0) {
       pointwise(i, rows, panels);
     } else {
       dense(i, rows, panels);
     }
   }
 
-  GemmCall gemm_call(int i, Range panels) const {
+  GemmCall gemm_call(int i, Range panels) {
     GemmCall call;
     call.panel = static_cast<int>(panels.begin);
     call.panel_end = static_cast<int>(panels.end);
     call.y_pixel = plan_.layers[i].pixel;
+    call.fetched = &fetched_;
     return call;
   }
 
@@ -286,7 +281,8 @@ class Runner {
     call.x_pixel = x.pixel;
     for (int64_t row = rows.begin; row < rows.end;) {
       const int64_t run = std::min({rows.end - row, x.ring - row % x.ring, y.ring - row % y.ring});
-      call.x = x.row(static_cast<int>(row));
+      const uint8_t* from = x.row(static_cast<int>(row));
+      call.x = &from;
       call.pixels = run * layer.out.width;
       at_row(i, y, static_cast<int>(row), &call);
       plan_.with.gemm(layer.packed, call);
@@ -294,45 +290,53 @@ class Runner {
     }
   }
 
-  // gathers the bytes under the kernel, pixel by pixel, and multiplies
+  // A segment per row of the kernel: pixels whose bytes all lie inside a row are read in place,
+  // rows outside are rows of padding, and the few pixels at the sides are gathered first.
   void dense(int i, Range rows, Range panels) {
     const Layer& layer = plan_.layers[i];
     const ConvSpec& spec = layer.packed.spec;
     const Map x = map(layer.node.inputs[0]), y = map(i);
-    const int64_t in_row = spec.kernel_w * x.pixel, depth = spec.kernel_h * in_row;
-    const int64_t stride = round_up(depth, 16);
-    const int64_t at_once = std::max<int64_t>(48, kIm2col / stride / 48 * 48);
-    const uint8_t* end =
-        x.data + (layer.node.inputs[0] < 0 ? x.height * x.width * x.pixel : INT64_MAX / 2);
+    const int64_t segment = int64_t{4} * layer.packed.steps;
+    const int64_t step = spec.stride_w * x.pixel;
+    // the picture belongs to somebody else: not a byte past it is read
+    const int64_t beyond = segment - spec.kernel_w * x.pixel;
+    const int kernel_w = spec.kernel_w + static_cast<int>((std::max<int64_t>(beyond, 0) + 2) / 3);
+    const int inside = layer.node.inputs[0] < 0 ? kernel_w : spec.kernel_w;
+    const int first = std::min((layer.left + spec.stride_w - 1) / spec.stride_w, y.width);
+    const int room = x.width + layer.left - inside;
+    const int end = std::max(first, room < 0 ? 0 : std::min(room / spec.stride_w + 1, y.width));
+    std::array<const uint8_t*, kMaxKernel> from, in_place;
     GemmCall call = gemm_call(i, panels);
-    call.x = scratch_;
-    call.x_pixel = stride;
+    const auto multiply = [&](int row, int column, int64_t pixels) {
+      at_row(i, y, row, &call);
+      call.y += column * y.pixel;
+      if (call.residual != nullptr) call.residual += column * call.residual_pixel;
+      call.pixels = pixels;
+      plan_.with.gemm(layer.packed, call);
+    };
     for (int row = static_cast<int>(rows.begin); row < rows.end; ++row) {
-      for (int column = 0; column < y.width; column += static_cast<int>(at_once)) {
-        call.pixels = std::min<int64_t>(at_once, y.width - column);
-        for (int64_t p = 0; p < call.pixels; ++p) {
-          uint8_t* to = scratch_ + p * stride;
-          const int left = (column + static_cast<int>(p)) * spec.stride_w - layer.left;
-          for (int k = 0; k < spec.kernel_h; ++k, to += in_row) {
-            const int r = row * spec.stride_h - layer.top + k;
-            const bool inside = r >= 0 && r < x.height;
-            const uint8_t* from = x.row(inside ? r : 0) + left * x.pixel;
-            if (inside && left >= 0 && left + spec.kernel_w <= x.width &&
-                end - from >= in_row + 15) {
-              copy_over(from, in_row, to);
-              continue;
-            }
-            for (int c = 0; c < spec.kernel_w; ++c) {
-              const bool within = inside && left + c >= 0 && left + c < x.width;
-              std::memcpy(to + c * x.pixel, within ? from + c * x.pixel : layer.padding.data(),
-                          x.pixel);
-            }
+      for (int k = 0; k < spec.kernel_h; ++k) {
+        const int r = row * spec.stride_h - layer.top + k;
+        from[k] = r >= 0 && r < x.height ? x.row(r) : layer.padding.data();
+        in_place[k] = from[k] + (first * spec.stride_w - layer.left) * x.pixel;
+      }
+      call.x = in_place.data();
+      call.x_pixel = step;
+      if (end > first) multiply(row, first, end - first);
+      for (int column = first > 0 ? 0 : end; column < y.width;) {
+        std::array<const uint8_t*, kMaxKernel> gathered;
+        for (int k = 0; k < spec.kernel_h; ++k) {
+          uint8_t* to = scratch_ + k * segment;
+          gathered[k] = to;
+          for (int c = 0; c < spec.kernel_w; ++c, to += x.pixel) {
+            const int at = column * spec.stride_w - layer.left + c;
+            const bool within = at >= 0 && at < x.width;
+            std::memcpy(to, within ? from[k] + at * x.pixel : layer.padding.data(), x.pixel);
           }
         }
-        at_row(i, y, row, &call);
-        call.y += column * y.pixel;
-        if (call.residual != nullptr) call.residual += column * call.residual_pixel;
-        plan_.with.gemm(layer.packed, call);
+        call.x = gathered.data();
+        multiply(row, column, 1);
+        column = column + 1 == first ? end : column + 1;
       }
     }
   }
@@ -461,6 +465,7 @@ class Runner {
   const int thread_, threads_;
   const uint8_t* image_ = nullptr;
   float* logits_ = nullptr;
+  const uint8_t* fetched_ = nullptr;
 };
 
 }  // namespace
