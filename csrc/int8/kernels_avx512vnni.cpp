@@ -97,10 +97,8 @@ VITKD_INLINE __m512 plus_residual(__m512 v, __m512i q, const Finisher& f) {
   return _mm512_add_ps(v, _mm512_mul_ps(b, _mm512_load_ps(f.residual_multiplier)));
 }
 
-// lane i of the result: four bytes of lane i of each vector
-VITKD_INLINE __m512i pack4(__m512 a, __m512 b, __m512 c, __m512 d, const Finisher& f) {
-  __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
-  __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+// bytes from two vectors of words
+VITKD_INLINE __m512i pack_words(__m512i ab, __m512i cd, const Finisher& f) {
   if (f.shifts) {
     ab = _mm512_adds_epi16(ab, _mm512_load_si512(f.zero_point));
     cd = _mm512_adds_epi16(cd, _mm512_load_si512(f.zero_point));
@@ -111,6 +109,12 @@ VITKD_INLINE __m512i pack4(__m512 a, __m512 b, __m512 c, __m512 d, const Finishe
     y = _mm512_min_epu8(y, _mm512_load_si512(f.hi));
   }
   return y;
+}
+
+// lane i of the result: four bytes of lane i of each vector
+VITKD_INLINE __m512i pack4(__m512 a, __m512 b, __m512 c, __m512 d, const Finisher& f) {
+  return pack_words(_mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b)),
+                    _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d)), f);
 }
 
 // bytes 4 v to 4 v + 3 of each lane, as integers: the residual in packed_order
@@ -378,66 +382,93 @@ VITKD_INLINE __m512i load_column(const uint8_t* p, int64_t lane_step) {
   return _mm512_inserti32x4(all, at(3), 3);
 }
 
+// Where a strip's interleaved columns come from and go to: column b of the scratch holds input
+// column `column + b`, of each group.
 struct Strip {
-  int column;   // the input column that buffer column 0 holds, negative in the padding
-  int columns;  // buffer columns
-  int step;     // from one output position to the next; only its first `used` are read
-  int used;
+  const uint8_t* rows[8][4];  // by group: the row's first byte of this panel
+  const int32_t* places;      // by group: four rows and four columns
+  int groups;
+  int64_t group_bytes;
+  uint8_t* scratch;
+  const uint8_t* edge;  // padding bytes
+  int64_t pixel;
+  int width;  // of the map
+  int stride;
+  int column;      // negative in the padding
+  int step, used;  // of every `step` columns the first `used` are read
 };
 
-// phase 1: rows and columns of a group, byte by byte side by side, into the scratch
+// [channels][4] in lanes of 16 channels from four vectors of bytes
+VITKD_INLINE void interleave4(const __m512i* v, __m512i* to) {
+  const __m512i ab_lo = _mm512_unpacklo_epi8(v[0], v[1]), ab_hi = _mm512_unpackhi_epi8(v[0], v[1]);
+  const __m512i cd_lo = _mm512_unpacklo_epi8(v[2], v[3]), cd_hi = _mm512_unpackhi_epi8(v[2], v[3]);
+  to[0] = _mm512_unpacklo_epi16(ab_lo, cd_lo);
+  to[1] = _mm512_unpackhi_epi16(ab_lo, cd_lo);
+  to[2] = _mm512_unpacklo_epi16(ab_hi, cd_hi);
+  to[3] = _mm512_unpackhi_epi16(ab_hi, cd_hi);
+}
+
+// a column of a row, of which some pixels are padding
 template <int kPixels>
-void interleave(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel,
-                const Strip& strip, int row) {
-  const Map& map = call.x;
-  const int stride = packed.spec.stride_w;
-  const int64_t lane_step = stride * map.pixel;
-  const int groups = static_cast<int>(packed.groups.size()) / 8;
-  const int64_t group_bytes = kDepthwiseScratch / groups / 256 * 256;
-  const uint8_t* edge = call.padding_row + panel.channel;
-  for (int g = 0; g < groups; ++g) {
-    const int32_t* rows = &packed.groups[8 * g];
-    const int32_t* shifts = rows + 4;
-    const uint8_t* source[4];
-    int lowest = 0, highest = 0;
-    for (int i = 0; i < 4; ++i) {
-      const int r = row * packed.spec.stride_h - call.top + rows[i];
-      const bool inside = r >= 0 && r < map.height;
-      source[i] = (inside ? map.row(r) : call.padding_row) + panel.channel;
-      lowest = std::min(lowest, shifts[i]);
-      highest = std::max(highest, shifts[i]);
-    }
-    uint8_t* to = call.scratch + g * group_bytes;
-    const int last = highest + (kPixels - 1) * stride;
-    for (int b = 0, phase = 0; b < strip.columns; ++b, to += 256) {
-      const bool wanted = phase < strip.used;
-      if (++phase == strip.step) phase = 0;
-      if (!wanted) continue;
-      const int column = strip.column + b;
-      __m512i v[4];
-      if (column >= 0 && column + last < map.width) {
-        for (int i = 0; i < 4; ++i) {
-          v[i] = load_column<kPixels>(source[i] + (column + shifts[i]) * map.pixel, lane_step);
-        }
-      } else {
-        for (int i = 0; i < 4; ++i) {
-          alignas(kLine) uint8_t bytes[kLine];
-          for (int p = 0; p < kPixels; ++p) {
-            const int c = column + shifts[i] + p * stride;
-            const uint8_t* from = c >= 0 && c < map.width ? source[i] + c * map.pixel : edge;
-            std::memcpy(bytes + p * (kLine / kPixels), from, kLine / kPixels);
-          }
-          v[i] = _mm512_load_si512(bytes);
-        }
+__attribute__((noinline)) __m512i load_edge(const uint8_t* row, const uint8_t* edge, int column,
+                                            int stride, int width, int64_t pixel) {
+  alignas(kLine) uint8_t bytes[kLine];
+  for (int p = 0; p < kPixels; ++p, column += stride) {
+    const uint8_t* from = column >= 0 && column < width ? row + column * pixel : edge;
+    std::memcpy(bytes + p * (kLine / kPixels), from, kLine / kPixels);
+  }
+  return _mm512_load_si512(bytes);
+}
+
+// `bytes` of each pixel, of at most `pixels`
+template <int kPixels>
+VITKD_INLINE void store_pixels(uint8_t* y, int64_t y_pixel, int64_t bytes, int pixels,
+                               __m512i out) {
+  if constexpr (kPixels == 1) {
+    _mm512_mask_storeu_epi8(y, ~uint64_t{0} >> (64 - bytes), out);
+  } else if constexpr (kPixels == 2) {
+    const auto half = reinterpret_cast<__m256i*>(y + y_pixel);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_castsi512_si256(out));
+    if (pixels > 1) _mm256_storeu_si256(half, _mm512_extracti64x4_epi64(out, 1));
+  } else {
+    VITKD_UNROLL(4, p) {
+      if (pixels > p) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(y + p * y_pixel),
+                         _mm512_extracti32x4_epi32(out, p));
       }
-      const __m512i ab_lo = _mm512_unpacklo_epi8(v[0], v[1]);
-      const __m512i ab_hi = _mm512_unpackhi_epi8(v[0], v[1]);
-      const __m512i cd_lo = _mm512_unpacklo_epi8(v[2], v[3]);
-      const __m512i cd_hi = _mm512_unpackhi_epi8(v[2], v[3]);
-      _mm512_store_si512(to, _mm512_unpacklo_epi16(ab_lo, cd_lo));
-      _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(ab_lo, cd_lo));
-      _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(ab_hi, cd_hi));
-      _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(ab_hi, cd_hi));
+    }
+    VITKD_END;
+  }
+}
+
+// phase 1: columns [begin, end), byte by byte side by side, into the scratch
+template <int kPixels>
+VITKD_INLINE void interleave(const Strip& s, int begin, int end) {
+  const int64_t lane_step = s.stride * s.pixel;
+  for (int g = 0; g < s.groups; ++g) {
+    const int32_t* shifts = s.places + 8 * g + 4;
+    const int last = shifts[3] + (kPixels - 1) * s.stride;
+    const uint8_t* from[4];
+    for (int i = 0; i < 4; ++i) {
+      from[i] = s.rows[g][i] + (s.column + begin + shifts[i]) * s.pixel;
+    }
+    uint8_t* to = s.scratch + g * s.group_bytes + begin * 256;
+    for (int b = begin, phase = begin % s.step; b < end; ++b, to += 256) {
+      if (phase < s.used) {
+        const int column = s.column + b;
+        __m512i v[4];
+        if (column >= 0 && column + last < s.width) {
+          for (int i = 0; i < 4; ++i) v[i] = load_column<kPixels>(from[i], lane_step);
+        } else {
+          for (int i = 0; i < 4; ++i) {
+            v[i] = load_edge<kPixels>(s.rows[g][i], s.edge, column + shifts[i], s.stride, s.width,
+                                      s.pixel);
+          }
+        }
+        interleave4(v, reinterpret_cast<__m512i*>(to));
+      }
+      if (++phase == s.step) phase = 0;
+      for (const uint8_t*& p : from) p += s.pixel;
     }
   }
 }
@@ -457,71 +488,77 @@ struct DepthwiseTile {
   Finisher finisher;
 };
 
-// phase 2: kRows output rows of kColumns positions of kPixels pixels
-template <int kRows, int kColumns, int kPixels, Finish kFinish>
+// Phase 2: kRows output rows of kColumns positions of kPixels pixels, vector by vector of channels.
+// kSliding: three taps at neighbouring columns, so that a loaded column serves all its outputs.
+template <bool kSliding, int kRows, int kColumns, int kPixels, Finish kFinish>
 VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
-  __m512i acc[kRows][kColumns][4];
+  constexpr int kOutputs = kRows * kColumns;
+  __m512i pair[2][kOutputs];  // words of two vectors
   VITKD_UNROLL(4, j) {
+    __m512i acc[kOutputs];
     const __m512i bias = _mm512_load_si512(t.constants + j * kLine);
-    VITKD_UNROLL(kRows * kColumns, i) { acc[i / kColumns][i % kColumns][j] = bias; }
+    VITKD_UNROLL(kOutputs, i) { acc[i] = bias; }
     VITKD_END;
-  }
-  VITKD_END;
-  {
-    const uint8_t* const from = t.x;
-    const int64_t step = t.step;
-    const uint8_t* w = t.weights;
-    const int32_t* offset = t.offsets;
-    for (int64_t tap = t.taps; tap > 0; --tap, ++offset, w += kRows * 4 * kLine) {
-      const uint8_t* x = from + *offset;
-      VITKD_UNROLL(4, j) {
-        __m512i weights[kRows];
-        VITKD_UNROLL(kRows, r) { weights[r] = _mm512_load_si512(w + (r * 4 + j) * kLine); }
-        VITKD_END;
-        VITKD_UNROLL(kColumns, c) {
-          const __m512i column = _mm512_load_si512(x + c * step + j * kLine);
-          VITKD_UNROLL(kRows, r) { dot4(acc[r][c][j], column, weights[r]); }
-          VITKD_END;
+    const uint8_t* w = t.weights + j * kLine;
+    if constexpr (kSliding) {
+      const uint8_t* x = t.x + j * kLine;
+      __m512i weights[3][kRows];
+      VITKD_UNROLL(3 * kRows, i) {
+        weights[i / kRows][i % kRows] = _mm512_load_si512(w + i * 4 * kLine);
+      }
+      VITKD_END;
+      VITKD_UNROLL(kColumns + 2, c) {
+        const __m512i column = _mm512_load_si512(x + c * 256);
+        VITKD_UNROLL(3, tap) {
+          if constexpr (c - tap >= 0 && c - tap < kColumns) {
+            VITKD_UNROLL(kRows, r) { dot4(acc[r * kColumns + c - tap], column, weights[tap][r]); }
+            VITKD_END;
+          }
         }
         VITKD_END;
       }
       VITKD_END;
+    } else {
+      const int32_t* offset = t.offsets;
+      for (int64_t tap = t.taps; tap > 0; --tap, ++offset, w += kRows * 4 * kLine) {
+        const uint8_t* x = t.x + *offset + j * kLine;
+        __m512i weights[kRows];
+        VITKD_UNROLL(kRows, r) { weights[r] = _mm512_load_si512(w + r * 4 * kLine); }
+        VITKD_END;
+        VITKD_UNROLL(kColumns, c) {
+          const __m512i column = _mm512_load_si512(x + c * t.step);
+          VITKD_UNROLL(kRows, r) { dot4(acc[r * kColumns + c], column, weights[r]); }
+          VITKD_END;
+        }
+        VITKD_END;
+      }
     }
+    if (!t.magic) {
+      VITKD_UNROLL(kOutputs, i) { acc[i] = _mm512_castps_si512(_mm512_cvtepi32_ps(acc[i])); }
+      VITKD_END;
+    }
+    const __m512 m = _mm512_load_ps(t.constants + (4 + j) * kLine);
+    const __m512 shift = _mm512_load_ps(t.constants + (8 + j) * kLine);
+    VITKD_UNROLL(kOutputs, i) {
+      __m512 v = _mm512_fmadd_ps(_mm512_castsi512_ps(acc[i]), m, shift);
+      if constexpr (kFinish == Finish::hardswish) v = hardswish(v, t.finisher);
+      const __m512i rounded = _mm512_cvtps_epi32(v);
+      if constexpr (j % 2 == 0) {
+        pair[j / 2][i] = rounded;
+      } else {
+        pair[j / 2][i] = _mm512_packs_epi32(pair[j / 2][i], rounded);
+      }
+    }
+    VITKD_END;
   }
-  forget(&t);
-
-  const Finisher& f = t.finisher;
-  const auto* m = reinterpret_cast<const float*>(t.constants) + 64;
-  const int64_t y_pixel = t.y_pixel, bytes = t.bytes;
-  const int pixels = t.pixels;
+  VITKD_END;
   VITKD_UNROLL(kRows, r) {
     if (t.y[r] != nullptr) {
       VITKD_UNROLL(kColumns, c) {
-        __m512 v[4];
-        VITKD_UNROLL(4, j) {
-          v[j] = product(acc[r][c][j], m + j * 16, m + 64 + j * 16, t.magic);
-          if constexpr (kFinish == Finish::hardswish) v[j] = hardswish(v[j], f);
-        }
-        VITKD_END;
-        const __m512i out = pack4(v[0], v[1], v[2], v[3], f);
-        uint8_t* at = t.y[r] + c * kPixels * y_pixel;
-        if constexpr (kPixels == 1) {
-          _mm512_mask_storeu_epi8(at, ~uint64_t{0} >> (64 - bytes), out);
-        } else if constexpr (kPixels == 2) {
-          const __mmask32 mask = ~uint32_t{0} >> (32 - bytes);
-          _mm256_mask_storeu_epi8(at, mask, _mm512_castsi512_si256(out));
-          if (pixels - c * 2 > 1) {
-            _mm256_mask_storeu_epi8(at + y_pixel, mask, _mm512_extracti64x4_epi64(out, 1));
-          }
-        } else {
-          VITKD_UNROLL(4, p) {
-            if (pixels - c * 4 > p) {
-              _mm_storeu_si128(reinterpret_cast<__m128i*>(at + p * y_pixel),
-                               _mm512_extracti32x4_epi32(out, p));
-            }
-          }
-          VITKD_END;
-        }
+        constexpr int i = r * kColumns + c;
+        store_pixels<kPixels>(t.y[r] + c * kPixels * t.y_pixel, t.y_pixel, t.bytes,
+                              t.pixels - c * kPixels,
+                              pack_words(pair[0][i], pair[1][i], t.finisher));
       }
       VITKD_END;
     }
@@ -529,17 +566,22 @@ VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
   VITKD_END;
 }
 
-template <int kRows, int kPixels, Finish kFinish>
+template <bool kSliding, int kRows, int kPixels, Finish kFinish>
 void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
   const ConvSpec& spec = packed.spec;
-  const int groups = static_cast<int>(packed.groups.size()) / 8;
-  const int capacity = kDepthwiseScratch / groups / 256;
-  const int wanted = std::min(capacity, (24 << 10) / groups / 256);
-  const int step = spec.stride_w * kPixels;
-  const int positions = (call.y.width + kPixels - 1) / kPixels;
-  const int at_once = std::max(1, (wanted - spec.kernel_w) / step + 1);
+  Strip s;
+  s.places = packed.groups.data();
+  s.groups = static_cast<int>(packed.groups.size()) / 8;
+  s.group_bytes = kDepthwiseScratch / s.groups / 256 * 256;
+  s.scratch = call.scratch;
+  s.edge = call.padding_row + panel.channel;
+  s.pixel = call.x.pixel;
+  s.width = call.x.width;
+  s.stride = spec.stride_w;
+  s.step = spec.stride_w * kPixels;
+  s.used = std::min(spec.kernel_w, s.step);
   DepthwiseTile t;
-  t.step = int64_t{step} * 256;
+  t.step = int64_t{s.step} * 256;
   t.constants = packed.data + panel.constants;
   t.weights = packed.data + panel.weights;
   t.offsets = packed.offsets.data();
@@ -548,55 +590,68 @@ void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Pack
   t.bytes = std::min<int64_t>(64 / kPixels, call.y.pixel - panel.channel);
   t.magic = panel.magic;
   t.finisher = finisher(spec.epilogue);
-  // x positions outermost: short strips stay in L1
+  // strips so short that the scratch stays in L1
+  const int wanted = std::min<int64_t>(s.group_bytes / 256, (24 << 10) / s.groups / 256);
+  const int at_once = std::max(1, (wanted - spec.kernel_w) / s.step + 1);
+  const int positions = (call.y.width + kPixels - 1) / kPixels;
   for (int begin = 0; begin < positions; begin += at_once) {
     const int end = std::min(begin + at_once, positions);
-    const Strip strip{begin * step - call.left, (end - begin - 1) * step + spec.kernel_w, step,
-                      std::min(spec.kernel_w, step)};
+    s.column = begin * s.step - call.left;
     for (int row = call.row; row < call.row_end; row += kRows) {
-      interleave<kPixels>(packed, call, panel, strip, row);
+      for (int i = 0; i < 4 * s.groups; ++i) {
+        const int r = row * spec.stride_h - call.top + s.places[i / 4 * 8 + i % 4];
+        const bool inside = r >= 0 && r < call.x.height;
+        s.rows[i / 4][i % 4] = (inside ? call.x.row(r) : call.padding_row) + panel.channel;
+      }
+      int ready = 0;
+      // the interleaving of a tile's columns runs beside the arithmetic of the tile before it
       const auto tile = [&]<int kColumns>(int at) __attribute__((always_inline)) {
+        const int columns = (at - begin + kColumns - 1) * s.step + spec.kernel_w;
+        interleave<kPixels>(s, ready, columns);
+        ready = columns;
         const int64_t to = int64_t{at} * kPixels * call.y.pixel + panel.channel;
         for (int r = 0; r < kRows; ++r) {
           t.y[r] = row + r < call.row_end ? call.y.row(row + r) + to : nullptr;
         }
         t.x = call.scratch + (at - begin) * t.step;
         t.pixels = call.y.width - at * kPixels;
-        depthwise_tile<kRows, kColumns, kPixels, kFinish>(t);
+        depthwise_tile<kSliding, kRows, kColumns, kPixels, kFinish>(t);
       };
-      constexpr int kWide = kRows == 2 ? 3 : 4;
       int at = begin;
-      for (; at + kWide <= end && end - at != kWide + 1; at += kWide) {
-        tile.template operator()<kWide>(at);
-      }
-      for (; at + 2 <= end; at += 2) tile.template operator()<2>(at);
+      for (; at + 4 <= end; at += 4) tile.template operator()<4>(at);
+      if (at + 2 <= end) tile.template operator()<2>(at), at += 2;
       if (at < end) tile.template operator()<1>(at);
     }
   }
 }
 
+template <int kRows, int kPixels, Finish kFinish>
+void depthwise_pixels(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
+  const bool three = packed.spec.kernel_w == 3 && packed.steps == 3 && packed.groups[7] == 0;
+  if (three && packed.spec.stride_w * kPixels == 1) {
+    depthwise_panel<true, kRows, kPixels, kFinish>(packed, call, panel);
+  } else {
+    depthwise_panel<false, kRows, kPixels, kFinish>(packed, call, panel);
+  }
+}
+
+template <int kRows, Finish kFinish>
+void depthwise_rows(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
+  switch (panel.width) {
+    case 1:
+      return depthwise_pixels<kRows, 4, kFinish>(packed, call, panel);
+    case 2:
+      return depthwise_pixels<kRows, 2, kFinish>(packed, call, panel);
+    default:
+      return depthwise_pixels<kRows, 1, kFinish>(packed, call, panel);
+  }
+}
+
 template <Finish kFinish>
 void depthwise_finish(const Packed& packed, const DepthwiseCall& call) {
-  const bool two_rows = packed.spec.stride_h == 1;
   for (int i = call.panel; i < call.panel_end; ++i) {
-    const Packed::Panel& panel = packed.panels[i];
-    switch (panel.width + (two_rows ? 8 : 0)) {
-      case 1:
-        depthwise_panel<1, 4, kFinish>(packed, call, panel);
-        break;
-      case 2:
-        depthwise_panel<1, 2, kFinish>(packed, call, panel);
-        break;
-      case 9:
-        depthwise_panel<2, 4, kFinish>(packed, call, panel);
-        break;
-      case 10:
-        depthwise_panel<2, 2, kFinish>(packed, call, panel);
-        break;
-      default:
-        two_rows ? depthwise_panel<2, 1, kFinish>(packed, call, panel)
-                 : depthwise_panel<1, 1, kFinish>(packed, call, panel);
-    }
+    packed.spec.stride_h == 1 ? depthwise_rows<2, kFinish>(packed, call, packed.panels[i])
+                              : depthwise_rows<1, kFinish>(packed, call, packed.panels[i]);
   }
 }
 
