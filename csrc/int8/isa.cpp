@@ -3,6 +3,14 @@
 
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
@@ -11,7 +19,23 @@
 namespace vitkd {
 namespace {
 
-constexpr Isa kBestFirst[] = {Isa::avx512vnni, Isa::avx512, Isa::avx2, Isa::scalar};
+constexpr Isa kBestFirst[] = {Isa::amx, Isa::avx512vnni, Isa::avx512, Isa::avx2, Isa::scalar};
+
+#if defined(__x86_64__)
+// Linux hands out the registers of tiles on request, for the whole process and for good
+bool tiles_granted() {
+  unsigned a, b, c, d;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kInt8) == 0)
+    return false;
+#if defined(__linux__)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool cpu_has(Isa isa) {
 #if defined(__x86_64__)
@@ -30,6 +54,8 @@ bool cpu_has(Isa isa) {
       return avx512;
     case Isa::avx512vnni:
       return avx512 && __builtin_cpu_supports("avx512vnni");
+    case Isa::amx:
+      return avx512 && __builtin_cpu_supports("avx512vnni") && tiles_granted();
   }
 #endif
   return isa == Isa::scalar;
@@ -68,6 +94,8 @@ const char* name(Isa isa) {
       return "avx512";
     case Isa::avx512vnni:
       return "avx512vnni";
+    case Isa::amx:
+      return "amx";
   }
   return "unknown";
 }

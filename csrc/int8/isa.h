@@ -1,7 +1,7 @@
 // The CPU's instruction sets, and the one that the kernels use (torch-free: compiled into both
 // extensions). A kernel is written once per instruction set and the pick is made at run time, so
-// that a wheel built anywhere runs everywhere. VITKD_FAST_ISA=scalar|avx2|avx512|avx512vnni lowers
-// the pick, which is how every path is tested on one machine.
+// that a wheel built anywhere runs everywhere. VITKD_FAST_ISA=scalar|avx2|avx512|avx512vnni|amx
+// lowers the pick, which is how every path is tested on one machine.
 
 #pragma once
 
@@ -15,6 +15,7 @@ enum class Isa {
   avx2,        // AVX2, FMA, F16C
   avx512,      // and AVX-512 F, BW, VL, DQ
   avx512vnni,  // and AVX-512 VNNI
+  amx,         // and AMX-INT8, its tiles granted by the system
 };
 
 const char* name(Isa isa);

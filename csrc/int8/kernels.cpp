@@ -27,6 +27,8 @@ bool fits_magic(const ConvSpec& spec, int channel) {
 const Kernels& kernels(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
+    case Isa::amx:
+      return amx_kernels();
     case Isa::avx512vnni:
       return kAvx512Vnni;
     case Isa::avx512:
@@ -79,7 +81,8 @@ void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed) {
 void lay_out_gemm(const ConvSpec& spec, int64_t pixel, Layout layout, Packed* packed) {
   packed->segments = spec.kernel_h;
   packed->steps = static_cast<int>(((spec.kernel_w - 1) * pixel + spec.in + 3) / 4);
-  layout.weight_bytes = size_t{kLine} * packed->segments * packed->steps;
+  packed->stride = static_cast<int>(round_up(packed->steps, layout.step_multiple));
+  layout.weight_bytes = size_t{kLine} * packed->segments * packed->stride;
   lay_out(spec, layout, packed);
   for (const Packed::Panel& panel : packed->panels) {
     auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
@@ -87,7 +90,7 @@ void lay_out_gemm(const ConvSpec& spec, int64_t pixel, Layout layout, Packed* pa
       const int channel = panel.channel + layout.lanes(panel.width, i / 16, i % 16);
       if (channel >= spec.out) continue;
       for (int tap = 0; tap < spec.taps(); ++tap) {
-        const int64_t begin = int64_t{tap / spec.kernel_w} * packed->steps * 4;
+        const int64_t begin = int64_t{tap / spec.kernel_w} * packed->stride * 4;
         for (int c = 0; c < spec.in; ++c) {
           const int64_t k = begin + tap % spec.kernel_w * pixel + c;
           weights[(k / 4 * panel.vectors * 16 + i) * 4 + k % 4] = spec.at(channel, tap, c);

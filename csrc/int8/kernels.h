@@ -93,6 +93,7 @@ struct Packed {
   ConvSpec spec;     // its pointers are not kept
   int segments = 1;  // of a product: one per row of the kernel
   int steps = 0;     // of a segment, four bytes deep each; depthwise: taps
+  int stride = 0;    // steps from one segment's weights to the next's
   std::vector<Panel> panels;
   // a plan moves all of them to one place, in the order of their use: kernels fetch ahead
   const uint8_t* data = nullptr;
@@ -149,6 +150,7 @@ struct Kernels {
 
 const Kernels& kernels(Isa isa);
 extern const Kernels kScalar, kAvx2, kAvx512Vnni;
+const Kernels& amx_kernels();  // kAvx512Vnni, with products on tiles
 
 // The most multiply-adds a second that vpdpbusd on registers reaches; needs AVX-512 VNNI.
 double vnni_peak(double seconds);
@@ -160,6 +162,8 @@ double vnni_peak(double seconds);
 constexpr int32_t kMagicBits = 0x4B400000;
 constexpr float kMagicFloat = 12582912.0f;
 
+constexpr int kFar = 640 << 10;  // bytes of L2 that hold weights before their turn
+
 // Lays out panels of up to 16 * `widest` channels, in `vectors` vectors or as many as the channels
 // need (0), each with its constants and zeroed room for `weight_bytes` per vector; `lanes` says
 // which channel of a panel of that width a lane holds.
@@ -170,6 +174,7 @@ struct Layout {
   size_t weight_bytes;
   bool magic;
   LaneOrder lanes;
+  int step_multiple = 1;  // of a gemm: segments begin at such steps
 };
 void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed);
 // the same, with weights [segments][steps][vectors * 16][4] in the room

@@ -133,7 +133,7 @@ VITKD_INLINE void gemm_tile(const Packed& packed, const Packed::Panel& panel, co
 
 void gemm(const Packed& packed, const GemmCall& call) {
   for (int i = call.panel; i < call.panel_end; ++i) {
-    const int32_t* unsafe = packed.offsets.data() + int64_t{i} * packed.segments * packed.steps;
+    const int32_t* unsafe = packed.offsets.data() + int64_t{i} * packed.segments * packed.stride;
     int64_t p = 0;
     for (; p + 4 <= call.pixels; p += 4) gemm_tile<4>(packed, packed.panels[i], unsafe, call, p);
     for (; p < call.pixels; ++p) gemm_tile<1>(packed, packed.panels[i], unsafe, call, p);
@@ -242,7 +242,7 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   lay_out_gemm(spec, pixel, {1, 0, 0, false, lanes}, packed);
   for (const Packed::Panel& panel : packed->panels) {
     auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
-    for (int step = 0; step < packed->segments * packed->steps; ++step) {
+    for (int step = 0; step < packed->segments * packed->stride; ++step) {
       bool unsafe = false;
       for (int pair = 0; pair < 32; ++pair) {
         const int a = weights[step * 64 + pair * 2], b = weights[step * 64 + pair * 2 + 1];
