@@ -30,6 +30,9 @@ namespace {
 VITKD_INLINE void dot4(__m512i& acc, __m512i x, __m512i w) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
 }
+VITKD_INLINE void dot4(__m512i& acc, __m512i x, const uint8_t* w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "m"(*reinterpret_cast<const __m512i*>(w)));
+}
 
 constexpr int kAhead = 8 << 10;  // bytes that a single pass over weights fetches ahead
 
@@ -276,6 +279,25 @@ VITKD_INLINE void interleave(const Strip& s, int begin, int end) {
   }
 }
 
+// vector j of the sums of some outputs, to words of two vectors
+template <int j, int kOutputs, Finish kFinish>
+VITKD_INLINE void words_of(__m512i (&acc)[kOutputs], const uint8_t* constants, bool magic,
+                           const Finisher& f, __m512i (&pair)[2][kOutputs]) {
+  if (!magic) {
+    VITKD_UNROLL(kOutputs, i) { acc[i] = _mm512_castps_si512(_mm512_cvtepi32_ps(acc[i])); }
+    VITKD_END;
+  }
+  const __m512 m = _mm512_load_ps(constants + (4 + j) * kLine);
+  const __m512 shift = _mm512_load_ps(constants + (8 + j) * kLine);
+  VITKD_UNROLL(kOutputs, i) {
+    __m512 v = _mm512_fmadd_ps(_mm512_castsi512_ps(acc[i]), m, shift);
+    if constexpr (kFinish == Finish::hardswish) v = hardswish(v, f);
+    const __m512i rounded = _mm512_cvtps_epi32(v);
+    pair[j / 2][i] = j % 2 == 0 ? rounded : _mm512_packs_epi32(pair[j / 2][i], rounded);
+  }
+  VITKD_END;
+}
+
 struct DepthwiseTile {
   const uint8_t* x;  // in the scratch
   int64_t step;      // bytes from one position to the next
@@ -292,8 +314,7 @@ struct DepthwiseTile {
 };
 
 // Phase 2: kRows output rows of kColumns positions of kPixels pixels, vector by vector of channels.
-// kSliding: three taps at neighbouring columns, so that a loaded column serves all its outputs.
-template <bool kSliding, int kRows, int kColumns, int kPixels, Finish kFinish>
+template <int kRows, int kColumns, int kPixels, Finish kFinish>
 VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
   constexpr int kOutputs = kRows * kColumns;
   __m512i pair[2][kOutputs];  // words of two vectors
@@ -303,56 +324,20 @@ VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
     VITKD_UNROLL(kOutputs, i) { acc[i] = bias; }
     VITKD_END;
     const uint8_t* w = t.weights + j * kLine;
-    if constexpr (kSliding) {
-      const uint8_t* x = t.x + j * kLine;
-      __m512i weights[3][kRows];
-      VITKD_UNROLL(3 * kRows, i) {
-        weights[i / kRows][i % kRows] = _mm512_load_si512(w + i * 4 * kLine);
-      }
+    const int32_t* offset = t.offsets;
+    for (int64_t tap = t.taps; tap > 0; --tap, ++offset, w += kRows * 4 * kLine) {
+      const uint8_t* x = t.x + *offset + j * kLine;
+      __m512i weights[kRows];
+      VITKD_UNROLL(kRows, r) { weights[r] = _mm512_load_si512(w + r * 4 * kLine); }
       VITKD_END;
-      VITKD_UNROLL(kColumns + 2, c) {
-        const __m512i column = _mm512_load_si512(x + c * 256);
-        VITKD_UNROLL(3, tap) {
-          if constexpr (c - tap >= 0 && c - tap < kColumns) {
-            VITKD_UNROLL(kRows, r) { dot4(acc[r * kColumns + c - tap], column, weights[tap][r]); }
-            VITKD_END;
-          }
-        }
+      VITKD_UNROLL(kColumns, c) {
+        const __m512i column = _mm512_load_si512(x + c * t.step);
+        VITKD_UNROLL(kRows, r) { dot4(acc[r * kColumns + c], column, weights[r]); }
         VITKD_END;
       }
       VITKD_END;
-    } else {
-      const int32_t* offset = t.offsets;
-      for (int64_t tap = t.taps; tap > 0; --tap, ++offset, w += kRows * 4 * kLine) {
-        const uint8_t* x = t.x + *offset + j * kLine;
-        __m512i weights[kRows];
-        VITKD_UNROLL(kRows, r) { weights[r] = _mm512_load_si512(w + r * 4 * kLine); }
-        VITKD_END;
-        VITKD_UNROLL(kColumns, c) {
-          const __m512i column = _mm512_load_si512(x + c * t.step);
-          VITKD_UNROLL(kRows, r) { dot4(acc[r * kColumns + c], column, weights[r]); }
-          VITKD_END;
-        }
-        VITKD_END;
-      }
     }
-    if (!t.magic) {
-      VITKD_UNROLL(kOutputs, i) { acc[i] = _mm512_castps_si512(_mm512_cvtepi32_ps(acc[i])); }
-      VITKD_END;
-    }
-    const __m512 m = _mm512_load_ps(t.constants + (4 + j) * kLine);
-    const __m512 shift = _mm512_load_ps(t.constants + (8 + j) * kLine);
-    VITKD_UNROLL(kOutputs, i) {
-      __m512 v = _mm512_fmadd_ps(_mm512_castsi512_ps(acc[i]), m, shift);
-      if constexpr (kFinish == Finish::hardswish) v = hardswish(v, t.finisher);
-      const __m512i rounded = _mm512_cvtps_epi32(v);
-      if constexpr (j % 2 == 0) {
-        pair[j / 2][i] = rounded;
-      } else {
-        pair[j / 2][i] = _mm512_packs_epi32(pair[j / 2][i], rounded);
-      }
-    }
-    VITKD_END;
+    words_of<j, kOutputs, kFinish>(acc, t.constants, t.magic, t.finisher, pair);
   }
   VITKD_END;
   VITKD_UNROLL(kRows, r) {
@@ -369,7 +354,7 @@ VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
   VITKD_END;
 }
 
-template <bool kSliding, int kRows, int kPixels, Finish kFinish>
+template <int kRows, int kPixels, Finish kFinish>
 void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
   const ConvSpec& spec = packed.spec;
   Strip s;
@@ -418,7 +403,7 @@ void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Pack
         }
         t.x = call.scratch + (at - begin) * t.step;
         t.pixels = call.y.width - at * kPixels;
-        depthwise_tile<kSliding, kRows, kColumns, kPixels, kFinish>(t);
+        depthwise_tile<kRows, kColumns, kPixels, kFinish>(t);
       };
       int at = begin;
       for (; at + 4 <= end; at += 4) tile.template operator()<4>(at);
@@ -428,13 +413,238 @@ void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Pack
   }
 }
 
+// ---- kernels three columns wide and at most four rows high in all ----
+
+// the first bytes of four rows of a panel
+struct FourRows {
+  const uint8_t* at[4];
+};
+
+VITKD_INLINE FourRows four_rows(const Packed& packed, const DepthwiseCall& call, int channel,
+                                int row) {
+  FourRows rows;
+  for (int i = 0; i < 4; ++i) {
+    const int r = row * packed.spec.stride_h - call.top + packed.groups[i];
+    rows.at[i] = (r >= 0 && r < call.x.height ? call.x.row(r) : call.padding_row) + channel;
+  }
+  return rows;
+}
+
+// one interleaved column
+template <int kPixels>
+VITKD_INLINE void load_interleaved(const FourRows& rows, const uint8_t* edge, int column,
+                                   int stride, const Map& map, __m512i* to) {
+  __m512i v[4];
+  if constexpr (kPixels == 1) {
+    // padding, interleaved, is padding
+    if (column < 0 || column >= map.width) {
+      VITKD_UNROLL(4, j) { to[j] = _mm512_loadu_si512(edge); }
+      VITKD_END;
+      return;
+    }
+  }
+  if (column >= 0 && column + (kPixels - 1) * stride < map.width) {
+    VITKD_UNROLL(4, i) {
+      v[i] = load_column<kPixels>(rows.at[i] + column * map.pixel, stride * map.pixel);
+    }
+    VITKD_END;
+  } else {
+    VITKD_UNROLL(4, i) {
+      v[i] = load_edge<kPixels>(rows.at[i], edge, column, stride, map.width, map.pixel);
+    }
+    VITKD_END;
+  }
+  interleave4(v, to);
+}
+
+// The three columns of an output stay in registers; kNew of them are new at each position. Per 64
+// outputs of a 3x3 kernel with stride 2: 16 unpacks, 12 vpdpbusd and 11 others on two ports, 20
+// cycles.
+template <int kNew, int kRows, int kPixels, Finish kFinish>
+void depthwise_three(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
+  const ConvSpec& spec = packed.spec;
+  const uint8_t* const constants = packed.data + panel.constants;
+  const uint8_t* const weights = packed.data + panel.weights;
+  const auto* const m = reinterpret_cast<const float*>(constants) + 64;
+  const Finisher f = finisher(spec.epilogue);
+  const uint8_t* const edge = call.padding_row + panel.channel;
+  const int64_t y_pixel = call.y.pixel;
+  const int64_t bytes = std::min<int64_t>(64 / kPixels, y_pixel - panel.channel);
+  for (int row = call.row; row < call.row_end; row += kRows) {
+    const FourRows rows = four_rows(packed, call, panel.channel, row);
+    uint8_t* y[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      // a second row that is not wanted is written to the first, before it
+      y[r] = call.y.row(row + r < call.row_end ? row + r : row) + panel.channel;
+    }
+    const auto load = [&](int column, __m512i* to) __attribute__((always_inline)) {
+      load_interleaved<kPixels>(rows, edge, column, spec.stride_w, call.x, to);
+    };
+    __m512i columns[3][4];
+    int column = -call.left;
+    VITKD_UNROLL(3 - kNew, i) { load(column + i, columns[kNew + i]); }
+    VITKD_END;
+    for (int at = 0; at < call.y.width; at += kPixels, column += spec.stride_w * kPixels) {
+      VITKD_UNROLL(3 - kNew, i) {
+        VITKD_UNROLL(4, j) { columns[i][j] = columns[kNew + i][j]; }
+        VITKD_END;
+      }
+      VITKD_END;
+      VITKD_UNROLL(kNew, i) { load(column + 3 - kNew + i, columns[3 - kNew + i]); }
+      VITKD_END;
+      __m512i acc[kRows][4];
+      VITKD_UNROLL(4, j) {
+        VITKD_UNROLL(kRows, r) { acc[r][j] = _mm512_load_si512(constants + j * kLine); }
+        VITKD_END;
+        VITKD_UNROLL(3, c) {
+          VITKD_UNROLL(kRows, r) {
+            dot4(acc[r][j], columns[c][j], weights + ((c * kRows + r) * 4 + j) * kLine);
+          }
+          VITKD_END;
+        }
+        VITKD_END;
+      }
+      VITKD_END;
+      VITKD_UNROLL(kRows, i) {
+        constexpr int r = kRows - 1 - i;
+        __m512 v[4];
+        VITKD_UNROLL(4, j) {
+          v[j] = product(acc[r][j], m + j * 16, m + 64 + j * 16, panel.magic);
+          if constexpr (kFinish == Finish::hardswish) v[j] = hardswish(v[j], f);
+        }
+        VITKD_END;
+        store_pixels<kPixels>(y[r] + at * y_pixel, y_pixel, bytes, call.y.width - at,
+                              pack4(v[0], v[1], v[2], v[3], f));
+      }
+      VITKD_END;
+    }
+  }
+}
+
+struct SlidingTile {
+  const uint8_t* x;  // interleaved columns
+  FourRows next;     // the pixel of the next pair of rows that is interleaved meanwhile
+  int64_t x_pixel;
+  uint8_t* to;  // where to
+  const uint8_t* constants;
+  const uint8_t* weights;
+  uint8_t* y[2];
+  int64_t y_pixel;
+  int64_t bytes;
+  bool magic;
+  Finisher finisher;
+};
+
+// Two output rows of kColumns pixels. Per column 8 unpacks (of the next two rows: they need one
+// port, and vpdpbusd leaves room on it), 24 vpdpbusd and 22 others on two ports: 27 cycles per 128
+// outputs of a 3x3 kernel, 33% of the vpdpbusd peak.
+template <int kColumns, bool kNext, Finish kFinish>
+VITKD_INLINE void sliding_tile(const SlidingTile& t) {
+  constexpr int kOutputs = 2 * kColumns;
+  __m512i pair[2][kOutputs];
+  VITKD_UNROLL(4, j) {
+    __m512i acc[kOutputs], weights[6];
+    const __m512i bias = _mm512_load_si512(t.constants + j * kLine);
+    VITKD_UNROLL(kOutputs, i) { acc[i] = bias; }
+    VITKD_END;
+    VITKD_UNROLL(6, i) { weights[i] = _mm512_load_si512(t.weights + (i * 4 + j) * kLine); }
+    VITKD_END;
+    VITKD_UNROLL(kColumns + 2, c) {
+      const __m512i column = _mm512_load_si512(t.x + c * 256 + j * kLine);
+      VITKD_UNROLL(3, tap) {
+        if constexpr (c - tap >= 0 && c - tap < kColumns) {
+          dot4(acc[c - tap], column, weights[2 * tap]);
+          dot4(acc[kColumns + c - tap], column, weights[2 * tap + 1]);
+        }
+      }
+      VITKD_END;
+    }
+    VITKD_END;
+    if constexpr (kNext && j < kColumns) {
+      __m512i v[4];
+      VITKD_UNROLL(4, i) { v[i] = _mm512_loadu_si512(t.next.at[i] + j * t.x_pixel); }
+      VITKD_END;
+      interleave4(v, reinterpret_cast<__m512i*>(t.to + j * 256));
+    }
+    words_of<j, kOutputs, kFinish>(acc, t.constants, t.magic, t.finisher, pair);
+  }
+  VITKD_END;
+  VITKD_UNROLL(kOutputs, i) {
+    // the second row first: where it is not wanted, it lies where the first will
+    constexpr int o = kOutputs - 1 - i;
+    store_pixels<1>(t.y[o / kColumns] + o % kColumns * t.y_pixel, t.y_pixel, t.bytes, 1,
+                    pack_words(pair[0][o], pair[1][o], t.finisher));
+  }
+  VITKD_END;
+}
+
+// Stride 1, one column of padding on each side: pairs of rows, interleaved one pair ahead.
+template <Finish kFinish>
+void depthwise_sliding(const Packed& packed, const DepthwiseCall& call,
+                       const Packed::Panel& panel) {
+  constexpr int kStrip = 28;  // columns: two interleaved pairs of rows stay in L1
+  const uint8_t* const edge = call.padding_row + panel.channel;
+  SlidingTile t;
+  t.x_pixel = call.x.pixel;
+  t.constants = packed.data + panel.constants;
+  t.weights = packed.data + panel.weights;
+  t.y_pixel = call.y.pixel;
+  t.bytes = std::min<int64_t>(64, call.y.pixel - panel.channel);
+  t.magic = panel.magic;
+  t.finisher = finisher(packed.spec.epilogue);
+  for (int begin = 0; begin < call.y.width; begin += kStrip) {
+    const int columns = std::min(kStrip, call.y.width - begin);
+    uint8_t* now = call.scratch;
+    uint8_t* later = call.scratch + (kStrip + 2) * 256;
+    FourRows rows = four_rows(packed, call, panel.channel, call.row);
+    const auto interleave_at = [&](int b, uint8_t* to) __attribute__((always_inline)) {
+      load_interleaved<1>(rows, edge, begin - 1 + b, 1, call.x,
+                          reinterpret_cast<__m512i*>(to + b * 256));
+    };
+    for (int b = 0; b < columns + 2; ++b) interleave_at(b, now);
+    for (int row = call.row; row < call.row_end; row += 2) {
+      const bool more = row + 2 < call.row_end;
+      if (more) {
+        rows = four_rows(packed, call, panel.channel, row + 2);
+        interleave_at(0, later);
+        interleave_at(columns + 1, later);
+      }
+      t.x = now;
+      t.to = later + 256;
+      for (int i = 0; i < 4; ++i) t.next.at[i] = rows.at[i] + begin * t.x_pixel;
+      for (int r = 0; r < 2; ++r) {
+        t.y[r] =
+            call.y.row(std::min(row + r, call.row_end - 1)) + panel.channel + begin * t.y_pixel;
+      }
+      const auto tile = [&]<int kColumns>() __attribute__((always_inline)) {
+        more ? sliding_tile<kColumns, true, kFinish>(t) : sliding_tile<kColumns, false, kFinish>(t);
+        t.x += kColumns * 256;
+        t.to += kColumns * 256;
+        for (const uint8_t*& p : t.next.at) p += kColumns * t.x_pixel;
+        for (uint8_t*& p : t.y) p += kColumns * t.y_pixel;
+      };
+      int left = columns;
+      for (; left >= 3 && left != 4; left -= 3) tile.template operator()<3>();
+      for (; left >= 2; left -= 2) tile.template operator()<2>();
+      if (left > 0) tile.template operator()<1>();
+      std::swap(now, later);
+    }
+  }
+}
+
 template <int kRows, int kPixels, Finish kFinish>
 void depthwise_pixels(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
-  const bool three = packed.spec.kernel_w == 3 && packed.steps == 3 && packed.groups[7] == 0;
-  if (three && packed.spec.stride_w * kPixels == 1) {
-    depthwise_panel<true, kRows, kPixels, kFinish>(packed, call, panel);
+  const int step = packed.spec.stride_w * kPixels;
+  if (packed.spec.kernel_w != 3 || packed.groups.size() > 8 || packed.groups[7] > 0) {
+    depthwise_panel<kRows, kPixels, kFinish>(packed, call, panel);
+  } else if (step > 2) {
+    depthwise_three<3, kRows, kPixels, kFinish>(packed, call, panel);
+  } else if (step == 2) {
+    depthwise_three<2, kRows, kPixels, kFinish>(packed, call, panel);
+  } else if (kRows == 1 || call.left != 1 || call.x.width != call.y.width) {
+    depthwise_three<1, kRows, kPixels, kFinish>(packed, call, panel);
   } else {
-    depthwise_panel<false, kRows, kPixels, kFinish>(packed, call, panel);
+    depthwise_sliding<kFinish>(packed, call, panel);
   }
 }
 
