@@ -33,6 +33,7 @@ Plan::Plan(const Graph& graph, const Options& o) : options(o), with(kernels(o.is
   }
   gather();
   join();
+  find_head();
   place();
 }
 
@@ -177,7 +178,27 @@ void Plan::join() {
   }
 }
 
-// Maps in the arena, first fit by lifetime; rings one after another in each thread's own memory.
+// The head reads all its weights for one pixel: it takes the pictures of a batch together. It
+// begins at the last pool, if all that follows is a row of products.
+void Plan::find_head() {
+  head = steps.size();
+  for (size_t s = steps.size(); s-- > 0;) {
+    const Layer& layer = layers[steps[s].last];
+    const bool alone = steps[s].first == steps[s].last && layer.out.pixels() == 1;
+    const bool follows = layer.node.inputs == std::vector<int>{steps[s].last - 1};
+    if (alone && layer.node.op == Op::pool) {
+      head = s;
+      break;
+    }
+    const bool product = layer.packed.spec.taps() == 1 && !layer.packed.spec.depthwise;
+    if (!alone || !follows || !product || layer.in.pixels() != 1) break;
+    if (layer.node.op != Op::conv && layer.node.op != Op::classifier) break;
+  }
+  for (size_t s = head; s < steps.size(); ++s) layers[steps[s].last].pictures = kPictures;
+}
+
+// Maps in the arena, first fit by lifetime, the head's after all others; rings one after another in
+// each thread's own memory.
 void Plan::place() {
   struct Placed {
     size_t begin, end, last_step;
@@ -202,8 +223,9 @@ void Plan::place() {
     if (last.node.op == Op::classifier) continue;
     std::erase_if(live, [s](const Placed& p) { return p.last_step < s; });
     std::sort(live.begin(), live.end(), [](auto& a, auto& b) { return a.begin < b.begin; });
+    if (s >= head) last.offset = arena;
     for (const Placed& p : live) {
-      if (last.offset + last.map_bytes() <= p.begin) break;
+      if (s >= head || last.offset + last.map_bytes() <= p.begin) break;
       last.offset = std::max(last.offset, p.end);
     }
     const size_t end = last.offset + last.map_bytes();

@@ -36,17 +36,19 @@ struct Layer {
   size_t offset = 0;          // of the output, in the arena or (ring > 0) in a thread's rings
   int ring = 0;               // rows in memory, inside a chain
   bool by_panels = false;     // how threads share it
+  int pictures = 1;           // whose outputs lie one after another: the head takes several at once
   const char* kernel = "";
   int64_t macs = 0;   // per image
   int64_t bytes = 0;  // read and written per image, if each were once
 
   size_t map_bytes() const {
-    const size_t rows = ring > 0 ? ring : out.height;
+    const size_t rows = ring > 0 ? ring : out.height * pictures;
     return round_up(rows * out.width * pixel + kSlack, kLine);
   }
 };
 
 constexpr int kLongestChain = 16;
+constexpr int kPictures = 8;  // that pass through the head at once
 
 struct Step {
   int first, last;  // nodes
@@ -60,6 +62,7 @@ struct Plan {
   const Kernels& with;
   std::vector<Layer> layers;
   std::vector<Step> steps;
+  size_t head = 0;      // the step of the pool and what follows it: products of single pixels
   size_t arena = 0;     // bytes of maps
   size_t rings = 0;     // bytes of the largest chain's rings, per thread
   Buffer convolutions;  // what `Layer::packed` points to
@@ -72,6 +75,7 @@ struct Plan {
   void pack(const Node& node, const std::array<int, 3>& picture_padding, Layer& layer);
   void gather();
   void join();
+  void find_head();
   void place();
 };
 

@@ -159,24 +159,32 @@ class Runner {
   double* seconds = nullptr;                          // by node, where they are timed
   std::vector<std::vector<uint8_t>>* maps = nullptr;  // by node, where they are wanted
 
-  void run(const uint8_t* image, float* logits) {
-    image_ = image;
-    logits_ = logits;
-    fetched_ = nullptr;
-    for (const Step& step : plan_.steps) {
-      if (step.first == step.last) {
-        node(step.last);
-      } else {
-        chain(step);
+  // pictures one by one, their heads several at once
+  void run(const uint8_t* images, int64_t count, float* logits) {
+    const int64_t size = plan_.options.image_size;
+    const int64_t classes = plan_.layers.back().out.channels;
+    for (int64_t done = 0; done < count; done += pictures_, logits += pictures_ * classes) {
+      pictures_ = static_cast<int>(std::min<int64_t>(kPictures, count - done));
+      logits_ = logits;
+      for (picture_ = 0; picture_ < pictures_; ++picture_, images += size * size * 3) {
+        image_ = images;
+        fetched_ = nullptr;
+        // without a head the classifier's turn comes with each picture
+        for (size_t s = 0; s <= plan_.head && s < plan_.steps.size(); ++s) run(plan_.steps[s]);
       }
-      meet();
-      if (maps != nullptr) keep(step.last);
+      for (size_t s = plan_.head + 1; s < plan_.steps.size(); ++s) run(plan_.steps[s]);
     }
   }
 
  private:
   void meet() {
     if (threads_ > 1) team_->barrier();
+  }
+
+  void run(const Step& step) {
+    step.first == step.last ? node(step.last) : chain(step);
+    meet();
+    if (maps != nullptr) keep(step.last);
   }
 
   template <class F>
@@ -193,9 +201,9 @@ class Runner {
       return {const_cast<uint8_t*>(image_), size, size, size, 3};
     }
     const Layer& layer = plan_.layers[i];
-    const int ring = layer.ring > 0 ? layer.ring : layer.out.height;
-    return {(layer.ring > 0 ? rings_ : arena_) + layer.offset, layer.out.height, layer.out.width,
-            ring, layer.pixel};
+    const int height = layer.out.height * layer.pictures;
+    return {(layer.ring > 0 ? rings_ : arena_) + layer.offset, height, layer.out.width,
+            layer.ring > 0 ? layer.ring : height, layer.pixel};
   }
 
   void keep(int i) {
@@ -216,7 +224,8 @@ class Runner {
       case Op::depthwise:
       case Op::classifier: {
         const int panels = static_cast<int>(layer.packed.panels.size());
-        const Range all{0, panels}, rows{0, layer.out.height};
+        const Range all{0, panels};
+        const Range rows{0, layer.pictures > 1 ? pictures_ : layer.out.height};
         if (layer.by_panels) {
           const Range mine = part_of(panels, 1, thread_, threads_);
           timed(i, [&] { convolve(i, rows, mine); });
@@ -257,14 +266,21 @@ class Runner {
     GemmCall call;
     call.panel = static_cast<int>(panels.begin);
     call.panel_end = static_cast<int>(panels.end);
-    call.y_pixel = plan_.layers[i].pixel;
+    const Layer& layer = plan_.layers[i];
+    call.y_pixel = layer.node.op == Op::classifier ? 4 * layer.out.channels : layer.pixel;
     call.fetched = &fetched_;
     return call;
   }
 
   void at_row(int i, const Map& y, int row, GemmCall* call) const {
     const Layer& layer = plan_.layers[i];
-    call->y = layer.node.op == Op::classifier ? reinterpret_cast<uint8_t*>(logits_) : y.row(row);
+    if (layer.node.op == Op::classifier) {
+      // without a head there is one row, of the picture at hand
+      const int64_t at = layer.pictures > 1 ? row : picture_;
+      call->y = reinterpret_cast<uint8_t*>(logits_ + at * layer.out.channels);
+      return;
+    }
+    call->y = y.row(row);
     if (layer.node.residual) {
       const Map residual = map(layer.node.inputs[1]);
       call->residual = residual.row(row);
@@ -276,7 +292,8 @@ class Runner {
   void pointwise(int i, Range rows, Range panels) {
     const Layer& layer = plan_.layers[i];
     const Map x = map(layer.node.inputs[0]);
-    const Map y = layer.node.op == Op::classifier ? Map{nullptr, 1, 1, 1, 0} : map(i);
+    const Map y =
+        layer.node.op == Op::classifier ? Map{nullptr, kPictures, 1, kPictures, 0} : map(i);
     GemmCall call = gemm_call(i, panels);
     call.x_pixel = x.pixel;
     for (int64_t row = rows.begin; row < rows.end;) {
@@ -411,10 +428,10 @@ class Runner {
   void pool(int i) {
     const Layer& layer = plan_.layers[i];
     const Requantize requantize{layer.node.zero_point, layer.node.lo, layer.node.hi, 0};
-    const Map y = map(i);
+    uint8_t* const y = map(i).row(layer.pictures > 1 ? picture_ : 0);
     const Range mine = centred_sums(i);
     for (int64_t c = mine.begin; c < mine.end; ++c) {
-      y.data[c] = vitkd::int8::requantize(sums_[c], layer.mean_multiplier, requantize);
+      y[c] = vitkd::int8::requantize(sums_[c], layer.mean_multiplier, requantize);
     }
   }
 
@@ -466,6 +483,7 @@ class Runner {
   const uint8_t* image_ = nullptr;
   float* logits_ = nullptr;
   const uint8_t* fetched_ = nullptr;
+  int picture_ = 0, pictures_ = 0;  // of those whose heads are computed together
 };
 
 }  // namespace
@@ -484,38 +502,30 @@ void Session::run(const uint8_t* images, int64_t count, float* logits) {
   const int threads = plan_.options.threads;
   Lease lease(*this);
   Caller& caller = *lease;
-  // as many images as there are threads: one each; of what is left, all threads share each
-  const int64_t apart = threads == 1 ? count : count / threads * threads;
+  // as many images as there are threads: a part each; of what is left, all threads share each
+  const int64_t apart = count / threads * threads;
   caller.team.run([&](int thread) {
     const FloatState state;
     const Workspace& own = caller.workspaces[thread];
+    if (plan_.options.poison) own.poison();
     Runner alone(plan_, own, own, nullptr, 0, 1);
-    for (int64_t i = thread; i < apart; i += threads) {
-      if (plan_.options.poison) own.poison();
-      alone.run(images + i * image, logits + i * classes());
-    }
+    const int64_t first = apart / threads * thread;
+    alone.run(images + first * image, apart / threads, logits + first * classes());
     if (apart == count) return;
     caller.team.barrier();
     Runner together(plan_, caller.workspaces[0], own, &caller.team, thread, threads);
-    for (int64_t i = apart; i < count; ++i) {
-      if (plan_.options.poison) {
-        own.poison();
-        caller.team.barrier();
-      }
-      together.run(images + i * image, logits + i * classes());
-    }
+    together.run(images + apart * image, count - apart, logits + apart * classes());
   });
 }
 
 std::vector<NodeProfile> Session::profile(const uint8_t* images, int64_t count, float* logits) {
-  const int64_t size = plan_.options.image_size, image = size * size * 3;
   std::vector<double> seconds(plan_.layers.size(), 0);
   Lease lease(*this);
   const Workspace& own = (*lease).workspaces[0];
   const FloatState state;
   Runner runner(plan_, own, own, nullptr, 0, 1);
   runner.seconds = seconds.data();
-  for (int64_t i = 0; i < count; ++i) runner.run(images + i * image, logits + i * classes());
+  runner.run(images, count, logits);
   std::vector<NodeProfile> profile;
   for (size_t s = 0; s < plan_.steps.size(); ++s) {
     for (int i = plan_.steps[s].first; i <= plan_.steps[s].last; ++i) {
@@ -533,7 +543,7 @@ std::vector<std::vector<uint8_t>> Session::maps(const uint8_t* image) {
   const FloatState state;
   Runner runner(plan_, own, own, nullptr, 0, 1);
   runner.maps = &maps;
-  runner.run(image, logits.data());
+  runner.run(image, 1, logits.data());
   return maps;
 }
 
