@@ -1448,7 +1448,7 @@ def assert_matches_again(cwd: Path, marked: str, **environment: str) -> None:
 def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
     if isa not in int8.isa():
         pytest.skip(f"{isa} is not among what this CPU has: {', '.join(int8.isa())}")
-    if isa == int8.isa()[0] or (isa == "avx512" and int8.isa()[0] == "avx512vnni"):
+    if isa == int8.isa()[0] or (isa == "avx512" and int8.isa()[0] in ("avx512vnni", "amx")):
         pytest.skip(f"the tests above ran on the kernels of {isa}")
     assert_matches_again(tmp_path, "not gpu", VITKD_FAST_ISA=isa)
 

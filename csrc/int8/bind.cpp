@@ -23,8 +23,9 @@ Array<T> array_of(const py::handle& node, const char* name) {
   const py::object value = node.attr(name);
   if (!py::isinstance<py::array>(value)) throw GraphError(std::string(name) + " is no array");
   const auto array = py::cast<py::array>(value);
-  if (!array.dtype().equal(py::dtype::of<T>()) || !(array.flags() & py::array::c_style)) {
-    throw GraphError(std::string(name) + " is of the wrong dtype or not contiguous");
+  constexpr int kFlags = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  if (!array.dtype().equal(py::dtype::of<T>()) || (array.flags() & kFlags) != kFlags) {
+    throw GraphError(std::string(name) + " is of the wrong dtype, not contiguous or not aligned");
   }
   return {static_cast<const T*>(array.data()), {array.shape(), array.shape() + array.ndim()}};
 }
@@ -59,8 +60,10 @@ Node node_of(const py::handle& from) {
     n.multipliers = from.attr("multipliers").cast<std::array<float, 2>>();
   } else if (op == "squeeze_excite") {
     n.op = Op::squeeze_excite;
-    n.w1 = array_of<float>(from, "w1"), n.b1 = array_of<float>(from, "b1");
-    n.w2 = array_of<float>(from, "w2"), n.b2 = array_of<float>(from, "b2");
+    n.q1 = array_of<int8_t>(from, "q1"), n.q2 = array_of<int8_t>(from, "q2");
+    n.s1 = array_of<float>(from, "s1"), n.b1 = array_of<float>(from, "b1");
+    n.s2 = array_of<float>(from, "s2"), n.b2 = array_of<float>(from, "b2");
+    n.hidden_hardswish = from.attr("hidden_hardswish").cast<bool>();
     n.scale = from.attr("scale").cast<double>();
     n.ratio = from.attr("ratio").cast<double>();
   } else if (op == "pool") {
@@ -87,11 +90,19 @@ Isa isa_of(const std::string& wanted) {
 std::unique_ptr<Session> make_session(const py::object& from, int image_size, int threads,
                                       const std::string& isa, bool fuse, bool poison) {
   Graph graph;
-  const py::object nodes = from.attr("nodes");
-  for (const py::handle node : nodes) graph.nodes.push_back(node_of(node));
-  graph.padding_bytes = from.attr("padding_bytes").cast<std::array<int, 3>>();
+  // the arrays belong to the nodes, and an iterator would let go of them
+  const py::tuple nodes(from.attr("nodes"));
+  try {
+    for (const py::handle node : nodes) graph.nodes.push_back(node_of(node));
+    graph.padding_bytes = from.attr("padding_bytes").cast<std::array<int, 3>>();
+  } catch (const py::cast_error& error) {
+    throw GraphError("node " + std::to_string(graph.nodes.size()) + ": " + error.what());
+  }
+  if (threads < 1 || threads > 256) {
+    throw std::invalid_argument("threads is " + std::to_string(threads) +
+                                "; accepted are 1 to 256");
+  }
   const Options options{image_size, threads, isa_of(isa), fuse, poison};
-  // the arrays belong to `from`, which the caller holds
   const py::gil_scoped_release release;
   return std::make_unique<Session>(graph, options);
 }
@@ -137,6 +148,8 @@ py::list profile(Session& session, const Images& images, Logits logits) {
 }
 
 py::list maps(Session& session, const Images& image) {
+  const py::ssize_t size = session.plan().options.image_size;
+  if (image.size() != size * size * 3) throw std::invalid_argument("an image of the wrong size");
   py::list maps;
   const std::vector<std::vector<uint8_t>> all = session.maps(image.data());
   for (size_t i = 0; i < all.size(); ++i) {

@@ -10,6 +10,7 @@ namespace {
 constexpr int kMaxNodes = 4096, kMaxImage = 8192, kMaxStride = 8;
 constexpr int64_t kMaxChannels = 65536, kMaxPooled = int64_t{1} << 22;
 constexpr int64_t kMaxMap = int64_t{1} << 31;  // bytes
+constexpr double kMostValue = 0x1p30;          // before rounding: x86 converts 2^31 to -2^31
 
 class Checker {
  public:
@@ -77,8 +78,9 @@ class Checker {
     return room / stride + 1;
   }
 
-  // |bias| + 255 sum|w| < 2^31, and that times the multiplier < 2^30
-  void check_sums(const Node& node, int out, int64_t per_channel, bool innermost) const {
+  // |bias| + 255 sum|w| < 2^31, and that times the multiplier < 2^30; returns the largest product
+  double check_sums(const Node& node, int out, int64_t per_channel, bool innermost) const {
+    double largest = 0;
     has_shape(node.bias, {out}, "bias");
     has_shape(node.multiplier, {out}, "multiplier");
     for (int o = 0; o < out; ++o) {
@@ -92,8 +94,10 @@ class Checker {
           std::abs(double{0} + node.bias.data[o]) + 255.0 * static_cast<double>(sum);
       const float m = node.multiplier.data[o];
       require(most < 0x1p31, "a bias");
-      require(std::isnormal(m) && m > 0 && most * m < 0x1p30, "a multiplier");
+      require(std::isnormal(m) && m > 0 && most * m < kMostValue, "a multiplier");
+      largest = std::max(largest, most * m);
     }
+    return largest;
   }
 
   Shape shape_of(const Node& node) const {
@@ -123,10 +127,12 @@ class Checker {
         } else {
           has_shape(node.weight, {node.kernel(0), node.kernel(1), x.channels}, "weight");
         }
-        check_sums(node, y.channels, taps * (dense ? x.channels : 1), !dense);
+        const double most = check_sums(node, y.channels, taps * (dense ? x.channels : 1), !dense);
+        require(!node.hardswish || most * 6 * node.hardswish_scale < kMostValue, "hardswish_scale");
         if (two) {
           require(!node.hardswish, "residual_multiplier beside hardswish_scale");
-          require(constant(node.residual_multiplier), "residual_multiplier");
+          require(most + 255 * std::abs(double{node.residual_multiplier}) < kMostValue,
+                  "residual_multiplier");
           require(node.inputs[1] >= 0, "an input");
           require_same(input(1), y);
         }
@@ -134,23 +140,27 @@ class Checker {
       }
       case Op::add:
         require(node.inputs[1] >= 0, "an input");
-        require(constant(node.multipliers[0]) && constant(node.multipliers[1]), "a multiplier");
+        require(255 * (std::abs(double{node.multipliers[0]}) + std::abs(node.multipliers[1])) <
+                    kMostValue,
+                "a multiplier");
         require_same(input(1), x);
         return x;
       case Op::squeeze_excite: {
         require(node.b1.shape.size() == 1, "the rank of b1");
         const int64_t middle = node.b1.shape[0];
         require(middle >= 1 && middle <= kMaxChannels, "the length of b1");
-        has_shape(node.w1, {x.channels, middle}, "w1");
+        has_shape(node.q1, {x.channels, middle}, "q1");
+        has_shape(node.s1, {middle}, "s1");
         has_shape(node.b1, {middle}, "b1");
-        has_shape(node.w2, {middle, x.channels}, "w2");
+        has_shape(node.q2, {middle, x.channels}, "q2");
+        has_shape(node.s2, {x.channels}, "s2");
         has_shape(node.b2, {x.channels}, "b2");
-        for (const auto* array : {&node.w1, &node.b1, &node.w2, &node.b2}) {
+        for (const auto* array : {&node.s1, &node.b1, &node.s2, &node.b2}) {
           const float* end = array->data + array->size();
           require(std::all_of(array->data, end, constant), "a weight");
         }
         require(constant(node.scale) && node.scale > 0, "scale");
-        require(constant(node.ratio) && node.ratio > 0, "ratio");
+        require(node.ratio > 0 && 256 * node.ratio < kMostValue, "ratio");
         require(x.pixels() <= kMaxPooled, "the size of its map");
         return x;
       }

@@ -39,13 +39,14 @@ struct Node {
   Array<int8_t> weight;
   Array<int32_t> bias;
   Array<float> multiplier;
-  Array<float> w1, b1, w2, b2;
+  Array<int8_t> q1, q2;  // squeeze_excite
+  Array<float> s1, b1, s2, b2;
 
   std::array<int, 2> stride = {1, 1};
   bool same = false;                          // TensorFlow's padding
   std::array<int, 4> padding = {0, 0, 0, 0};  // top, left, bottom, right
   int zero_point = 0, lo = 0, hi = 255;
-  bool hardswish = false, residual = false;
+  bool hardswish = false, residual = false, hidden_hardswish = false;
   float hardswish_scale = 0, residual_multiplier = 0;
   std::array<float, 2> multipliers = {0, 0};  // add
   double scale = 0;                           // squeeze_excite

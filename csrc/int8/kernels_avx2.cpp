@@ -216,17 +216,18 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
   }
 }
 
-void linear(const float* w, int64_t stride, const float* x, int in, int out, float* h) {
-  for (int j = 0; j < out; j += 16) {
-    __m256 low = _mm256_loadu_ps(h + j), high = _mm256_loadu_ps(h + j + 8);
-    const float* from = w + j;
+void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
+            float* h) {
+  for (int j = 0; j < out; j += 8) {
+    const __m256 scale = _mm256_loadu_ps(s + j);
+    __m256 sum = _mm256_loadu_ps(h + j);
+    const int8_t* from = q + j;
     for (int c = 0; c < in; ++c, from += stride) {
-      const __m256 mean = _mm256_set1_ps(x[c]);
-      low = _mm256_add_ps(low, _mm256_mul_ps(_mm256_loadu_ps(from), mean));
-      high = _mm256_add_ps(high, _mm256_mul_ps(_mm256_loadu_ps(from + 8), mean));
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+      const __m256 w = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), scale);
+      sum = _mm256_add_ps(sum, _mm256_mul_ps(w, _mm256_set1_ps(x[c])));
     }
-    _mm256_storeu_ps(h + j, low);
-    _mm256_storeu_ps(h + j + 8, high);
+    _mm256_storeu_ps(h + j, sum);
   }
 }
 

@@ -731,18 +731,35 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
   }
 }
 
-void linear(const float* w, int64_t stride, const float* x, int in, int out, float* h) {
-  for (int j = 0; j < out; j += 64) {
-    const int vectors = std::min(4, (out - j) / 16);
-    __m512 sum[4] = {};
-    for (int v = 0; v < vectors; ++v) sum[v] = _mm512_loadu_ps(h + j + v * 16);
-    const float* from = w + j;
-    for (int c = 0; c < in; ++c, from += stride) {
-      const __m512 mean = _mm512_set1_ps(x[c]);
-      for (int v = 0; v < vectors; ++v) {
-        sum[v] = _mm512_add_ps(sum[v], _mm512_mul_ps(_mm512_loadu_ps(from + v * 16), mean));
-      }
+void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
+            float* h) {
+  // eight vectors at once: additions to one sum wait for each other
+  for (int j = 0; j < out; j += 128) {
+    const int vectors = std::min(8, (out - j) / 16);
+    __m512 sum[8] = {}, scale[8] = {};
+    for (int v = 0; v < vectors; ++v) {
+      sum[v] = _mm512_loadu_ps(h + j + v * 16);
+      scale[v] = _mm512_loadu_ps(s + j + v * 16);
     }
+    const int8_t* from = q + j;
+    const auto rows = [&]<int kVectors>() __attribute__((always_inline)) {
+      for (int c = 0; c < in; ++c, from += stride) {
+        const __m512 mean = _mm512_set1_ps(x[c]);
+        _mm_prefetch(from + 16 * stride, _MM_HINT_T0);
+        _mm_prefetch(from + 16 * stride + 64, _MM_HINT_T0);
+        VITKD_UNROLL(kVectors, v) {
+          const auto* bytes = reinterpret_cast<const __m128i*>(from + v * 16);
+          const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(bytes));
+          const __m512 w = _mm512_mul_ps(_mm512_cvtepi32_ps(wide), scale[v]);
+          sum[v] = _mm512_add_ps(sum[v], _mm512_mul_ps(w, mean));
+        }
+        VITKD_END;
+      }
+    };
+    // what lies past `out` is computed and thrown away: rows have slack
+    vectors > 4   ? rows.template operator()<8>()
+    : vectors > 2 ? rows.template operator()<4>()
+                  : rows.template operator()<2>();
     for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(h + j + v * 16, sum[v]);
   }
 }

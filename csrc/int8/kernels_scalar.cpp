@@ -122,9 +122,13 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
   }
 }
 
-void linear(const float* w, int64_t stride, const float* x, int in, int out, float* h) {
-  for (int c = 0; c < in; ++c, w += stride) {
-    for (int j = 0; j < out; ++j) h[j] = vitkd::int8::add(h[j], mul(w[j], x[c]));
+void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
+            float* h) {
+  for (int c = 0; c < in; ++c, q += stride) {
+    for (int j = 0; j < out; ++j) {
+      const float w = mul(static_cast<float>(q[j]), s[j]);
+      h[j] = vitkd::int8::add(h[j], mul(w, x[c]));
+    }
   }
 }
 

@@ -12,7 +12,7 @@ constexpr int64_t kStripPixels = 192;  // of a chain's output, at least
 // the node without its arrays, which the file owns
 Node numbers_of(Node node) {
   node.weight = {}, node.bias = {}, node.multiplier = {};
-  node.w1 = {}, node.b1 = {}, node.w2 = {}, node.b2 = {};
+  node.q1 = {}, node.s1 = {}, node.b1 = {}, node.q2 = {}, node.s2 = {}, node.b2 = {};
   return node;
 }
 
@@ -41,12 +41,12 @@ void Plan::pack(const Node& n, const std::array<int, 3>& picture_padding, Layer&
   const int from = n.inputs[0];
   const int64_t in_pixel = from < 0 ? 3 : layers[from].pixel;
   const Requantize requantize{n.zero_point, n.lo, n.hi, n.hardswish ? n.hardswish_scale : 0.0f};
-  const auto keep = [this](const Array<float>& array, int64_t rows, int64_t columns) {
-    const int64_t stride = round_up(columns, 16);
-    Buffer buffer(rows * stride * 4);
+  const auto keep = [this](const auto& array, int64_t rows, int64_t columns) {
+    const int64_t size = sizeof(*array.data), stride = round_up(columns, 16) * size;
+    Buffer buffer(rows * stride);
     std::memset(buffer.data(), 0, buffer.size());
     for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(buffer.data() + r * stride * 4, array.data + r * columns, columns * 4);
+      std::memcpy(buffer.data() + r * stride, array.data + r * columns, columns * size);
     }
     weights += buffer.size();
     return buffer;
@@ -106,11 +106,12 @@ void Plan::pack(const Node& n, const std::array<int, 3>& picture_padding, Layer&
       layer.kernel = "squeeze_excite";
       const int64_t middle = n.b1.shape[0], channels = layer.in.channels;
       layer.middle = static_cast<int>(middle);
-      layer.w1 = keep(n.w1, channels, middle), layer.b1 = keep(n.b1, 1, middle);
-      layer.w2 = keep(n.w2, middle, channels), layer.b2 = keep(n.b2, 1, channels);
+      layer.q1 = keep(n.q1, channels, middle), layer.q2 = keep(n.q2, middle, channels);
+      layer.s1 = keep(n.s1, 1, middle), layer.b1 = keep(n.b1, 1, middle);
+      layer.s2 = keep(n.s2, 1, channels), layer.b2 = keep(n.b2, 1, channels);
       layer.mean_multiplier = static_cast<float>(n.scale / static_cast<double>(layer.in.pixels()));
       layer.macs = 2 * middle * channels + layer.out.pixels() * channels;
-      layer.bytes += 8 * middle * channels;
+      layer.bytes += 2 * middle * channels;
       this->channels = std::max<size_t>(this->channels, pixel_bytes(middle));
       break;
     }

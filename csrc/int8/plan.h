@@ -26,17 +26,17 @@ struct Options {
 struct Layer {
   Node node;  // without its arrays
   Shape in, out;
-  int top = 0, left = 0;      // padding
-  Packed packed;              // convolutions and the classifier
-  Buffer padding;             // a row of the input's padding bytes
-  Buffer w1, b1, w2, b2;      // squeeze-excite: [in][out rounded up to 16]
-  int middle = 0;             // squeeze-excite: channels between its layers
-  float mean_multiplier = 0;  // squeeze-excite and pool
-  int64_t pixel = 0;          // bytes of an output pixel
-  size_t offset = 0;          // of the output, in the arena or (ring > 0) in a thread's rings
-  int ring = 0;               // rows in memory, inside a chain
-  bool by_panels = false;     // how threads share it
-  int pictures = 1;           // whose outputs lie one after another: the head takes several at once
+  int top = 0, left = 0;          // padding
+  Packed packed;                  // convolutions and the classifier
+  Buffer padding;                 // a row of the input's padding bytes
+  Buffer q1, s1, b1, q2, s2, b2;  // squeeze-excite: [in][out rounded up to 16]
+  int middle = 0;                 // squeeze-excite: channels between its layers
+  float mean_multiplier = 0;      // squeeze-excite and pool
+  int64_t pixel = 0;              // bytes of an output pixel
+  size_t offset = 0;              // of the output, in the arena or (ring > 0) in a thread's rings
+  int ring = 0;                   // rows in memory, inside a chain
+  bool by_panels = false;         // how threads share it
+  int pictures = 1;  // whose outputs lie one after another: the head takes several at once
   const char* kernel = "";
   int64_t macs = 0;   // per image
   int64_t bytes = 0;  // read and written per image, if each were once

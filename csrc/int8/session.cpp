@@ -77,7 +77,7 @@ struct Workspace {
   static size_t scratch_bytes(const Plan& plan) {
     size_t most = kDepthwiseScratch;
     for (const Layer& layer : plan.layers) {
-      most = std::max<size_t>(most, size_t{4} * layer.packed.segments * layer.packed.steps);
+      most = std::max<size_t>(most, size_t{4} * layer.packed.segments * layer.packed.stride);
     }
     return most + kSlack;
   }
@@ -313,7 +313,7 @@ class Runner {
     const Layer& layer = plan_.layers[i];
     const ConvSpec& spec = layer.packed.spec;
     const Map x = map(layer.node.inputs[0]), y = map(i);
-    const int64_t segment = int64_t{4} * layer.packed.steps;
+    const int64_t segment = int64_t{4} * layer.packed.stride;
     const int64_t step = spec.stride_w * x.pixel;
     // the picture belongs to somebody else: not a byte past it is read
     const int64_t beyond = segment - spec.kernel_w * x.pixel;
@@ -435,13 +435,15 @@ class Runner {
     }
   }
 
-  // a part of h = b + w^T x
-  Range linear(const Buffer& w, const Buffer& b, const float* x, int in, int64_t out, float* h) {
+  // a part of h = b + (q s)^T x
+  Range linear(const Buffer& q, const Buffer& s, const Buffer& b, const float* x, int in,
+               int64_t out, float* h) {
     const int64_t stride = pixel_bytes(out);
     const Range mine = part_of(stride, 16, thread_, threads_);
     if (mine.begin < mine.end) {
       std::memcpy(h + mine.begin, b.data() + 4 * mine.begin, 4 * (mine.end - mine.begin));
-      plan_.with.linear(reinterpret_cast<const float*>(w.data()) + mine.begin, stride, x, in,
+      plan_.with.linear(reinterpret_cast<const int8_t*>(q.data()) + mine.begin, stride,
+                        reinterpret_cast<const float*>(s.data()) + mine.begin, x, in,
                         static_cast<int>(mine.end - mine.begin), h + mine.begin);
     }
     return mine;
@@ -457,12 +459,13 @@ class Runner {
       means_[c] = mul(static_cast<float>(sums_[c]), layer.mean_multiplier);
     }
     meet();
-    Range mine = linear(layer.w1, layer.b1, means_, channels, middle, middle_);
+    Range mine = linear(layer.q1, layer.s1, layer.b1, means_, channels, middle, middle_);
     for (int64_t j = mine.begin; j < mine.end; ++j) {
-      middle_[j] = std::max(middle_[j], 0.0f);
+      const float h = middle_[j];
+      middle_[j] = n.hidden_hardswish ? hardswish(h, 1.0f / 6.0f) : std::max(h, 0.0f);
     }
     meet();
-    mine = linear(layer.w2, layer.b2, middle_, middle, channels, factors_);
+    mine = linear(layer.q2, layer.s2, layer.b2, middle_, middle, channels, factors_);
     for (int64_t c = mine.begin; c < mine.end; ++c) {
       const float gate = mul(clamp(vitkd::int8::add(factors_[c], 3.0f), 0.0f, 6.0f), 1.0f / 6.0f);
       factors_[c] = mul(gate, static_cast<float>(n.ratio));
@@ -489,7 +492,11 @@ class Runner {
 }  // namespace
 
 Session::Session(const Graph& graph, const Options& options)
-    : plan_(graph, options), generation_(forks().generation) {}
+    : plan_([&] {
+        const FloatState state;  // its constants are rounded here
+        return Plan(graph, options);
+      }()),
+      generation_(forks().generation) {}
 
 Session::~Session() {
   const std::lock_guard lock(forks().mutex);

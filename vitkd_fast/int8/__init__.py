@@ -1,17 +1,42 @@
-"""The int8 engine. Nothing in this module imports torch, at import or later."""
+"""The int8 engine: a MobileNet quantised once runs on uint8 pictures, the same bytes everywhere.
+
+`quantize` needs torch; everything else here never imports it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from vitkd_fast import _int8
 
-__all__ = ["isa"]
+from .file import FileError
+from .session import LayerProfile, Profile, Session, load
+
+if TYPE_CHECKING:
+    from .quantize import QuantizedModel, quantize
+
+__all__ = ["FileError", "LayerProfile", "Profile", "QuantizedModel", "Session", "isa", "load",
+           "quantize"]  # fmt: skip
 
 
 def isa() -> list[str]:
     """The instruction sets that the CPU kernels may use, best first; they use the first.
 
-    The sets are scalar, avx2 (with FMA and F16C), avx512 (F, BW, VL, DQ) and avx512vnni, each
-    containing the ones before it. VITKD_FAST_ISA names the best one to use; it is read once.
+    The sets are scalar, avx2 (with FMA and F16C), avx512 (F, BW, VL, DQ), avx512vnni and amx
+    (AMX-INT8), each containing the ones before it. VITKD_FAST_ISA names the best one to use; it is read once.
 
     Raises:
         RuntimeError: VITKD_FAST_ISA names no instruction set, or one that this CPU lacks.
     """
     return _int8.isa()
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("quantize", "QuantizedModel"):
+        import importlib
+
+        module = importlib.import_module(".quantize", __name__)
+        # the function takes the place of the module of the same name
+        globals().update(quantize=module.quantize, QuantizedModel=module.QuantizedModel)
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -83,19 +83,41 @@ class SqueezeExcite(Quantized):
     """x times a gate per channel: hard-sigmoid(FC2(relu(FC1(mean of x)))).
 
     mean[c] = float(S_c - HW * z) * fp32(scale / HW); h[j] = b1[j], then for c ascending
-    h[j] = h[j] + w1[c][j] * mean[c]; h = max(h, 0); the same with w2, b2;
+    h[j] = h[j] + w1[c][j] * mean[c], w1[c][j] = float(q1[c][j]) * s1[j]; h = max(h, 0), or with
+    `hidden_hardswish` h = (h * min(max(h + 3, 0), 6)) * fp32(1/6); the same with w2, b2;
     g = min(max(h + 3, 0), 6) * fp32(1/6); v = float(q - z) * (g * ratio).
+
+    Eight bits a weight, because these are read once per picture, from far away.
     """
 
     op = "squeeze_excite"
-    arrays = ("w1", "b1", "w2", "b2")
+    arrays = ("q1", "s1", "b1", "q2", "s2", "b2")
 
-    w1: Array  # float32 [C, J]
+    q1: Array  # int8 [C, J]
+    s1: Array  # float32 [J]
     b1: Array  # float32 [J]
-    w2: Array  # float32 [J, C]
+    q2: Array  # int8 [J, C]
+    s2: Array  # float32 [C]
     b2: Array  # float32 [C]
     scale: float  # of the input, a double
     ratio: float  # float32: scale of the input / scale of the output
+    hidden_hardswish: bool = False
+
+    @property
+    def w1(self) -> Array:
+        """float32 [C, J]."""
+        return self.q1.astype(np.float32) * self.s1
+
+    @property
+    def w2(self) -> Array:
+        """float32 [J, C]."""
+        return self.q2.astype(np.float32) * self.s2
+
+    @staticmethod
+    def rounded(weight: Array) -> tuple[Array, Array]:
+        """q and s of float weights [in, out], symmetric per output."""
+        scale = np.maximum(np.abs(weight).max(0) / 127, 2.0**-100).astype(np.float32)
+        return np.rint(weight / scale).clip(-127, 127).astype(np.int8), scale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,33 @@
-"""From a model to a small float graph: torch.export, batch norms folded, padding made explicit."""
+"""From a model to a small float graph: torch.export, batch norms folded, padding made explicit.
+
+`lower` exports at one static size, drops what changes no value, finds the squeeze-excites, and
+turns each remaining ATen operation into a node or folds it in the one before. SAME padding stays
+a rule, so the graph is right at other sizes too. `forward` runs the nodes: the float reference.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
 
-from .graph import Padding
+from ._aten import arguments, find_gate, is_copy, is_global_pool, is_vector, module, op, pair, shape
+from .graph import Padding, padding_of
 
 Activation = Literal["relu", "relu6", "hardswish"]
+Observer = Callable[[int, Tensor, Tensor], None]
+
+
+class UnsupportedError(ValueError):
+    """The model holds an operation that the int8 engine does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +44,383 @@ class FloatNode:
     padding: Padding = (0, 0, 0, 0)
     groups: int = 1  # 1, or C_in = C_out (depthwise)
     activation: Activation | None = None  # of a conv or an add
-    # squeeze_excite: x * hardsigmoid(w2 relu(w1 mean(x) + b1) + b2); the node's input is x
+    # squeeze_excite: x * hardsigmoid(w2 hidden(w1 mean(x) + b1) + b2)
+    hidden: Literal["relu", "hardswish"] = "relu"
     w1: Tensor | None = None  # [J, C]
     b1: Tensor | None = None  # [J]
     w2: Tensor | None = None  # [C, J]
     b2: Tensor | None = None  # [C]
+
+
+def lower(model: nn.Module, image_size: int) -> tuple[FloatNode, ...]:
+    """The nodes with forward(nodes, x) = model(x), up to rounding, for pictures [N, 3, H, W].
+
+    The model is traced at [2, 3, image_size, image_size] and left as it is. Padding is as in the
+    model at every size; only what the model itself computes from the size, outside of timm's
+    Conv2dSame, is fixed to image_size. Weights are float64 copies on the CPU.
+
+    Raises:
+        ValueError: the model is in training mode, or image_size is not positive.
+        UnsupportedError: the model cannot be exported, holds an operation that the engine does
+            not have, or does not end in a linear classifier; names the module and the operation.
+    """
+    if model.training:
+        raise ValueError("lower: model is in training mode; accepted: model.eval()")
+    if image_size < 1:
+        raise ValueError(f"lower: image_size is {image_size}; accepted: a positive number")
+    like = next(model.parameters(), torch.empty(0))
+    picture = like.new_zeros(2, 3, image_size, image_size, requires_grad=False)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (picture,), strict=False)
+    except Exception as error:  # any: the model's own code runs here
+        raise UnsupportedError(
+            f"lower: torch.export of {type(model).__name__} on a picture {list(picture.shape)} "
+            f"fails: {error}"
+        ) from error
+    return _Lowering(program).run()
+
+
+@torch.no_grad()
+def forward(nodes: tuple[FloatNode, ...], x: Tensor, observe: Observer | None = None) -> Tensor:
+    """The logits [N, classes] of normalised pictures x [N, 3, H, W], in float32, on x's device.
+
+    observe(index, pre_activation, output) is called for each node with its maps [N, C, H, W]; the
+    two are one tensor where the node has no activation. A map is freed after its last use.
+
+    Raises:
+        ValueError: x has another shape.
+    """
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"forward: x is {list(x.shape)}; accepted: [N, 3, H, W]")
+    last_use = {source: index for index, node in enumerate(nodes) for source in node.inputs}
+    maps = {-1: x.to(torch.float32, memory_format=torch.channels_last)}
+    for index, node in enumerate(nodes):
+        y = _compute(node, [maps[source] for source in node.inputs])
+        for source in set(node.inputs):
+            if last_use[source] == index:
+                del maps[source]
+        maps[index] = _ACTIVATIONS[node.activation](y, inplace=observe is None)
+        if observe:
+            observe(index, y, maps[index])
+        del y
+    return maps[len(nodes) - 1].flatten(1)
+
+
+def _identity(x: Tensor, inplace: bool) -> Tensor:
+    return x
+
+
+_ACTIVATIONS: dict[Activation | None, Callable[..., Tensor]] = {
+    None: _identity,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+}
+
+
+def _compute(node: FloatNode, inputs: list[Tensor]) -> Tensor:
+    """The node before its activation."""
+    x = inputs[0]
+
+    def constant(value: Tensor | None) -> Tensor:
+        assert value is not None
+        return value.to(x.device, torch.float32)
+
+    if node.op == "add":
+        return x + inputs[1]
+    if node.op == "pool":
+        return x.mean((2, 3), keepdim=True)
+    if node.op == "squeeze_excite":
+        hidden = F.linear(x.mean((2, 3)), constant(node.w1), constant(node.b1))
+        hidden = F.hardswish(hidden) if node.hidden == "hardswish" else F.relu(hidden)
+        gate = F.hardsigmoid(F.linear(hidden, constant(node.w2), constant(node.b2)))
+        return x * gate[:, :, None, None]
+    weight = constant(node.weight).contiguous(memory_format=torch.channels_last)
+    (top, bottom), (left, right) = (
+        padding_of(x.shape[axis + 2], weight.shape[axis + 2], stride, node.padding, axis)
+        for axis, stride in enumerate(node.stride)
+    )
+    padding = (top, left)
+    if (top, left) != (bottom, right):
+        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+    return F.conv2d(x, weight, constant(node.bias), node.stride, padding, groups=node.groups)
+
+
+_SQUEEZE_EXCITE = (
+    "squeeze-excite (mean, 1x1, relu or hardswish, 1x1, hardsigmoid, mul by the mean's input)"
+)
+_SAME_MODULE = "timm.layers.conv2d_same.Conv2dSame"
+
+
+class _Lowering:
+    """One walk over an exported graph, which it cleans in place; `run` is called once."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.graph = program.graph
+        self.nodes: list[FloatNode] = []
+        self.constants: dict[Node, Tensor] = {}
+        # what a map is: the node that makes it, and the zeros (top, left, bottom, right) around it
+        self.maps: dict[Node, tuple[int, tuple[int, ...]]] = {}
+        for node, spec in zip(
+            self.graph.find_nodes(op="placeholder"),
+            program.graph_signature.input_specs,
+            strict=True,
+        ):
+            if spec.kind == InputKind.USER_INPUT:
+                self.maps[node] = (-1, (0, 0, 0, 0))
+            elif spec.kind != InputKind.CUSTOM_OBJ and spec.target is not None:
+                value = program.state_dict.get(spec.target, program.constants.get(spec.target))
+                if isinstance(value, Tensor):
+                    self.constants[node] = value
+        self.gates: dict[Node, tuple[Node, ...]] = {}  # of squeeze-excites, by their products
+        self.lowerings: dict[str, Callable[[Node, dict[str, Any]], None]] = {
+            "conv2d": self._conv,
+            "linear": self._linear,
+            "avg_pool2d": self._average,
+            "batch_norm": self._batch_norm,
+            "relu": self._activate,
+            "relu6": self._activate,
+            "hardtanh": self._activate,
+            "hardswish": self._activate,
+            "add": self._add,
+            "mul": self._squeeze_excite,
+            "mean": self._pool,
+            "adaptive_avg_pool2d": self._pool,
+            "pad": self._pad,
+            "constant_pad_nd": self._pad,
+        }
+
+    def run(self) -> tuple[FloatNode, ...]:
+        (output,) = self.graph.find_nodes(op="output")
+        results = [shape(result) for result in output.args[0]]
+        self._clean()
+        self.gates = {node: gate for node in self.graph.nodes if (gate := find_gate(node))}
+        inside = {node for gate in self.gates.values() for node in gate}
+        written: set[Any] = set()
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "output") or node in self.constants:
+                continue
+            # export gives later readers what is written in place, but not those through a view
+            if not written.isdisjoint(node.all_input_nodes):
+                raise _unsupported(node, "it reads a map after another operation wrote to it")
+            if op(node) and node.target._schema.is_mutable:
+                written.add(node.args[0])
+            if node in inside:
+                continue
+            if op(node) not in self.lowerings:
+                more = f"and {_SQUEEZE_EXCITE}"
+                raise _unsupported(node, f"accepted: {', '.join(self.lowerings)}, {more}")
+            self.lowerings[op(node)](node, arguments(node))
+        last = self.nodes[-1] if self.nodes else None
+        ends = self.maps.get(output.args[0][0]) == (len(self.nodes) - 1, (0, 0, 0, 0))
+        classifies = last is not None and ends and _is_classifier(last)
+        if not classifies or len(results) != 1 or len(results[0]) != 2:
+            raise UnsupportedError(
+                f"lower: {last.name if last else 'the model'}: the model ends here and returns "
+                f"{', '.join(map(str, results))}; accepted: one output [N, classes], of a linear "
+                "layer or a 1x1 convolution"
+            )
+        return tuple(self.nodes)
+
+    def _clean(self) -> None:
+        """Drops what changes no value and computes what depends on weights alone."""
+        for node in list(self.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if op(node).startswith("_assert"):
+                self.graph.erase_node(node)
+            elif is_copy(node):
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
+            elif all(source in self.constants for source in node.all_input_nodes):
+                if not isinstance(node.target, torch._ops.OpOverload):
+                    raise _unsupported(node, "it is no ATen operation")
+                if node.target._schema.is_mutable:
+                    raise _unsupported(node, "it changes the model")
+                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self.constants.get)
+                with torch.no_grad():
+                    self.constants[node] = node.target(*args, **kwargs)
+        self.graph.eliminate_dead_code()
+
+    def _append(self, node: Node, **fields: Any) -> None:
+        name = module(node)[0]
+        if not name or any(other.name == name for other in self.nodes):
+            name = f"{name}.{node.name}".lstrip(".")
+        self.nodes.append(FloatNode(name=name, **fields))
+        self.maps[node] = (len(self.nodes) - 1, (0, 0, 0, 0))
+
+    def _constant(self, node: Node, value: Any) -> Tensor:
+        if value not in self.constants:
+            raise _unsupported(node, "its weights depend on the picture")
+        return self.constants[value].detach().to("cpu", torch.float64, copy=True)
+
+    def _affine(self, node: Node, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a convolution or a linear layer, a missing bias as zeros."""
+        weight = self._constant(node, args["weight"])
+        if args["bias"] is None:
+            return weight, weight.new_zeros(weight.shape[0])
+        return weight, self._constant(node, args["bias"])
+
+    def _padded(self, node: Node, value: Any) -> tuple[int, tuple[int, ...]]:
+        if value not in self.maps:
+            raise _unsupported(node, "an input is a constant")
+        return self.maps[value]
+
+    def _map(self, node: Node, value: Any) -> int:
+        """The index of the node that makes a map read by what is no convolution."""
+        index, zeros = self._padded(node, value)
+        if index < 0 or any(zeros):
+            raise _unsupported(node, "only a convolution reads the picture or a padded map")
+        return index
+
+    def _foldable(self, node: Node) -> int:
+        """The conv or add before a batch norm or an activation, if nothing else reads it."""
+        source = node.args[0]
+        assert isinstance(source, Node)
+        index = self._map(node, source)
+        if self.nodes[index].op not in ("conv", "add") or self.nodes[index].activation:
+            raise _unsupported(node, "accepted after: a convolution or an addition")
+        if len(source.users) > 1:
+            raise _unsupported(node, "the map before it is read by another operation too")
+        self.maps[node] = (index, (0, 0, 0, 0))
+        return index
+
+    def _weigh(self, node: Node, source: Any, padding: Padding, **fields: Any) -> None:
+        """Appends a convolution of a map that may be padded."""
+        index, zeros = self._padded(node, source)
+        if padding != "same":
+            padding = _sum(zeros, padding)
+        elif any(zeros):
+            raise _unsupported(node, "SAME padding of a padded map")
+        self._append(node, op="conv", inputs=(index,), padding=padding, **fields)
+
+    def _conv(self, node: Node, args: dict[str, Any]) -> None:
+        weight, bias = self._affine(node, args)
+        if pair(args["dilation"]) != (1, 1):
+            raise _unsupported(node, f"dilation is {args['dilation']}; accepted: 1")
+        groups = args["groups"]
+        if groups != 1 and not (groups == weight.shape[0] and weight.shape[1] == 1):
+            raise _unsupported(
+                node,
+                f"{groups} groups, {groups * weight.shape[1]} input and {weight.shape[0]} output "
+                "channels; accepted: 1 group, or as many groups as input and output channels",
+            )
+        padding: Padding = "same"
+        if module(node)[1] != _SAME_MODULE and args["padding"] != "same":
+            rows, columns = (0, 0) if args["padding"] == "valid" else pair(args["padding"])
+            padding = (rows, columns, rows, columns)
+        stride = pair(args["stride"])
+        self._weigh(
+            node, args["input"], padding, weight=weight, bias=bias, stride=stride, groups=groups
+        )
+
+    def _linear(self, node: Node, args: dict[str, Any]) -> None:
+        if shape(node)[2:] or not is_vector(args["input"]):
+            raise _unsupported(node, f"of {shape(args['input'])}; accepted: [N, C]")
+        weight, bias = self._affine(node, args)
+        weight = weight[:, :, None, None]
+        self._weigh(node, args["input"], (0, 0, 0, 0), weight=weight, bias=bias)
+
+    def _average(self, node: Node, args: dict[str, Any]) -> None:
+        kernel, (rows, columns) = pair(args["kernel_size"]), pair(args["padding"])
+        if args["ceil_mode"] or args["divisor_override"] is not None:
+            raise _unsupported(node, "accepted: without ceil_mode and divisor_override")
+        if (rows or columns) and not args["count_include_pad"]:
+            raise _unsupported(node, "padding is accepted only with count_include_pad")
+        channels = shape(node)[1]
+        self._weigh(
+            node,
+            args["self"],
+            (rows, columns, rows, columns),
+            weight=torch.full((channels, 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64),
+            bias=torch.zeros(channels, dtype=torch.float64),
+            stride=pair(args["stride"]) if args["stride"] else kernel,
+            groups=channels,
+        )
+
+    def _batch_norm(self, node: Node, args: dict[str, Any]) -> None:
+        if args["training"]:
+            raise _unsupported(node, "it uses the statistics of the batch: training, or none kept")
+        index = self._foldable(node)
+        conv = self.nodes[index]
+        if conv.weight is None or conv.bias is None:
+            raise _unsupported(node, "accepted after: a convolution")
+        mean = self._constant(node, args["running_mean"])
+        variance = self._constant(node, args["running_var"])
+        scale = (variance + args["eps"]).rsqrt()
+        if args["weight"] is not None:
+            scale = scale * self._constant(node, args["weight"])
+        bias = (conv.bias - mean) * scale
+        if args["bias"] is not None:
+            bias = bias + self._constant(node, args["bias"])
+        weight = conv.weight * scale[:, None, None, None]
+        self.nodes[index] = replace(conv, weight=weight, bias=bias)
+
+    def _activate(self, node: Node, args: dict[str, Any]) -> None:
+        activation: Any = op(node)
+        if activation == "hardtanh":
+            activation = "relu6"
+            if (args["min_val"], args["max_val"]) != (0, 6):
+                raise _unsupported(node, f"{args['min_val']}..{args['max_val']}; accepted: 0..6")
+        index = self._foldable(node)
+        if activation == "hardswish" and self.nodes[index].op == "add":
+            raise _unsupported(node, "accepted after: a convolution")
+        self.nodes[index] = replace(self.nodes[index], activation=activation)
+
+    def _add(self, node: Node, args: dict[str, Any]) -> None:
+        sides = (args["self"], args["other"])
+        if not all(isinstance(side, Node) for side in sides) or args["alpha"] != 1:
+            raise _unsupported(node, "accepted: two maps, alpha 1")
+        if any(shape(side) != shape(node) for side in sides):
+            raise _unsupported(node, f"of {shape(sides[0])} and {shape(sides[1])}")
+        self._append(node, op="add", inputs=tuple(self._map(node, side) for side in sides))
+
+    def _pool(self, node: Node, args: dict[str, Any]) -> None:
+        if not is_global_pool(node):
+            raise _unsupported(node, "accepted: the mean over the whole map")
+        self._append(node, op="pool", inputs=(self._map(node, args["self"]),))
+
+    def _pad(self, node: Node, args: dict[str, Any]) -> None:
+        index, zeros = self._padded(node, args["self"])
+        if args.get("mode", "constant") != "constant" or args["value"]:
+            raise _unsupported(node, f"{args.get('mode', '')} {args['value']}; accepted: zeros")
+        left, right, top, bottom, *rest = (*args["pad"], 0, 0)[: max(4, len(args["pad"]))]
+        if any(rest) or min(left, right, top, bottom) < 0:
+            raise _unsupported(node, f"pad is {args['pad']}; accepted: rows and columns, not < 0")
+        if module(node)[1] != _SAME_MODULE:  # there it is the convolution's own
+            zeros = _sum(zeros, (top, left, bottom, right))
+        self.maps[node] = (index, zeros)
+
+    def _squeeze_excite(self, node: Node, args: dict[str, Any]) -> None:
+        if node not in self.gates:
+            raise _unsupported(node, f"accepted in: {_SQUEEZE_EXCITE}")
+        _, second, inside, first, mean = self.gates[node]
+        fields: dict[str, Any] = {"hidden": op(inside)}
+        for number, layer in (("1", first), ("2", second)):
+            weight, fields["b" + number] = self._affine(layer, arguments(layer))
+            if (*weight.shape[1:], 1, 1)[:3] != (shape(layer.args[0])[1], 1, 1):
+                raise _unsupported(layer, "accepted in a squeeze-excite: a 1x1 kernel, 1 group")
+            fields["w" + number] = weight.flatten(1)
+        self._append(node, op="squeeze_excite", inputs=(self._map(node, mean.args[0]),), **fields)
+
+
+def _is_classifier(node: FloatNode) -> bool:
+    """Whether it is linear; its result is 1x1, so without stride its input is 1x1 too."""
+    return (
+        node.weight is not None
+        and node.weight.shape[2:] == (1, 1)
+        and (node.stride, node.groups, node.activation) == ((1, 1), 1, None)
+    )
+
+
+def _sum(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int, int, int]:
+    top, left, bottom, right = (x + y for x, y in zip(a, b, strict=True))
+    return top, left, bottom, right
+
+
+def _unsupported(node: Node, why: str) -> UnsupportedError:
+    path, kind = module(node)
+    return UnsupportedError(
+        f"lower: {path or 'the model'} ({kind or 'module not known'}): {node.target}: {why}"
+    )

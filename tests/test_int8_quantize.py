@@ -1,0 +1,505 @@
+"""Quantised models against the float ones: arguments, structure, dead channels, and fidelity."""
+
+import copy
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from int8_graphs import random_images
+from torch import Tensor, nn
+
+timm = pytest.importorskip("timm")
+
+from vitkd_fast.int8 import file, load, quantize, reference  # noqa: E402
+from vitkd_fast.int8.calibrate import Histogram, Scale  # noqa: E402
+from vitkd_fast.int8.graph import Add, Array, Classifier, Conv, Depthwise, Graph  # noqa: E402
+from vitkd_fast.int8.report import QuantizedModel  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PIXELS: dict[str, Any] = {"mean": MEAN, "std": STD}
+
+
+def normalised(images: Array, mean: Any = MEAN, std: Any = STD) -> Tensor:
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Array) -> Array:
+    return model(normalised(images)).numpy()
+
+
+def sqnr(signal: Array, other: Array) -> float:
+    noise = np.square(signal - other, dtype=np.float64).sum()
+    return float(10 * np.log10(np.square(signal, dtype=np.float64).sum() / noise))
+
+
+class Block(nn.Module):
+    """Every kind of node but squeeze-excite, in 8 to 12 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.expand = nn.Conv2d(8, 12, 1)
+        self.depthwise = nn.Conv2d(12, 12, 3, 1, 1, groups=12)
+        self.project = nn.Conv2d(12, 8, 1)
+        self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.side = nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+        self.head, self.fc = nn.Conv2d(8, 16, 1), nn.Linear(16, 5)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+                nn.init.normal_(module.bias, 0, 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        relu, relu6, hardswish = nn.functional.relu, nn.functional.relu6, nn.functional.hardswish
+        x = relu6(self.stem(x))
+        x = x + self.project(hardswish(self.depthwise(relu(self.expand(x)))))
+        x = relu(self.left(x) + self.right(x))
+        x = x + self.side(x)
+        return self.fc(hardswish(self.head(x.mean((2, 3), keepdim=True))).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def block() -> nn.Module:
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+IMAGES = random_images(0, (24, 16, 16, 3))
+
+
+@pytest.fixture(scope="module")
+def quantized_block(block: nn.Module) -> QuantizedModel:
+    return quantize(block, [IMAGES], classes=list("abcde"), **PIXELS)
+
+
+def by_name(graph: Graph) -> dict[str, Any]:
+    return {node.name: node for node in graph.nodes}
+
+
+def test_close_to_float(block: nn.Module, quantized_block: QuantizedModel) -> None:
+    fresh = random_images(1, (16, 16, 16, 3))
+    graph = quantized_block.graph
+    assert sqnr(logits_of(block, fresh), reference.run(graph, fresh)) > 30
+    assert graph.classes == tuple("abcde") and graph.image_size == 16
+    assert (graph.mean, graph.std, graph.padding_bytes) == (MEAN, STD, (124, 116, 104))
+    assert (graph.crop_pct, graph.interpolation) == (1.0, "bilinear")
+
+
+def test_structure(quantized_block: QuantizedModel) -> None:
+    nodes = quantized_block.graph.nodes
+    assert [type(node) for node in nodes[:5]] == [Conv, Conv, Depthwise, Conv, Conv]
+    index = {node.name: position for position, node in enumerate(nodes)}
+    named = by_name(quantized_block.graph)
+    # the projection takes its addition in; of two candidates the later
+    assert named["project"].inputs == (index["depthwise"], index["stem"])
+    assert named["project"].residual_multiplier is not None
+    assert named["right"].inputs == (index["project"], index["left"])
+    assert named["right"].lo == named["right"].zero_point and named["left"].lo == 0
+    # a depthwise convolution does not
+    (add,) = (node for node in nodes if isinstance(node, Add))
+    assert set(add.inputs) == {index["right"], index["side"]}
+    assert isinstance(named["side"], Depthwise) and isinstance(nodes[-1], Classifier)
+    assert named["stem"].zero_point == named["expand"].zero_point == 0
+    assert named["stem"].hardswish_scale is None
+    assert named["depthwise"].hardswish_scale > 0 < named["depthwise"].zero_point
+
+
+def test_multipliers_are_short(quantized_block: QuantizedModel) -> None:
+    """22 bits of 24; ratios of bytes 16."""
+    for node in quantized_block.graph.nodes:
+        if isinstance(node, Conv | Depthwise | Classifier):
+            assert np.all(node.multiplier.view(np.uint32) % 4 == 0)
+        ratios = list(getattr(node, "multipliers", ()))
+        ratios += [getattr(node, "residual_multiplier", None) or 0.0]
+        assert np.all(np.array(ratios, np.float32).view(np.uint32) % 256 == 0)
+
+
+def test_report(quantized_block: QuantizedModel, tmp_path: Path) -> None:
+    report = quantized_block.report()
+    names = [node.name for node in quantized_block.graph.nodes[:-1]]
+    assert [layer.name for layer in report.layers] == names
+    assert report.pictures == 24 and report.agreement == 1 and report.sqnr > 30
+    assert all(layer.sqnr > 20 and layer.lo <= 0 < layer.hi for layer in report.layers)
+    assert all(0 <= layer.clipped < 0.05 for layer in report.layers)
+    text = str(report)
+    assert len(text.splitlines()) == len(names) + 2
+    assert all(name in text for name in names)
+    assert "100.00% of 24 pictures" in text and f"logit SQNR {report.sqnr:.1f} dB" in text
+    assert repr(quantized_block) == (
+        f"QuantizedModel(11 nodes, 16x16, 5 classes, logit SQNR {report.sqnr:.1f} dB)"
+    )
+    quantized_block.save(tmp_path / "block.safetensors")
+    assert file.read(tmp_path / "block.safetensors").classes == tuple("abcde")
+    assert (tmp_path / "block.safetensors").read_bytes() == file.dump(quantized_block.graph)
+
+
+def test_report_on_the_graph_itself(block: nn.Module, quantized_block: QuantizedModel) -> None:
+    """Its numbers are those of the reference."""
+    expected = logits_of(block, IMAGES)
+    found = sqnr(expected, reference.run(quantized_block.graph, IMAGES))
+    assert abs(found - quantized_block.report().sqnr) < 0.1
+
+
+def test_the_model_is_left_as_it_is(block: nn.Module) -> None:
+    before = copy.deepcopy(block.state_dict())
+    flags = [module.training for module in block.modules()]
+    needs = [parameter.requires_grad for parameter in block.parameters()]
+    random = torch.get_rng_state()
+    quantize(block, [IMAGES[:4]], **PIXELS)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in block.modules()] == flags
+    assert [parameter.requires_grad for parameter in block.parameters()] == needs
+    assert not any(module._forward_hooks for module in block.modules())
+    after = block.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_images_are_read_once_in_any_form(block: nn.Module) -> None:
+    reads = 0
+
+    def batches() -> Iterator[Any]:
+        nonlocal reads
+        for begin in range(0, 24, 7):
+            reads += 1
+            yield IMAGES[begin : begin + 7]
+
+    expected = file.dump(quantize(block, IMAGES, **PIXELS).graph)
+    assert file.dump(quantize(block, batches(), **PIXELS).graph) == expected
+    assert reads == 4
+    tensors = [torch.from_numpy(IMAGES[:20]), IMAGES[20:20], IMAGES[20:]]
+    assert file.dump(quantize(block, tensors, image_size=16, **PIXELS).graph) == expected
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], r"holds no pictures \(no batches\)"),
+        ([IMAGES[:0]], r"holds no pictures \(\[0, 16, 16, 3\]\)"),
+        ([IMAGES.astype(np.float32)], r"batch 0 of images is float32 \[24, 16, 16, 3\]"),
+        ([IMAGES.transpose(0, 3, 1, 2)], r"uint8 \[24, 3, 16, 16\]; accepted: uint8 batches"),
+        ([torch.zeros(1, 3, 16, 16, dtype=torch.uint8)], r"torch.uint8 \[1, 3, 16, 16\]"),
+        ([torch.zeros(1, 16, 16, 3)], r"torch.float32 \[1, 16, 16, 3\]"),
+        ([IMAGES, IMAGES[:, :8, :8]], r"batch 1 .* \[24, 8, 8, 3\], the first \[24, 16, 16, 3\]"),
+        ([IMAGES[:, :8]], r"\[24, 8, 16, 3\]"),
+        (list(IMAGES), r"uint8 \[16, 16, 3\]"),
+        ([(IMAGES, 0)], "batch 0 of images is a tuple"),
+    ],
+)
+def test_refused_images(block: nn.Module, images: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize(block, images, **PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibration": "entropy"}, "calibration is 'entropy'; accepted: mse, percentile, minmax"),
+        ({"mean": None}, "mean is None and the model has no pretrained_cfg"),
+        ({"std": None}, "std is None and"),
+        ({"std": (1, 1, 0)}, r"std is \(1, 1, 0\)"),
+        ({"mean": (0.5, 0.5)}, r"mean is \(0.5, 0.5\)"),
+        ({"mean": (0.5, 0.5, float("nan"))}, "mean is "),
+        ({"image_size": 32}, r"\[24, 16, 16, 3\] and image_size is 32"),
+        ({"classes": ["a"]}, "1 classes and 5 logits"),
+        ({"interpolation": "cubic"}, "interpolation is cubic"),
+    ],
+)
+def test_refused_arguments(block: nn.Module, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize(block, [IMAGES], **(PIXELS | arguments))
+
+
+def test_a_model_in_training_is_refused() -> None:
+    with pytest.raises(ValueError, match="training"):
+        quantize(Block().train(), [IMAGES], **PIXELS)
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    model = Block().eval()
+    with torch.no_grad():
+        model.expand.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="quantize: expand: its float values are not finite"):
+        quantize(model, [IMAGES], **PIXELS)
+
+
+def test_the_model_says_how_it_wants_pictures(block: nn.Module) -> None:
+    model = copy.deepcopy(block)
+    model.pretrained_cfg = {
+        "mean": (0.5, 0.25, 0.0), "std": (1.0, 0.5, 0.25), "crop_pct": 0.9,
+        "interpolation": "bicubic",
+    }  # fmt: skip
+    graph = quantize(model, [IMAGES[:2]]).graph
+    assert (graph.mean, graph.std) == ((0.5, 0.25, 0.0), (1.0, 0.5, 0.25))
+    assert (graph.crop_pct, graph.interpolation) == (0.9, "bicubic")
+    assert graph.padding_bytes == (128, 64, 0)
+    graph = quantize(model, [IMAGES[:2]], crop_pct=1.0, interpolation="nearest").graph
+    assert (graph.crop_pct, graph.interpolation) == (1.0, "nearest")
+
+
+@pytest.mark.parametrize("calibration", ["mse", "percentile", "minmax"])
+def test_each_calibration(block: nn.Module, calibration: Any) -> None:
+    graph = quantize(block, [IMAGES], calibration=calibration, **PIXELS).graph
+    assert sqnr(logits_of(block, IMAGES), reference.run(graph, IMAGES)) > 25
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-35, 1e-12, 1e-6])
+@pytest.mark.parametrize("name", ["stem", "expand", "depthwise", "project", "left", "head", "fc"])
+def test_dead_and_nearly_dead_channels(block: nn.Module, name: str, scale: float) -> None:
+    """Their biases live on; the file's checks hold (quantize validates)."""
+    model = copy.deepcopy(block)
+    with torch.no_grad():
+        layer = getattr(model, name)
+        layer.weight[0] *= scale
+        layer.bias[0] = 3.0
+        layer.weight[1:3] *= scale
+        layer.bias[1:3] = 0.0
+    graph = quantize(model, [IMAGES], **PIXELS).graph
+    assert sqnr(logits_of(model, IMAGES), reference.run(graph, IMAGES)) > 28
+    assert abs(by_name(graph)[name].bias[0]) < 2**30
+
+
+def test_an_all_zero_model() -> None:
+    model = Block().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    graph = quantize(model, [IMAGES[:2]], **PIXELS).graph
+    assert np.array_equal(reference.run(graph, IMAGES[:2]), np.zeros((2, 5), np.float32))
+
+
+def test_the_border_of_a_picture() -> None:
+    """Padding is the float model's zero, a grey of 255 * mean."""
+    torch.manual_seed(0)
+    model = Block().eval()
+    with torch.no_grad():
+        model.stem.weight.copy_(model.stem.weight.abs())  # nothing cancels
+        model.stem.bias.zero_()
+    graph = quantize(model, [IMAGES], bias_correction=False, **PIXELS).graph
+    stem, conv = graph.nodes[0], model.stem
+    assert isinstance(stem, Conv)
+    acc = reference.sums(stem, IMAGES, reference.padding_bytes(graph, -1))
+    # the scale of the output, from what a unit of the sums is worth
+    unit = conv.weight.detach().abs().amax((1, 2, 3)).numpy()
+    unit = (
+        np.abs(conv.weight.detach().numpy() / (255 * np.array(STD)[:, None, None])).max((1, 2, 3))
+        / 127
+    )
+    with torch.no_grad():
+        expected = conv(normalised(IMAGES)).permute(0, 2, 3, 1).numpy()
+    error = np.abs(acc * unit - expected).max((0, 3))
+    assert error[0].max() < 0.05 and error[1:, 1:].max() < 0.05
+    assert np.abs(expected).max() > 5
+
+
+def test_relu6_is_a_clamp(block: nn.Module) -> None:
+    model = copy.deepcopy(block)
+    with torch.no_grad():
+        model.stem.weight *= 3
+    graph = quantize(model, [IMAGES], calibration="minmax", **PIXELS).graph
+    stem = by_name(graph)["stem"]
+    assert (stem.zero_point, stem.lo, stem.hi) == (0, 0, 255)
+    output = reference.outputs(graph, IMAGES)[0]
+    with torch.no_grad():
+        expected = model.stem(normalised(IMAGES)).clamp(0, 6).permute(0, 2, 3, 1).numpy()
+    assert np.abs(output * (6 / 255) - expected).max() < 0.1
+
+
+def test_bias_correction_makes_means_agree(block: nn.Module) -> None:
+    """On the pictures of the calibration and on others; each error of the mean is of one logit."""
+    fresh = random_images(2, (64, 16, 16, 3))
+    for images in (IMAGES, fresh):
+        errors = {}
+        for correct in (True, False):
+            graph = quantize(block, [IMAGES], bias_correction=correct, **PIXELS).graph
+            error = reference.run(graph, images) - logits_of(block, images)
+            errors[correct] = float(np.abs(error.mean(0)).max())
+        assert errors[True] < errors[False] / 2, errors
+
+
+# what a histogram makes of values
+
+
+def test_a_histogram_grows() -> None:
+    rng = np.random.default_rng(0)
+    values = [rng.normal(0, 10.0**e, (1, 2, 3, 500)).astype(np.float32) for e in (-3, 0, -1, 2, 1)]
+    histogram = Histogram()
+    for value in values:
+        histogram.add(torch.from_numpy(value))
+    joined = np.concatenate([value.ravel() for value in values])
+    assert (histogram.least, histogram.most) == (joined.min(), joined.max())
+    assert histogram.counts.sum() == sum(3 * (500 // 17 + 1) * 2 for _ in values)
+
+
+def test_ranges() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, (1, 1, 20, 20)).astype(np.float32)
+    values[0, 0, 0, 0] = 100
+    histogram = Histogram()
+    histogram.add(torch.from_numpy(values))
+
+    def error(scale: Scale) -> float:
+        q = np.clip(np.rint(values / scale.scale) + scale.zero_point, 0, 255)
+        return float(np.square(values - (q - scale.zero_point) * scale.scale).sum())
+
+    minmax, mse = histogram.range("minmax"), histogram.range("mse")
+    assert minmax.ends[1] == pytest.approx(100, abs=0.5)
+    assert minmax.ends[0] == pytest.approx(values.min(), abs=0.5)
+    assert error(mse) <= error(minmax)
+    # of a million values one of 12 is not worth its range
+    many = np.append(rng.normal(0, 1, 1_000_000), 12.0).astype(np.float32)
+    spread = Histogram()
+    spread.add(torch.from_numpy(many.reshape(1, -1, 1, 1)))
+    assert spread.range("mse").ends[1] < 9 < spread.range("minmax").ends[1]
+    assert spread.range("percentile").ends[1] < 5
+
+
+def test_ranges_of_special_maps() -> None:
+    zero = Histogram()
+    zero.add(torch.zeros(1, 2, 3, 3))
+    for calibration in ("mse", "percentile", "minmax"):
+        assert zero.range(calibration) == Scale(1.0, 0)  # type: ignore[arg-type]
+    for calibration in ("mse", "percentile", "minmax"):
+        positive, negative = Histogram(), Histogram()
+        x = torch.rand(1, 2, 20, 20) + 1
+        positive.add(x)
+        negative.add(-x)
+        assert positive.range(calibration).zero_point == 0  # type: ignore[arg-type]
+        assert negative.range(calibration).zero_point == 255  # type: ignore[arg-type]
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            Histogram().add(torch.full((1, 1, 1, 1), value))
+
+
+# trained models
+
+
+class Digits:
+    """A small MobileNetV3 that knows handwritten digits, 32x32."""
+
+    def __init__(self) -> None:
+        datasets = pytest.importorskip("sklearn.datasets")
+        digits = datasets.load_digits()
+        pictures = (digits.images * 15.9375).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+        self.images = np.repeat(pictures[..., None], 3, 3)
+        labels = torch.from_numpy(digits.target)
+        torch.manual_seed(0)
+        self.model = timm.create_model("mobilenetv3_small_050", num_classes=10)
+        optimizer = torch.optim.AdamW(self.model.parameters(), 2e-3)
+        for _ in range(60):
+            rows = torch.randint(1400, (64,))
+            logits = self.model(normalised(self.images[rows.numpy()]))
+            loss = nn.functional.cross_entropy(logits, labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        # few steps: the running statistics lag behind the weights
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.momentum = None
+        with torch.no_grad():
+            for begin in range(0, 512, 128):
+                self.model(normalised(self.images[begin : begin + 128]))
+        self.model.eval()
+        self.fresh = self.images[1400:]
+        self.expected = logits_of(self.model, self.fresh)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return Digits()
+
+
+@pytest.mark.slow
+def test_a_trained_model_agrees_and_bias_correction_helps(digits: Digits) -> None:
+    found = {}
+    for correct in (True, False):
+        quantized = quantize(digits.model, [digits.images[:256]], bias_correction=correct, **PIXELS)
+        logits = reference.run(quantized.graph, digits.fresh)
+        found[correct] = (
+            sqnr(digits.expected, logits),
+            float(np.abs((logits - digits.expected).mean(0)).mean()),
+            float((logits.argmax(1) == digits.expected.argmax(1)).mean()),
+        )
+    (ratio, mean, agreement), (plain, plain_mean, _) = found[True], found[False]
+    assert ratio > 14 and agreement > 0.95, found
+    assert ratio > plain and mean < plain_mean, found
+
+
+class Imagenet:
+    """MobileNetV2 and 500 pictures, in sorted order."""
+
+    def __init__(self, data: Path) -> None:
+        from PIL import Image
+
+        from vitkd_fast.distill.data import eval_transform
+
+        self.model = timm.create_model(
+            "mobilenetv2_100",
+            pad_type="same",
+            checkpoint_path=str(data / "mobilenetv2_100.tf_in1k.safetensors"),
+        ).eval()
+        self.transform, self.open = eval_transform(224, 0.875, "bicubic"), Image.open
+        self.sample = zipfile.ZipFile(data / "imagenet-sample-a.zip")
+        self.names = sorted(n for n in self.sample.namelist() if n.endswith(".JPEG"))
+        indices = json.loads((data / "imagenet_wnid_to_index.json").read_text())
+        self.labels = np.array([indices[Path(name).name.split("_")[0]] for name in self.names])
+
+    def images(self, rows: Array) -> Array:
+        pictures = (self.open(io.BytesIO(self.sample.read(self.names[row]))) for row in rows)
+        transformed = [np.asarray(self.transform(picture.convert("RGB"))) for picture in pictures]
+        return np.stack(transformed).transpose(0, 2, 3, 1)
+
+    def logits(self, images: Array) -> Array:
+        halves = ((0.5,) * 3,) * 2
+        with torch.no_grad():
+            return np.concatenate(
+                [
+                    self.model(normalised(images[begin : begin + 25], *halves)).numpy()
+                    for begin in range(0, len(images), 25)
+                ]
+            )
+
+    def quantized(self, images: Array) -> QuantizedModel:
+        return quantize(self.model, [images], mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_imagenet(data: Path) -> None:
+    """Some pictures of the first fold; `test_imagenet_in_four_folds` has all."""
+    imagenet = Imagenet(data)
+    quantized = imagenet.quantized(imagenet.images(np.arange(0, 500, 16)))
+    fresh = imagenet.images(np.arange(1, 500, 8))
+    expected, logits = imagenet.logits(fresh), load(file.dump(quantized.graph))(fresh)
+    assert sqnr(expected, logits) > 22
+    assert (expected.argmax(1) == logits.argmax(1)).mean() > 0.95
+
+
+@pytest.mark.slow
+def test_imagenet_in_four_folds(data: Path) -> None:
+    imagenet = Imagenet(data)
+    images = imagenet.images(np.arange(500))
+    expected = imagenet.logits(images)
+    right, agreements, ratios, tops = expected.argmax(1) == imagenet.labels, [], [], []
+    for fold in range(4):
+        calibrates = np.arange(500) % 4 == fold
+        session = load(imagenet.quantized(images[calibrates]).graph)
+        logits = session(images[~calibrates])
+        agreements.append((logits.argmax(1) == expected[~calibrates].argmax(1)).mean())
+        ratios.append(sqnr(expected[~calibrates], logits))
+        found = logits.argmax(1) == imagenet.labels[~calibrates]
+        tops.append(found.mean() - right[~calibrates].mean())
+    measured = f"agreement {agreements}, SQNR {ratios}, top-1 less float {tops}"
+    assert np.mean(agreements) >= 0.985, measured
+    assert np.mean(ratios) >= 23, measured
+    assert np.mean(tops) >= -0.005, measured

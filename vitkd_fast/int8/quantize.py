@@ -1,0 +1,407 @@
+"""From a float model and some pictures to a quantised graph.
+
+The float graph runs once over the pictures for the ranges of its maps. Then, node by node, weights
+are rounded and the rounded node runs over all pictures, so that each bias can make up for the mean
+error of everything before it. Maps are kept as bytes and freed after their last use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import file, simulate
+from .calibrate import CALIBRATIONS, Calibration, Histogram, Scale
+from .graph import Add, Array, Classifier, Conv, Depthwise, Graph, Node, Pool, SqueezeExcite
+from .lower import FloatNode, forward, lower
+from .report import LayerReport, QuantizedModel, Report
+
+_CHUNK = 16  # pictures computed at a time
+_COMPARED = 32  # pictures of which every map is compared with the float one
+_ROUNDS = 2  # in which a bias before an activation is settled
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    images: Iterable[Any],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    calibration: Calibration = "mse",
+    bias_correction: bool = True,
+    classes: Sequence[str] | None = None,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+) -> QuantizedModel:
+    """int8 weights per channel, u8 activations per map, int32 biases: post-training, calibrated.
+
+    Args:
+        model: in evaluation mode, on any device; left as it is.
+        images: batches [N, H, H, 3], uint8 ndarrays or tensors, or one of them: pictures as they
+            are before normalisation. Some 100 to 500; read once and kept.
+        mean: of the normalisation, for pixels in [0, 1]; None: as in model.pretrained_cfg.
+        std: likewise.
+        calibration: how a map's range is found: "mse" (least expected squared error),
+            "percentile" (99.99% of the values at either end) or "minmax".
+        bias_correction: makes each convolution's mean output that of the float model, in order.
+        classes: names of the logits.
+        image_size: checked against the pictures.
+        crop_pct: kept for the user; None: as in model.pretrained_cfg, else 1.
+        interpolation: likewise; else bilinear.
+
+    Raises:
+        ValueError: images of another type or shape, of several sizes, or none; an argument out of
+            what is accepted; a model in training mode.
+        UnsupportedError: the model holds an operation that the engine does not have.
+    """
+    if calibration not in CALIBRATIONS:
+        accepted = ", ".join(CALIBRATIONS)
+        raise ValueError(f"quantize: calibration is {calibration!r}; accepted: {accepted}")
+    known = getattr(model, "pretrained_cfg", None) or {}
+    known = known if isinstance(known, Mapping) else {}
+    mean = _normalisation("mean", known.get("mean") if mean is None else mean)
+    std = _normalisation("std", known.get("std") if std is None else std)
+    pictures = _pictures(images, image_size)
+    pictures = pictures.to(next(model.parameters(), torch.empty(0)).device)
+    with torch.random.fork_rng([pictures.device] if pictures.is_cuda else []):
+        nodes = lower(model, pictures.shape[2])
+    red, green, blue = (min(max(round(255 * m), 0), 255) for m in mean)
+    graph = Graph(
+        nodes=(),
+        image_size=pictures.shape[2],
+        padding_bytes=(red, green, blue),
+        mean=mean,
+        std=std,
+        crop_pct=float(crop_pct or known.get("crop_pct") or 1.0),
+        interpolation=interpolation or known.get("interpolation") or "bilinear",
+        classes=tuple(classes or ()),
+    )
+    return _Quantizer(graph, nodes, pictures, calibration, bias_correction).run()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A float node that becomes a quantised one, with the addition that it takes in."""
+
+    node: FloatNode
+    inputs: tuple[int, ...]  # the float nodes that it reads
+    output: int  # the float node whose output it makes
+    activation: str | None
+
+
+class _Quantizer:
+    """One run of `quantize`, its arguments checked. Maps have the indices of the float nodes."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        nodes: tuple[FloatNode, ...],
+        pictures: Tensor,
+        calibration: Calibration,
+        bias_correction: bool,
+    ) -> None:
+        self.graph, self.float_nodes, self.pictures = graph, nodes, pictures
+        self.calibration, self.bias_correction = calibration, bias_correction
+        # means [C] of the float maps, before their activation and after it
+        self.before: list[Any] = [0.0] * len(nodes)
+        self.after: list[Any] = [0.0] * len(nodes)
+        self.scales = {-1: Scale(1.0, 0)}
+        self.maps = {-1: pictures}  # bytes [N, C, H, W]
+        self.kept: dict[int, Tensor] = {}  # the maps of the first pictures
+
+    def run(self) -> QuantizedModel:
+        float_logits = self.observe()
+        steps = _steps(self.float_nodes)
+        last_use = {source: step.output for step in steps for source in step.inputs}
+        index = {-1: -1} | {step.output: position for position, step in enumerate(steps)}
+        nodes: list[Node] = []
+        logits = float_logits
+        for step in steps:
+            inputs = tuple(index[source] for source in step.inputs)
+            nodes.append(self.quantized(step, {"name": step.node.name, "inputs": inputs}))
+            output = torch.cat(list(self.simulated(nodes[-1], step)))
+            for source in {source for source in step.inputs if last_use[source] == step.output}:
+                del self.maps[source]
+            if isinstance(nodes[-1], Classifier):
+                logits = output.flatten(1)
+            else:
+                self.maps[step.output] = output
+                self.kept[step.output] = output[:_COMPARED].clone()
+        graph = replace(self.graph, nodes=tuple(nodes))
+        file.validate(graph)
+        same = (float_logits.argmax(1) == logits.argmax(1)).double().mean()
+        error = (float_logits - logits).double()
+        sqnr = _decibels(float_logits.double().square().sum(), error.square().sum())
+        return QuantizedModel(
+            graph, Report(self.layers(steps, nodes), float(same), sqnr, len(logits))
+        )
+
+    # the float model
+
+    def normalised(self, pictures: Tensor) -> Tensor:
+        mean, std = (
+            torch.tensor(value, dtype=torch.float32, device=pictures.device).view(3, 1, 1)
+            for value in (self.graph.mean, self.graph.std)
+        )
+        return (pictures / 255 - mean) / std
+
+    def observe(self) -> Tensor:
+        """Scales, means and logits of the float graph on all pictures."""
+        histograms = [Histogram() for _ in self.float_nodes]
+
+        def count(index: int, before: Tensor, output: Tensor) -> None:
+            for means, value in ((self.before, before), (self.after, output)):
+                means[index] += value.mean((2, 3)).double().sum(0) / len(self.pictures)
+            try:
+                histograms[index].add(output)
+            except ValueError as error:
+                name = self.float_nodes[index].name
+                raise ValueError(f"quantize: {name}: {error}") from None
+
+        chunks = self.pictures.split(_CHUNK)
+        logits = [forward(self.float_nodes, self.normalised(chunk), count) for chunk in chunks]
+        for index, (node, histogram) in enumerate(zip(self.float_nodes, histograms, strict=True)):
+            scale = histogram.range(self.calibration)
+            if node.activation == "relu6" and scale.ends[1] > 5:
+                # many values are 6: to clip all of them a little is no rounding that averages out
+                scale = Scale.of(0.0, 6.0)
+            self.scales[index] = scale
+        return torch.cat(logits)
+
+    def layers(self, steps: list[_Step], nodes: list[Node]) -> tuple[LayerReport, ...]:
+        """Compares maps with those of the float graph, which runs once more."""
+        # signal, noise, values clipped, values
+        sums = {output: np.zeros(4) for output in self.kept}
+        begin = 0
+
+        def compare(index: int, _: Tensor, output: Tensor) -> None:
+            if index not in self.kept:
+                return
+            scale, q = self.scales[index], self.kept[index][begin : begin + len(output)]
+            lo, hi = scale.ends
+            value = (q.float() - scale.zero_point) * scale.scale
+            clipped = (output < lo - scale.scale / 2) | (output > hi + scale.scale / 2)
+            found = (output.square().sum(), (output - value).square().sum(), clipped.sum())
+            sums[index] += [*map(float, found), output.numel()]
+
+        for chunk in self.pictures[:_COMPARED].split(_CHUNK):
+            forward(self.float_nodes, self.normalised(chunk), compare)
+            begin += len(chunk)
+        layers = []
+        for step, node in zip(steps[:-1], nodes[:-1], strict=True):
+            signal, noise, clipped, count = sums[step.output]
+            ends, sqnr = self.scales[step.output].ends, _decibels(signal, noise)
+            layers.append(LayerReport(node.name, node.op, *ends, sqnr, clipped / count))
+        return tuple(layers)
+
+    # the quantised one
+
+    def padding(self, source: int) -> Tensor:
+        """What pads a map and stands for its zeros, [1 or 3, 1, 1]."""
+        zeros = self.graph.padding_bytes if source == -1 else [self.scales[source].zero_point]
+        return torch.tensor(zeros, dtype=torch.float32, device=self.pictures.device).view(-1, 1, 1)
+
+    def simulated(self, node: Node, step: _Step) -> Iterator[Tensor]:
+        """A node's output on all pictures, in chunks."""
+        inputs = [(self.maps[source], self.padding(source)) for source in step.inputs]
+        for i in range(0, len(self.pictures), _CHUNK):
+            yield simulate.compute(node, [(data[i : i + _CHUNK], pad) for data, pad in inputs])
+
+    def quantized(self, step: _Step, fields: dict[str, Any]) -> Node:
+        node, scale = step.node, self.scales[step.output]
+        if step.output == len(self.float_nodes) - 1:
+            return self.weighed(step, Classifier, fields, 1.0)
+        fields["zero_point"] = scale.zero_point
+        if step.activation in ("relu", "relu6"):
+            fields["lo"] = scale.zero_point
+        if step.activation == "relu6":
+            fields["hi"] = min(255, scale.zero_point + round(6 / scale.scale))
+        ratios = [self.scales[source].scale / scale.scale for source in step.inputs]
+        if node.op == "add":
+            return Add(multipliers=(_ratio(ratios[0]), _ratio(ratios[1])), **fields)
+        if node.op == "pool":
+            return Pool(ratio=ratios[0], **fields)
+        if node.op == "squeeze_excite":
+            for number, weight, bias in (("1", node.w1, node.b1), ("2", node.w2, node.b2)):
+                rounded, fields["s" + number] = SqueezeExcite.rounded(_numpy(weight).T)
+                fields["q" + number] = np.ascontiguousarray(rounded)
+                fields["b" + number] = _numpy(bias).astype(np.float32)
+            fields["hidden_hardswish"] = node.hidden == "hardswish"
+            own = self.scales[step.inputs[0]].scale
+            return SqueezeExcite(scale=own, ratio=float(np.float32(ratios[0])), **fields)
+        fields |= {"stride": node.stride, "padding": node.padding}
+        if step.activation == "hardswish":
+            fields["hardswish_scale"] = float(np.float32(1 / (6 * scale.scale)))
+            return self.weighed(step, Depthwise if node.groups > 1 else Conv, fields, 1.0)
+        if len(ratios) == 2:
+            fields["residual_multiplier"] = _ratio(ratios[1])
+        return self.weighed(step, Depthwise if node.groups > 1 else Conv, fields, scale.scale)
+
+    def weighed(self, step: _Step, cls: Any, fields: dict[str, Any], out: float) -> Node:
+        """A node with weights; float(acc) * multiplier is its value / out.
+
+        A unit of the sums is input scale * weight scale. It has a floor, so that a channel with
+        few or no weights keeps its bias in 30 bits and its multiplier normal.
+        """
+        source, scale = step.inputs[0], self.scales[step.inputs[0]].scale
+        weight, bias = _numpy(step.node.weight), _numpy(step.node.bias)
+        pad = self.padding(source)
+        zero = pad.double().cpu().numpy()
+        if source == -1:  # bytes, not normalised pixels; what pads them is rounded
+            weight = weight / (255 * np.array(self.graph.std)[:, None, None])
+            zero = 255 * np.array(self.graph.mean)[:, None, None]
+        unit = np.abs(weight).max((1, 2, 3)) * scale / 127
+        unit = np.maximum(unit, np.maximum(np.abs(bias) / 2**29, out * 2.0**-40))
+        multiplier = _significant(unit / out, 22)
+        unit = multiplier.astype(np.float64) * out
+        q = np.rint(weight * scale / unit[:, None, None, None]).clip(-127, 127).astype(np.int8)
+        if cls is Conv:
+            q = q.transpose(0, 2, 3, 1)
+        elif cls is Depthwise:
+            q = q[:, 0].transpose(1, 2, 0)
+        else:
+            q = q[:, :, 0, 0]
+        zeros = np.zeros(len(unit), np.int32)
+        node = cls(weight=np.ascontiguousarray(q), bias=zeros, multiplier=multiplier, **fields)
+        folded = simulate.folded(node, zero)
+        if self.bias_correction:
+            value = _numpy(simulate.sums(node, (self.mean_map(source) - pad)[None]).mean((0, 2, 3)))
+            value = value + simulate.folded(node, pad.double().cpu().numpy()) - folded
+            bias = _numpy(self.before[step.output]) - value * unit
+            for other in step.inputs[1:]:
+                bias = bias - self.mean_value(other)
+        most = 2**31 - 1 - simulate.largest(node)
+        node = _biased(node, bias / unit - folded, most)
+        if self.bias_correction and step.activation:
+            for _ in range(_ROUNDS):
+                node = _biased(node, node.bias + self.error_after(node, step) / unit, most)
+        return node
+
+    def error_after(self, node: Any, step: _Step) -> Array:
+        """[C]: what to add before the activation, so that the mean after it is the float one.
+
+        Where few values are between the flat parts of the activation it has little leverage, and
+        is left small.
+        """
+        scale = self.scales[step.output]
+        mean: Any = 0.0
+        inside: Any = 0.0
+        for output in self.simulated(node, step):
+            between = (output > scale.zero_point) & (output < node.hi)
+            mean += output.float().mean((2, 3)).double().sum(0) / len(self.pictures)
+            inside += between.float().mean((2, 3)).double().sum(0) / len(self.pictures)
+        error = self.after[step.output] - (mean - scale.zero_point) * scale.scale
+        return _numpy(error * inside / (inside**2 + 0.0025))
+
+    def mean_map(self, source: int) -> Tensor:
+        """[C, H, W], of the bytes on all pictures, in float64."""
+        chunks = self.maps[source].split(_CHUNK)
+        total: Any = sum(chunk.float().sum(0).double() for chunk in chunks)
+        return total / len(self.pictures)
+
+    def mean_value(self, source: int) -> Array:
+        """[C], of what the bytes stand for."""
+        scale = self.scales[source]
+        mean = self.mean_map(source).mean((1, 2)) - scale.zero_point
+        return _numpy(mean) * scale.scale
+
+
+def _steps(nodes: tuple[FloatNode, ...]) -> list[_Step]:
+    """The nodes in order; an addition becomes part of a convolution before it where it can."""
+    readers = Counter(source for node in nodes for source in node.inputs)
+    taken: dict[int, int] = {}  # addition -> convolution
+    for index, node in enumerate(nodes):
+        fit = [
+            source
+            for source in node.inputs
+            if node.op == "add"
+            and nodes[source].op == "conv"
+            and (nodes[source].groups, nodes[source].activation) == (1, None)
+            and readers[source] == 1
+        ]
+        if fit:
+            taken[index] = max(fit)
+    steps = []
+    for index, node in enumerate(nodes):
+        if index in taken:
+            conv, (a, b) = nodes[taken[index]], node.inputs
+            other = b if a == taken[index] else a
+            steps.append(_Step(conv, (*conv.inputs, other), index, node.activation))
+        elif index not in taken.values():
+            steps.append(_Step(node, node.inputs, index, node.activation))
+    return steps
+
+
+def _pictures(images: Iterable[Any], image_size: int | None) -> Tensor:
+    """All batches as one tensor of bytes, [N, 3, H, H] in channels-last memory."""
+    accepted = "accepted: uint8 batches [N, H, H, 3] of one size, ndarrays or tensors"
+    batches: list[Tensor] = []
+    for batch in [images] if isinstance(images, np.ndarray | Tensor) else images:
+        if not isinstance(batch, np.ndarray | Tensor):
+            raise ValueError(
+                f"quantize: batch {len(batches)} of images is a {type(batch).__name__}; {accepted}"
+            )
+        shape = tuple(batch.shape)
+        given = f"batch {len(batches)} of images is {batch.dtype} {list(shape)}"
+        right = len(shape) == 4 and shape[3] == 3 and shape[1] == shape[2] > 0
+        if not right or batch.dtype not in (np.uint8, torch.uint8):
+            raise ValueError(f"quantize: {given}; {accepted}")
+        if batches and shape[1:] != batches[0].shape[1:]:
+            raise ValueError(f"quantize: {given}, the first {list(batches[0].shape)}; {accepted}")
+        if image_size is not None and shape[1] != image_size:
+            raise ValueError(f"quantize: {given} and image_size is {image_size}; {accepted}")
+        batches.append(torch.as_tensor(batch))
+    if not sum(map(len, batches)):
+        shapes = ", ".join(str(list(batch.shape)) for batch in batches) or "no batches"
+        raise ValueError(f"quantize: images holds no pictures ({shapes}); {accepted}")
+    return torch.cat([batch.cpu() for batch in batches]).permute(0, 3, 1, 2)
+
+
+def _normalisation(name: str, value: Any) -> tuple[float, float, float]:
+    if value is None:
+        raise ValueError(
+            f"quantize: {name} is None and the model has no pretrained_cfg with one; accepted: "
+            "three numbers, for pixels in [0, 1]"
+        )
+    numbers = tuple(float(number) for number in value)
+    fit = all(map(math.isfinite, numbers)) and (name == "mean" or min(numbers, default=0) > 0)
+    if len(numbers) != 3 or not fit:
+        raise ValueError(f"quantize: {name} is {value}; accepted: three numbers, std over 0")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _biased(node: Any, bias: Array, most: Array) -> Any:
+    """The node with a bias rounded, and no larger than most."""
+    return replace(node, bias=np.clip(np.rint(bias), -most, most).astype(np.int32))
+
+
+def _significant(x: Array, bits: int) -> Array:
+    """Rounded to so many bits, as float32."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits).astype(np.float32)
+
+
+def _ratio(x: float) -> float:
+    """Of 16 bits: its product with a difference of bytes is exact in float32."""
+    return float(_significant(np.array(x), 16))
+
+
+def _numpy(x: Tensor | None) -> Array:
+    assert x is not None
+    return x.double().cpu().numpy()
+
+
+def _decibels(signal: Any, noise: Any) -> float:
+    signal, noise = float(signal), float(noise)
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
