@@ -1,73 +1,30 @@
 """The Triton kernels of kd_loss: interpreted, compiled without a GPU, and on one.
 
 Interpreter and GPU run test_kd.py, whose comparisons with the float64 reference hold for every
-backend. Run as a script, this file is pytest in an interpreter whose CPU operations are Triton's.
+backend.
 """
 
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from .triton_tools import (
+    INTERPRETED,
+    assert_nothing_is_spilled,
+    compile_only,
+    run_in_interpreter,
+    run_tests,
+)
+
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def interpret(arguments: list[str]) -> int:
-    """pytest with the launchers registered for CPU tensors."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-    from vitkd_fast.kernels import kd
-
-    from vitkd_fast import _ops
-
-    convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
-
-    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        # the interpreter cuts bfloat16 off where a GPU rounds to nearest
-        if (source, target) == (tl.float32, tl.bfloat16):
-            wide = torch.from_numpy(np.ascontiguousarray(data))
-            return wide.to(torch.bfloat16).view(torch.uint16).numpy()
-        return convert(data, source, target, mode)
-
-    def indexed(tensor: Any, scope: Any) -> None:
-        # NumPy no longer makes an int of an array of one element, which Triton 3.6 asks for
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._convert_float, interpreter._patch_lang_tensor = rounded, indexed
-    np.seterr(all="ignore")
-    for op in _ops.OPERATIONS:
-        if op.stem == "kd":
-            _ops._library.impl(op.name, getattr(kd, op.name), "CPU")
-    return int(pytest.main(arguments))
-
-
-def run_tests(cwd: Path, start: list[str], *arguments: str, **environment: str) -> None:
-    """Runs pytest in a process of its own, outside the checkout."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VITKD_FAST_", "TRITON_"))}
-    fixed = ["-q", "--tb=short", "-p", "no:cacheprovider"]
-    fixed += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    result = subprocess.run(
-        [sys.executable, *start, *fixed, *arguments],
-        cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
-    assert " failed" not in result.stdout
-
+SHARED = str(Path(__file__).with_name("test_kd.py"))
 
 # in the interpreter
 
-SHARED = str(ROOT / "tests/test_kd.py")
 # each kind of test, on forms that are quick there: milliseconds per program and tile
 QUICK = " or ".join(
     f"({x})"
@@ -88,21 +45,15 @@ QUICK = " or ".join(
         "weights_of_zero",
     )
 )
-IN_INTERPRETER = {"TRITON_INTERPRET": "1", "VITKD_FAST_BACKEND": "reference"}
 
 
 def test_in_the_interpreter(tmp_path: Path) -> None:
-    run_tests(
-        tmp_path, [__file__], SHARED, __file__, "-m", "not gpu and not slow", "-k", QUICK,
-        **IN_INTERPRETER,
-    )  # fmt: skip
+    run_in_interpreter(tmp_path, SHARED, __file__, "-m", "not gpu and not slow", "-k", QUICK)
 
 
 @pytest.mark.slow
 def test_all_in_the_interpreter(tmp_path: Path) -> None:
-    run_tests(
-        tmp_path, [__file__], SHARED, "-m", "not gpu", "-k", "match or extreme", **IN_INTERPRETER
-    )
+    run_in_interpreter(tmp_path, SHARED, "-m", "not gpu", "-k", "match or extreme")
 
 
 # what Triton alone does, in the interpreter or on a GPU that it serves
@@ -181,70 +132,9 @@ class TestGPU:
 # compiled without a GPU
 
 
-class Driver:
-    """As much of a GPU as the compiler asks for."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class Compiled:
-    """In a kernel's place: compiles what would be launched."""
-
-    def __init__(self, kernel: Any, results: list[Any]) -> None:
-        self.kernel, self.results = kernel, results
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **kwargs: self.results.append(
-            self.kernel.warmup(*args, grid=grid, **kwargs)
-        )
-
-
 @pytest.fixture(params=[80, 90], ids="sm_{}".format)
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The launchers compile, by the way a launch takes, and the results are collected here."""
-    from triton.runtime import driver
-    from vitkd_fast.kernels import kd
-
-    results: list[Any] = []
-    monkeypatch.setattr(driver, "_active", Driver(request.param))
-    for name in ("_kd_total_kernel", "_kd_fwd_kernel", "_kd_bwd_kernel", "_kd_scale_kernel"):
-        monkeypatch.setattr(kd, name, Compiled(getattr(kd, name), results))
-    return results
-
-
-def resources(kernel: Any, folder: Path) -> dict[str, int]:
-    """Registers, and bytes of stack, shared and local memory."""
-    import triton
-
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run(
-        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    return {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-
-
-def assert_nothing_is_spilled(kernels: list[Any], folder: Path) -> None:
-    assert kernels
-    for kernel in kernels:
-        used = resources(kernel, folder)
-        print(kernel.name, used)
-        assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{kernel.name}: {used}"
-        # a product and a difference rounded as one would part equal student and teacher
-        assert "fma.rn.f32" not in kernel.asm["ptx"]
+    return compile_only(monkeypatch, request.param, "kd")
 
 
 FORMS = {
@@ -300,7 +190,3 @@ def test_compiled_with_every_option_without_spills(
 ) -> None:
     compile_all(form, dtype, everything=True)
     assert_nothing_is_spilled(compiled, tmp_path)
-
-
-if __name__ == "__main__":
-    sys.exit(interpret(sys.argv[1:]))

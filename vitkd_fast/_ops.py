@@ -56,6 +56,14 @@ def _nothing(*args: Any) -> None:
     return None
 
 
+def _int8_dwconv_fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(reference.int8_dwconv_shape(x, *rest))
+
+
+def _int8_pwconv_fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(reference.int8_pwconv_shape(x, *rest))
+
+
 class Operation(NamedTuple):
     schema: str
     fake: Callable
@@ -92,6 +100,17 @@ OPERATIONS = [
     Operation(
         "kd_scale_(Tensor(a!) grad, Tensor factor) -> ()",
         _nothing, reference.kd_scale_, "kd",
+    ),
+    Operation(
+        "int8_dwconv(Tensor x, Tensor weight, Tensor bias, Tensor multiplier, int[2] stride, "
+        "int[4] padding, int x_zero_point, int y_zero_point, int lo, int hi, "
+        "float? hardswish_scale=None) -> Tensor",
+        _int8_dwconv_fake, reference.int8_dwconv, "int8_dwconv",
+    ),
+    Operation(
+        "int8_pwconv(Tensor x, Tensor weight, Tensor bias, Tensor multiplier, int y_zero_point, "
+        "int lo, int hi, float? hardswish_scale=None) -> Tensor",
+        _int8_pwconv_fake, reference.int8_pwconv, "int8_pwconv",
     ),
 ]  # fmt: skip
 

@@ -23,7 +23,8 @@ Array<T> array_of(const py::handle& node, const char* name) {
   const py::object value = node.attr(name);
   if (!py::isinstance<py::array>(value)) throw GraphError(std::string(name) + " is no array");
   const auto array = py::cast<py::array>(value);
-  constexpr int kFlags = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  constexpr int kFlags =
+      py::array::c_style | static_cast<int>(py::detail::npy_api::NPY_ARRAY_ALIGNED_);
   if (!array.dtype().equal(py::dtype::of<T>()) || (array.flags() & kFlags) != kFlags) {
     throw GraphError(std::string(name) + " is of the wrong dtype, not contiguous or not aligned");
   }

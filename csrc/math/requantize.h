@@ -7,7 +7,7 @@
 //   y = clamp(rne(clamp(v, -32768, 32767)) + zero_point, lo, hi)
 #pragma once
 
-#include <cmath>
+#include <bit>
 #include <cstdint>
 
 #include "math/hd.h"
@@ -31,7 +31,15 @@ VITKD_HD float add(float a, float b) {
 #endif
 }
 
-VITKD_HD float clamp(float v, float lo, float hi) { return fminf(fmaxf(v, lo), hi); }
+// not a number becomes lo
+VITKD_HD float clamp(float v, float lo, float hi) {
+#ifdef __CUDA_ARCH__
+  return fminf(fmaxf(v, lo), hi);
+#else
+  v = v > lo ? v : lo;  // one instruction where fmaxf is a call
+  return v < hi ? v : hi;
+#endif
+}
 
 struct Requantize {
   int32_t zero_point = 0;
@@ -40,24 +48,32 @@ struct Requantize {
   float hardswish_scale = 0;  // 0: no hard-swish; a stored one is positive
 };
 
+// rne is monotone and keeps integers, so v may be clamped to [lo, hi] before it is rounded; and
+// adding 1.5 * 2^23, whose bits end in 22 zeros, rounds it to an integer in the lowest bits.
 VITKD_HD uint8_t to_byte(float v, const Requantize& r) {
-  v = clamp(v, -32768.0f, 32767.0f);
+  const auto lo = static_cast<float>(r.lo - r.zero_point);
+  const auto hi = static_cast<float>(r.hi - r.zero_point);
+  const float rounded = add(clamp(v, lo, hi), 12582912.0f);
 #ifdef __CUDA_ARCH__
-  const int32_t rounded = __float2int_rn(v);
+  const int32_t bits = __float_as_int(rounded);
 #else
-  const int32_t rounded = static_cast<int32_t>(std::nearbyintf(v));
+  const auto bits = std::bit_cast<int32_t>(rounded);
 #endif
-  const int32_t y = rounded + r.zero_point;
-  return static_cast<uint8_t>(y < r.lo ? r.lo : y > r.hi ? r.hi : y);
+  return static_cast<uint8_t>(bits + r.zero_point);
 }
 
 VITKD_HD float hardswish(float t, float k) {
   return mul(mul(t, clamp(add(t, 3.0f), 0.0f, 6.0f)), k);
 }
 
+template <bool kHardswish>
 VITKD_HD uint8_t requantize(int32_t acc, float m, const Requantize& r) {
   const float v = mul(static_cast<float>(acc), m);
-  return to_byte(r.hardswish_scale == 0.0f ? v : hardswish(v, r.hardswish_scale), r);
+  return to_byte(kHardswish ? hardswish(v, r.hardswish_scale) : v, r);
+}
+
+VITKD_HD uint8_t requantize(int32_t acc, float m, const Requantize& r) {
+  return r.hardswish_scale == 0.0f ? requantize<false>(acc, m, r) : requantize<true>(acc, m, r);
 }
 
 }  // namespace vitkd::int8

@@ -1,0 +1,137 @@
+"""Triton without a GPU: kernels in the interpreter, and compiled for a GPU that is not there.
+
+Run as a script, this file is pytest in an interpreter whose CPU operations are Triton's.
+"""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+IN_INTERPRETER = {"TRITON_INTERPRET": "1", "VITKD_FAST_BACKEND": "reference"}
+
+
+def interpret(arguments: list[str]) -> int:
+    """pytest with the launchers registered for CPU tensors."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from vitkd_fast import _ops
+
+    convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        # the interpreter cuts bfloat16 off where a GPU rounds to nearest
+        if (source, target) == (tl.float32, tl.bfloat16):
+            wide = torch.from_numpy(np.ascontiguousarray(data))
+            return wide.to(torch.bfloat16).view(torch.uint16).numpy()
+        return convert(data, source, target, mode)
+
+    def indexed(tensor: Any, scope: Any) -> None:
+        # NumPy no longer makes an int of an array of one element, which Triton 3.6 asks for
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._convert_float, interpreter._patch_lang_tensor = rounded, indexed
+    np.seterr(all="ignore")
+    for op in _ops.OPERATIONS:
+        kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")
+        _ops._library.impl(op.name, getattr(kernels, op.name), "CPU")
+    return int(pytest.main(arguments))
+
+
+def run_tests(cwd: Path, start: list[str], *arguments: str, **environment: str) -> None:
+    """Runs pytest in a process of its own, outside the checkout."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VITKD_FAST_", "TRITON_"))}
+    fixed = ["-q", "--tb=short", "-p", "no:cacheprovider"]
+    fixed += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    result = subprocess.run(
+        [sys.executable, *start, *fixed, *arguments],
+        cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+    assert " failed" not in result.stdout
+
+
+def run_in_interpreter(cwd: Path, *arguments: str) -> None:
+    run_tests(cwd, [__file__], *arguments, **IN_INTERPRETER)
+
+
+class Driver:
+    """As much of a GPU as the compiler asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled:
+    """In a kernel's place: compiles what would be launched."""
+
+    def __init__(self, kernel: Any, results: list[Any]) -> None:
+        self.kernel, self.results = kernel, results
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.results.append(
+            self.kernel.warmup(*args, grid=grid, **kwargs)
+        )
+
+
+def compile_only(monkeypatch: pytest.MonkeyPatch, capability: int, stem: str) -> list[Any]:
+    """The launchers of kernels/<stem>.py compile, and the results are collected in the list."""
+    from triton.runtime import driver
+
+    results: list[Any] = []
+    monkeypatch.setattr(driver, "_active", Driver(capability))
+    kernels = importlib.import_module(f"vitkd_fast.kernels.{stem}")
+    for name in vars(kernels).copy():
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name), results))
+    return results
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers, and bytes of stack, shared and local memory."""
+    import triton
+
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run(
+        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    return {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+
+
+def assert_nothing_is_spilled(kernels: list[Any], folder: Path) -> None:
+    """Nor is a product rounded together with the sum that it goes into."""
+    assert kernels
+    for kernel in kernels:
+        used = resources(kernel, folder)
+        print(kernel.name, used)
+        assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{kernel.name}: {used}"
+        assert "fma.rn.f32" not in kernel.asm["ptx"], kernel.name
+
+
+if __name__ == "__main__":
+    sys.exit(interpret(sys.argv[1:]))
