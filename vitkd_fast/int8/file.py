@@ -365,7 +365,7 @@ def _size(size: int, kernel: int, stride: int, padding: Padding, axis: int) -> i
 
 
 def _sums(node: Conv | Depthwise | Classifier, weight: Array) -> None:
-    """Checks bias, multiplier and weight [channels, ...] so that no sum leaves int32."""
+    """Checks bias, multiplier and weight [channels, ...] so that no sum or value leaves int32."""
     channels = len(weight)
     _integer("the number of output channels", channels, 1, _MOST_CHANNELS)
     _array(node, "bias", np.int32, (channels,))
@@ -373,18 +373,21 @@ def _sums(node: Conv | Depthwise | Classifier, weight: Array) -> None:
     if weight.min() < -127:
         _fail("weight holds -128; accepted: -127 to 127")
     m = node.multiplier
+    hardswish = getattr(node, "hardswish_scale", None)
+    reach = m.astype(np.float64) * (1.0 if hardswish is None else max(1.0, 6 * hardswish))
     if not np.all((m >= np.finfo(np.float32).tiny) & (m < np.inf)):
         _fail("multiplier holds a number that is not normal, finite and positive")
     bias = np.abs(node.bias.astype(np.int64))
     # the sum of |w| is needed only where its bound is too large
     most = bias + 255 * 127 * (weight.size // channels)
-    if np.all(most < 2**31) and np.all(most * m.astype(np.float64) < 2**30):
+    if np.all(most < 2**31) and np.all(most * reach < 2**30):
         return
     most = bias + 255 * np.abs(weight).reshape(channels, -1).sum(1, dtype=np.int64)
-    for wrong in np.flatnonzero((most >= 2**31) | (most * m.astype(np.float64) >= 2**30))[:1]:
+    for wrong in np.flatnonzero((most >= 2**31) | (most * reach >= 2**30))[:1]:
         _fail(
             f"channel {wrong}: |bias| + 255 sum|w| is {most[wrong]} and the multiplier {m[wrong]}; "
-            "accepted: under 2^31, and their product under 2^30"
+            "accepted: under 2^31, and their product, of a hard-swish 6 hardswish_scale times it, "
+            "under 2^30"
         )
 
 
@@ -408,9 +411,9 @@ def _integer(what: str, value: Any, least: int, most: int) -> None:
 
 
 def _constant(what: str, value: Any, positive: bool = False, single: bool = False) -> None:
-    """Checks a float: finite, under 2^40, and as asked for positive and exact in float32."""
-    if not isinstance(value, float) or not abs(value) < 2.0**40 or (positive and value <= 0):
-        _fail(f"{what} is {_show(value)}; accepted: a {'positive ' * positive}float under 2^40")
+    """Checks a float: under 2^20, and as asked for positive and exact in float32."""
+    if not isinstance(value, float) or not abs(value) < 2.0**20 or (positive and value <= 0):
+        _fail(f"{what} is {_show(value)}; accepted: a {'positive ' * positive}float under 2^20")
     if single and float(np.float32(value)) != value:
         _fail(f"{what} is {value}, which is no float32")
 

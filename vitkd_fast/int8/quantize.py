@@ -52,7 +52,8 @@ def quantize(
         std: likewise.
         calibration: how a map's range is found: "mse" (least expected squared error),
             "percentile" (99.99% of the values at either end) or "minmax".
-        bias_correction: makes each convolution's mean output that of the float model, in order.
+        bias_correction: makes the mean of each convolution's output, before and after its
+            activation, that of the float model, in order.
         classes: names of the logits.
         image_size: checked against the pictures.
         crop_pct: kept for the user; None: as in model.pretrained_cfg, else 1.
@@ -169,12 +170,8 @@ class _Quantizer:
 
         chunks = self.pictures.split(_CHUNK)
         logits = [forward(self.float_nodes, self.normalised(chunk), count) for chunk in chunks]
-        for index, (node, histogram) in enumerate(zip(self.float_nodes, histograms, strict=True)):
-            scale = histogram.range(self.calibration)
-            if node.activation == "relu6" and scale.ends[1] > 5:
-                # many values are 6: to clip all of them a little is no rounding that averages out
-                scale = Scale.of(0.0, 6.0)
-            self.scales[index] = scale
+        for index, histogram in enumerate(histograms):
+            self.scales[index] = histogram.range(self.calibration)
         return torch.cat(logits)
 
     def layers(self, steps: list[_Step], nodes: list[Node]) -> tuple[LayerReport, ...]:
