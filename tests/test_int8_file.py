@@ -428,7 +428,7 @@ FIELDS: dict[str, tuple[Callable[[], Graph], str]] = {
     "hardswish_scale": (lambda: changed(6, hardswish_scale=0.0), "hardswish_scale is 0.0"),
     "hardswish_scale double": (lambda: changed(6, hardswish_scale=0.1), "which is no float32"),
     "hardswish and residual": (lambda: changed(3, hardswish_scale=1.0), "both given"),
-    "residual_multiplier": (lambda: changed(3, residual_multiplier=2.0**40), "under 2\\^40"),
+    "residual_multiplier": (lambda: changed(3, residual_multiplier=2.0**20), "under 2\\^20"),
     "residual's shape": (
         lambda: changed(3, weight=np.ones((1, 1, 1, 2), np.int8), bias=SUMS["bias"][:1],
                         multiplier=SUMS["multiplier"][:1]),
