@@ -25,7 +25,7 @@ endif
 OLDEST := .venv-oldest
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install demo test test-all test-oldest wheel bench gpu gpu-sanitize lint format clean
+.PHONY: help install demo test test-all test-oldest fuzz wheel bench gpu gpu-sanitize lint format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,6 +46,9 @@ test-oldest: wheel $(OLDEST)/ready  ## the wheel, built with the newest torch, i
 	$(OLDEST)/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
 	cd $(OLDEST) && bin/vitkd show
 	cd $(OLDEST) && bin/pytest -m "not slow" -c ../pyproject.toml $(addprefix ../,$(wildcard tests/test_kd*.py))
+
+fuzz: install  ## 10,000 damaged int8 files and graphs, the engine under both sanitizers
+	$(PY) tests/fuzz_int8.py --files 10000 --sanitize
 
 wheel: install  ## dist/*.whl
 	rm -rf dist build/lib* build/bdist*

@@ -2,9 +2,11 @@
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 # where only the losses' dependencies are, as on a bare machine with a GPU, the loop is left out
 _EXTRA = "jinja2 matplotlib pydantic rich scipy sklearn tensorboard timm torchmetrics yaml".split()
 _MISSING = [name for name in _EXTRA if not find_spec(name)]
-_LOOP = "cli config data evaluate loop models report".split()
+_LOOP = "cli config data evaluate int8_cli loop models report".split()
 collect_ignore = [f"test_{stem}.py" for stem in _LOOP] if _MISSING else []
 
 
@@ -56,6 +58,32 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+class Result(NamedTuple):
+    """Of a command: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def vitkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The command line, in this process."""
+    from vitkd_fast import cli
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["vitkd", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0  # type: ignore[assignment]
+        return Result(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,33 +15,12 @@ import yaml
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from vitkd_fast import cli, models
+from vitkd_fast import cli, int8, models
 from vitkd_fast.distill import data, evaluate, experiment, report, sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COMMANDS = ["distill", "eval", "predict", "report", "show", "demo"]
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def vitkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["vitkd", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0  # type: ignore[assignment]
-        return Result(code, *capsys.readouterr())
-
-    return run
+COMMANDS = "distill eval predict quantize profile report show demo".split()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +51,11 @@ def arguments(pictures: Path, folder: Path) -> list[str]:
         "run.epochs=1",
         "run.seeds=[0, 1]",
         f"run.folder={folder}",
+        "int8.enabled=false",
     ]
+
+
+INT8 = ["int8.enabled=true", "int8.pictures=32"]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +64,7 @@ def run_folder(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vitkd", "distill", *arguments(pictures, folder)])
+        patch.setattr(sys, "argv", ["vitkd", "distill", *arguments(pictures, folder), *INT8])
         with pytest.raises(SystemExit) as stop:
             cli.main()
     torch.set_num_threads(threads)
@@ -107,8 +89,8 @@ def test_help_lists_every_command(vitkd) -> None:
 
 def test_distill_leaves_a_whole_report(run_folder: Path) -> None:
     results = report.read(run_folder)
-    assert [m["role"] for m in results["models"]] == ["teacher", "alone", "distilled"]
-    assert [len(m["runs"]) for m in results["models"]] == [1, 2, 2]
+    assert [m["role"] for m in results["models"]] == ["teacher", "alone", "distilled", "int8"]
+    assert [len(m["runs"]) for m in results["models"]] == [1, 2, 2, 2]
     assert results["data"] == {
         "train": 150,
         "val": 50,
@@ -146,6 +128,45 @@ def test_the_seeds_differ_and_the_table_is_of_the_last_weights(
     assert float(printed["nll"]) == pytest.approx(losses[1], abs=2e-4)
 
 
+def test_the_student_becomes_int8(run_folder: Path, pictures: Path, vitkd) -> None:
+    results = report.read(run_folder)
+    distilled, row = results["models"][2:]
+    for seed, run in enumerate(row["runs"]):
+        file = run_folder / f"distilled-{seed}" / "last.int8.safetensors"
+        shown = vitkd("eval", file, pictures / "val")
+        assert shown.code == 0, shown.err
+        printed = dict(line.split() for line in shown.out.splitlines()[1:])
+        for name, value in run["metrics"].items():
+            assert printed[name] == f"{value:.4f}"
+        # rounding changes the answers, yet few of them
+        float_nll = distilled["runs"][seed]["metrics"]["nll"]
+        assert 0 < abs(run["metrics"]["nll"] - float_nll) < 0.3
+        assert run["fidelity"]["unchanged"] > 0.7
+        session, saved = int8.load(file), models.load(file.with_name("last.safetensors"))
+        assert session.classes == saved.classes
+        for name in ("image_size", "mean", "std", "crop_pct", "interpolation"):
+            assert getattr(session, name) == getattr(saved.pixels, name), name
+    first = run_folder / "distilled-0" / "last.int8.safetensors"
+    assert row["bytes"] == first.stat().st_size < distilled["bytes"] / 3
+    assert (row["parameters"], row["macs"]) == (distilled["parameters"], distilled["macs"])
+    assert row["mean"]["agreement"] == pytest.approx(distilled["mean"]["agreement"], abs=0.2)
+    assert "unchanged" not in distilled["mean"]
+    assert "Agreement with itself in float32" in (run_folder / "report.html").read_text()
+    assert any(note.startswith("int8 computes on the CPU") for note in results["notes"])
+
+
+def test_a_student_that_the_engine_lacks_has_no_row(pictures: Path, tmp_path: Path, vitkd) -> None:
+    given = [*arguments(pictures, tmp_path / "run"), *INT8, "run.seeds=[0]", "run.alone=false"]
+    result = vitkd("distill", *given, "student.model=ghostnet_100")
+    assert result.code == 0, result.err
+    results = report.read(tmp_path / "run")
+    assert [m["role"] for m in results["models"]] == ["teacher", "distilled"]
+    lines = [line for line in result.out.splitlines() if line.startswith("int8: no row: ")]
+    assert len(lines) == 1
+    assert "GhostModule): aten.cat.default" in lines[0]
+    assert results["notes"][-1] == lines[0].replace("int8: no", "No int8", 1)
+
+
 def test_distill_refuses_a_folder_with_a_run(pictures: Path, run_folder: Path, vitkd) -> None:
     result = vitkd("distill", *arguments(pictures, run_folder))
     assert result.code == 2
@@ -168,7 +189,7 @@ def test_resume_of_a_finished_run_only_reports(
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     (copy / "report.html").unlink()
-    result = vitkd("distill", *arguments(pictures, copy), "--resume")
+    result = vitkd("distill", *arguments(pictures, copy), *INT8, "--resume")
     assert result.code == 0, result.err
     assert " train step " not in result.out
     assert (copy / "report.html").exists()

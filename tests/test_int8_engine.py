@@ -202,7 +202,7 @@ def test_values_beyond_int32_are_refused_and_below_are_equal(what: str) -> None:
         elif what == "residual":
             b.conv(16, inputs=(0, 0), residual_multiplier=huge)
         elif what == "hardswish":
-            b.conv(16, hardswish_scale=huge, bias=0, weight=127, multiplier=2.0**-10)
+            b.conv(16, hardswish_scale=huge, bias=0, weight=127, multiplier=2.0**-12)
         else:
             q = np.ones((16, 16), np.int8)
             fields = {"q1": q, "q2": q, "s1": some, "s2": some, "b1": some, "b2": some}

@@ -381,3 +381,12 @@ for kernel, stride, out in [(1, 1, 16), (3, 2, 33), (5, 2, 64), (7, 4, 20), (9, 
 """
     result = python(code, str(Path(__file__).parent))
     assert result.returncode == 0, f"{result.returncode} at {result.stdout[-60:]}{result.stderr}"
+
+
+def test_damaged_files_and_graphs() -> None:
+    """A short run, without sanitizers, of what `make fuzz` does."""
+    driver = Path(__file__).parent / "fuzz_int8.py"
+    command = [sys.executable, driver, "--files", "300", "--seed", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "150 files" in result.stdout and "no finding" in result.stdout

@@ -31,6 +31,7 @@ TINY = [
     "student.model=mobilenetv2_035",
     "student.options={drop_rate: 0.2, drop_path_rate: 0.1}",
     "data.batch_size=16",
+    "int8.enabled=false",
     "optimizer={lr: 1e-3, warmup_epochs: 1, accumulate: 2, clip_grad: 1.0, ema_decay: 0.9}",
     "augmentation.mixup=0.2",
     "augmentation.cutmix=1.0",

@@ -1,9 +1,11 @@
 """The command line, `vitkd`. Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage."""
 
+import json
 import os
 import sys
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -16,9 +18,25 @@ app = typer.Typer(
 )
 
 MODEL = "A .safetensors file of `vitkd distill`, or the name of a timm model."
+MODEL_OR_INT8 = MODEL[:-1] + ", or a file of `vitkd quantize`."
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out files that are no pictures, and count them.")
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, max=256, help="Of the CPU; without it an int8 file takes one."),
+]
+ImageSize = Annotated[
+    int | None, typer.Option(min=1, help="The side of the pictures; without it, the model's own.")
+]
+
+
+class Calibration(str, Enum):
+    """How the range of a map is found."""
+
+    mse = "mse"
+    percentile = "percentile"
+    minmax = "minmax"
 
 
 @app.callback()
@@ -65,13 +83,16 @@ def distill(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL)],
-    folder: Annotated[str, typer.Argument(help="A folder with a folder for each class.")],
+    model: Annotated[str, typer.Argument(help=MODEL_OR_INT8)],
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="A folder with a folder for each class.")
+    ],
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     workers: Annotated[int, typer.Option(min=0)] = 2,
     skip_bad: SkipBad = False,
+    threads: Threads = None,
 ) -> None:
-    """Print a model's metrics on a folder of pictures.
+    """Print the metrics of a model, or of an int8 file, on a folder of pictures.
 
     Example: vitkd eval runs/first/distilled-0/best.safetensors pictures/val
     """
@@ -80,17 +101,16 @@ def evaluate(
     from . import models
     from .distill import config, data, evaluate, sources
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = models.load(model)
-    pixels = loaded.pixels
-    source, bad = sources.open_folder(folder, models.class_names(loaded), skip_bad)
+    device = "cuda" if torch.cuda.is_available() and not _is_int8(model) else "cpu"
+    logits, pixels, classes = _open(model, threads, device)
+    source, bad = sources.open_folder(folder, models.class_names(classes), skip_bad)
     transform = data.eval_transform(pixels.image_size, pixels.crop_pct, pixels.interpolation)
     section = config.Data(batch_size=batch_size, workers=workers, skip_bad=skip_bad)
     loader = data.Loader(source, transform, section, seed=None)
     result = evaluate.evaluate(
-        models.predictor(loaded.model, pixels).to(device),
+        lambda pictures: logits(pictures.permute(0, 2, 3, 1)),
         ((batch.images, batch.labels) for batch in loader.epoch()),
-        classes=len(loaded.classes),
+        classes=len(classes),
         device=device,
     )
     print(f"{len(result.labels)} pictures, {len(bad) + len(loader.skipped)} skipped")
@@ -100,34 +120,125 @@ def evaluate(
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: Annotated[str, typer.Argument(help=MODEL_OR_INT8)],
     images: Annotated[list[Path], typer.Argument(help="Picture files.")],
     top: Annotated[int, typer.Option(min=1, help="Answers per picture.")] = 3,
+    threads: Threads = None,
 ) -> None:
-    """Print the classes a model sees in pictures, and their probabilities.
+    """Print the classes that a model, or an int8 file, sees in pictures, and their probabilities.
 
     Example: vitkd predict runs/first/distilled-0/best.safetensors cat.jpg dog.jpg
     """
-    import torch
-    from PIL import Image
+    import numpy as np
 
-    from . import models
-    from .distill import data, sources
+    from . import pictures
 
-    loaded = models.load(model)
-    pixels, names = loaded.pixels, loaded.classes
-    transform = data.eval_transform(pixels.image_size, pixels.crop_pct, pixels.interpolation)
-    predictor = models.predictor(loaded.model, pixels)
+    logits, pixels, names = _open(model, threads)
     for file in images:
+        answers = np.asarray(logits(pictures.read(file, pixels)[None]), np.float64)[0]
+        odds = np.exp(answers - answers.max())
+        best = np.argsort(-odds, kind="stable")[:top]
+        print(f"{file}: " + ", ".join(f"{names[i]} {odds[i] / odds.sum():.1%}" for i in best))
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    images: Annotated[
+        Path, typer.Option(metavar="DIR", help="Pictures, in any folders, to calibrate on.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="What to write: *.safetensors.")
+    ],
+    calibration: Annotated[
+        Calibration, typer.Option(help="How the range of each map is found.")
+    ] = Calibration.mse,
+    bias_correction: Annotated[
+        bool, typer.Option(help="Let biases make up for the mean error of each layer.")
+    ] = True,
+    count: Annotated[int, typer.Option(min=1, help="Pictures, evenly spread over DIR.")] = 500,
+    skip_bad: SkipBad = False,
+    image_size: ImageSize = None,
+) -> None:
+    """Make an int8 file of a MobileNet, and print how close each layer is to the float one.
+
+    Example: vitkd quantize runs/first/distilled-0/best.safetensors --images pictures/train
+    -o student.int8.safetensors
+    """
+    from dataclasses import replace
+
+    import numpy as np
+
+    if output.suffix != ".safetensors" or output.is_dir():
+        raise typer.BadParameter(f"-o: {output} given; accepted are names in .safetensors")
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"-o: {output.parent} is no folder")
+    if _is_int8(model):
+        raise typer.BadParameter(f"MODEL: {model} is int8 already")
+    if output.exists() and Path(model).exists() and output.samefile(model):
+        raise typer.BadParameter(f"-o: {output} is the model itself")
+
+    from . import int8, models, pictures
+    from .distill import sources
+
+    files = sources.list_pictures(images)
+    loaded = models.load(model)
+    pixels = replace(loaded.pixels, image_size=image_size or loaded.pixels.image_size)
+    chosen, bad = [], 0
+    for i in sources.spread(len(files), count):
         try:
-            with Image.open(file) as image:
-                picture = torch.as_tensor(transform(image.convert("RGB")))
-        except sources.UNREADABLE as error:
-            raise sources.DataError(f"{file} cannot be read: {error}") from error
-        with torch.inference_mode():
-            answers = predictor(picture[None]).float().softmax(1)[0].topk(min(top, len(names)))
-        pairs = zip(answers.indices.tolist(), answers.values.tolist(), strict=True)
-        print(f"{file}: " + ", ".join(f"{names[i]} {100 * p:.1f}%" for i, p in pairs))
+            chosen.append(pictures.read(files[i], pixels))
+        except pictures.DataError:
+            if not skip_bad:
+                raise
+            bad += 1
+    if not chosen:
+        raise pictures.DataError(f"{images}: not one of {bad} pictures can be read")
+    print(f"{len(chosen)} of {len(files)} pictures, {bad} skipped", flush=True)
+    quantized = int8.quantize(
+        loaded.model,
+        np.stack(chosen),
+        mean=pixels.mean,
+        std=pixels.std,
+        calibration=calibration.value,
+        bias_correction=bias_correction,
+        classes=loaded.classes,
+        crop_pct=pixels.crop_pct,
+        interpolation=pixels.interpolation,
+    )
+    quantized.save(output)
+    print(quantized.report())
+    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
+
+
+@app.command()
+def profile(
+    file: Annotated[Path, typer.Argument(help="A file of `vitkd quantize`.")],
+    image_size: ImageSize = None,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Of the calls.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures of a call.")] = 1,
+) -> None:
+    """Print what each layer of an int8 file takes on one thread, and what a whole call takes.
+
+    Example: vitkd profile student.int8.safetensors --threads 2 --batch 8
+    """
+    import time
+
+    import numpy as np
+
+    from . import int8
+
+    session = int8.load(file, threads=threads, image_size=image_size)
+    size = session.image_size
+    pixels = np.random.default_rng(0).integers(256, size=(batch, size, size, 3), dtype=np.uint8)
+    print(session.profile(pixels))
+    times: list[float] = []
+    while sum(times) < 1:
+        start = time.perf_counter()
+        session(pixels)
+        times.append(time.perf_counter() - start)
+    seconds = float(np.median(times))
+    print(f"{session}: {1e3 * seconds:.3g} ms a call of {batch}, {batch / seconds:,.0f} pictures/s")
 
 
 @app.command()
@@ -168,6 +279,46 @@ def demo() -> None:
 
     shutil.rmtree("runs/demo", ignore_errors=True)
     _run(config.load("digits", ["run.folder=runs/demo"]), resume=False)
+
+
+class _Opened(NamedTuple):
+    logits: Any  # a function of uint8 pictures [N, H, W, 3]
+    pixels: Any  # image_size, crop_pct and interpolation
+    classes: tuple[str, ...]
+
+
+def _open(model: str, threads: int | None, device: str = "cpu") -> _Opened:
+    """A model on the device, or an int8 file, which needs no torch."""
+    if _is_int8(model):
+        from . import int8
+
+        session = int8.load(model, threads=threads or 1)
+        return _Opened(session, session, session.classes)
+    import torch
+
+    from . import models
+
+    if threads:
+        torch.set_num_threads(threads)
+    loaded = models.load(model)
+    predictor = models.predictor(loaded.model, loaded.pixels).to(device)
+
+    @torch.inference_mode()
+    def logits(pictures: Any) -> torch.Tensor:
+        return predictor(torch.as_tensor(pictures).permute(0, 3, 1, 2)).float()
+
+    return _Opened(logits, loaded.pixels, loaded.classes)
+
+
+def _is_int8(model: str) -> bool:
+    """Whether this is a file of the int8 engine, which its header says, not its name."""
+    try:
+        with open(model, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, 1 << 23)))
+        return "vitkd_fast.int8" in header["__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _run(config, resume: bool) -> None:  # type: ignore[no-untyped-def]

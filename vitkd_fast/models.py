@@ -242,11 +242,11 @@ def load(source: str | Path, *, options: Mapping[str, Any] | None = None) -> Loa
     return Loaded(model.eval(), pixels, tuple(about["classes"]))
 
 
-def class_names(loaded: Loaded) -> list[list[str]]:
+def class_names(classes: Sequence[str]) -> list[list[str]]:
     """What the classes may be called in a folder's name: their own names, and WordNet's ids."""
-    subset = infer_imagenet_subset(loaded.model)
+    subset = infer_imagenet_subset({"num_classes": len(classes)})
     ids = [ImageNetInfo(subset).label_names()] if subset else []
-    return [list(loaded.classes), *ids]
+    return [list(classes), *ids]
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from ..int8.calibrate import Calibration
 from .losses import Losses, Section
 
 Positive = Annotated[float, Field(gt=0)]
@@ -95,6 +96,14 @@ class Augmentation(Section):
         return self.mixup > 0 or self.cutmix > 0
 
 
+class Int8(Section):
+    """The student for the int8 engine: last.int8.safetensors in each seed's folder, and a row."""
+
+    enabled: bool = True
+    calibration: Calibration = "mse"
+    pictures: int = Field(256, ge=1)  # of training, without augmentation, for the maps' ranges
+
+
 class Run(Section):
     """How long, where and how; nothing here changes what is learnt, but epochs, steps and seeds."""
 
@@ -122,6 +131,7 @@ class Config(Section):
     losses: Losses = Losses()
     optimizer: Optimizer = Optimizer()
     augmentation: Augmentation = Augmentation()
+    int8: Int8 = Int8()
     run: Run = Run()
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MetricCollection
 
 from ..functional import kd_loss
+from ..int8 import Session
 
 # uint8 pictures [B, 3, H, W] on the device -> logits [B, classes], a Tensor or an ndarray
 Predictor: TypeAlias = Callable[[Tensor], Any]
@@ -66,6 +67,11 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson's r of each row, [B]; in fp64, where a constant row is exactly 0 once centred."""
     a, b = a.double(), b.double()
     return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True))
+
+
+def engine(session: Session) -> Predictor:
+    """The int8 engine as a predictor: it runs on the CPU, wherever the pictures are."""
+    return lambda pictures: session(pictures.permute(0, 2, 3, 1).cpu())
 
 
 @contextmanager
@@ -271,6 +277,8 @@ def cost(
         meta(torch.empty(1, 3, image_size, image_size, device="meta"))
     size = (batch, 3, image_size, image_size)
     pictures = torch.randint(256, size, dtype=torch.uint8, device=device)
+    # as a loader gives them
+    pictures = pictures.contiguous(memory_format=torch.channels_last)
     stored = [*model.parameters(), *model.buffers()]
     return Cost(
         parameters=sum(x.numel() for x in model.parameters()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +16,9 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 
-from .. import models
+from .. import int8, models
 from .._files import replacing
-from . import checkpoint, data, evaluate, journal, report, sources
+from . import checkpoint, data, evaluate, journal, quantized, report, sources
 from .config import Config, ConfigError, Model, Optimizer
 from .loop import Place, Trainer, build_optimizer, cpu_capabilities
 from .losses import Losses
@@ -28,6 +28,7 @@ _THUMBNAILS = 24
 _MAY_CHANGE = {
     "data": {"root", "train", "val", "workers", "skip_bad"},
     "teacher": {"checkpoint"},
+    "int8": {"enabled", "calibration", "pictures"},
     "run": {"folder", "device", "precision", "channels_last", "compile", "threads"}
     | {"log_every", "eval_every", "save_every", "seeds", "alone"},
 }
@@ -69,6 +70,9 @@ class _Experiment:
         build_optimizer(student, config.optimizer)
         data.loaders(config, self.splits, 0, config.optimizer.accumulate)
         self.skipped = set(self.splits.skipped)
+        # whose weights become int8, and whose answers the report shows
+        self.role = "distilled" if self.teacher else "alone"
+        self.notes: list[str] = []
 
     def _check_folder(self) -> None:
         """Refuses another run's folder."""
@@ -190,7 +194,7 @@ class _Experiment:
         roles: dict[str, tuple[nn.Module | None, Losses]] = {}
         if config.run.alone and self.teacher:
             roles["alone"] = None, config.losses.alone()
-        roles["distilled" if self.teacher else "alone"] = self.teacher, config.losses
+        roles[self.role] = self.teacher, config.losses
         for seed in config.run.seeds:
             for role, (teacher, losses) in roles.items():
                 data.seed_all(seed)
@@ -205,19 +209,61 @@ class _Experiment:
                     config.run.epochs,
                     seed,
                 )
-        evaluations = {"teacher": [self._evaluate(self.teacher, None)]} if self.teacher else {}
+        evaluations: dict[str, list[evaluate.Evaluation]] = {}
         answers = self.teacher and self._predictor(self.teacher)
+        if answers:
+            evaluations["teacher"] = [self._evaluate(answers, None)]
         for role, trained in students.items():
-            evaluations[role] = [self._evaluate(model, answers) for model in trained.values()]
+            predictors = map(self._predictor, trained.values())
+            evaluations[role] = [self._evaluate(predictor, answers) for predictor in predictors]
+        engines = self._engines(students[self.role]) if config.int8.enabled else []
+        if engines:
+            evaluations["int8"] = [
+                self._evaluate(evaluate.engine(engine), answers, exact)
+                for engine, exact in zip(engines, evaluations[self.role], strict=True)
+            ]
         if self.place.rank != 0:
             return {}
-        results = self._results(students, evaluations)
+        results = self._results(students, engines, evaluations)
         report.write(results, self.folder)
         return results
+
+    def _engines(self, trained: dict[int, nn.Module]) -> list[int8.Session]:
+        """The students in the int8 engine, of the same files on every rank; [] where it cannot."""
+        files: list[bytes] = []
+        if self.place.rank == 0:
+            try:
+                pictures = quantized.calibration_pictures(
+                    self.config, self.splits.train, self.place.ranks
+                )
+                files = [
+                    quantized.save(
+                        self._int8_file(seed),
+                        model,
+                        pictures,
+                        pixels=self._pixels(model),
+                        classes=self.classes,
+                        calibration=self.config.int8.calibration,
+                    )
+                    for seed, model in trained.items()
+                ]
+            except ValueError as error:  # the engine lacks an operation, or a picture is bad
+                files, why = [], " ".join(str(error).split())
+                self.notes.append(f"No int8 row: {why}")
+                print(f"int8: no row: {why}", flush=True)
+        if dist.is_initialized():
+            box = [files]
+            dist.broadcast_object_list(box)
+            files = box[0]
+        return [int8.load(file) for file in files]
+
+    def _int8_file(self, seed: int) -> Path:
+        return self.folder / f"{self.role}-{seed}" / "last.int8.safetensors"
 
     def _results(
         self,
         students: dict[str, dict[int, nn.Module]],
+        engines: list[int8.Session],
         evaluations: dict[str, list[evaluate.Evaluation]],
     ) -> dict[str, Any]:
         config, seeds = self.config, self.config.run.seeds
@@ -230,9 +276,15 @@ class _Experiment:
             file = self.folder / f"{role}-{seeds[0]}" / "last.safetensors"
             model, scored = trained[seeds[0]], evaluations[role]
             rows.append(self._row(role, config.student, model, file, scored, seeds))
+        if engines:
+            model, file = students[self.role][seeds[0]], self._int8_file(seeds[0])
+            scored, engine = evaluations["int8"], evaluate.engine(engines[0])
+            rows.append(self._row("int8", config.student, model, file, scored, seeds, engine))
+            self.notes.append(
+                f"int8 computes on the CPU, here on one thread with {engines[0].isa}."
+            )
         comparison = _compare(evaluations)
-        role = "distilled" if "distilled" in evaluations else "alone"
-        first = evaluations[role][0]
+        first = evaluations[self.role][0]
         return {
             "version": report.VERSION,
             "title": self.folder.name,
@@ -252,7 +304,7 @@ class _Experiment:
             "comparison": comparison,
             "verdict": _verdict(comparison, config.run.alone and self.teacher is not None),
             "curves": self._curves(list(students)),
-            "confusion": {"role": role, "seed": seeds[0], "matrix": first.confusion.tolist()},
+            "confusion": {"role": self.role, "seed": seeds[0], "matrix": first.confusion.tolist()},
             "disagreements": self._disagreements(first),
             "notes": self._notes(),
         }
@@ -261,8 +313,12 @@ class _Experiment:
         return models.predictor(model).to(self.place.device).eval()
 
     def _evaluate(
-        self, model: nn.Module, teacher: Callable[[Any], Any] | None
+        self,
+        predictor: evaluate.Predictor,
+        teacher: evaluate.Predictor | None,
+        exact: evaluate.Evaluation | None = None,
     ) -> evaluate.Evaluation:
+        """Scores on the validation pictures; `exact` is of the weights that were quantised."""
         loader = data.val_loader(self.config, self.splits)
         places = []
 
@@ -272,7 +328,7 @@ class _Experiment:
                 yield batch.images, batch.labels
 
         result = evaluate.evaluate(
-            self._predictor(model),
+            predictor,
             batches(),
             classes=len(self.classes),
             device=self.place.device,
@@ -280,6 +336,12 @@ class _Experiment:
         )
         self.places = torch.cat(places)  # in the pictures, without those that cannot be read
         self.skipped |= loader.skipped
+        if exact:
+            same = (result.student == exact.student).double()
+            counts = torch.stack([same.sum(), same.new_tensor(len(same))]).to(self.place.device)
+            if dist.is_initialized():
+                dist.all_reduce(counts)
+            result.fidelity["unchanged"] = float(counts[0] / counts[1])
         return result
 
     def _row(
@@ -290,13 +352,14 @@ class _Experiment:
         file: Path,
         scored: list[evaluate.Evaluation],
         seeds: list[int],
+        engine: evaluate.Predictor | None = None,
     ) -> dict[str, Any]:
-        """A model's line of the table: what it costs, and what each seed scored."""
+        """A model's line of the table: what it costs, in the engine or torch, and each score."""
         cost = evaluate.cost(
-            self._predictor(model),
+            engine or self._predictor(model),
             model,
             image_size=self.config.data.image_size,
-            device=self.place.device,
+            device="cpu" if engine else self.place.device,
             file=file if file.exists() else None,
         )
         runs = [
@@ -362,7 +425,7 @@ class _Experiment:
         section = self.config.data
         if not section.val and section.dataset in ("", "digits"):
             notes.append(f"Validation: {section.holdout:.0%} of the pictures, kept from training.")
-        return notes
+        return notes + self.notes
 
 
 def _differing(found: Any, wanted: dict[str, Any]) -> list[str]:

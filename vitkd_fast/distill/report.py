@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from .._files import replacing
 
 VERSION = 1
-_PERCENT = frozenset({"top1", "top5", "precision", "recall", "f1", "agreement"})
+_PERCENT = frozenset({"top1", "top5", "precision", "recall", "f1", "agreement", "unchanged"})
 _COSTS = frozenset({"parameters", "macs", "bytes", "latency_ms", "images_per_s"})
 _INK = "#1c2024"  # becomes the page's text colour
 _ACCENT = (11, 95, 165)

@@ -15,14 +15,9 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset
 
+from ..pictures import UNREADABLE as UNREADABLE
+from ..pictures import DataError as DataError
 from .config import Data
-
-# what Pillow raises for a file that is no whole picture
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-class DataError(ValueError):
-    """Pictures that cannot be used; the message names the file or folder."""
 
 
 class Source(Protocol):
@@ -151,6 +146,31 @@ def open_folder(path: str, names: list[list[str]], skip_bad: bool) -> tuple[Timm
     else:
         known = folders if len(folders) == len(names[0]) else names[0]
     return _open_folder(path, "DIR", skip_bad, {name: i for i, name in enumerate(known)})
+
+
+def list_pictures(path: str | Path) -> list[Path]:
+    """The picture files anywhere under a folder, in natural order, hidden ones left out.
+
+    Raises:
+        DataError: no folder, or no picture in it.
+    """
+    if not Path(path).is_dir():
+        raise DataError(f"{path} is no folder")
+    extensions = get_img_extensions(as_set=True)
+    found = []
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [os.path.join(folder, file) for file in files if not file.startswith(".")]
+    found = [file for file in found if Path(file).suffix.lower() in extensions]
+    if not found:
+        raise DataError(f"{path} holds no pictures ({', '.join(sorted(extensions))})")
+    return [Path(file) for file in sorted(found, key=natural_key)]
+
+
+def spread(size: int, count: int) -> list[int]:
+    """Up to `count` of the indices below `size`, evenly spread: i size // count."""
+    count = min(size, count)
+    return [i * size // count for i in range(count)]
 
 
 def _open_folder(

@@ -1,0 +1,257 @@
+"""The int8 engine beside other engines on the CPU: time, loading, memory, and what rounding costs.
+
+All take turns in one process on the same pictures (int8_peers.py says how each was quantised);
+those that are not installed are left out and named. Ours must first give the bytes of the
+reference, the others roughly the float model's logits. VITKD_DATA names the folder with a
+MobileNetV2 trained on ImageNet and 500 pictures; without it weights are random and pictures are
+noise, which is as slow, and fidelity is not measured. The roof that is printed is a loop of
+vpdpbusd, measured in the same run; what uses AMX may be above it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm")
+
+import int8_peers
+from int8_peers import PEERS, Network
+from PIL import Image
+
+from vitkd_fast import _int8, int8
+from vitkd_fast.int8 import reference
+from vitkd_fast.int8.graph import Classifier, Conv, Depthwise, Graph, SqueezeExcite, padding_of
+
+MODELS = ("mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv4_conv_small")
+CASES = [
+    pytest.param(model, batch, threads, id=f"cpu-{model}, batch {batch}, {threads} thread(s)")
+    for model in MODELS
+    for batch, threads in ((1, 1), (8, 1), (1, 2))
+]
+NORMALISED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}  # as int8_peers.Pixels
+FOLDS = 4
+FAITHFUL = ("onnxruntime int8", "openvino int8", "openvino int8+bf16", "litert int8")
+
+
+@functools.cache
+def folder() -> Path | None:
+    return Path(name) if (name := os.environ.get("VITKD_DATA")) else None
+
+
+@functools.cache
+def photographs() -> tuple[np.ndarray, np.ndarray]:
+    """500 ImageNet pictures, uint8 [500, 224, 224, 3], in the order of their names; classes."""
+    index = json.loads((folder() / "imagenet_wnid_to_index.json").read_text())
+    pictures, classes = [], []
+    with zipfile.ZipFile(folder() / "imagenet-sample-a.zip") as archive:
+        for name in sorted(n for n in archive.namelist() if n.endswith(".JPEG")):
+            picture = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
+            enlarged = [round(256 * side / min(picture.size)) for side in picture.size]
+            picture = picture.resize(enlarged, Image.Resampling.BICUBIC)
+            left, top = ((side - 224) // 2 for side in enlarged)
+            pictures.append(np.asarray(picture.crop((left, top, left + 224, top + 224))))
+            classes.append(index[Path(name).name.split("_")[0]])
+    return np.stack(pictures), np.array(classes)
+
+
+@functools.cache
+def network(model: str) -> Network:
+    if folder():
+        pictures = photographs()[0][::16]
+        if model == "mobilenetv2_100":
+            return int8_peers.trained_network(folder(), pictures)
+    else:
+        pictures = int8_peers.smooth_pictures(32)
+    return int8_peers.random_network(model, pictures)
+
+
+@functools.cache
+def ours(model: str) -> int8.QuantizedModel:
+    return int8.quantize(network(model).module, network(model).pictures, **NORMALISED)
+
+
+def others(net: Network, capsys, names=tuple(PEERS)) -> dict[str, Path]:
+    """The engines that can run here, and the model's file for each."""
+    reasons = {name: PEERS[name].missing() for name in names}
+    absent = [name for name, reason in reasons.items() if reason]
+    if absent:
+        why = "; ".join(sorted(set(filter(None, reasons.values()))))
+        with capsys.disabled():
+            print(f"\n  left out: {', '.join(absent)} ({why})")
+    files = {name: PEERS[name].convert(net) for name in names if name not in absent}
+    return {name: file for name, file in files.items() if file}
+
+
+def multiply_adds(graph: Graph) -> int:
+    """Of one picture."""
+    count, sides = 0, {-1: graph.image_size}
+    for index, node in enumerate(graph.nodes):
+        side = sides[node.inputs[0]]
+        if isinstance(node, Conv | Depthwise):
+            kernel = node.weight.shape[1 if isinstance(node, Conv) else 0]
+            before, after = padding_of(side, kernel, node.stride[0], node.padding, 0)
+            side = (side + before + after - kernel) // node.stride[0] + 1
+            count += side * side * node.weight.size
+        elif isinstance(node, Classifier):
+            count += node.weight.size
+        elif isinstance(node, SqueezeExcite):
+            count += node.w1.size + node.w2.size
+        sides[index] = side
+    return count
+
+
+def opened(name: str, file: Path, net: Network, pictures: np.ndarray, threads: int):
+    """A call on pictures that are ready."""
+    peer = PEERS[name].open(file, net.pixels, len(pictures), threads)
+    prepared = peer.prepare(pictures)
+    return lambda: peer(prepared)
+
+
+@pytest.mark.parametrize(("model", "batch", "threads"), CASES)
+def bench_call(race, benchmark, capsys, model, batch, threads):
+    torch.set_num_threads(threads)
+    net, graph = network(model), ours(model).graph
+    pictures = np.ascontiguousarray(net.pictures[:batch])
+    session, out = int8.load(graph, threads=threads), np.empty((batch, 1000), np.float32)
+    contenders = {"vitkd_fast": lambda: session(pictures, out)}
+    for name, file in others(net, capsys).items():
+        # several of its threads spin into the turn of the next
+        if name != "torchao int8" or threads == 1:
+            contenders[name] = opened(name, file, net, pictures, threads)
+    want, exact = net.logits(pictures), reference.run(graph, pictures)
+
+    def check(name, contender):
+        got = contender()
+        if name == "vitkd_fast":
+            np.testing.assert_array_equal(got, exact)
+            return
+        likeness = np.corrcoef(got.ravel(), want.ravel())[0, 1]
+        assert likeness > (0.9999 if name.endswith("fp32") else 0.7), f"{name}: {likeness}"
+
+    table = race(contenders, check=check, rounds=15, calls=8 // batch)
+    medians = {name: row["median_us"] / 1e3 for name, row in table.items()}
+    mine = medians.pop("vitkd_fast")
+    rate, peak = batch * multiply_adds(graph) / mine / 1e6, _int8.vnni_peak(0.3) / 1e9 * threads
+    row = {"ms": mine, "isa": session.isa, "gmac_per_s": rate}
+    if medians:
+        best = min(medians, key=medians.__getitem__)
+        row |= {"best_peer": best, "best_peer_over_ours": medians[best] / mine}
+    if peak:
+        row |= {"vpdpbusd_gmac_per_s": peak, "percent_of_vpdpbusd": 100 * rate / peak}
+    benchmark.extra_info |= row
+    with capsys.disabled():
+        print("  " + "; ".join(f"{k} {v if str(v) == v else f'{v:.3g}'}" for k, v in row.items()))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def bench_layers(benchmark, capsys, model):
+    """Each layer's share of a call on one picture, one thread."""
+    session, picture = int8.load(ours(model).graph), network(model).pictures[:1]
+    profile = session.profile(picture, rounds=20)
+    peak = _int8.vnni_peak(0.3) / 1e9
+    benchmark.extra_info["layers"] = {n.name: n.us for n in profile.layers}
+    with capsys.disabled():
+        print(f"\n{model}, vpdpbusd loop {peak:.0f} GMAC/s\n{profile}")
+    benchmark.pedantic(lambda: session(picture), rounds=3)
+
+
+def bench_load(race, capsys, tmp_path):
+    """From a file to a session that has not run yet."""
+    model = "mobilenetv2_100"
+    net, path, pictures = network(model), tmp_path / "ours.safetensors", network(model).pictures[:1]
+    ours(model).save(path)
+    contenders = {"vitkd_fast": lambda: int8.load(path)}
+    for name, file in others(net, capsys).items():
+        if name != "torchao int8":  # it compiles, for seconds
+            contenders[name] = functools.partial(PEERS[name].open, file, net.pixels, 1, 1)
+
+    def check(name, contender):
+        if name == "vitkd_fast":
+            exact = reference.run(ours(model).graph, pictures)
+            np.testing.assert_array_equal(contender()(pictures), exact)
+
+    race(contenders, check=check, rounds=20)
+
+
+def bench_memory(benchmark, capsys, tmp_path):
+    """What a process holds (VmRSS) after one picture, MB; `numpy` has loaded no engine."""
+    path = tmp_path / "ours.safetensors"
+    ours("mobilenetv2_100").save(path)
+    files = {"vitkd_fast": path, "numpy": path} | others(network("mobilenetv2_100"), capsys)
+    files.pop("torchao int8", None)  # torch alone holds more than all others
+
+    def resident(name: str) -> float:
+        command = [sys.executable, int8_peers.__file__, name, str(files[name])]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    table = benchmark.extra_info["resident_mb"] = {name: resident(name) for name in files}
+    with capsys.disabled():
+        print("\nresident MB\n" + "\n".join(f"  {n:22} {mb:8.1f}" for n, mb in table.items()))
+    benchmark.pedantic(resident, args=("vitkd_fast",), rounds=1)
+
+
+def bench_fidelity(benchmark, capsys):
+    """Logits beside the float model's; a fold calibrates on a quarter and is tried on the rest.
+
+    top-1 and its agreement with the float model's: percent. SQNR: 10 log10(sum ref^2 / sum (y -
+    ref)^2), dB, the mean over pictures and that of all pictures at once.
+    """
+    if not folder():
+        pytest.skip("VITKD_DATA is not set: it names the folder with the development data")
+    pictures, classes = photographs()
+    want = int8_peers.trained_network(folder(), pictures[:1]).logits(pictures)
+    rows: dict[str, list[list[float]]] = {}
+    for fold in range(FOLDS):
+        held = np.arange(len(pictures)) % FOLDS != fold
+        net = int8_peers.trained_network(folder(), pictures[~held])
+        mine = int8.quantize(net.module, net.pictures, **NORMALISED).graph
+        session = int8.load(mine)
+        logits = {"vitkd_fast": session(pictures[held])}
+        np.testing.assert_array_equal(
+            logits["vitkd_fast"][:4], reference.run(mine, pictures[held][:4])
+        )
+        for name, file in others(net, capsys, FAITHFUL).items():
+            peer = PEERS[name].open(file, net.pixels, 1, 1)
+            each = [peer(peer.prepare(p[None])).copy() for p in pictures[held]]
+            logits[name] = np.concatenate(each)
+        for name, got in logits.items():
+            rows.setdefault(name, []).append(fidelity(got, want[held], classes[held]))
+    keys = ("top-1", "agreement", "SQNR mean", "SQNR all")
+    top1 = benchmark.extra_info["float top-1"] = 100 * float((want.argmax(1) == classes).mean())
+    benchmark.extra_info["fidelity"] = {
+        name: dict(zip(keys, np.mean(folds, 0).tolist(), strict=True)) | {"folds": folds}
+        for name, folds in rows.items()
+    }
+    with capsys.disabled():
+        print(
+            f"\nfold by fold, then their mean; the float model's top-1 is {top1:.2f}\n{'':22}"
+            + "".join(f"{key:>34}" for key in keys)
+        )
+        for name, folds in rows.items():
+            cells = ("  ".join(f"{v:5.2f}" for v in column) for column in zip(*folds, strict=True))
+            print(f"  {name:20}" + "".join(f"{cell:>34}" for cell in cells))
+            print(f"  {'':20}" + "".join(f"{v:34.2f}" for v in np.mean(folds, 0)))
+    benchmark.pedantic(lambda: session(pictures[:1]), rounds=3)
+
+
+def fidelity(got: np.ndarray, want: np.ndarray, classes: np.ndarray) -> list[float]:
+    signal, noise = (want**2).sum(1, dtype=np.float64), ((got - want) ** 2).sum(1, dtype=np.float64)
+    each, whole = 10 * np.log10(signal / noise), 10 * np.log10(signal.sum() / noise.sum())
+    found = got.argmax(1)
+    return [
+        100 * float((found == classes).mean()),
+        100 * float((found == want.argmax(1)).mean()),
+        float(each.mean()),
+        float(whole),
+    ]

@@ -1,0 +1,434 @@
+"""The int8 engines that ours is measured beside, each quantised the best way that it offers.
+
+`PEERS` maps a name to an Engine: `convert` makes its file from a float model, `open` a Peer from
+the file. `peer(peer.prepare(pictures))` are logits; `prepare` turns uint8 pictures [N, H, W, 3]
+into what the engine takes best and is never timed. Files are kept in build/int8-peers/, made again
+when weights, pictures, versions or this module change. As a script: the memory that a process holds
+with an engine in it, `python benches/int8_peers.py ENGINE FILE`; so torch is imported to convert
+alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray
+CACHE = Path(__file__).parent.parent / "build" / "int8-peers"
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Pictures of size x size become (pixel / 255 - mean) / std."""
+
+    size: int = 224
+    mean: float = 0.5
+    std: float = 0.5
+
+    def floats(self, pictures: Array) -> Array:
+        """float32 [N, 3, H, W]."""
+        scaled = (pictures.astype(np.float32) / 255 - self.mean) / self.std
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A float model and the pictures, uint8 [N, H, W, 3], that it is calibrated on."""
+
+    name: str
+    module: torch.nn.Module
+    pictures: Array
+    pixels: Pixels = field(default_factory=Pixels)
+    tflite: Path | None = None  # the same model in LiteRT's int8
+
+    def logits(self, pictures: Array) -> Array:
+        """The float model's."""
+        import torch
+
+        with torch.inference_mode():
+            parts = torch.from_numpy(self.pixels.floats(pictures)).split(25)
+            return torch.cat([self.module(part) for part in parts]).numpy()
+
+    @functools.cached_property
+    def key(self) -> str:
+        digest = hashlib.sha256(Path(__file__).read_bytes())
+        digest.update(self.pictures.tobytes())
+        for value in self.module.state_dict().values():
+            digest.update(value.contiguous().numpy().tobytes())
+        return f"{self.name}-{digest.hexdigest()[:12]}"
+
+
+def smooth_pictures(count: int, size: int = 224) -> Array:
+    """uint8 [count, size, size, 3]: coarse noise, enlarged, and a little fine noise."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.uniform(0, 255, (count, 3, 8, 8)))
+    enlarged = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").numpy()
+    noisy = enlarged + rng.normal(0, 8, enlarged.shape)
+    return np.ascontiguousarray(noisy.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def random_network(name: str, pictures: Array) -> Network:
+    """Random weights; batch norms hold the statistics of the pictures, so that ranges are sane."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    network = Network(name, timm.create_model(name, pretrained=False), pictures)
+    for module in network.module.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.7, 1.3)
+            torch.nn.init.normal_(module.bias, 0, 0.2)
+            module.momentum = None  # the mean over all that is seen
+    with torch.no_grad():
+        network.module.train()(torch.from_numpy(network.pixels.floats(pictures[:16])))
+    network.module.eval()
+    return network
+
+
+def trained_network(data: Path, pictures: Array) -> Network:
+    """MobileNetV2 trained on ImageNet, and the LiteRT file that its weights were taken from."""
+    import timm
+
+    name, path = "mobilenetv2_100", data / "mobilenetv2_100.tf_in1k.safetensors"
+    module = timm.create_model(name, pad_type="same", checkpoint_path=str(path)).eval()
+    return Network(name, module, pictures, tflite=data / "tf2_mobilenet_v2_1.0_224_ptq.tflite")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An open model: `peer(peer.prepare(pictures))` are the logits, kept until the next call."""
+
+    prepare: Callable[[Array], Any]
+    run: Callable[[Any], Array]
+
+    def __call__(self, prepared: Any) -> Array:
+        return self.run(prepared)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a model is converted and opened: open(file, pixels, batch, threads)."""
+
+    needs: tuple[str, ...]  # packages
+    convert: Callable[[Network], Path | None]  # None: it has no such model
+    open: Callable[[Path, Pixels, int, int], Peer]
+    needs_bf16: bool = False
+
+    def missing(self) -> str:
+        """Why it cannot run here, or nothing."""
+        if absent := [name for name in self.needs if not importlib.util.find_spec(name)]:
+            return f"no {', '.join(absent)}"
+        if self.needs_bf16 and "BF16" not in _openvino_core().get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            return "no bf16 arithmetic in this CPU"
+        return ""
+
+
+def _cached(network: Network, packages: str, ending: str, make: Callable[[Path], None]) -> Path:
+    """A file in CACHE, made where it is missing; a crash leaves nothing under its name."""
+    versions = "-".join(f"{n}{importlib.metadata.version(n)}" for n in packages.split())
+    path = CACHE / f"{network.key}-{versions}{ending}"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = CACHE / f"part-{path.name}"
+        make(part)
+        if (weights := part.with_suffix(".bin")).exists():  # openvino's are beside the model
+            weights.rename(path.with_suffix(".bin"))
+        part.rename(path)
+    return path
+
+
+def float_onnx(network: Network) -> Path:
+    """The float model in ONNX, opset 18, of any batch."""
+
+    def make(path: Path) -> None:
+        import torch
+
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            network.module,
+            (torch.from_numpy(network.pixels.floats(network.pictures[:2])),),
+            str(path),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=["pictures"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=18,
+        )
+
+    return _cached(network, "torch onnx", ".onnx", make)
+
+
+def onnxruntime_int8(network: Network) -> Path:
+    """u8 activations from percentiles (better here than its default, the extremes), s8 weights."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):
+        def __len__(self) -> int:
+            return len(network.pictures)
+
+        def set_range(self, start_index: int, end_index: int) -> None:
+            self.pictures = iter(network.pictures[start_index:end_index])
+
+        def get_next(self) -> dict[str, Array] | None:
+            picture = next(self.pictures, None)
+            return None if picture is None else {"pictures": network.pixels.floats(picture[None])}
+
+    count = len(network.pictures)
+    # it keeps every map of so many pictures; the name of the option is older than the method
+    stride = max(n for n in range(1, 26) if count % n == 0)
+
+    def make(path: Path) -> None:
+        ready = path.with_name(f"ready-{path.name}")
+        quant_pre_process(str(float_onnx(network)), str(ready))
+        quantization.quantize_static(
+            str(ready),
+            str(path),
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            per_channel=True,
+            calibrate_method=quantization.CalibrationMethod.Percentile,
+            extra_options={"CalibStridedMinMax": stride},
+        )
+        ready.unlink()
+
+    return _cached(network, "torch onnx onnxruntime", "-int8.onnx", make)
+
+
+def open_onnxruntime(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    options.add_free_dimension_override_by_name("batch", batch)
+    # its threads spin while it runs, and not into the turn of the next engine
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    logits = np.empty((batch, session.get_outputs()[0].shape[1]), np.float32)
+    binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+
+    def run(value: Any) -> Array:
+        binding.bind_ortvalue_input("pictures", value)
+        session.run_with_iobinding(binding)
+        return logits
+
+    return Peer(lambda p: ort.OrtValue.ortvalue_from_numpy(pixels.floats(p)), run)
+
+
+def openvino_int8(network: Network) -> Path:
+    """NNCF's mixed preset, for activations other than ReLU, and extremes (better than default)."""
+    import nncf
+    from nncf.quantization import advanced_parameters as advanced
+    from nncf.quantization import range_estimator
+
+    def make(path: Path) -> None:
+        import openvino
+
+        nncf.set_log_level(logging.ERROR)
+        model = _openvino_core().read_model(str(float_onnx(network)))
+        model.reshape([1, 3, network.pixels.size, network.pixels.size])
+        quantized = nncf.quantize(
+            model,
+            nncf.Dataset(network.pictures, lambda p: network.pixels.floats(p[None])),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(network.pictures),
+            advanced_parameters=advanced.AdvancedQuantizationParameters(
+                activations_range_estimator_params=range_estimator.RangeEstimatorParametersSet.MINMAX
+            ),
+        )
+        openvino.save_model(quantized, str(path), compress_to_fp16=False)
+
+    return _cached(network, "torch onnx openvino nncf", "-int8.xml", make)
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    import openvino
+
+    return openvino.Core()
+
+
+def open_openvino(path: Path, pixels: Pixels, batch: int, threads: int, precision: str) -> Peer:
+    """precision: of what is not int8. The plugin's own choice is bf16 where the CPU has it."""
+    import openvino
+    from openvino.preprocess import PrePostProcessor
+
+    model = _openvino_core().read_model(str(path))
+    model.reshape([batch, 3, pixels.size, pixels.size])
+    # bytes in, a little faster than floats
+    steps = PrePostProcessor(model)
+    steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+    steps.input().model().set_layout(openvino.Layout("NCHW"))
+    to_float = steps.input().preprocess().convert_element_type(openvino.Type.f32)
+    to_float.mean([255 * pixels.mean] * 3).scale([255 * pixels.std] * 3)
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision,
+        "ENABLE_CPU_PINNING": False,
+    }
+    compiled = _openvino_core().compile_model(steps.build(), "CPU", config)
+    request = compiled.create_infer_request()
+    logits = request.get_output_tensor().data
+
+    def run(tensor: Any) -> Array:
+        request.set_input_tensor(tensor)
+        request.infer()
+        return logits
+
+    return Peer(openvino.Tensor, run)
+
+
+def litert_int8(network: Network) -> Path | None:
+    """The LiteRT file without what follows the logits; it is of any batch then."""
+    if network.tflite is None:
+        return None
+    source = network.tflite
+
+    def make(path: Path) -> None:
+        import flatbuffers
+        from ai_edge_litert import schema_py_generated as schema
+
+        model = schema.ModelT.InitFromPackedBuf(source.read_bytes(), 0)
+        graph = model.subgraphs[0]
+        # ... convolution, reshape, softmax, quantize
+        graph.operators = graph.operators[:-3]
+        graph.outputs = graph.operators[-1].outputs
+        model.signatureDefs = None
+        builder = flatbuffers.Builder()
+        builder.Finish(model.Pack(builder), b"TFL3")
+        path.write_bytes(builder.Output())
+
+    return _cached(network, "ai-edge-litert", ".tflite", make)
+
+
+def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=threads)  # runs in XNNPACK
+    source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+    interpreter.resize_tensor_input(source["index"], [batch, pixels.size, pixels.size, 3])
+    interpreter.allocate_tensors()
+    scale, zero_point = target["quantization"]
+
+    def run(pictures: Array) -> Array:
+        interpreter.set_tensor(source["index"], pictures)
+        interpreter.invoke()
+        # its first class is the background, which the float model has not
+        logits = interpreter.get_tensor(target["index"]).reshape(batch, -1)[:, 1:]
+        return (logits.astype(np.float32) - zero_point) * np.float32(scale)
+
+    return Peer(np.ascontiguousarray, run)
+
+
+def torchao_int8(network: Network) -> Path:
+    """PT2E with the x86 quantizer, exported at batch 1 and 8; it compiles when it is opened."""
+
+    def make(path: Path) -> None:
+        import torch
+        from torchao.quantization.pt2e import quantize_pt2e
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+        pictures = torch.from_numpy(network.pixels.floats(network.pictures))
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+        batch = torch.export.Dim("batch", max=64)
+        with torch.no_grad():
+            exported = torch.export.export(
+                network.module, (pictures[:2],), dynamic_shapes=({0: batch},)
+            )
+            prepared = quantize_pt2e.prepare_pt2e(exported.module(), quantizer)
+            for part in pictures.split(8):
+                prepared(part)
+            converted = quantize_pt2e.convert_pt2e(prepared)
+            torch.export.save(
+                torch.export.export(converted, (pictures[:2],), dynamic_shapes=({0: batch},)), path
+            )
+
+    return _cached(network, "torch torchao", ".pt2", make)
+
+
+def open_torchao(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
+    import torch
+    import torch._inductor.config as inductor
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401  its operations
+
+    torch.set_num_threads(threads)
+    model = torch.export.load(path).module()
+    torch.compiler.reset()
+
+    with torch.no_grad(), inductor.patch(freezing=True):
+        compiled = torch.compile(model, dynamic=False)
+        compiled(torch.zeros(batch, 3, pixels.size, pixels.size))
+
+    def run(pictures: Any) -> Array:
+        with torch.no_grad():
+            return compiled(pictures).numpy()
+
+    return Peer(lambda p: torch.from_numpy(pixels.floats(p)), run)
+
+
+_TO_ONNX = ("onnx", "onnxscript")
+_OPENVINO = ("openvino", *_TO_ONNX)
+_F32 = functools.partial(open_openvino, precision="f32")
+_BF16 = functools.partial(open_openvino, precision="bf16")
+PEERS = {
+    "onnxruntime int8": Engine(("onnxruntime", *_TO_ONNX), onnxruntime_int8, open_onnxruntime),
+    "openvino int8": Engine((*_OPENVINO, "nncf"), openvino_int8, _F32),
+    "openvino int8+bf16": Engine((*_OPENVINO, "nncf"), openvino_int8, _BF16, needs_bf16=True),
+    "litert int8": Engine(("ai_edge_litert",), litert_int8, open_litert),
+    "torchao int8": Engine(("torchao",), torchao_int8, open_torchao),
+    "onnxruntime fp32": Engine(("onnxruntime", *_TO_ONNX), float_onnx, open_onnxruntime),
+    "openvino fp32": Engine(_OPENVINO, float_onnx, _F32),
+    "openvino bf16": Engine(_OPENVINO, float_onnx, _BF16, needs_bf16=True),
+}
+
+
+def resident_mb() -> float:
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1e3
+
+
+def main(engine: str, file: str) -> None:
+    """Prints the megabytes of this process after one picture."""
+    picture = np.zeros((1, 224, 224, 3), np.uint8)
+    if engine == "vitkd_fast":
+        from vitkd_fast import int8
+
+        session = int8.load(file)
+        session(picture)
+    elif engine != "numpy":
+        peer = PEERS[engine].open(Path(file), Pixels(), 1, 1)
+        peer(peer.prepare(picture))
+    assert "torch" not in sys.modules
+    print(resident_mb())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,72 @@
+"""A run's trained students as files of the int8 engine, calibrated on pictures of training."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from .. import int8
+from ..int8.calibrate import Calibration
+from ..models import Pixels
+from . import data, sources
+from .config import Config
+
+
+def calibration_pictures(config: Config, train: Any, ranks: int = 1) -> Tensor:
+    """Pictures of training, evenly spread, prepared as in validation: uint8 [N, H, W, 3].
+
+    Raises:
+        DataError: naming a file that cannot be read.
+    """
+    section, wanted = config.data, config.int8.pictures
+    if not isinstance(train, IterableDataset):
+        # a loader gives each of several processes its share
+        train = sources.Part(train, sources.spread(len(train), wanted * ranks))
+    transform = data.eval_transform(section.image_size, section.crop_pct, section.interpolation)
+    batches, seen = [], 0
+    for batch in data.Loader(train, transform, section, seed=None).epoch():
+        batches.append(batch.images.permute(0, 2, 3, 1).clone())  # a worker lends its memory
+        seen += len(batch.labels)
+        if seen >= wanted:
+            break
+    return torch.cat(batches)[:wanted]
+
+
+def save(
+    file: Path,
+    model: nn.Module,
+    pictures: Tensor,
+    *,
+    pixels: Pixels,
+    classes: list[str],
+    calibration: Calibration,
+) -> bytes:
+    """Quantises a student, writes its file, says how close it is, and returns the file's bytes.
+
+    Raises:
+        UnsupportedError: the model holds an operation that the engine lacks; names it.
+    """
+    began = time.monotonic()
+    made = int8.quantize(
+        model.eval(),
+        pictures,
+        mean=pixels.mean,
+        std=pixels.std,
+        calibration=calibration,
+        classes=classes,
+        crop_pct=pixels.crop_pct,
+        interpolation=pixels.interpolation,
+    )
+    made.save(file)
+    found, seconds = made.report(), time.monotonic() - began
+    print(
+        f"{file.parent.name}: int8 in {seconds:.0f} s, calibrated on {found.pictures} pictures, "
+        f"logit SQNR {found.sqnr:.1f} dB: {file}",
+        flush=True,
+    )
+    return file.read_bytes()
