@@ -30,6 +30,7 @@ Plan::Plan(const Graph& graph, const Options& o) : options(o), with(kernels(o.is
     layer.pixel = pixel_bytes(layer.out.channels);
     pack(graph.nodes[i], graph.padding_bytes, layer);
     channels = std::max<size_t>(channels, layer.pixel);
+    macs += layer.macs;
   }
   gather();
   join();

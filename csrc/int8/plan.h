@@ -19,8 +19,9 @@ struct Options {
   int image_size = 0;
   int threads = 1;
   Isa isa = Isa::scalar;
-  bool fuse = true;     // tests: chains change no byte
-  bool poison = false;  // tests: fill memory with 0xA5 before each image
+  bool fuse = true;  // tests: chains change no byte
+  // tests: memory is filled with 0xA5 before each call, and threads share the smallest picture
+  bool poison = false;
 };
 
 struct Layer {
@@ -68,6 +69,7 @@ struct Plan {
   Buffer convolutions;  // what `Layer::packed` points to
   size_t weights = 0;   // bytes packed
   size_t channels = 0;  // the most of any vector
+  int64_t macs = 0;     // of one picture
 
   int zero_point(int node) const { return node < 0 ? 0 : layers[node].node.zero_point; }
 

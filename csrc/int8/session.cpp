@@ -15,6 +15,8 @@
 namespace vitkd::int8 {
 namespace {
 
+constexpr int64_t kWorthSharing = 8 << 20;  // multiply-adds of a picture
+
 double now() {
   const auto since = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration<double>(since).count();
@@ -509,6 +511,14 @@ void Session::run(const uint8_t* images, int64_t count, float* logits) {
   const int threads = plan_.options.threads;
   Lease lease(*this);
   Caller& caller = *lease;
+  // meeting after every layer takes longer than a few layers of a small picture
+  const bool small = plan_.macs < kWorthSharing && !plan_.options.poison;
+  if (threads == 1 || (count < threads && small)) {
+    const FloatState state;
+    const Workspace& own = caller.workspaces[0];
+    if (plan_.options.poison) own.poison();
+    return Runner(plan_, own, own, nullptr, 0, 1).run(images, count, logits);
+  }
   // as many images as there are threads: a part each; of what is left, all threads share each
   const int64_t apart = count / threads * threads;
   caller.team.run([&](int thread) {

@@ -13,7 +13,8 @@ from .file import FileError
 from .session import LayerProfile, Profile, Session, load
 
 if TYPE_CHECKING:
-    from .quantize import QuantizedModel, quantize
+    from .quantize import quantize
+    from .report import QuantizedModel
 
 __all__ = ["FileError", "LayerProfile", "Profile", "QuantizedModel", "Session", "isa", "load",
            "quantize"]  # fmt: skip
