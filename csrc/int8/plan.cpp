@@ -85,6 +85,7 @@ void Plan::pack(const Node& n, const std::array<int, 3>& picture_padding, Layer&
         layer.kernel = with.pointwise_name;
       }
       layer.padding = Buffer(layer.in.width * in_pixel);
+      weights += layer.padding.size();
       std::memset(layer.padding.data(), zero_point(from), layer.padding.size());
       if (from < 0) {
         for (size_t i = 0; i < layer.padding.size(); ++i) {

@@ -24,10 +24,17 @@ void wait_while(const std::atomic<int>& value, int old) {
 }  // namespace
 
 Team::Team(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (...) {
+    stop();
+    throw;
+  }
 }
 
-Team::~Team() {
+Team::~Team() { stop(); }
+
+void Team::stop() {
   stop_ = true;
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();
@@ -38,18 +45,19 @@ void Team::work(int index) {
   for (int round = 0;; ++round) {
     wait_while(round_, round);
     if (stop_) return;
-    (*job_)(index);
+    job_(argument_, index);
     barrier();
   }
 }
 
-void Team::run(const std::function<void(int)>& f) {
-  job_ = &f;
+void Team::start(Job job, const void* argument) {
+  job_ = job;
+  argument_ = argument;
   if (!workers_.empty()) {
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
   }
-  f(0);
+  job(argument, 0);
   barrier();
 }
 

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <atomic>
-#include <functional>
 #include <thread>
 #include <vector>
 
@@ -19,15 +18,23 @@ class Team {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
   // f(0) here, f(1), f(2), ... in the workers; returns when all have
-  void run(const std::function<void(int)>& f);
+  template <class F>
+  void run(const F& f) {
+    start([](const void* f, int thread) { (*static_cast<const F*>(f))(thread); }, &f);
+  }
   // returns when all threads of `run` have come here
   void barrier();
 
  private:
+  using Job = void (*)(const void*, int);
+
+  void start(Job job, const void* argument);
   void work(int index);
+  void stop();
 
   std::vector<std::thread> workers_;
-  const std::function<void(int)>* job_ = nullptr;
+  Job job_ = nullptr;
+  const void* argument_ = nullptr;
   alignas(64) std::atomic<int> round_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> phase_{0};

@@ -374,9 +374,9 @@ def _sums(node: Conv | Depthwise | Classifier, weight: Array) -> None:
         _fail("weight holds -128; accepted: -127 to 127")
     m = node.multiplier
     hardswish = getattr(node, "hardswish_scale", None)
-    reach = m.astype(np.float64) * (1.0 if hardswish is None else max(1.0, 6 * hardswish))
     if not np.all((m >= np.finfo(np.float32).tiny) & (m < np.inf)):
         _fail("multiplier holds a number that is not normal, finite and positive")
+    reach = m.astype(np.float64) * (1.0 if hardswish is None else max(1.0, 6 * hardswish))
     bias = np.abs(node.bias.astype(np.int64))
     # the sum of |w| is needed only where its bound is too large
     most = bias + 255 * 127 * (weight.size // channels)
