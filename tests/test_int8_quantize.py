@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from int8_graphs import random_images
+from PIL import Image
 from torch import Tensor, nn
 
 timm = pytest.importorskip("timm")
@@ -415,25 +416,26 @@ class Imagenet:
     """MobileNetV2 and 500 pictures, in sorted order."""
 
     def __init__(self, data: Path) -> None:
-        from PIL import Image
-
-        from vitkd_fast.distill.data import eval_transform
-
         self.model = timm.create_model(
             "mobilenetv2_100",
             pad_type="same",
             checkpoint_path=str(data / "mobilenetv2_100.tf_in1k.safetensors"),
         ).eval()
-        self.transform, self.open = eval_transform(224, 0.875, "bicubic"), Image.open
         self.sample = zipfile.ZipFile(data / "imagenet-sample-a.zip")
         self.names = sorted(n for n in self.sample.namelist() if n.endswith(".JPEG"))
         indices = json.loads((data / "imagenet_wnid_to_index.json").read_text())
         self.labels = np.array([indices[Path(name).name.split("_")[0]] for name in self.names])
 
     def images(self, rows: Array) -> Array:
-        pictures = (self.open(io.BytesIO(self.sample.read(self.names[row]))) for row in rows)
-        transformed = [np.asarray(self.transform(picture.convert("RGB"))) for picture in pictures]
-        return np.stack(transformed).transpose(0, 2, 3, 1)
+        """The short side resized to 256, bicubic, and the centre of 224."""
+        pictures = []
+        for row in rows:
+            picture = Image.open(io.BytesIO(self.sample.read(self.names[row]))).convert("RGB")
+            larger = [round(256 * side / min(picture.size)) for side in picture.size]
+            picture = picture.resize(larger, Image.Resampling.BICUBIC)
+            left, top = ((side - 224) // 2 for side in larger)
+            pictures.append(np.asarray(picture.crop((left, top, left + 224, top + 224))))
+        return np.stack(pictures)
 
     def logits(self, images: Array) -> Array:
         halves = ((0.5,) * 3,) * 2
@@ -492,7 +494,8 @@ def test_imagenet_in_four_folds(data: Path) -> None:
         found = logits.argmax(1) == imagenet.labels[~calibrates]
         tops.append(found.mean() - right[~calibrates].mean())
     measured = f"agreement {agreements}, SQNR {ratios}, top-1 less float {tops}"
-    # 0.98 to 0.987, as near ties fall: 25 of the 500 margins are under 0.25, 1.5 deviations
-    assert np.mean(agreements) >= 0.98, measured
+    # near ties: 25 of the 500 margins are under 1.5 deviations of the error, so that another way of
+    # resizing the pictures moves this by half a percent
+    assert np.mean(agreements) >= 0.985, measured
     assert np.mean(ratios) >= 23, measured
     assert np.mean(tops) >= -0.005, measured

@@ -13,7 +13,7 @@ from .file import FileError
 from .session import LayerProfile, Profile, Session, load
 
 if TYPE_CHECKING:
-    from .quantize import quantize
+    from .quantizer import quantize
     from .report import QuantizedModel
 
 __all__ = ["FileError", "LayerProfile", "Profile", "QuantizedModel", "Session", "isa", "load",
@@ -24,7 +24,8 @@ def isa() -> list[str]:
     """The instruction sets that the CPU kernels may use, best first; they use the first.
 
     The sets are scalar, avx2 (with FMA and F16C), avx512 (F, BW, VL, DQ), avx512vnni and amx
-    (AMX-INT8), each containing the ones before it. VITKD_FAST_ISA names the best one to use; it is read once.
+    (AMX-INT8), each containing the ones before it. VITKD_FAST_ISA names the best one to use; it is
+    read once.
 
     Raises:
         RuntimeError: VITKD_FAST_ISA names no instruction set, or one that this CPU lacks.
@@ -36,8 +37,7 @@ def __getattr__(name: str) -> Any:
     if name in ("quantize", "QuantizedModel"):
         import importlib
 
-        module = importlib.import_module(".quantize", __name__)
-        # the function takes the place of the module of the same name
+        module = importlib.import_module(".quantizer", __name__)
         globals().update(quantize=module.quantize, QuantizedModel=module.QuantizedModel)
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

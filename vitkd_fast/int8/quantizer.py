@@ -23,6 +23,8 @@ from .graph import Add, Array, Classifier, Conv, Depthwise, Graph, Node, Pool, S
 from .lower import FloatNode, forward, lower
 from .report import LayerReport, QuantizedModel, Report
 
+__all__ = ["QuantizedModel", "quantize"]
+
 _CHUNK = 16  # pictures computed at a time
 _COMPARED = 32  # pictures of which every map is compared with the float one
 _ROUNDS = 2  # in which a bias before an activation is settled
