@@ -494,8 +494,8 @@ def test_imagenet_in_four_folds(data: Path) -> None:
         found = logits.argmax(1) == imagenet.labels[~calibrates]
         tops.append(found.mean() - right[~calibrates].mean())
     measured = f"agreement {agreements}, SQNR {ratios}, top-1 less float {tops}"
-    # 0.988 in benches/bench_int8.py, on one thread; 0.985 with two, in another order of the additions
-    # of calibration: 25 of the 500 margins are under 1.5 deviations of the error
+    # 0.988 in benches/bench_int8.py, on one thread; 0.985 with two, in another order of additions
+    # in calibration: 25 of the 500 margins are under 1.5 deviations of the error
     assert np.mean(agreements) >= 0.98, measured
     assert np.mean(ratios) >= 23, measured
     assert np.mean(tops) >= -0.005, measured
