@@ -17,14 +17,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ENGINE = sorted(glob("csrc/int8/*.cpp"))
-# those of the engine's files that know no graph: instruction sets, kernels, the plain convolutions
-SHARED = [f for f in ENGINE if re.search(r"/(isa|kernels|kernels_\w+|plain)\.cpp$", f)]
+ENGINE = sorted(glob("csrc/int8/*.cpp"))  # of which the operations share what knows no graph
+SHARED = [f for f in ENGINE if re.search(r"/(isa|kernels\w*|plain)\.cpp$", f)]
 OPERATIONS = [*sorted(glob("csrc/cpu/*.cpp")), *SHARED, "csrc/ops.cpp"]
 INCLUDE = [os.path.abspath("csrc")]
 CXX = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# gcc 12 and 13 give false alarms inside their own AVX-512 headers
-CXX += ["-Wno-maybe-uninitialized"]
+CXX += ["-Wno-maybe-uninitialized"]  # false alarms of gcc 12 and 13 in their AVX-512 headers
 # torch drops its -gencode flags as soon as a flag of ours holds "arch"
 NVCC = ["-std=c++20", "-O3", "-lineinfo", "-Werror=all-warnings", "-Xcompiler=-fvisibility=hidden"]
 TORCH_2_11 = "-DTORCH_TARGET_VERSION=0x020b000000000000"
