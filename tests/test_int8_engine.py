@@ -67,6 +67,11 @@ def test_random_graphs(seed: int) -> None:
     assert_equal(file.read(file.dump(graph)), pictures(graph, 5))
 
 
+def test_more_pictures_than_a_head_takes_at_once() -> None:
+    graph = random_graph(0)
+    assert_equal(graph, pictures(graph, 19), batches=(9, 19), threads=(1, 2))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_small_maps(size: int) -> None:
     graph = random_graph(size, image_size=size)

@@ -52,6 +52,13 @@ VITKD_INLINE void unroll(F&& f) {
 #define VITKD_UNROLL(n, i) unroll<n>([&](auto i) __attribute__((always_inline))
 #define VITKD_END )
 
+VITKD_INLINE void dot4(__m512i& acc, __m512i x, __m512i w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+}
+VITKD_INLINE void dot4(__m512i& acc, __m512i x, const uint8_t* w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "m"(*reinterpret_cast<const __m512i*>(w)));
+}
+
 // the epilogue's constants, in memory: registers belong to the accumulators
 struct Finisher {
   alignas(kLine) int16_t zero_point[32];

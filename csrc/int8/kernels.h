@@ -151,6 +151,8 @@ struct Kernels {
 
 const Kernels& kernels(Isa isa);
 extern const Kernels kScalar, kAvx2, kAvx512Vnni;
+void pack_depthwise_vnni(const ConvSpec& spec, Packed* packed);
+void depthwise_vnni(const Packed& packed, const DepthwiseCall& call);
 const Kernels& amx_kernels();  // kAvx512Vnni, with products on tiles
 
 // The most multiply-adds a second that vpdpbusd on registers reaches; needs AVX-512 VNNI.
