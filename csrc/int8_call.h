@@ -1,5 +1,5 @@
 // What the int8 convolutions check of their arguments before a kernel sees pointers: the same
-// words as in reference.py, which serves where this is not built.
+// words as in reference/int8.py, which serves where this is not built.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
 """int8_dwconv and int8_pwconv: the same bytes from every backend and instruction set, by ==.
 
-The specification, reference.py, is compared with loops over numpy's integers; everything else with
+The specification, reference/int8.py, is compared with loops over numpy's integers; all else with
 the specification. Arguments stay within what a file guarantees: sums fit int32, sums times
 multipliers stay below 2^30.
 """

@@ -152,7 +152,7 @@ def operation_options(
     ignore_index: int = -100, row_weights: Tensor | None = None, class_dim: int = -1,
     reduction: str = "mean",
 ) -> tuple[Any, ...]:  # fmt: skip
-    """kd_loss's options as the operations take them, written apart from functional.py."""
+    """kd_loss's options as the operations take them, written apart from functional/."""
     wide = DOUBLE if logits.dtype == DOUBLE else FLOAT
     labels, labels_b, lam = labels if isinstance(labels, tuple) else (labels, None, 1.0)
     return (

@@ -52,6 +52,28 @@ def _kd_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(student)
 
 
+def _attention_map_fwd_fake(
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, scale_s: float, scale_t: float,
+    temperature: float, kind: int, reduction: int, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = q_s.shape[:3]
+    loss = q_s.new_empty(rows if reduction == reference.NONE else [], dtype=torch.float32)
+    return loss, loss.new_empty([3, *rows])
+
+
+def _attention_map_bwd_fake(
+    grad_loss: Tensor, q_s: Tensor, k_s: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q_s), torch.empty_like(k_s)
+
+
+def _attention_map_fwd_grad_fake(
+    q_s: Tensor, k_s: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = q_s.new_empty([], dtype=torch.float32)
+    return loss, torch.empty_like(q_s), torch.empty_like(k_s)
+
+
 def _nothing(*args: Any) -> None:
     return None
 
@@ -83,6 +105,12 @@ _KD_OPTIONS = (
     "int ignore_index=-100"
 )
 
+_MAP_OPTIONS = (
+    "float scale_s, float scale_t, float temperature, int kind, int reduction, "
+    "Tensor? key_mask=None, bool allow_tf32=False"
+)
+_MAPS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t"
+
 OPERATIONS = [
     Operation(
         f"kd_fwd(Tensor student, Tensor teacher, {_KD_OPTIONS}) -> (Tensor loss, Tensor stats)",
@@ -100,6 +128,19 @@ OPERATIONS = [
     Operation(
         "kd_scale_(Tensor(a!) grad, Tensor factor) -> ()",
         _nothing, reference.kd_scale_, "kd",
+    ),
+    Operation(
+        f"attention_map_fwd({_MAPS}, {_MAP_OPTIONS}) -> (Tensor loss, Tensor stats)",
+        _attention_map_fwd_fake, reference.attention_map_fwd, "attention_map",
+    ),
+    Operation(
+        f"attention_map_fwd_grad({_MAPS}, {_MAP_OPTIONS}) -> (Tensor loss, Tensor d_q, Tensor d_k)",
+        _attention_map_fwd_grad_fake, reference.attention_map_fwd_grad, "attention_map",
+    ),
+    Operation(
+        f"attention_map_bwd(Tensor grad_loss, {_MAPS}, Tensor stats, {_MAP_OPTIONS}) "
+        "-> (Tensor d_q, Tensor d_k)",
+        _attention_map_bwd_fake, reference.attention_map_bwd, "attention_map",
     ),
     Operation(
         "int8_dwconv(Tensor x, Tensor weight, Tensor bias, Tensor multiplier, int[2] stride, "

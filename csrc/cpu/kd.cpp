@@ -90,7 +90,7 @@ template <class A>
 void scalar_rows(const Call<A>& c, Pass pass, int64_t begin, int64_t end) {
   visit_float(c.student.dtype, [&]<class S>() {
     visit_float(c.teacher.dtype, [&]<class T>() {
-      // functional.py widens the other side where one is float64
+      // functional/kd.py widens the other side where one is float64
       constexpr bool kWide = std::is_same_v<S, double> && std::is_same_v<T, double>;
       constexpr bool kNarrow = !std::is_same_v<S, double> && !std::is_same_v<T, double>;
       if constexpr (std::is_same_v<A, double> ? kWide : kNarrow) {

@@ -1,18 +1,13 @@
-"""Losses as functions of tensors, differentiable in the student; the teacher is a constant."""
+"""kd_loss: soft targets and labels, in one pass over the logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import (
-    _ops,  # noqa: F401  registers torch.ops.vitkd_fast
-    reference,
-)
+from ._common import FLOATING, REDUCTIONS, differentiable_once
 
 Labels: TypeAlias = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
@@ -21,28 +16,10 @@ _kd_fwd_grad = torch.ops.vitkd_fast.kd_fwd_grad.default
 _kd_bwd = torch.ops.vitkd_fast.kd_bwd.default
 _kd_scale_ = torch.ops.vitkd_fast.kd_scale_.default
 
-_FLOATING = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
-_REDUCTIONS = {"mean": reference.MEAN, "sum": reference.SUM, "none": reference.NONE}
 _LABEL_FORMS = (
     "an int64 tensor of class ids, or mixup's (labels_a, labels_b, lam) with lam a float or one "
     "number per row"
 )
-
-
-def _differentiable_once(backward: Callable) -> Callable:
-    """once_differentiable without its cost where it has nothing to do.
-
-    Under create_graph=True the gradient always asks for a gradient, and so raises where one is
-    taken; torch's own lets it pass as a constant if the incoming gradient is one.
-    """
-    checked = once_differentiable(backward)
-
-    def run(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return checked(ctx, grad_loss.detach().requires_grad_())
-        return backward(ctx, grad_loss)
-
-    return run
 
 
 class _KDInForward(torch.autograd.Function):
@@ -56,7 +33,7 @@ class _KDInForward(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         # handed over, not shared: it is scaled in place and then belongs to the caller
         grad, ctx.grad = ctx.grad, None
@@ -79,7 +56,7 @@ class _KDInBackward(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         student, stats = ctx.saved_tensors
         teacher, options = ctx.constants
@@ -210,8 +187,8 @@ def kd_loss(
         RuntimeError: a label out of range or a temperature <= 0 inside a tensor, on the CPU.
     """
     shape, dtype = student.shape, student.dtype
-    if dtype not in _FLOATING or teacher.dtype not in _FLOATING:
-        name, x = ("teacher", teacher) if dtype in _FLOATING else ("student", student)
+    if dtype not in FLOATING or teacher.dtype not in FLOATING:
+        name, x = ("teacher", teacher) if dtype in FLOATING else ("student", student)
         raise TypeError(
             f"kd_loss: {name} is {x.dtype}; accepted are float32, float16, bfloat16 and float64"
         )
@@ -232,7 +209,7 @@ def kd_loss(
         raise ValueError(f"kd_loss: student {list(shape)} has no classes")
     if teacher.device != student.device:
         raise ValueError(f"kd_loss: student is on {student.device} and teacher on {teacher.device}")
-    if reduction not in _REDUCTIONS:
+    if reduction not in REDUCTIONS:
         raise ValueError(f"kd_loss: reduction is {reduction!r}; accepted are mean, sum and none")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"kd_loss: label_smoothing is {label_smoothing}; accepted are 0 to 1")
@@ -241,7 +218,7 @@ def kd_loss(
     if dtype is not teacher.dtype and torch.float64 in (dtype, teacher.dtype):
         student, teacher = student.double(), teacher.double()
 
-    options = (temperature, kd_weight, class_dim, _REDUCTIONS[reduction])
+    options = (temperature, kd_weight, class_dim, REDUCTIONS[reduction])
     if isinstance(temperature, Tensor) or labels is not None or row_weights is not None:
         rows = shape[:class_dim] + shape[class_dim + 1 :]
         beside = _kd_options(student, rows, labels, row_weights, *options)

@@ -1,0 +1,149 @@
+// One call of attention_map_loss, as every backend sees it: pointers, strides and options, free of
+// tensors; and what it returns.
+#pragma once
+
+#include <string>
+
+#include "common.h"
+#include "math/attention_map.h"
+
+namespace vitkd::attention_map {
+
+enum class Reduction : int64_t { kNone, kMean, kSum };
+
+// [batch, heads, tokens, dim], strides in elements; dim is dense
+struct Operand {
+  char* data = nullptr;
+  ScalarType dtype = ScalarType::Undefined;
+  int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
+};
+
+struct Call {
+  int64_t batch = 0, heads = 0, queries = 0, keys = 0, dim_s = 0, dim_t = 0;
+  Operand q_s, k_s, q_t, k_t, d_q, d_k;
+  const bool* key_mask = nullptr;    // [batch, keys], true = keep
+  float factor_s = 0, factor_t = 0;  // scale / T, by which q . k is multiplied
+  float loss_factor = 0;             // T^2, over the rows where their mean is asked for
+  float grad_factor = 0;             // the same times factor_s
+  Kind kind = Kind::kKl;
+  Reduction reduction = Reduction::kMean;
+  bool allow_tf32 = false;
+  const float* grad_loss = nullptr;  // one number, or one per row with kNone
+  float* loss = nullptr;             // [batch * heads * queries], each times loss_factor
+  float* stats = nullptr;            // [3, batch * heads * queries]: lse_s, lse_t, centre
+
+  VITKD_HD int64_t rows() const { return batch * heads * queries; }
+  VITKD_HD float row_grad(int64_t row) const {
+    if (grad_loss == nullptr) return grad_factor;
+    return grad_factor * grad_loss[reduction == Reduction::kNone ? row : 0];
+  }
+};
+
+inline Operand operand(const Tensor& x) {
+  return {const_cast<char*>(static_cast<const char*>(x.const_data_ptr())), x.scalar_type(),
+          x.stride(0), x.stride(1), x.stride(2)};
+}
+
+inline bool dense_dim(const Tensor& x) { return x.size(3) == 1 || x.stride(3) == 1; }
+
+inline std::string shape_of(const Tensor& x) {
+  std::string text = "[";
+  for (const int64_t size : x.sizes()) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  }
+  return text + "]";
+}
+
+// Fills a call from the operations' arguments, and holds the tensors that it points into.
+struct Setup {
+  Tensor q_s, k_s, q_t, k_t;
+  OptionalTensor key_mask;
+  Call call;
+  Setup(const Tensor& q_s_in, const Tensor& k_s_in, const Tensor& q_t_in, const Tensor& k_t_in,
+        double scale_s, double scale_t, double temperature, int64_t kind, int64_t reduction,
+        const OptionalTensor& key_mask_in, bool allow_tf32)
+      : q_s(usable("q_s", q_s_in)),
+        k_s(usable("k_s", k_s_in)),
+        q_t(usable("q_t", q_t_in)),
+        k_t(usable("k_t", k_t_in)),
+        key_mask(key_mask_in) {
+    for (const int i : {0, 1, 3}) {
+      same("q_s", q_s, "k_s", k_s, i);
+      same("q_t", q_t, "k_t", k_t, i);
+    }
+    for (const int i : {0, 1, 2}) same("q_s", q_s, "q_t", q_t, i);
+    same("k_s", k_s, "k_t", k_t, 2);
+    STD_TORCH_CHECK(
+        q_s.scalar_type() == k_s.scalar_type() && q_t.scalar_type() == k_t.scalar_type(),
+        "attention_map_loss: queries and keys differ in dtype");
+    STD_TORCH_CHECK(k_s.size(2) > 0 && q_s.size(3) > 0 && q_t.size(3) > 0,
+                    "attention_map_loss: keys ", shape_of(k_s), " and ", shape_of(k_t),
+                    " must not be empty");
+    call.batch = q_s.size(0), call.heads = q_s.size(1), call.queries = q_s.size(2);
+    call.keys = k_s.size(2), call.dim_s = q_s.size(3), call.dim_t = q_t.size(3);
+    call.q_s = operand(q_s), call.k_s = operand(k_s);
+    call.q_t = operand(q_t), call.k_t = operand(k_t);
+    if (key_mask) {
+      STD_TORCH_CHECK(key_mask->scalar_type() == ScalarType::Bool && key_mask->dim() == 2 &&
+                          key_mask->size(0) == call.batch && key_mask->size(1) == call.keys,
+                      "attention_map_loss: key_mask is ", shape_of(*key_mask),
+                      "; accepted is bool [", call.batch, ", ", call.keys, "]");
+      if (!key_mask->is_contiguous()) key_mask = torch::stable::contiguous(*key_mask);
+      call.key_mask = key_mask->const_data_ptr<bool>();
+    }
+    call.kind = static_cast<Kind>(kind);
+    call.reduction = static_cast<Reduction>(reduction);
+    call.allow_tf32 = allow_tf32;
+    const bool mean = call.reduction == Reduction::kMean;
+    const double rows = mean ? static_cast<double>(std::max<int64_t>(call.rows(), 1)) : 1.0;
+    call.factor_s = static_cast<float>(scale_s / temperature);
+    call.factor_t = static_cast<float>(scale_t / temperature);
+    call.loss_factor = static_cast<float>(temperature * temperature / rows);
+    call.grad_factor = static_cast<float>(temperature * scale_s / rows);
+  }
+
+ private:
+  static Tensor usable(const char* name, const Tensor& x) {
+    using enum ScalarType;
+    const ScalarType dtype = x.scalar_type();
+    STD_TORCH_CHECK(dtype == Float || dtype == Half || dtype == BFloat16,
+                    "attention_map_loss: ", name, " is ", torch::headeronly::toString(dtype),
+                    "; accepted are float32, float16 and bfloat16");
+    STD_TORCH_CHECK(x.dim() == 4, "attention_map_loss: ", name, " has shape ", shape_of(x),
+                    "; accepted is [batch, heads, tokens, dim]");
+    return dense_dim(x) ? x : torch::stable::contiguous(x);
+  }
+  static void same(const char* a, const Tensor& x, const char* b, const Tensor& y, int dim) {
+    constexpr const char* kNames[] = {"batch", "heads", "tokens", "dim"};
+    STD_TORCH_CHECK(x.size(dim) == y.size(dim), "attention_map_loss: ", a, " ", shape_of(x),
+                    " and ", b, " ", shape_of(y), " differ in ", kNames[dim]);
+  }
+};
+
+// A gradient with the strides of empty_like, which is what the fake promises; where these leave
+// dim not dense, a kernel fills a contiguous tensor first.
+struct Grad {
+  Tensor promised, tensor;
+  explicit Grad(const Tensor& x)
+      : promised(torch::stable::empty_like(x)),
+        tensor(dense_dim(promised) ? promised : torch::stable::new_empty(x, x.sizes())) {}
+  Operand view() const { return operand(tensor); }
+  Tensor take() {
+    if (!dense_dim(promised)) torch::stable::copy_(promised, tensor);
+    return promised;
+  }
+};
+
+// An uninitialised loss: one number per row, or one in all.
+inline Tensor empty_loss(const Call& call, const Tensor& like) {
+  std::vector<int64_t> shape;
+  if (call.reduction == Reduction::kNone) shape = {call.batch, call.heads, call.queries};
+  return torch::stable::new_empty(like, shape, ScalarType::Float);
+}
+
+inline Tensor empty_stats(const Call& call, const Tensor& like) {
+  return torch::stable::new_empty(
+      like, std::vector<int64_t>{3, call.batch, call.heads, call.queries}, ScalarType::Float);
+}
+
+}  // namespace vitkd::attention_map

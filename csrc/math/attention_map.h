@@ -1,0 +1,42 @@
+// A key's part of the divergence between a row of the teacher's attention p and of the student's
+// q, from their logarithms; its gradient in the student's score is w - q * sum(w), where sum(w) is
+// 0 for kl and is kept for each row (`centre`) otherwise:
+//   kl          p (log p - log q)                                w = q - p
+//   reverse_kl  q (log q - log p)                                w = the same
+//   js          p/2 log(p/m) + q/2 log(q/m), m = (p + q)/2       w = q/2 log(q/m)
+//   mse         (p - q)^2                                        w = 2 q (q - p)
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "hd.h"
+
+namespace vitkd::attention_map {
+
+enum class Kind : int64_t { kKl, kReverseKl, kJs, kMse };
+
+struct Term {
+  float loss, w;
+};
+
+// p = exp(log_p) and q = exp(log_q) are given, as every caller needs them too
+template <Kind kKind>
+VITKD_HD Term term(float p, float log_p, float q, float log_q) {
+  if constexpr (kKind == Kind::kKl) {
+    return {p * (log_p - log_q), q - p};
+  } else if constexpr (kKind == Kind::kReverseKl) {
+    const float x = q * (log_q - log_p);
+    return {x, x};
+  } else if constexpr (kKind == Kind::kJs) {
+    const float m = 0.5f * (p + q);
+    if (m < 1.17549435e-38f) return {0, 0};  // both have underflown
+    const float log_m = std::log(m);
+    const float w = 0.5f * q * (log_q - log_m);
+    return {0.5f * p * (log_p - log_m) + w, w};
+  } else {
+    return {(p - q) * (p - q), 2 * q * (q - p)};
+  }
+}
+
+}  // namespace vitkd::attention_map

@@ -1,0 +1,258 @@
+"""attention_map_loss: the teacher's attention as the student's target, without an attention map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._common import FLOATING, REDUCTIONS, differentiable_once
+
+_fwd = torch.ops.vitkd_fast.attention_map_fwd.default
+_fwd_grad = torch.ops.vitkd_fast.attention_map_fwd_grad.default
+_bwd = torch.ops.vitkd_fast.attention_map_bwd.default
+_scale_ = torch.ops.vitkd_fast.kd_scale_.default
+
+_KINDS = {
+    "kl": reference.KL,
+    "reverse_kl": reference.REVERSE_KL,
+    "js": reference.JS,
+    "mse": reference.MSE,
+}
+
+
+class _InForward(torch.autograd.Function):
+    """Scores are formed once, and both gradients from them in the forward: 4 products, not 6."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, options: tuple
+    ) -> Tensor:
+        loss, *ctx.grads = _fwd_grad(q_s, k_s, q_t, k_t, *options)
+        ctx.save_for_backward(q_s, k_s)
+        ctx.constants = q_t, k_t, options
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # handed over, not shared: they are scaled in place and then belong to the caller
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # a second backward, after retain_graph=True
+            q_t, k_t, options = ctx.constants
+            _, *grads = _fwd_grad(*ctx.saved_tensors, q_t, k_t, *options)
+        for grad in grads:
+            _scale_(grad, grad_loss)
+        return *grads, None, None, None
+
+
+class _InBackward(torch.autograd.Function):
+    """Gradients from the scores, formed again, and three numbers per row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, *options: Any
+    ) -> Tensor:
+        loss, stats = _fwd(q_s, k_s, q_t, k_t, *options)
+        ctx.save_for_backward(q_s, k_s, stats)
+        ctx.constants = q_t, k_t, options
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        q_s, k_s, stats = ctx.saved_tensors
+        q_t, k_t, options = ctx.constants
+        grads = _bwd(grad_loss, q_s, k_s, q_t, k_t, stats, *options)
+        return *grads, *[None] * (2 + len(options))
+
+
+def _check(name: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> None:
+    given = {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t}
+    for argument, x in given.items():
+        if x.dtype not in FLOATING:
+            raise TypeError(
+                f"{name}: {argument} is {x.dtype}; accepted are float32, float16, bfloat16 and "
+                "float64"
+            )
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name}: {argument} has shape {list(x.shape)}; accepted is "
+                "[batch, heads, tokens, dim]"
+            )
+        if x.device != q_s.device:
+            raise ValueError(f"{name}: q_s is on {q_s.device} and {argument} on {x.device}")
+    for a, b, dims in (
+        ("q_s", "k_s", {0: "batch", 1: "heads", 3: "dim"}),
+        ("q_t", "k_t", {0: "batch", 1: "heads", 3: "dim"}),
+        ("q_s", "q_t", {0: "batch", 1: "heads", 2: "tokens"}),
+        ("k_s", "k_t", {2: "tokens"}),
+    ):
+        x, y = given[a], given[b]
+        for dim, what in dims.items():
+            if x.shape[dim] != y.shape[dim]:
+                raise ValueError(
+                    f"{name}: {a} {list(x.shape)} and {b} {list(y.shape)} differ in {what}"
+                )
+        if dims.get(3) and x.dtype != y.dtype:
+            raise TypeError(f"{name}: {a} is {x.dtype} and {b} {y.dtype}; accepted is one dtype")
+    if k_s.shape[2] == 0 or q_s.shape[3] == 0 or q_t.shape[3] == 0:
+        x = k_s if k_s.shape[2] == 0 or q_s.shape[3] == 0 else k_t
+        raise ValueError(f"{name}: keys {list(x.shape)} are empty")
+
+
+def attention_map_loss(
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    *,
+    scale_s: float | None = None,
+    scale_t: float | None = None,
+    temperature: float = 1.0,
+    kind: str = "kl",
+    key_mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """T^2 * KL(softmax(q_t k_t^T scale_t / T) || softmax(q_s k_s^T scale_s / T)), mean over rows.
+
+    Makes a student attend where its teacher does (MiniLM: Wang et al., 2020, arXiv:2002.10957; from
+    a transformer to a CNN: Liu et al., 2022, arXiv:2207.05273). Scores are formed tile by tile and
+    never stored: memory grows with tokens * dim, not with tokens^2. The teacher's tensors are
+    constants: treated as detached, and may be inference-mode tensors; they must keep their values
+    until the backward has run. The loss is differentiable once.
+
+    Args:
+        q_s: the student's queries, [batch, heads, tokens, dim], float32, float16, bfloat16 or
+            float64. Their gradient has their dtype; arithmetic is float32 (float64 for float64,
+            which is served by the naive form).
+        k_s: the student's keys, [batch, heads, keys, dim], usually as many as queries.
+        q_t: the teacher's queries; their dim may be another than the student's.
+        k_t: the teacher's keys.
+        scale_s: multiplies the student's scores; dim_s ** -0.5 unless given.
+        scale_t: multiplies the teacher's scores; dim_t ** -0.5 unless given.
+        temperature: T > 0, divides the scores of both.
+        kind: "kl" (teacher || student), "reverse_kl" (student || teacher), "js" (Jensen-Shannon:
+            half of each one's divergence from their mean), or "mse" (the squared difference of the
+            two maps, summed over keys).
+        key_mask: bool [batch, keys], True = keep. Other keys are left out of both softmaxes.
+        reduction: "mean" over batch * heads * queries, "sum", or "none".
+
+    Returns:
+        The loss, float32 (float64 for float64): 0-dim, or [batch, heads, queries] for "none". An
+        empty batch gives 0. A row that the mask leaves without keys gives 0 on the GPU.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        RuntimeError: a row that the mask leaves without keys, on the CPU.
+    """
+    _check("attention_map_loss", q_s, k_s, q_t, k_t)
+    return _loss(
+        "attention_map_loss", q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, key_mask,
+        reduction,
+    )  # fmt: skip
+
+
+def relation_loss(
+    x_s: Tensor,
+    x_t: Tensor,
+    *,
+    scale_s: float | None = None,
+    scale_t: float | None = None,
+    temperature: float = 1.0,
+    kind: str = "kl",
+    key_mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """attention_map_loss of x with itself: T^2 * KL(softmax(x_t x_t^T) || softmax(x_s x_s^T)).
+
+    With values, MiniLM's value relations (Wang et al., 2020, arXiv:2002.10957); with any q, k or v
+    re-split into relation heads, MiniLMv2's (arXiv:2012.15828); with token features, which of a
+    picture's tokens are alike (the Gram matrix).
+
+    Args:
+        x_s: the student's, [batch, heads, tokens, dim], or [batch, tokens, dim] for one head.
+        x_t: the teacher's, likewise; its dim may be another.
+        scale_s, scale_t, temperature, kind, key_mask, reduction: as in `attention_map_loss`.
+
+    Returns:
+        The loss, as `attention_map_loss` gives it; "none" gives x_s's shape without dim.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `attention_map_loss`.
+    """
+    name = "relation_loss"
+    for argument, x in (("x_s", x_s), ("x_t", x_t)):
+        if x.dim() not in (3, 4) or x.dim() != x_s.dim():
+            raise ValueError(
+                f"{name}: {argument} has shape {list(x.shape)}; accepted are, for both, "
+                "[batch, heads, tokens, dim] or [batch, tokens, dim]"
+            )
+    if x_s.shape[:-1] != x_t.shape[:-1]:
+        names = ("batch", "heads", "tokens") if x_s.dim() == 4 else ("batch", "tokens")
+        what = next(
+            n for n, a, b in zip(names, x_s.shape, x_t.shape, strict=False) if a != b
+        )  # fmt: skip
+        raise ValueError(
+            f"{name}: x_s {list(x_s.shape)} and x_t {list(x_t.shape)} differ in {what}"
+        )
+    one_head = x_s.dim() == 3
+    if one_head:
+        x_s, x_t = x_s.unsqueeze(1), x_t.unsqueeze(1)
+    _check(name, x_s, x_s, x_t, x_t)
+    loss = _loss(
+        name, x_s, x_s, x_t, x_t, scale_s, scale_t, temperature, kind, key_mask, reduction
+    )  # fmt: skip
+    return loss.squeeze(1) if one_head and reduction == "none" else loss
+
+
+def _loss(
+    name: str,
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    scale_s: float | None,
+    scale_t: float | None,
+    temperature: float,
+    kind: str,
+    key_mask: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    if kind not in _KINDS:
+        raise ValueError(f"{name}: kind is {kind!r}; accepted are {', '.join(_KINDS)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction is {reduction!r}; accepted are mean, sum and none")
+    if not temperature > 0:
+        raise ValueError(f"{name}: temperature is {temperature}; accepted are numbers > 0")
+    if key_mask is not None:
+        shape = [k_s.shape[0], k_s.shape[2]]
+        if key_mask.dtype != torch.bool or list(key_mask.shape) != shape:
+            raise ValueError(
+                f"{name}: key_mask is {key_mask.dtype} {list(key_mask.shape)}; accepted is "
+                f"torch.bool, one per key, {shape}"
+            )
+        if key_mask.device != q_s.device:
+            raise ValueError(f"{name}: q_s is on {q_s.device} and key_mask on {key_mask.device}")
+    scale_s = q_s.shape[3] ** -0.5 if scale_s is None else scale_s
+    scale_t = q_t.shape[3] ** -0.5 if scale_t is None else scale_t
+    q_t, k_t = q_t.detach(), k_t.detach()
+    maps = (scale_s, scale_t, temperature, _KINDS[kind])
+    if torch.float64 in (q_s.dtype, q_t.dtype):
+        q_s, k_s, q_t, k_t = (x.double() for x in (q_s, k_s, q_t, k_t))
+        rows = reference.attention_map_rows(q_s, k_s, q_t, k_t, *maps, key_mask)
+        if reduction == "none":
+            return rows
+        return rows.sum() / (max(rows.numel(), 1) if reduction == "mean" else 1)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    options = (*maps, REDUCTIONS[reduction], key_mask, tf32)
+    if not ((q_s.requires_grad or k_s.requires_grad) and torch.is_grad_enabled()):
+        return _fwd(q_s, k_s, q_t, k_t, *options)[0]
+    # float16 waits for the incoming gradient: the loss scale must come before the rounding.
+    # a compiled graph keeps its inputs anyway, and wants no operation that works in place
+    late = q_s.dtype is torch.float16 or reduction == "none" or torch.compiler.is_compiling()
+    if late:
+        return _InBackward.apply(q_s, k_s, q_t, k_t, *options)
+    return _InForward.apply(q_s, k_s, q_t, k_t, options)
