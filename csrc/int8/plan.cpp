@@ -35,6 +35,7 @@ Plan::Plan(const Graph& graph, const Options& o) : options(o), with(kernels(o.is
   gather();
   join();
   find_head();
+  share();
   place();
 }
 
@@ -95,9 +96,6 @@ void Plan::pack(const Node& n, const std::array<int, 3>& picture_padding, Layer&
       const int64_t depth = int64_t{spec.taps()} * (spec.depthwise ? 1 : spec.in);
       layer.macs = layer.out.pixels() * spec.out * depth;
       layer.bytes += spec.out * (depth + 8);
-      // sharing panels reads each weight once, sharing pixels each input
-      layer.by_panels = static_cast<int>(layer.packed.panels.size()) >= 2 * options.threads &&
-                        (spec.depthwise || spec.out * depth > layer.in.pixels() * in_pixel);
       break;
     }
     case Op::add:
@@ -163,7 +161,7 @@ void Plan::join() {
     if (joins) {
       steps.back().last = i;
     } else {
-      steps.push_back({i, i, 0});
+      steps.push_back({i, i, 0, true});
     }
   }
   for (Step& step : steps) {
@@ -200,18 +198,60 @@ void Plan::find_head() {
   for (size_t s = head; s < steps.size(); ++s) layers[steps[s].last].pictures = kPictures;
 }
 
+// How threads share each node. By panels each weight is read by one of them, by rows each byte of a
+// map; what one wrote and another reads has to go from core to core.
+void Plan::share() {
+  const int threads = options.threads;
+  for (size_t s = 0; s < steps.size(); ++s) {
+    if (steps[s].first != steps[s].last) continue;
+    Layer& layer = layers[steps[s].last];
+    const ConvSpec& spec = layer.packed.spec;
+    if (static_cast<int>(layer.packed.panels.size()) < 2 * threads) continue;
+    if (spec.depthwise) {
+      const int from = layer.node.inputs[0];
+      layer.by_panels = layer.out.height < 2 * threads || (from >= 0 && layers[from].by_panels);
+    } else {
+      const int64_t weights = layer.macs / layer.out.pixels();
+      layer.by_panels = weights > std::max(layer.in.pixels() * layer.in.channels,
+                                           layer.out.pixels() * layer.out.channels);
+    }
+  }
+  for (size_t s = 0; s + 1 < steps.size(); ++s) {
+    const Step& next = steps[s + 1];
+    steps[s].meets =
+        threads == 1 || next.first != next.last || !keeps_apart(steps[s].last, next.last);
+  }
+}
+
+// Whether each thread reads of a node only what it wrote of it.
+bool Plan::keeps_apart(int node, int reader) const {
+  const Layer &a = layers[node], &b = layers[reader];
+  if (b.node.inputs[0] != node || a.packed.panels.empty() || a.by_panels != b.by_panels)
+    return false;
+  if (!a.by_panels) {
+    return a.out.height > 1 && b.node.op == Op::conv && b.packed.spec.taps() == 1 &&
+           b.node.stride == std::array{1, 1};
+  }
+  return b.packed.spec.depthwise &&
+         std::equal(a.packed.panels.begin(), a.packed.panels.end(), b.packed.panels.begin(),
+                    b.packed.panels.end(),
+                    [](const auto& x, const auto& y) { return x.channel == y.channel; });
+}
+
 // Maps in the arena, first fit by lifetime, the head's after all others; rings one after another in
 // each thread's own memory.
 void Plan::place() {
   struct Placed {
-    size_t begin, end, last_step;
+    size_t begin, end, last_round;
   };
   std::vector<Placed> live;
-  std::vector<size_t> last_use(layers.size(), 0);
+  // a round ends where threads meet: in it, one may be steps ahead of another
+  std::vector<size_t> last_use(layers.size(), 0), rounds(steps.size(), 0);
   for (size_t s = 0; s < steps.size(); ++s) {
+    if (s > 0) rounds[s] = rounds[s - 1] + steps[s - 1].meets;
     for (int i = steps[s].first; i <= steps[s].last; ++i) {
       for (int from : layers[i].node.inputs) {
-        if (from >= 0) last_use[from] = s;
+        if (from >= 0) last_use[from] = rounds[s];
       }
     }
   }
@@ -224,7 +264,7 @@ void Plan::place() {
     rings = std::max(rings, ring);
     Layer& last = layers[steps[s].last];
     if (last.node.op == Op::classifier) continue;
-    std::erase_if(live, [s](const Placed& p) { return p.last_step < s; });
+    std::erase_if(live, [&](const Placed& p) { return p.last_round < rounds[s]; });
     std::sort(live.begin(), live.end(), [](auto& a, auto& b) { return a.begin < b.begin; });
     if (s >= head) last.offset = arena;
     for (const Placed& p : live) {

@@ -36,7 +36,7 @@ struct Layer {
   int64_t pixel = 0;              // bytes of an output pixel
   size_t offset = 0;              // of the output, in the arena or (ring > 0) in a thread's rings
   int ring = 0;                   // rows in memory, inside a chain
-  bool by_panels = false;         // how threads share it
+  bool by_panels = false;         // how threads share it; else by rows
   int pictures = 1;  // whose outputs lie one after another: the head takes several at once
   const char* kernel = "";
   int64_t macs = 0;   // per image
@@ -54,6 +54,7 @@ constexpr int kPictures = 8;  // that pass through the head at once
 struct Step {
   int first, last;  // nodes
   int strip_rows;
+  bool meets;  // threads wait for each other after it
 };
 
 struct Plan {
@@ -78,6 +79,8 @@ struct Plan {
   void gather();
   void join();
   void find_head();
+  void share();
+  bool keeps_apart(int node, int reader) const;
   void place();
 };
 

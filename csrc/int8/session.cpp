@@ -141,7 +141,7 @@ class Session::Lease {
 
 namespace {
 
-// One image on `threads` threads, of which this is one; they meet after each step.
+// One image on `threads` threads, of which this is one; they meet where the plan says so.
 class Runner {
  public:
   Runner(const Plan& plan, const Workspace& shared, const Workspace& own, Team* team, int thread,
@@ -185,7 +185,7 @@ class Runner {
 
   void run(const Step& step) {
     step.first == step.last ? node(step.last) : chain(step);
-    meet();
+    if (step.meets) meet();
     if (maps != nullptr) keep(step.last);
   }
 
@@ -232,7 +232,7 @@ class Runner {
           const Range mine = part_of(panels, 1, thread_, threads_);
           timed(i, [&] { convolve(i, rows, mine); });
         } else if (layer.out.height > 1) {
-          const Range mine = part_of(layer.out.height, 2, thread_, threads_);
+          const Range mine = part_of(layer.out.height, 1, thread_, threads_);
           timed(i, [&] { convolve(i, mine, all); });
         } else if (thread_ == 0) {
           timed(i, [&] { convolve(i, rows, all); });
@@ -375,7 +375,7 @@ class Runner {
 
   // strips of the last map; each pulls the rows that it needs through the maps before it
   void chain(const Step& step) {
-    const Range mine = part_of(plan_.layers[step.last].out.height, 2, thread_, threads_);
+    const Range mine = part_of(plan_.layers[step.last].out.height, 1, thread_, threads_);
     if (mine.begin >= mine.end) return;
     std::array<int, kLongestChain> made;  // rows of each map, from the first that is needed
     int row = static_cast<int>(mine.begin);

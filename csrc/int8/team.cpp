@@ -1,5 +1,7 @@
 #include "int8/team.h"
 
+#include <chrono>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -7,16 +9,31 @@
 namespace vitkd::int8 {
 namespace {
 
+using std::chrono::microseconds;
+using std::chrono::steady_clock;
+
+// Waking a thread that sleeps takes some 40 us, in which the one that woke it gets through its part
+// of a layer: two that went to sleep sooner than that would take turns at sleeping.
+constexpr microseconds kBetweenLayers{1000}, kBetweenCalls{200};
+constexpr microseconds kAlone{20};  // then others may have this core, perhaps the one waited for
+
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
 #endif
 }
 
-void wait_while(const std::atomic<int>& value, int old) {
-  for (int i = 0; i < 1000; ++i) {
-    if (value.load(std::memory_order_acquire) != old) return;
-    pause();
+void wait_while(const std::atomic<int>& value, int old, microseconds spin) {
+  const auto changed = [&] { return value.load(std::memory_order_acquire) != old; };
+  if (changed()) return;
+  const auto start = steady_clock::now();
+  for (auto waited = steady_clock::duration::zero(); waited < spin;
+       waited = steady_clock::now() - start) {
+    for (int i = 0; i < 32; ++i) {
+      pause();
+      if (changed()) return;
+    }
+    if (waited > kAlone) std::this_thread::yield();
   }
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
@@ -43,7 +60,7 @@ void Team::stop() {
 
 void Team::work(int index) {
   for (int round = 0;; ++round) {
-    wait_while(round_, round);
+    wait_while(round_, round, kBetweenCalls);
     if (stop_) return;
     job_(argument_, index);
     barrier();
@@ -69,7 +86,7 @@ void Team::barrier() {
     phase_.fetch_add(1, std::memory_order_release);
     phase_.notify_all();
   } else {
-    wait_while(phase_, phase);
+    wait_while(phase_, phase, kBetweenLayers);
   }
 }
 

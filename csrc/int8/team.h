@@ -1,6 +1,5 @@
 // The threads of one call: the caller and those that wait for it. They run the same function side
-// by side and meet at barriers. A thread that waits spins for some 20 us, about a layer's time, and
-// then sleeps.
+// by side and meet at barriers. A thread that waits spins first, and then sleeps.
 #pragma once
 
 #include <atomic>
