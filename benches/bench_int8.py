@@ -14,6 +14,7 @@ import functools
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -26,6 +27,7 @@ import torch
 pytest.importorskip("timm")
 
 import int8_peers
+from int8_builder import Builder
 from int8_peers import PEERS, Network
 from PIL import Image
 
@@ -175,6 +177,32 @@ def bench_layers(benchmark, capsys, model):
         for name, row in rows.items():
             print(f"{name:44} {row['us']:8.1f} us, counted {row['counted_us']:8.1f}")
     benchmark.pedantic(lambda: session(picture), rounds=3)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(64, 56), (128, 28), (384, 14)])
+@pytest.mark.parametrize("kernel", [3, 5])
+def bench_depthwise(benchmark, capsys, channels, side, kernel):
+    """A depthwise convolution of stride 1 inside a graph, its epilogue included, by its profile."""
+    if "avx512vnni" not in int8.isa():
+        pytest.skip("needs AVX-512 VNNI")
+    builder = Builder()
+    builder.conv(channels, 3, inputs=(-1,), stride=(2, 2), padding=(1, 1, 1, 1), zero_point=0)
+    # like every multiplier of `quantize`, one that needs fewer than 23 bits
+    builder.conv(None, kernel, padding=(kernel // 2,) * 4, zero_point=0, multiplier=2.0**-9)
+    graph = builder.graph(2 * side)
+    session = int8.load(graph, isa="avx512vnni")
+    picture = int8_peers.smooth_pictures(1)[:, : 2 * side, : 2 * side].copy()
+    np.testing.assert_array_equal(session(picture), reference.run(graph, picture))
+    rates, peaks = [], []
+    for _ in range(7):
+        rates.append(session.profile(picture, rounds=20).layers[1].gmacs)
+        peaks.append(_int8.vnni_peak(0.05) / 1e9)
+    shares = [100 * rate / peak for rate, peak in zip(rates, peaks, strict=True)]
+    benchmark.extra_info |= {"gmac_per_s": statistics.median(rates)}
+    benchmark.extra_info |= {"percent_of_vpdpbusd": statistics.median(shares)}
+    with capsys.disabled():
+        print(f"\n{benchmark.name}: {statistics.median(shares):.1f}% of the peak of vpdpbusd")
+    benchmark.pedantic(lambda: session.profile(picture), rounds=3)
 
 
 def bench_load(race, capsys, tmp_path):
