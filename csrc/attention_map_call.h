@@ -121,15 +121,19 @@ struct Setup {
 };
 
 // A gradient with the strides of empty_like, which is what the fake promises; where these leave
-// dim not dense, a kernel fills a contiguous tensor first.
+// dim not dense, or where a kernel computes in another dtype, it fills a contiguous tensor first.
 struct Grad {
   Tensor promised, tensor;
-  explicit Grad(const Tensor& x)
+  bool direct;
+  explicit Grad(const Tensor& x) : Grad(x, x.scalar_type()) {}
+  Grad(const Tensor& x, ScalarType dtype)
       : promised(torch::stable::empty_like(x)),
-        tensor(dense_dim(promised) ? promised : torch::stable::new_empty(x, x.sizes())) {}
+        direct(dense_dim(promised) && dtype == x.scalar_type()) {
+    tensor = direct ? promised : torch::stable::new_empty(x, x.sizes(), dtype);
+  }
   Operand view() const { return operand(tensor); }
   Tensor take() {
-    if (!dense_dim(promised)) torch::stable::copy_(promised, tensor);
+    if (!direct) torch::stable::copy_(promised, tensor);
     return promised;
   }
 };

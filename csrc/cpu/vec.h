@@ -1,9 +1,11 @@
-// A register of floats for each instruction set: vitkd::avx2::Vec (8) and vitkd::avx512::Vec (16),
-// with the same few operations, so that a kernel is written once and included per namespace. (No
+// A register of floats for each instruction set: vitkd::avx2::Vec (8), vitkd::avx512::Vec (16) and,
+// for all others, vitkd::scalar::Vec (1), with the same few operations, so that a kernel is written
+// once and included per namespace. (No
 // struct of theirs has default member values: gcc would build the constructor for the baseline.)
 // exp() is accurate to 2 ulp for x <= 88 and 0 where the result would be below FLT_MIN.
 #pragma once
 
+#include <bit>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -45,6 +47,45 @@ constexpr float kLogPoly[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740
                               2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
 
 }  // namespace vitkd
+
+namespace vitkd::scalar {
+
+struct Vec {
+  static constexpr int kLanes = 1;
+  using Mask = bool;
+  float v;
+
+  Vec() = default;
+  explicit Vec(float x) : v(x) {}
+
+  static Vec load(const float* p) { return Vec{*p}; }
+  static Vec load(const Bfloat16* p) { return Vec{std::bit_cast<float>(uint32_t{p->bits} << 16)}; }
+  static Vec load(const Half* p) {
+    return Vec{static_cast<float>(std::bit_cast<_Float16>(p->bits))};
+  }
+  void store(float* p) const { *p = v; }
+  void store(Half* p) const { p->bits = std::bit_cast<uint16_t>(static_cast<_Float16>(v)); }
+  void store(Bfloat16* p) const {
+    const auto bits = std::bit_cast<uint32_t>(v);
+    p->bits = v != v ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+};
+
+inline Vec operator+(Vec a, Vec b) { return Vec{a.v + b.v}; }
+inline Vec operator-(Vec a, Vec b) { return Vec{a.v - b.v}; }
+inline Vec operator*(Vec a, Vec b) { return Vec{a.v * b.v}; }
+inline Vec operator/(Vec a, Vec b) { return Vec{a.v / b.v}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return Vec{a.v * b.v + c.v}; }  // quicker than a call
+inline Vec max(Vec a, Vec b) { return a.v > b.v ? a : b; }
+inline bool less(Vec a, Vec b) { return a.v < b.v; }
+inline Vec select(bool m, Vec a, Vec b) { return m ? a : b; }
+inline float reduce_add(Vec a) { return a.v; }
+inline float reduce_max(Vec a) { return a.v; }
+inline Vec exp(Vec x) { return Vec{x.v < kExpLowest ? 0.0f : std::exp(x.v)}; }
+inline Vec log(Vec x) { return Vec{std::log(x.v)}; }
+inline void transpose(Vec*) {}
+
+}  // namespace vitkd::scalar
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -137,6 +178,34 @@ VITKD_INLINE Vec log(Vec x) {
   y = fma(n, Vec{kLn2Hi}, m + y);
   y = select(less(x, Vec{FLT_MIN}), Vec{-INFINITY}, y);
   return select(less(x, Vec{INFINITY}), y, x);  // a NaN stays one
+}
+
+// 16 rows become 16 columns
+VITKD_INLINE void transpose(Vec* x) {
+  __m512 t[16], u[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const __m512d a = _mm512_castps_pd(t[i / 4 * 4 + i % 4 / 2]);
+    const __m512d b = _mm512_castps_pd(t[i / 4 * 4 + i % 4 / 2 + 2]);
+    u[i] = _mm512_castpd_ps(i % 2 ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b));
+  }
+  // quarter q of u[4 g + c] holds rows 4 g to 4 g + 3 of column 4 q + c
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
+    const __m512 even2 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+    const __m512 odd2 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+    x[c].v = _mm512_shuffle_f32x4(even, even2, 0x88);
+    x[4 + c].v = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+    x[8 + c].v = _mm512_shuffle_f32x4(even, even2, 0xdd);
+    x[12 + c].v = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+  }
 }
 
 }  // namespace vitkd::avx512
@@ -250,6 +319,27 @@ VITKD_INLINE Vec log(Vec x) {
   y = fma(n, Vec{kLn2Hi}, m + y);
   y = select(less(x, Vec{FLT_MIN}), Vec{-INFINITY}, y);
   return select(less(x, Vec{INFINITY}), y, x);  // a NaN stays one
+}
+
+// 8 rows become 8 columns
+VITKD_INLINE void transpose(Vec* x) {
+  __m256 t[8], u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m256d a = _mm256_castps_pd(t[i / 4 * 4 + i % 4 / 2]);
+    const __m256d b = _mm256_castps_pd(t[i / 4 * 4 + i % 4 / 2 + 2]);
+    u[i] = _mm256_castpd_ps(i % 2 ? _mm256_unpackhi_pd(a, b) : _mm256_unpacklo_pd(a, b));
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    x[c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x20);
+    x[4 + c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x31);
+  }
 }
 
 }  // namespace vitkd::avx2

@@ -1,0 +1,166 @@
+// Attention-map loss on the CPU: scores of some queries and all keys, of teacher and student, stay
+// in L2 until the loss and the gradients of student's queries and keys have been formed from them:
+// 4 products, where a backward from stored statistics takes 6, and no map of a head as a whole.
+// Products are done by register tiles of up to 6 x 64; exponentials are a tenth of the work. Heads
+// are spread over torch's threads; each is computed alike wherever it lands, and losses are added
+// up in row order, so results do not depend on the number of threads.
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
+
+#include "../attention_map_call.h"
+#include "../int8/isa.h"
+#include "vec.h"
+
+namespace vitkd::attention_map {
+namespace {
+
+enum class Pass { kForward, kForwardGrad, kBackward };
+
+constexpr float kMasked = -1e30f;           // beyond any score, and finite: 0 * kMasked is 0
+constexpr int64_t kScoreBytes = 192 << 10;  // of a block's scores: they stay in L2
+
+using Kernel = void (*)(const Call&, int64_t begin, int64_t end);
+
+}  // namespace
+}  // namespace vitkd::attention_map
+
+namespace vitkd::attention_map::scalar {
+namespace {
+using vitkd::scalar::Vec;
+#include "attention_map.inl"
+}  // namespace
+}  // namespace vitkd::attention_map::scalar
+
+#if defined(__x86_64__)
+VITKD_TARGET_BEGIN(VITKD_AVX512)
+namespace vitkd::attention_map::avx512 {
+namespace {
+using vitkd::avx512::Vec;
+#include "attention_map.inl"
+}  // namespace
+}  // namespace vitkd::attention_map::avx512
+VITKD_TARGET_END
+
+VITKD_TARGET_BEGIN(VITKD_AVX2)
+namespace vitkd::attention_map::avx2 {
+namespace {
+using vitkd::avx2::Vec;
+#include "attention_map.inl"
+}  // namespace
+}  // namespace vitkd::attention_map::avx2
+VITKD_TARGET_END
+#endif
+
+namespace vitkd::attention_map {
+namespace {
+
+template <Kind kKind, Pass kPass>
+Kernel kernel_for(Isa isa) {
+#if defined(__x86_64__)
+  if (isa >= Isa::avx512) return avx512::run_heads<kKind, kPass>;
+  if (isa >= Isa::avx2) return avx2::run_heads<kKind, kPass>;
+#endif
+  return scalar::run_heads<kKind, kPass>;
+}
+
+template <Pass kPass>
+Kernel kernel_for(Kind kind) {
+  switch (kind) {
+    case Kind::kReverseKl:
+      return kernel_for<Kind::kReverseKl, kPass>(selected_isa());
+    case Kind::kJs:
+      return kernel_for<Kind::kJs, kPass>(selected_isa());
+    case Kind::kMse:
+      return kernel_for<Kind::kMse, kPass>(selected_isa());
+    default:
+      return kernel_for<Kind::kKl, kPass>(selected_isa());
+  }
+}
+
+template <Pass kPass>
+void run(const Call& c) {
+  const Kernel kernel = kernel_for<kPass>(c.kind);
+  torch::stable::parallel_for(0, c.batch * c.heads, 1,
+                              [&](int64_t begin, int64_t end) { kernel(c, begin, end); });
+}
+
+void check_mask(const Call& c) {
+  if (!c.key_mask) return;
+  for (int64_t i = 0; i < c.batch; ++i) {
+    const bool* const mask = c.key_mask + i * c.keys;
+    STD_TORCH_CHECK(std::find(mask, mask + c.keys, true) != mask + c.keys,
+                    "attention_map_loss: key_mask keeps no key of batch element ", i);
+  }
+}
+
+template <Pass kPass>
+Tensor forward(Call& c, const Tensor& like) {
+  check_mask(c);
+  Tensor loss = empty_loss(c, like);
+  float* const out = loss.mutable_data_ptr<float>();
+  if (c.reduction == Reduction::kNone) {
+    c.loss = out;
+    run<kPass>(c);
+    return loss;
+  }
+  std::vector<float> rows(c.rows());
+  c.loss = rows.data();
+  run<kPass>(c);
+  *out = static_cast<float>(std::accumulate(rows.begin(), rows.end(), 0.0));
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> attention_map_fwd(const Tensor& q_s, const Tensor& k_s,
+                                             const Tensor& q_t, const Tensor& k_t, double scale_s,
+                                             double scale_t, double temperature, int64_t kind,
+                                             int64_t reduction, OptionalTensor key_mask,
+                                             bool allow_tf32) {
+  Setup setup(q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, reduction, key_mask,
+              allow_tf32);
+  Tensor stats = empty_stats(setup.call, q_s);
+  setup.call.stats = stats.mutable_data_ptr<float>();
+  Tensor loss = forward<Pass::kForward>(setup.call, q_s);
+  return {std::move(loss), std::move(stats)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_map_fwd_grad(
+    const Tensor& q_s, const Tensor& k_s, const Tensor& q_t, const Tensor& k_t, double scale_s,
+    double scale_t, double temperature, int64_t kind, int64_t reduction, OptionalTensor key_mask,
+    bool allow_tf32) {
+  Setup setup(q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, reduction, key_mask,
+              allow_tf32);
+  Grad d_q(q_s), d_k(k_s);
+  setup.call.d_q = d_q.view(), setup.call.d_k = d_k.view();
+  Tensor loss = forward<Pass::kForwardGrad>(setup.call, q_s);
+  return {std::move(loss), d_q.take(), d_k.take()};
+}
+
+std::tuple<Tensor, Tensor> attention_map_bwd(const Tensor& grad_loss, const Tensor& q_s,
+                                             const Tensor& k_s, const Tensor& q_t,
+                                             const Tensor& k_t, const Tensor& stats, double scale_s,
+                                             double scale_t, double temperature, int64_t kind,
+                                             int64_t reduction, OptionalTensor key_mask,
+                                             bool allow_tf32) {
+  Setup setup(q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, reduction, key_mask,
+              allow_tf32);
+  const Tensor grads = torch::stable::contiguous(grad_loss);
+  const Tensor saved = torch::stable::contiguous(stats);
+  Grad d_q(q_s), d_k(k_s);
+  setup.call.d_q = d_q.view(), setup.call.d_k = d_k.view();
+  setup.call.grad_loss = grads.const_data_ptr<float>();
+  setup.call.stats = const_cast<float*>(saved.const_data_ptr<float>());
+  run<Pass::kBackward>(setup.call);
+  return {d_q.take(), d_k.take()};
+}
+
+}  // namespace
+}  // namespace vitkd::attention_map
+
+STABLE_TORCH_LIBRARY_IMPL(vitkd_fast, CPU, m) {
+  m.impl("attention_map_fwd", TORCH_BOX(&vitkd::attention_map::attention_map_fwd));
+  m.impl("attention_map_fwd_grad", TORCH_BOX(&vitkd::attention_map::attention_map_fwd_grad));
+  m.impl("attention_map_bwd", TORCH_BOX(&vitkd::attention_map::attention_map_bwd));
+}

@@ -1,0 +1,418 @@
+// The vector kernel of attention_map.cpp, included once per instruction set, inside its namespace
+// and region. Matrices have rows of whole vectors: what lies behind dim is 0, scores of keys that
+// are masked or not there are kMasked.
+
+constexpr int64_t kLanes = Vec::kLanes;
+// Registers: kVectors of a row of b, and as many sums for each row of a. The wider, the fewer rows.
+constexpr int kMaxVectors = kLanes == 16 ? 4 : 2;
+constexpr int rows_of(int vectors) {
+  if (kLanes == 16) return vectors <= 2 ? 12 : vectors == 3 ? 8 : 6;
+  return vectors == 1 ? 12 : 6;
+}
+
+// [rows, steps] x [steps, columns], with any steps through a and b
+struct Product {
+  const float* a;
+  int64_t a_row, a_step;
+  const float* b;
+  int64_t b_step;  // 0: panels of kMaxVectors columns or fewer, one after another
+  float* c;
+  int64_t c_row;
+  int64_t rows, vectors, steps;
+  bool add;  // to what c holds
+};
+
+template <int kRows, int kVectors>
+VITKD_INLINE void tile(const Product& t, const float* a, const float* b, int64_t b_step, float* c) {
+  Vec sums[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sums[r][v] = t.add ? Vec::load(c + r * t.c_row + v * kLanes) : Vec{0.0f};
+    }
+  }
+  for (int64_t step = t.steps; step > 0; --step, a += t.a_step, b += b_step) {
+    Vec row[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) row[v] = Vec::load(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x{a[r * t.a_row]};
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(x, row[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[r][v].store(c + r * t.c_row + v * kLanes);
+  }
+}
+
+template <int kVectors>
+__attribute__((noinline)) void panel(const Product& t, const float* b, int64_t b_step, float* c) {
+  constexpr int kRows = rows_of(kVectors);
+  const float* a = t.a;
+  int64_t row = 0;
+  for (; row + kRows <= t.rows; row += kRows, a += kRows * t.a_row, c += kRows * t.c_row) {
+    tile<kRows, kVectors>(t, a, b, b_step, c);
+  }
+  if (row + kRows / 2 <= t.rows) {
+    tile<kRows / 2, kVectors>(t, a, b, b_step, c);
+    row += kRows / 2, a += kRows / 2 * t.a_row, c += kRows / 2 * t.c_row;
+  }
+  for (; row < t.rows; ++row, a += t.a_row, c += t.c_row) tile<1, kVectors>(t, a, b, b_step, c);
+}
+
+// panels of nearly the same width
+struct Panels {
+  int64_t vectors, count;
+  explicit Panels(int64_t n) : vectors(n), count((n + kMaxVectors - 1) / kMaxVectors) {}
+  int64_t first(int64_t panel) const { return vectors * panel / count; }
+};
+
+void multiply(const Product& t) {
+  const Panels panels(t.vectors);
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int64_t first = panels.first(p), width = panels.first(p + 1) - first;
+    const int64_t b_step = t.b_step ? t.b_step : width * kLanes;
+    const float* b = t.b + first * kLanes * (t.b_step ? 1 : t.steps);
+    float* c = t.c + first * kLanes;
+    if constexpr (kMaxVectors == 4) {
+      if (width == 4) panel<4>(t, b, b_step, c);
+      if (width == 3) panel<3>(t, b, b_step, c);
+    }
+    if (width == 2) panel<2>(t, b, b_step, c);
+    if (width == 1) panel<1>(t, b, b_step, c);
+  }
+}
+
+// n <= kLanes elements, and 0 behind them
+template <class T>
+VITKD_INLINE Vec load_row(const T* p, int64_t n) {
+  if (n >= kLanes) return Vec::load(p);
+  T staged[kLanes] = {};
+  std::memcpy(staged, p, n * sizeof(T));
+  return Vec::load(staged);
+}
+
+// [rows, dim] as [rows, stride] floats
+template <class T>
+void widen(const void* from, int64_t token_stride, int64_t rows, int64_t dim, float* to,
+           int64_t stride) {
+  const T* p = static_cast<const T*>(from);
+  for (int64_t row = 0; row < rows; ++row, p += token_stride, to += stride) {
+    for (int64_t d = 0; d < dim; d += kLanes) load_row(p + d, dim - d).store(to + d);
+  }
+}
+
+// [rows, stride] floats as [rows, dim]
+template <class T>
+void narrow(const float* from, int64_t stride, int64_t rows, int64_t dim, void* to,
+            int64_t token_stride) {
+  T* p = static_cast<T*>(to);
+  for (int64_t row = 0; row < rows; ++row, p += token_stride, from += stride) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      if (dim - d >= kLanes) {
+        Vec::load(from + d).store(p + d);
+      } else {
+        T staged[kLanes];
+        Vec::load(from + d).store(staged);
+        std::memcpy(p + d, staged, (dim - d) * sizeof(T));
+      }
+    }
+  }
+}
+
+template <class F>
+void with_type(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::Float) f.template operator()<float>();
+  if (dtype == ScalarType::Half) f.template operator()<Half>();
+  if (dtype == ScalarType::BFloat16) f.template operator()<Bfloat16>();
+}
+
+// [keys, stride] as panels of [dim][keys of the panel]
+void to_panels(const float* from, int64_t stride, int64_t keys, int64_t dim, float* to) {
+  const Panels panels((keys + kLanes - 1) / kLanes);
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int64_t first = panels.first(p), width = panels.first(p + 1) - first;
+    for (int64_t v = 0; v < width; ++v) {
+      const float* block = from + (first + v) * kLanes * stride;
+      float* out = to + first * kLanes * dim + v * kLanes;
+      for (int64_t d = 0; d < dim; d += kLanes, block += kLanes) {
+        Vec rows[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) rows[i] = Vec::load(block + i * stride);
+        transpose(rows);
+        for (int64_t i = 0; i < std::min(kLanes, dim - d); ++i) {
+          rows[i].store(out + (d + i) * width * kLanes);
+        }
+      }
+    }
+  }
+}
+
+// scores, from products; returns the largest
+VITKD_INLINE float scale(float* x, const float* bias, float factor, int64_t n) {
+  const Vec f{factor};
+  Vec most{-FLT_MAX};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec score = fma(Vec::load(x + i), f, Vec::load(bias + i));
+    score.store(x + i);
+    most = max(score, most);
+  }
+  return reduce_max(most);
+}
+
+struct RowSums {  // of one row; exponentials are relative to the maxima
+  float max_s, max_t, sum_s, sum_t;
+  float dot;  // sum e_t (a - max_t - b + max_s), for kl
+};
+
+// With kKeep, scores make way for their exponentials.
+template <bool kKeep>
+VITKD_INLINE RowSums sums_of(float* t, float* s, float max_t, float max_s, int64_t n) {
+  const Vec top_t{max_t}, top_s{max_s};
+  Vec sum_t{0.0f}, sum_s{0.0f}, dot{0.0f};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec a = Vec::load(t + i) - top_t, b = Vec::load(s + i) - top_s;
+    const Vec e_t = exp(a), e_s = exp(b);
+    sum_t = sum_t + e_t;
+    sum_s = sum_s + e_s;
+    dot = fma(e_t, a - b, dot);
+    if constexpr (kKeep) e_t.store(t + i), e_s.store(s + i);
+  }
+  return {max_s, max_t, reduce_add(sum_s), reduce_add(sum_t), reduce_add(dot)};
+}
+
+struct RowTerms {
+  float loss, centre;
+};
+
+// Scores, less `top` and then less the logarithm of their sum, are the logarithms of attention; of
+// the student's attention q is left, of the teacher's w (attention_map.h).
+template <Kind kKind>
+VITKD_INLINE RowTerms terms_of(float* t, float* s, float top_t, float top_s, float log_t,
+                               float log_s, int64_t n) {
+  Vec loss{0.0f}, centre{0.0f};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec log_p = Vec::load(t + i) - Vec{top_t} - Vec{log_t};
+    const Vec log_q = Vec::load(s + i) - Vec{top_s} - Vec{log_s};
+    const Vec p = exp(log_p), q = exp(log_q);
+    Vec w;
+    if constexpr (kKind == Kind::kKl) {
+      w = q - p;
+      loss = fma(p, log_p - log_q, loss);
+    } else if constexpr (kKind == Kind::kReverseKl) {
+      w = q * (log_q - log_p);
+      loss = loss + w;
+    } else if constexpr (kKind == Kind::kJs) {
+      const Vec m = Vec{0.5f} * (p + q);
+      const auto gone = less(m, Vec{FLT_MIN});  // both have underflown
+      const Vec log_m = log(m);
+      w = select(gone, Vec{0.0f}, Vec{0.5f} * q * (log_q - log_m));
+      loss = loss + w + select(gone, Vec{0.0f}, Vec{0.5f} * p * (log_p - log_m));
+    } else {
+      const Vec d = q - p;
+      w = Vec{2.0f} * q * d;
+      loss = fma(d, d, loss);
+    }
+    centre = centre + w;
+    w.store(t + i);
+    q.store(s + i);
+  }
+  return {reduce_add(loss), kKind == Kind::kKl ? 0.0f : reduce_add(centre)};
+}
+
+// the gradient of the scores, x * fx - y * fy, in place of x
+VITKD_INLINE void combine(float* x, float fx, const float* y, float fy, int64_t n) {
+  const Vec f{fx}, g{fy};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    (Vec::load(x + i) * f - Vec::load(y + i) * g).store(x + i);
+  }
+}
+
+// A thread's memory for one head at a time.
+struct Workspace {
+  int64_t stride_s, stride_t;  // of rows of queries and keys
+  int64_t columns;             // keys, in whole vectors
+  int64_t block;               // queries at once
+  std::unique_ptr<float[]> memory;
+  float *k_s, *panels_s, *panels_t;  // keys [columns, stride], transposed
+  float *q_s, *q_t;                  // [block, stride]
+  float *s, *t;                      // scores [block, columns]
+  float *d_q, *d_k;                  // [block, stride], [columns, stride]
+  float* bias;                       // [columns]: kMasked where a key does not count
+  float* numbers;                    // [6, block]: of each row
+
+  explicit Workspace(const Call& c) {
+    const auto whole = [](int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; };
+    stride_s = whole(c.dim_s), stride_t = whole(c.dim_t), columns = whole(c.keys);
+    // blocks of nearly the same size, in whole register tiles, whose scores stay in L2
+    const int64_t most = std::clamp<int64_t>(kScoreBytes / (8 * columns), 24, 96);
+    const int64_t blocks = std::max<int64_t>((c.queries + most - 1) / most, 1);
+    block = ((c.queries + blocks - 1) / blocks + 11) / 12 * 12;
+    const int64_t keys = columns * std::max(stride_s, stride_t);
+    const int64_t sizes[] = {keys,
+                             keys,
+                             keys,
+                             block * stride_s,
+                             block * stride_t,
+                             block * columns,
+                             block * columns,
+                             block * stride_s,
+                             keys,
+                             columns,
+                             6 * whole(block)};
+    float** const parts[] = {&k_s, &panels_s, &panels_t, &q_s,  &q_t,    &s,
+                             &t,   &d_q,      &d_k,      &bias, &numbers};
+    int64_t total = 0;
+    for (const int64_t size : sizes) total += whole(size);
+    memory.reset(new float[total + 16]);
+    float* at = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64 / 4;
+    for (size_t i = 0; i < std::size(sizes); at += whole(sizes[i++])) *parts[i] = at;
+  }
+};
+
+struct Head {
+  const Call& c;
+  Workspace& w;
+  int64_t batch, head;
+
+  char* at(const Operand& x, int64_t token) const {
+    const int64_t size = x.dtype == ScalarType::Float ? 4 : 2;
+    return x.data + (batch * x.batch_stride + head * x.head_stride + token * x.token_stride) * size;
+  }
+  void read(const Operand& x, int64_t token, int64_t rows, int64_t dim, float* to,
+            int64_t stride) const {
+    with_type(x.dtype,
+              [&]<class T>() { widen<T>(at(x, token), x.token_stride, rows, dim, to, stride); });
+  }
+  void write(const float* from, int64_t stride, int64_t token, int64_t rows, int64_t dim,
+             const Operand& x) const {
+    with_type(x.dtype,
+              [&]<class T>() { narrow<T>(from, stride, rows, dim, at(x, token), x.token_stride); });
+  }
+
+  // phase 1: keys as both products want them
+  void load_keys() const {
+    const int64_t missing = w.columns - c.keys;
+    read(c.k_t, 0, c.keys, c.dim_t, w.k_s, w.stride_t);
+    std::fill_n(w.k_s + c.keys * w.stride_t, missing * w.stride_t, 0.0f);
+    to_panels(w.k_s, w.stride_t, c.keys, c.dim_t, w.panels_t);
+    read(c.k_s, 0, c.keys, c.dim_s, w.k_s, w.stride_s);
+    std::fill_n(w.k_s + c.keys * w.stride_s, missing * w.stride_s, 0.0f);
+    to_panels(w.k_s, w.stride_s, c.keys, c.dim_s, w.panels_s);
+    for (int64_t key = 0; key < w.columns; ++key) {
+      const bool keep = key < c.keys && (!c.key_mask || c.key_mask[batch * c.keys + key]);
+      w.bias[key] = keep ? 0.0f : kMasked;
+    }
+  }
+
+  // phase 2: scores of `rows` queries from the first on
+  void score(int64_t first, int64_t rows) const {
+    const int64_t vectors = w.columns / kLanes;
+    read(c.q_t, first, rows, c.dim_t, w.q_t, w.stride_t);
+    read(c.q_s, first, rows, c.dim_s, w.q_s, w.stride_s);
+    multiply({w.q_t, w.stride_t, 1, w.panels_t, 0, w.t, w.columns, rows, vectors, c.dim_t, false});
+    multiply({w.q_s, w.stride_s, 1, w.panels_s, 0, w.s, w.columns, rows, vectors, c.dim_s, false});
+  }
+
+  // Phase 3, forward: losses, statistics and, where kGrad, the gradients of the scores, in w.t.
+  template <Kind kKind, bool kGrad>
+  void forward(int64_t first, int64_t rows) const {
+    constexpr bool kKeep = kKind == Kind::kKl && kGrad;
+    const int64_t n = w.columns, row0 = (batch * c.heads + head) * c.queries + first;
+    const int64_t stride = (w.block + kLanes - 1) / kLanes * kLanes;
+    float *const max_s = w.numbers, *const max_t = max_s + stride, *const sum_s = max_t + stride;
+    float *const sum_t = sum_s + stride, *const loss = sum_t + stride, *const log_s = loss + stride;
+    for (int64_t i = 0; i < rows; ++i) {
+      float *const t = w.t + i * n, *const s = w.s + i * n;
+      const float top_t = scale(t, w.bias, c.factor_t, n), top_s = scale(s, w.bias, c.factor_s, n);
+      const RowSums sums = sums_of<kKeep>(t, s, top_t, top_s, n);
+      max_s[i] = top_s, max_t[i] = top_t, sum_s[i] = sums.sum_s, sum_t[i] = sums.sum_t;
+      loss[i] = sums.dot;
+    }
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      const Vec e_s = Vec::load(sum_s + i), e_t = Vec::load(sum_t + i);
+      const Vec l_s = log(e_s), l_t = log(e_t);
+      (Vec::load(loss + i) / e_t + l_s - l_t).store(loss + i);
+      l_s.store(log_s + i);
+      if constexpr (!kKeep) l_t.store(sum_t + i);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      float *const t = w.t + i * n, *const s = w.s + i * n;
+      RowTerms terms{loss[i], 0};
+      if constexpr (kKind != Kind::kKl) {
+        terms = terms_of<kKind>(t, s, max_t[i], max_s[i], sum_t[i], log_s[i], n);
+      }
+      if (c.loss != nullptr) c.loss[row0 + i] = terms.loss * c.loss_factor;
+      if (c.stats != nullptr) {
+        c.stats[row0 + i] = max_s[i] + log_s[i];
+        c.stats[c.rows() + row0 + i] = max_t[i] + (kKeep ? std::log(sum_t[i]) : sum_t[i]);
+        c.stats[2 * c.rows() + row0 + i] = terms.centre;
+      }
+      if constexpr (kKeep) {
+        combine(t, -c.grad_factor / sum_t[i], s, -c.grad_factor / sum_s[i], n);
+      } else if constexpr (kGrad) {
+        combine(t, c.grad_factor, s, c.grad_factor * terms.centre, n);
+      }
+    }
+  }
+
+  // phase 3, backward
+  template <Kind kKind>
+  void backward(int64_t first, int64_t rows) const {
+    const int64_t n = w.columns, row0 = (batch * c.heads + head) * c.queries + first;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = row0 + i;
+      float *const t = w.t + i * n, *const s = w.s + i * n;
+      scale(t, w.bias, c.factor_t, n);
+      scale(s, w.bias, c.factor_s, n);
+      terms_of<kKind>(t, s, c.stats[c.rows() + row], c.stats[row], 0, 0, n);
+      const float grad = c.row_grad(row);
+      combine(t, grad, s, grad * c.stats[2 * c.rows() + row], n);
+    }
+  }
+
+  // Phase 4: both gradients from those of the scores. Keys and queries take turns in L1.
+  void spread(int64_t first, int64_t rows) const {
+    constexpr int64_t kKeys = 96;
+    const int64_t vectors = w.stride_s / kLanes;
+    for (int64_t key = 0; key < c.keys; key += kKeys) {
+      multiply({w.t + key, w.columns, 1, w.k_s + key * w.stride_s, w.stride_s, w.d_q, w.stride_s,
+                rows, vectors, std::min(kKeys, c.keys - key), key > 0});
+    }
+    write(w.d_q, w.stride_s, first, rows, c.dim_s, c.d_q);
+    multiply({w.t, 1, w.columns, w.q_s, w.stride_s, w.d_k, w.stride_s, c.keys, vectors, rows,
+              first > 0});
+  }
+
+  template <Kind kKind, Pass kPass>
+  void run() const {
+    load_keys();
+    for (int64_t first = 0; first < c.queries; first += w.block) {
+      const int64_t rows = std::min(w.block, c.queries - first);
+      score(first, rows);
+      if constexpr (kPass == Pass::kBackward) {
+        backward<kKind>(first, rows);
+      } else {
+        forward<kKind, kPass == Pass::kForwardGrad>(first, rows);
+      }
+      if constexpr (kPass != Pass::kForward) spread(first, rows);
+    }
+    if constexpr (kPass != Pass::kForward) {
+      if (c.queries == 0) std::fill_n(w.d_k, c.keys * w.stride_s, 0.0f);
+      write(w.d_k, w.stride_s, 0, c.keys, c.dim_s, c.d_k);
+    }
+  }
+};
+
+// heads [begin, end) of batch * heads
+template <Kind kKind, Pass kPass>
+void run_heads(const Call& c, int64_t begin, int64_t end) {
+  Workspace workspace(c);
+  for (int64_t i = begin; i < end; ++i) {
+    Head{c, workspace, i / c.heads, i % c.heads}.template run<kKind, kPass>();
+  }
+}
