@@ -132,17 +132,25 @@ void with_type(ScalarType dtype, F&& f) {
   if (dtype == ScalarType::BFloat16) f.template operator()<Bfloat16>();
 }
 
-// [keys, stride] as panels of [dim][keys of the panel]
-void to_panels(const float* from, int64_t stride, int64_t keys, int64_t dim, float* to) {
+// rows of floats: the tensor's own where they are whole vectors, else a copy
+struct Rows {
+  float* data;
+  int64_t stride;
+};
+
+// [keys, dim] as panels of [dim][keys of the panel]
+void to_panels(Rows from, int64_t keys, int64_t dim, float* to) {
   const Panels panels((keys + kLanes - 1) / kLanes);
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t first = panels.first(p), width = panels.first(p + 1) - first;
     for (int64_t v = 0; v < width; ++v) {
-      const float* block = from + (first + v) * kLanes * stride;
+      const int64_t key = (first + v) * kLanes;
       float* out = to + first * kLanes * dim + v * kLanes;
-      for (int64_t d = 0; d < dim; d += kLanes, block += kLanes) {
+      for (int64_t d = 0; d < dim; d += kLanes) {
         Vec rows[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) rows[i] = Vec::load(block + i * stride);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          rows[i] = key + i < keys ? Vec::load(from.data + (key + i) * from.stride + d) : Vec{0.0f};
+        }
         transpose(rows);
         for (int64_t i = 0; i < std::min(kLanes, dim - d); ++i) {
           rows[i].store(out + (d + i) * width * kLanes);
@@ -152,37 +160,38 @@ void to_panels(const float* from, int64_t stride, int64_t keys, int64_t dim, flo
   }
 }
 
-// scores, from products; returns the largest
-VITKD_INLINE float scale(float* x, const float* bias, float factor, int64_t n) {
-  const Vec f{factor};
+// from a product to a score
+VITKD_INLINE Vec score_at(const float* x, const float* bias, Vec factor, int64_t i) {
+  return fma(Vec::load(x + i), factor, Vec::load(bias + i));
+}
+
+VITKD_INLINE float largest(const float* x, const float* bias, float factor, int64_t n) {
   Vec most{-FLT_MAX};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec score = fma(Vec::load(x + i), f, Vec::load(bias + i));
-    score.store(x + i);
-    most = max(score, most);
-  }
+  for (int64_t i = 0; i < n; i += kLanes) most = max(score_at(x, bias, Vec{factor}, i), most);
   return reduce_max(most);
 }
 
-struct RowSums {  // of one row; exponentials are relative to the maxima
-  float max_s, max_t, sum_s, sum_t;
+struct RowSums {  // exponentials are relative to the maxima
+  float s, t;
   float dot;  // sum e_t (a - max_t - b + max_s), for kl
 };
 
-// With kKeep, scores make way for their exponentials.
+// With kKeep, products make way for the exponentials of their scores.
 template <bool kKeep>
-VITKD_INLINE RowSums sums_of(float* t, float* s, float max_t, float max_s, int64_t n) {
+VITKD_INLINE RowSums sums_of(const Call& c, const float* bias, float* t, float* s, float max_t,
+                             float max_s, int64_t n) {
   const Vec top_t{max_t}, top_s{max_s};
   Vec sum_t{0.0f}, sum_s{0.0f}, dot{0.0f};
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec a = Vec::load(t + i) - top_t, b = Vec::load(s + i) - top_s;
+    const Vec a = score_at(t, bias, Vec{c.factor_t}, i) - top_t;
+    const Vec b = score_at(s, bias, Vec{c.factor_s}, i) - top_s;
     const Vec e_t = exp(a), e_s = exp(b);
     sum_t = sum_t + e_t;
     sum_s = sum_s + e_s;
     dot = fma(e_t, a - b, dot);
     if constexpr (kKeep) e_t.store(t + i), e_s.store(s + i);
   }
-  return {max_s, max_t, reduce_add(sum_s), reduce_add(sum_t), reduce_add(dot)};
+  return {reduce_add(sum_s), reduce_add(sum_t), reduce_add(dot)};
 }
 
 struct RowTerms {
@@ -192,12 +201,12 @@ struct RowTerms {
 // Scores, less `top` and then less the logarithm of their sum, are the logarithms of attention; of
 // the student's attention q is left, of the teacher's w (attention_map.h).
 template <Kind kKind>
-VITKD_INLINE RowTerms terms_of(float* t, float* s, float top_t, float top_s, float log_t,
-                               float log_s, int64_t n) {
+VITKD_INLINE RowTerms terms_of(const Call& c, const float* bias, float* t, float* s, float top_t,
+                               float top_s, float log_t, float log_s, int64_t n) {
   Vec loss{0.0f}, centre{0.0f};
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec log_p = Vec::load(t + i) - Vec{top_t} - Vec{log_t};
-    const Vec log_q = Vec::load(s + i) - Vec{top_s} - Vec{log_s};
+    const Vec log_p = score_at(t, bias, Vec{c.factor_t}, i) - Vec{top_t} - Vec{log_t};
+    const Vec log_q = score_at(s, bias, Vec{c.factor_s}, i) - Vec{top_s} - Vec{log_s};
     const Vec p = exp(log_p), q = exp(log_q);
     Vec w;
     if constexpr (kKind == Kind::kKl) {
@@ -232,18 +241,22 @@ VITKD_INLINE void combine(float* x, float fx, const float* y, float fy, int64_t 
   }
 }
 
+bool in_place(const Operand& x, int64_t dim) {
+  return x.dtype == ScalarType::Float && dim % kLanes == 0;
+}
+
 // A thread's memory for one head at a time.
 struct Workspace {
   int64_t stride_s, stride_t;  // of rows of queries and keys
   int64_t columns;             // keys, in whole vectors
   int64_t block;               // queries at once
   std::unique_ptr<float[]> memory;
-  float *k_s, *panels_s, *panels_t;  // keys [columns, stride], transposed
-  float *q_s, *q_t;                  // [block, stride]
-  float *s, *t;                      // scores [block, columns]
-  float *d_q, *d_k;                  // [block, stride], [columns, stride]
-  float* bias;                       // [columns]: kMasked where a key does not count
-  float* numbers;                    // [6, block]: of each row
+  float *panels_s, *panels_t;  // keys, transposed
+  float *s, *t;                // products, then what they become, [block, columns]
+  // rows that are not read and written where they are: [keys, stride], [block, stride]
+  float *k_s, *k_t, *q_s, *q_t, *d_q, *d_k;
+  float* bias;     // [columns]: kMasked where a key does not count
+  float* numbers;  // [6, block]: of each row
 
   explicit Workspace(const Call& c) {
     const auto whole = [](int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; };
@@ -252,20 +265,23 @@ struct Workspace {
     const int64_t most = std::clamp<int64_t>(kScoreBytes / (8 * columns), 24, 96);
     const int64_t blocks = std::max<int64_t>((c.queries + most - 1) / most, 1);
     block = ((c.queries + blocks - 1) / blocks + 11) / 12 * 12;
-    const int64_t keys = columns * std::max(stride_s, stride_t);
-    const int64_t sizes[] = {keys,
-                             keys,
-                             keys,
-                             block * stride_s,
-                             block * stride_t,
+    const bool copies_s = !in_place(c.q_s, c.dim_s), copies_t = !in_place(c.q_t, c.dim_t);
+    const int64_t keys_s = copies_s * c.keys * stride_s, keys_t = copies_t * c.keys * stride_t;
+    const int64_t block_s = copies_s * block * stride_s, block_t = copies_t * block * stride_t;
+    const int64_t sizes[] = {columns * stride_s,
+                             columns * stride_t,
                              block * columns,
                              block * columns,
-                             block * stride_s,
-                             keys,
+                             keys_s,
+                             keys_t,
+                             block_s,
+                             block_t,
+                             block_s,
+                             keys_s,
                              columns,
                              6 * whole(block)};
-    float** const parts[] = {&k_s, &panels_s, &panels_t, &q_s,  &q_t,    &s,
-                             &t,   &d_q,      &d_k,      &bias, &numbers};
+    float** const parts[] = {&panels_s, &panels_t, &s,   &t,   &k_s,  &k_t,
+                             &q_s,      &q_t,      &d_q, &d_k, &bias, &numbers};
     int64_t total = 0;
     for (const int64_t size : sizes) total += whole(size);
     memory.reset(new float[total + 16]);
@@ -278,44 +294,50 @@ struct Head {
   const Call& c;
   Workspace& w;
   int64_t batch, head;
+  Rows k_s = {}, q_s = {};
 
   char* at(const Operand& x, int64_t token) const {
     const int64_t size = x.dtype == ScalarType::Float ? 4 : 2;
     return x.data + (batch * x.batch_stride + head * x.head_stride + token * x.token_stride) * size;
   }
-  void read(const Operand& x, int64_t token, int64_t rows, int64_t dim, float* to,
+  Rows read(const Operand& x, int64_t token, int64_t rows, int64_t dim, float* copy,
             int64_t stride) const {
+    if (in_place(x, dim)) return {reinterpret_cast<float*>(at(x, token)), x.token_stride};
     with_type(x.dtype,
-              [&]<class T>() { widen<T>(at(x, token), x.token_stride, rows, dim, to, stride); });
+              [&]<class T>() { widen<T>(at(x, token), x.token_stride, rows, dim, copy, stride); });
+    return {copy, stride};
+  }
+  // where a gradient is formed; `write` brings it to where it belongs
+  Rows target(const Operand& x, int64_t token, int64_t dim, float* copy, int64_t stride) const {
+    return read(x, token, 0, dim, copy, stride);
   }
   void write(const float* from, int64_t stride, int64_t token, int64_t rows, int64_t dim,
              const Operand& x) const {
+    if (in_place(x, dim)) return;
     with_type(x.dtype,
               [&]<class T>() { narrow<T>(from, stride, rows, dim, at(x, token), x.token_stride); });
   }
 
-  // phase 1: keys as both products want them
-  void load_keys() const {
-    const int64_t missing = w.columns - c.keys;
-    read(c.k_t, 0, c.keys, c.dim_t, w.k_s, w.stride_t);
-    std::fill_n(w.k_s + c.keys * w.stride_t, missing * w.stride_t, 0.0f);
-    to_panels(w.k_s, w.stride_t, c.keys, c.dim_t, w.panels_t);
-    read(c.k_s, 0, c.keys, c.dim_s, w.k_s, w.stride_s);
-    std::fill_n(w.k_s + c.keys * w.stride_s, missing * w.stride_s, 0.0f);
-    to_panels(w.k_s, w.stride_s, c.keys, c.dim_s, w.panels_s);
+  // phase 1: keys as the products of scores want them, and which of them count
+  void load_keys() {
+    k_s = read(c.k_s, 0, c.keys, c.dim_s, w.k_s, w.stride_s);
+    to_panels(k_s, c.keys, c.dim_s, w.panels_s);
+    to_panels(read(c.k_t, 0, c.keys, c.dim_t, w.k_t, w.stride_t), c.keys, c.dim_t, w.panels_t);
     for (int64_t key = 0; key < w.columns; ++key) {
       const bool keep = key < c.keys && (!c.key_mask || c.key_mask[batch * c.keys + key]);
       w.bias[key] = keep ? 0.0f : kMasked;
     }
   }
 
-  // phase 2: scores of `rows` queries from the first on
-  void score(int64_t first, int64_t rows) const {
+  // phase 2: products of `rows` queries, from the first on, with all keys
+  void score(int64_t first, int64_t rows) {
     const int64_t vectors = w.columns / kLanes;
-    read(c.q_t, first, rows, c.dim_t, w.q_t, w.stride_t);
-    read(c.q_s, first, rows, c.dim_s, w.q_s, w.stride_s);
-    multiply({w.q_t, w.stride_t, 1, w.panels_t, 0, w.t, w.columns, rows, vectors, c.dim_t, false});
-    multiply({w.q_s, w.stride_s, 1, w.panels_s, 0, w.s, w.columns, rows, vectors, c.dim_s, false});
+    const Rows q_t = read(c.q_t, first, rows, c.dim_t, w.q_t, w.stride_t);
+    q_s = read(c.q_s, first, rows, c.dim_s, w.q_s, w.stride_s);
+    multiply(
+        {q_t.data, q_t.stride, 1, w.panels_t, 0, w.t, w.columns, rows, vectors, c.dim_t, false});
+    multiply(
+        {q_s.data, q_s.stride, 1, w.panels_s, 0, w.s, w.columns, rows, vectors, c.dim_s, false});
   }
 
   // Phase 3, forward: losses, statistics and, where kGrad, the gradients of the scores, in w.t.
@@ -326,12 +348,18 @@ struct Head {
     const int64_t stride = (w.block + kLanes - 1) / kLanes * kLanes;
     float *const max_s = w.numbers, *const max_t = max_s + stride, *const sum_s = max_t + stride;
     float *const sum_t = sum_s + stride, *const loss = sum_t + stride, *const log_s = loss + stride;
-    for (int64_t i = 0; i < rows; ++i) {
-      float *const t = w.t + i * n, *const s = w.s + i * n;
-      const float top_t = scale(t, w.bias, c.factor_t, n), top_s = scale(s, w.bias, c.factor_s, n);
-      const RowSums sums = sums_of<kKeep>(t, s, top_t, top_s, n);
-      max_s[i] = top_s, max_t[i] = top_t, sum_s[i] = sums.sum_s, sum_t[i] = sums.sum_t;
-      loss[i] = sums.dot;
+    constexpr int64_t kTogether = 8;  // rows that stay in L1, whose reductions overlap
+    for (int64_t begin = 0; begin < rows; begin += kTogether) {
+      const int64_t end = std::min(begin + kTogether, rows);
+      for (int64_t i = begin; i < end; ++i) {
+        max_t[i] = largest(w.t + i * n, w.bias, c.factor_t, n);
+        max_s[i] = largest(w.s + i * n, w.bias, c.factor_s, n);
+      }
+      for (int64_t i = begin; i < end; ++i) {
+        const RowSums sums =
+            sums_of<kKeep>(c, w.bias, w.t + i * n, w.s + i * n, max_t[i], max_s[i], n);
+        sum_s[i] = sums.s, sum_t[i] = sums.t, loss[i] = sums.dot;
+      }
     }
     for (int64_t i = 0; i < rows; i += kLanes) {
       const Vec e_s = Vec::load(sum_s + i), e_t = Vec::load(sum_t + i);
@@ -344,7 +372,7 @@ struct Head {
       float *const t = w.t + i * n, *const s = w.s + i * n;
       RowTerms terms{loss[i], 0};
       if constexpr (kKind != Kind::kKl) {
-        terms = terms_of<kKind>(t, s, max_t[i], max_s[i], sum_t[i], log_s[i], n);
+        terms = terms_of<kKind>(c, w.bias, t, s, max_t[i], max_s[i], sum_t[i], log_s[i], n);
       }
       if (c.loss != nullptr) c.loss[row0 + i] = terms.loss * c.loss_factor;
       if (c.stats != nullptr) {
@@ -367,29 +395,30 @@ struct Head {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = row0 + i;
       float *const t = w.t + i * n, *const s = w.s + i * n;
-      scale(t, w.bias, c.factor_t, n);
-      scale(s, w.bias, c.factor_s, n);
-      terms_of<kKind>(t, s, c.stats[c.rows() + row], c.stats[row], 0, 0, n);
+      terms_of<kKind>(c, w.bias, t, s, c.stats[c.rows() + row], c.stats[row], 0, 0, n);
       const float grad = c.row_grad(row);
       combine(t, grad, s, grad * c.stats[2 * c.rows() + row], n);
     }
   }
 
-  // Phase 4: both gradients from those of the scores. Keys and queries take turns in L1.
+  // phase 4: both gradients from those of the scores
   void spread(int64_t first, int64_t rows) const {
-    constexpr int64_t kKeys = 96;
+    constexpr int64_t kNear = 256;  // keys that stay near
     const int64_t vectors = w.stride_s / kLanes;
-    for (int64_t key = 0; key < c.keys; key += kKeys) {
-      multiply({w.t + key, w.columns, 1, w.k_s + key * w.stride_s, w.stride_s, w.d_q, w.stride_s,
-                rows, vectors, std::min(kKeys, c.keys - key), key > 0});
+    const Rows d_q = target(c.d_q, first, c.dim_s, w.d_q, w.stride_s);
+    for (int64_t key = 0; key < c.keys; key += kNear) {
+      multiply({w.t + key, w.columns, 1, k_s.data + key * k_s.stride, k_s.stride, d_q.data,
+                d_q.stride, rows, vectors, std::min(kNear, c.keys - key), key > 0});
     }
-    write(w.d_q, w.stride_s, first, rows, c.dim_s, c.d_q);
-    multiply({w.t, 1, w.columns, w.q_s, w.stride_s, w.d_k, w.stride_s, c.keys, vectors, rows,
+    write(d_q.data, d_q.stride, first, rows, c.dim_s, c.d_q);
+    const Rows d_k = target(c.d_k, 0, c.dim_s, w.d_k, w.stride_s);
+    multiply({w.t, 1, w.columns, q_s.data, q_s.stride, d_k.data, d_k.stride, c.keys, vectors, rows,
               first > 0});
+    if (first + rows == c.queries) write(d_k.data, d_k.stride, 0, c.keys, c.dim_s, c.d_k);
   }
 
   template <Kind kKind, Pass kPass>
-  void run() const {
+  void run() {
     load_keys();
     for (int64_t first = 0; first < c.queries; first += w.block) {
       const int64_t rows = std::min(w.block, c.queries - first);
@@ -401,10 +430,6 @@ struct Head {
       }
       if constexpr (kPass != Pass::kForward) spread(first, rows);
     }
-    if constexpr (kPass != Pass::kForward) {
-      if (c.queries == 0) std::fill_n(w.d_k, c.keys * w.stride_s, 0.0f);
-      write(w.d_k, w.stride_s, 0, c.keys, c.dim_s, c.d_k);
-    }
   }
 };
 
@@ -413,6 +438,7 @@ template <Kind kKind, Pass kPass>
 void run_heads(const Call& c, int64_t begin, int64_t end) {
   Workspace workspace(c);
   for (int64_t i = begin; i < end; ++i) {
-    Head{c, workspace, i / c.heads, i % c.heads}.template run<kKind, kPass>();
+    Head head{c, workspace, i / c.heads, i % c.heads};
+    head.template run<kKind, kPass>();
   }
 }
