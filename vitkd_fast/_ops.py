@@ -86,6 +86,10 @@ def _int8_pwconv_fake(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(reference.int8_pwconv_shape(x, *rest))
 
 
+def _rkd_fwd_grad_fake(gram_s: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return gram_s.new_empty([]), gram_s.new_empty(gram_s.shape)
+
+
 class Operation(NamedTuple):
     schema: str
     fake: Callable
@@ -152,6 +156,11 @@ OPERATIONS = [
         "int8_pwconv(Tensor x, Tensor weight, Tensor bias, Tensor multiplier, int y_zero_point, "
         "int lo, int hi, float? hardswish_scale=None) -> Tensor",
         _int8_pwconv_fake, reference.int8_pwconv, "int8_pwconv",
+    ),
+    Operation(
+        "rkd_fwd_grad(Tensor gram_s, Tensor gram_t, float distance_weight, float angle_weight) "
+        "-> (Tensor loss, Tensor grad)",
+        _rkd_fwd_grad_fake, reference.rkd_fwd_grad, "rkd",
     ),
 ]  # fmt: skip
 

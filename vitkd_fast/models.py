@@ -13,7 +13,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -259,12 +259,14 @@ class Tapped:
     """
 
     logits: Tensor  # [B, classes], what the model returns, of a pair the first
-    logits_dist: Tensor | None  # [B, classes]
-    pooled: Tensor | None  # [B, features], what the classifier (of two, the class head) reads
-    maps: dict[int, Tensor]  # stride -> [B, C, H, W], the last map of that stride
-    tokens: dict[int, Tensor]  # block -> [B, N, C], its output, prefix tokens included
-    queries: dict[int, Tensor]  # block -> [B, heads, N, dim]
-    keys: dict[int, Tensor]  # block -> [B, heads, N, dim]
+    logits_dist: Tensor | None = None  # [B, classes]
+    pooled: Tensor | None = None  # [B, features], read by the classifier (of two, the class head)
+    # stride -> [B, C, H, W], the last map of that stride
+    maps: dict[int, Tensor] = field(default_factory=dict)
+    # block -> [B, N, C], its output, prefix tokens included
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, heads, N, dim]
+    keys: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, heads, N, dim]
 
 
 def _queries_and_keys(

@@ -140,12 +140,19 @@ class Config(Section):
             raise ConfigError("student.model: missing; name a timm model, such as mobilenetv2_100")
         if not list(self.losses.terms()):
             raise ConfigError(f"losses: none; accepted are {', '.join(Losses.model_fields)}")
-        if bool(self.losses.kd) != bool(self.teacher.model):
+        losses = self.losses
+        taught = [name for name in ("kd", "attention") if getattr(losses, name)]
+        if bool(taught) != bool(self.teacher.model):
             raise ConfigError(
-                "teacher.model: missing, and losses.kd needs a teacher"
-                if self.losses.kd
-                else f"teacher.model: {self.teacher.model} teaches nothing without losses.kd"
+                f"teacher.model: missing, and losses.{taught[0]} needs a teacher"
+                if taught
+                else f"teacher.model: {self.teacher.model} teaches nothing without losses.kd or "
+                "losses.attention"
             )
+        if losses.attention and not (losses.kd or losses.ce):
+            raise ConfigError("losses.attention: trains no classifier; add losses.kd or losses.ce")
+        if losses.attention and self.run.compile:
+            raise ConfigError("run.compile: true; accepted with losses.attention is false")
         teacher = self.teacher
         if Path(teacher.model).is_file() and (
             teacher.pretrained or teacher.checkpoint or teacher.options or teacher.epochs

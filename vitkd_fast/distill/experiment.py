@@ -20,7 +20,7 @@ from .. import int8, models
 from .._files import replacing
 from . import checkpoint, data, evaluate, journal, quantized, report, sources
 from .config import Config, ConfigError, Model, Optimizer
-from .loop import Place, Trainer, build_optimizer, cpu_capabilities
+from .loop import Learner, Place, Trainer, build_optimizer, cpu_capabilities
 from .losses import Losses
 
 _THUMBNAILS = 24
@@ -68,6 +68,7 @@ class _Experiment:
         student = self._create(config.student, len(self.classes))
         self._try("student", student)
         build_optimizer(student, config.optimizer)
+        self._try_losses(student)
         data.loaders(config, self.splits, 0, config.optimizer.accumulate)
         self.skipped = set(self.splits.skipped)
         # whose weights become int8, and whose answers the report shows
@@ -108,6 +109,16 @@ class _Experiment:
             raise ConfigError(
                 f"{name}.model: cannot read pictures of data.image_size {size}: {why}"
             ) from error
+
+    def _try_losses(self, student: nn.Module) -> None:
+        """Finds out whether the losses get what they ask of student and teacher."""
+        ask = models.predictor(self.teacher) if self.teacher else None
+        size = self.config.data.image_size
+        picture = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        try:
+            Learner(self.config.losses, models.predictor(student), ask, picture)
+        except ValueError as error:
+            raise ConfigError(f"losses: {error}") from error
 
     def _create_teacher(self) -> nn.Module:
         section, classes = self.config.teacher, len(self.classes)

@@ -34,7 +34,7 @@ from .. import models
 from . import checkpoint, data, evaluate, sources
 from .config import Config, ConfigError, Optimizer
 from .journal import Journal
-from .losses import Losses
+from .losses import Losses, Seen, Wanted
 
 
 class NonFiniteError(RuntimeError):
@@ -144,6 +144,83 @@ class Meter:
         return {name: total / count for name, total in zip(self.names, sums, strict=True)}
 
 
+class Learner(nn.Module):
+    """A student, what its losses learn beside it, and the losses of a batch, [terms].
+
+    One module, so that DistributedDataParallel sees every parameter that learns.
+
+    Args:
+        losses: the terms.
+        predict: the student's predictor.
+        ask: the teacher's, or None.
+        picture: [1, 3, H, W] uint8, for a first look at what they give.
+        autocast: for student and `learned`.
+
+    Attributes:
+        learned: by name of its term; of most terms nothing.
+
+    Raises:
+        ValueError: a term asks for what student or teacher do not have.
+    """
+
+    def __init__(
+        self,
+        losses: Losses,
+        predict: nn.Sequential,
+        ask: nn.Sequential | None,
+        picture: Tensor,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        super().__init__()
+        self.predict: nn.Module = predict
+        self.autocast = autocast
+        self.terms = dict(losses.terms())
+        wanted = [term.taps() for term in self.terms.values()]
+        self.taps = _taps(predict, [student for student, _ in wanted])
+        self.teacher_taps = None if ask is None else _taps(ask, [teacher for _, teacher in wanted])
+        self.learned = nn.ModuleDict()
+        if self.taps and self.teacher_taps:
+            training = predict.training
+            predict.eval()  # one picture is no batch to take statistics from
+            with torch.no_grad():
+                student, teacher = self.taps(picture), self.teacher_taps(picture)
+            predict.train(training)
+            for name, term in self.terms.items():
+                if module := term.learned(student, teacher, self.teacher_taps):
+                    self.learned[name] = module.to(picture.device)
+
+    def answers(self, images: Tensor, ask: nn.Module) -> models.Tapped:
+        """What the teacher gives, without gradients."""
+        with torch.inference_mode():
+            return self.teacher_taps(images) if self.teacher_taps else models.Tapped(ask(images))
+
+    def forward(
+        self, images: Tensor, answers: models.Tapped | None, labels: Any, done: float
+    ) -> Tensor:
+        """The losses of a batch after the share `done` of the run."""
+        with self.autocast():
+            student = self.taps(images) if self.taps else models.Tapped(self.predict(images))
+            seen = Seen(student, answers, labels)
+            losses = [
+                term(seen, done, self.learned[name] if name in self.learned else None)
+                for name, term in self.terms.items()
+            ]
+        return torch.stack(losses)
+
+
+def _taps(predict: nn.Sequential, wanted: list[Wanted]) -> models.Taps | None:
+    """What any term wants of a model, through its predictor; None if that is the logits alone."""
+    merged: dict[str, tuple[int, ...]] = {}
+    for arguments in wanted:
+        for name, places in arguments.items():
+            merged[name] = tuple(dict.fromkeys((*merged.get(name, ()), *places)))
+    if not merged:
+        return None
+    taps = models.Taps(predict[1], **merged)  # type: ignore[arg-type]
+    taps.model = predict
+    return taps
+
+
 class Signals:
     """Remembers SIGINT or SIGTERM, so that a step can end and be saved."""
 
@@ -206,16 +283,25 @@ class Trainer:
         self.run_section, self.options, self.save_model = run, optimizer, save_model
         self.loader, self.val_loader = data.loaders(config, splits, seed, optimizer.accumulate)
         self.classes = len(splits.classes)
-        self.terms = list(losses.terms())
         self.mixer = data.Mixer(config.augmentation) if config.augmentation.mixes else None
         self.steps_per_epoch = self.loader.batches // optimizer.accumulate
         self.total = min(epochs * self.steps_per_epoch, run.max_steps or 2**62)
 
         layout = torch.channels_last if run.channels_last else torch.contiguous_format
         self.model = student.to(memory_format=layout)
-        self.forward: nn.Module = models.predictor(self.model).to(place.device)
-        self.teacher = teacher and _frozen(teacher, place, layout)
+        predict = models.predictor(self.model).to(place.device)
+        ask = _frozen(teacher, place, layout) if teacher else None
+        size = config.data.image_size
+        picture = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=place.device)
+        learner = Learner(losses, predict, ask, picture, place.autocast)
+        self.forward: nn.Module = predict
+        self.teacher: nn.Module | None = ask
+        self.learner: Any = learner
+        self.answers, self.learned = learner.answers, learner.learned
         self.optimizer = build_optimizer(self.model, optimizer)
+        if learned := list(self.learned.parameters()):
+            self.optimizer.add_param_group({"params": learned})
+        self.parameters = [*self.model.parameters(), *learned]
         self.scheduler = create_scheduler_v2(
             self.optimizer,
             optimizer.schedule,
@@ -232,14 +318,14 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             place.device.type, enabled=place.student == torch.float16
         )
-        self.meter = Meter([name for name, _ in self.terms], place.device)
+        self.meter = Meter(list(learner.terms), place.device)
         self.step, self.evaluated, self.best = 0, 0, -1.0
         self._rates: dict[int, float] = {}  # by step, since the last log
         self._since = time.monotonic(), 0
         # signals are agreed on here, so that no rank waits for its device
         self._control: Any = dist.new_group(backend="gloo") if place.ranks > 1 else None
 
-        state = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        state = sum(p.numel() * p.element_size() for p in self.parameters)
         if place.rank == 0:
             checkpoint.check_folder(folder, 8 * state)  # weights, moments, average; old and new
         self.path = folder / "checkpoint.safetensors"
@@ -251,10 +337,10 @@ class Trainer:
             self.meter.reset(*info["meter"])
             self.scheduler.step_update(self.step)
         if run.compile:
-            self.forward = torch.compile(self.forward)  # type: ignore[assignment]
+            self.forward = learner.predict = torch.compile(self.forward)  # type: ignore[assignment]
             self.teacher = self.teacher and torch.compile(self.teacher)  # type: ignore[assignment]
         if place.ranks > 1:
-            self.forward = DistributedDataParallel(self.forward)
+            self.learner = DistributedDataParallel(learner)
 
     def update(self, batches: Iterator[data.Batch]) -> None:
         """One step: `accumulate` batches through teacher and student, then the optimiser."""
@@ -266,22 +352,14 @@ class Trainer:
             labels: Any = batch.labels.to(place.device, non_blocking=True)
             if self.mixer:
                 images, labels = self.mixer(images.float(), labels)
-            answers = None
-            if self.teacher:
-                with torch.inference_mode():
-                    answers = self.teacher(images)
+            answers = self.answers(images, self.teacher) if self.teacher else None
             with self._no_sync(i < accumulate - 1):
-                with place.autocast():
-                    logits = self.forward(images)
-                done = self.step / self.total
-                losses = torch.stack(
-                    [term(logits, answers, labels, done) for _, term in self.terms]
-                )
+                losses = self.learner(images, answers, labels, self.step / self.total)
                 self.scaler.scale(losses.sum() / accumulate).backward()
             self.meter.add(losses.detach(), self.step)
         if self.options.clip_grad:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
+            nn.utils.clip_grad_norm_(self.parameters, self.options.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -310,7 +388,7 @@ class Trainer:
                     continue
                 epoch, start = divmod(self.step, self.steps_per_epoch)
                 batches = self.loader.epoch(epoch, start * self.options.accumulate)
-                self.forward.train()
+                self.learner.train()
                 for _ in range(start, min(self.steps_per_epoch, start + self.total - self.step)):
                     self._rates[self.step] = self.optimizer.param_groups[0]["lr"]
                     self.update(batches)
@@ -337,12 +415,12 @@ class Trainer:
         return self.ema.module if self.ema else self.model
 
     def _modules(self) -> dict[str, nn.Module]:
-        modules: dict[str, nn.Module] = {"student": self.model}
+        modules: dict[str, nn.Module] = {"student": self.model, "losses": self.learned}
         return modules | ({"ema": self.ema.module} if self.ema else {})
 
     def _no_sync(self, wanted: bool) -> AbstractContextManager[Any]:
-        if wanted and isinstance(self.forward, DistributedDataParallel):
-            return self.forward.no_sync()
+        if wanted and isinstance(self.learner, DistributedDataParallel):
+            return self.learner.no_sync()
         return nullcontext()
 
     def _is_due(self) -> bool:
@@ -391,7 +469,7 @@ class Trainer:
         """Raises where a loss was no number since the last look, or a weight is none."""
         if bad := self.meter.first_bad():
             step, what = bad[0], f"loss {bad[1]} is not finite at step {bad[0]}"
-        elif not nn.utils.get_total_norm(self.model.parameters()).isfinite():
+        elif not nn.utils.get_total_norm(self.parameters).isfinite():
             step = self.step - 1
             what = f"the weights are not finite after step {step}"
         else:
@@ -463,7 +541,7 @@ def build_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.Optimiz
         raise ConfigError(f"optimizer.options: {options.options}: {error}") from error
 
 
-def _frozen(teacher: nn.Module, place: Place, layout: torch.memory_format) -> nn.Module:
+def _frozen(teacher: nn.Module, place: Place, layout: torch.memory_format) -> nn.Sequential:
     """A copy that answers: on the device, in its precision, for pictures as they are loaded."""
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     teacher = teacher.to(place.teacher).to(memory_format=layout)

@@ -6,13 +6,25 @@ A new loss is a class here and a field of `Losses`, whose name is its key in a c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import Labels, kd_loss
+from ..models import Tapped, Taps
+from ..nn import AttentionMapProjection
+
+Wanted: TypeAlias = Mapping[str, tuple[int, ...]]  # arguments of Taps
+
+
+class Seen(NamedTuple):
+    """What there is of a batch."""
+
+    student: Tapped
+    teacher: Tapped | None
+    labels: Labels
 
 
 class Section(BaseModel):
@@ -47,45 +59,106 @@ Schedule = Annotated[Ramp, BeforeValidator(_constant)]
 ONE, ZERO = Ramp(start=1, end=1), Ramp(start=0, end=0)
 
 
-class CE(Section):
-    """weight * CE(student, labels): what a student learns without a teacher."""
+class Term(Section):
+    """One term of the loss, times its weight."""
 
     weight: Schedule = ONE
+
+    def taps(self) -> tuple[Wanted, Wanted]:
+        """What `models.Taps` should take from student and teacher; their logits come anyway."""
+        return {}, {}
+
+    def learned(self, student: Tapped, teacher: Tapped, taps: Taps) -> nn.Module | None:
+        """What is trained beside the student, from a first look at what `taps` gives."""
+        return None
+
+    def __call__(self, seen: Seen, x: float, learned: nn.Module | None) -> Tensor:
+        """The term, 0-dim, after the share x of the run."""
+        raise NotImplementedError
+
+
+class CE(Term):
+    """weight * CE(student, labels): what a student learns without a teacher."""
+
     label_smoothing: float = Field(0.0, ge=0, le=1)
 
-    def __call__(self, student: Tensor, teacher: Tensor | None, labels: Labels, x: float) -> Tensor:
+    def __call__(self, seen: Seen, x: float, learned: nn.Module | None) -> Tensor:
+        student = seen.student.logits
         return kd_loss(
             student,
             student.detach(),  # taught by itself at weight 0, for the pass that takes mixed labels
-            labels=labels,
+            labels=seen.labels,
             kd_weight=0.0,
             ce_weight=self.weight.at(x),
             label_smoothing=self.label_smoothing,
         )
 
 
-class KD(Section):
+class KD(Term):
     """weight * T^2 * KL(teacher || student) at temperature T + ce_weight * CE(student, labels).
 
     Hinton, Vinyals and Dean, 2015, arXiv:1503.02531; one fused pass, `functional.kd_loss`.
     """
 
-    weight: Schedule = ONE
     temperature: float = Field(1.0, gt=0)
     ce_weight: Schedule = ZERO
     label_smoothing: float = Field(0.0, ge=0, le=1)
 
-    def __call__(self, student: Tensor, teacher: Tensor | None, labels: Labels, x: float) -> Tensor:
-        assert teacher is not None
+    def __call__(self, seen: Seen, x: float, learned: nn.Module | None) -> Tensor:
+        assert seen.teacher is not None
         return kd_loss(
-            student,
-            teacher,
+            seen.student.logits,
+            seen.teacher.logits,
             temperature=self.temperature,
-            labels=labels,
+            labels=seen.labels,
             kd_weight=self.weight.at(x),
             ce_weight=self.ce_weight.at(x),
             label_smoothing=self.label_smoothing,
         )
+
+
+class Attention(Term):
+    """weight * attention_map_loss of a map of the student, for a block of the teacher.
+
+    The student's queries and keys are learned beside it, by `nn.AttentionMapProjection`, which says
+    what the options mean.
+    """
+
+    block: int = -1  # of the teacher
+    stride: int = Field(16, ge=1)  # of the student's map
+    heads: int | None = Field(None, ge=1)  # the teacher's, unless given
+    head_dim: int | None = Field(None, ge=1)
+    teacher_heads: Literal["split", "mean"] = "split"
+    temperature: float = Field(1.0, gt=0)
+    kind: Literal["kl", "reverse_kl", "js", "mse"] = "kl"
+
+    def taps(self) -> tuple[Wanted, Wanted]:
+        return {"maps": (self.stride,)}, {"attention": (self.block,)}
+
+    def learned(self, student: Tapped, teacher: Tapped, taps: Taps) -> nn.Module:
+        _, heads, _, dim = teacher.queries[self.block].shape
+        if taps.grid is None:
+            raise ValueError("attention: the teacher's patches have no grid of their own")
+        return AttentionMapProjection(
+            student.maps[self.stride].shape[1],
+            heads * dim,
+            self.heads or heads,
+            head_dim=self.head_dim,
+            prefix_tokens=taps.prefix_tokens,
+            grid=taps.grid,
+            teacher_heads=self.teacher_heads,
+            # split anew, heads have another dim, and with it another scale
+            scale_t=taps.scales[self.block] if self.heads in (None, heads) else None,
+            temperature=self.temperature,
+            kind=self.kind,
+        )
+
+    def __call__(self, seen: Seen, x: float, learned: nn.Module | None) -> Tensor:
+        assert seen.teacher is not None and learned is not None
+        block = self.block
+        features = seen.student.maps[self.stride]
+        loss = learned(features, seen.teacher.queries[block], seen.teacher.keys[block])
+        return self.weight.at(x) * loss
 
 
 class Losses(Section):
@@ -93,8 +166,9 @@ class Losses(Section):
 
     kd: KD | None = None
     ce: CE | None = None
+    attention: Attention | None = None
 
-    def terms(self) -> Iterator[tuple[str, CE | KD]]:
+    def terms(self) -> Iterator[tuple[str, Term]]:
         """The terms that were named, with their names."""
         for name in type(self).model_fields:
             if (term := getattr(self, name)) is not None:
@@ -102,5 +176,6 @@ class Losses(Section):
 
     def alone(self) -> Losses:
         """What is left without a teacher: the cross-entropy, smoothed as it was."""
-        smoothing = max((term.label_smoothing for _, term in self.terms()), default=0.0)
+        terms = (term for term in (self.kd, self.ce) if term)
+        smoothing = max((term.label_smoothing for term in terms), default=0.0)
         return Losses(ce=CE(label_smoothing=smoothing))

@@ -4,3 +4,7 @@ from .attention_map import attention_map_loss as attention_map_loss
 from .attention_map import relation_loss as relation_loss
 from .kd import Labels as Labels
 from .kd import kd_loss as kd_loss
+from .relations import at_loss as at_loss
+from .relations import feature_loss as feature_loss
+from .relations import nst_loss as nst_loss
+from .relations import rkd_loss as rkd_loss

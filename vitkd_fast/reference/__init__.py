@@ -24,3 +24,8 @@ from .kd import kd_fwd as kd_fwd
 from .kd import kd_fwd_grad as kd_fwd_grad
 from .kd import kd_rows as kd_rows
 from .kd import kd_scale_ as kd_scale_
+from .relations import at_loss as at_loss
+from .relations import feature_loss as feature_loss
+from .relations import nst_loss as nst_loss
+from .relations import rkd_fwd_grad as rkd_fwd_grad
+from .relations import rkd_loss as rkd_loss
