@@ -92,10 +92,12 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
 # resuming
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
-def test_resume_gives_the_same_weights(tmp_path: Path, at: int) -> None:
-    whole = trainer(tmp_path / "whole").run()
-    cut = trainer(tmp_path / "cut", ["run.save_every=1"])
+@pytest.mark.parametrize(
+    ("at", "losses"), [(1, []), (3, []), (5, []), (3, ["losses.attention={stride: 8}"])], ids=str
+)
+def test_resume_gives_the_same_weights(tmp_path: Path, at: int, losses: list[str]) -> None:
+    whole = trainer(tmp_path / "whole", losses).run()
+    cut = trainer(tmp_path / "cut", ["run.save_every=1", *losses])
     update = cut.update
 
     def crash(batches) -> None:
@@ -107,8 +109,9 @@ def test_resume_gives_the_same_weights(tmp_path: Path, at: int) -> None:
     with pytest.raises(RuntimeError, match="crash"):
         cut.run()
     torch.manual_seed(123)  # what the process drew before must not matter
-    again = trainer(tmp_path / "cut", resume=True)
+    again = trainer(tmp_path / "cut", losses, resume=True)
     assert again.step == at
+    assert bool(again.learned) == bool(losses)
     assert_same(again.run(), whole)
     rows = [
         [{k: v for k, v in row.items() if k != "images_per_s"} for row in journal.read(folder)]
@@ -270,6 +273,7 @@ PLAIN = [
     "augmentation.cutmix=0.0",
     "run.log_every=1",
     "run.precision=float32",
+    "losses.attention={stride: 8, weight: 0.5}",
 ]
 
 
@@ -347,6 +351,37 @@ def test_the_teacher_is_a_constant(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in run.teacher.parameters())
     dtypes = {p.dtype for p in run.teacher.parameters()}
     assert dtypes == {run.place.teacher}
+
+
+def test_a_student_learns_where_its_teacher_looks(tmp_path: Path) -> None:
+    """Half the loss it began with, and half that of attention that is the same everywhere."""
+    constant = teacher()
+    with torch.no_grad():
+        for block in constant.blocks:
+            block.attn.qkv.weight *= 8  # fresh weights look everywhere alike
+    alone = ["losses={ce: {weight: 0.1}, attention: {stride: 8}}", *PLAIN[:3]]
+    options = load("digits", [*TINY, "optimizer={lr: 3e-3}"]).optimizer
+    changed = [*alone, "run.max_steps=200", "run.log_every=20"]
+    run = trainer(tmp_path, changed, teacher=constant, optimizer=options, epochs=50)
+    pictures = next(run.loader.epoch(0)).images
+    answers = run.answers(pictures, run.teacher)
+    queries, keys = (x[-1][:, :, 1:].float() for x in (answers.queries, answers.keys))
+    attention = (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(-1)
+    everywhere = (attention * (attention * attention.shape[-1]).log()).sum(-1).mean()
+    run.run()
+    found = [row["attention"] for row in journal.read(tmp_path) if row["kind"] == "train"]
+    assert found[-1] < found[0] / 2
+    assert found[-1] < everywhere / 2
+    assert all(p.grad is None for p in constant.parameters())
+
+
+def test_what_losses_learn_is_no_part_of_the_student(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ["losses.attention={stride: 8}"])
+    before = [p.clone() for p in run.learned.parameters()]
+    run.run()
+    assert before
+    assert all(not torch.equal(x, y) for x, y in zip(before, run.learned.parameters(), strict=True))
+    assert_same(models.load(tmp_path / "last.safetensors").model, run.trained)
 
 
 def test_the_average_is_what_is_saved_and_scored(tmp_path: Path) -> None:
