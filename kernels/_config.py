@@ -68,3 +68,61 @@ SCALE_PROGRAMS = 1024  # fills the GPU, and costs little where there is nothing 
 
 def kd_scale_programs(numel: int) -> int:
     return min(SCALE_PROGRAMS, -(-numel // SCALE_BLOCK))
+
+
+class MapTile(NamedTuple):
+    """A program's tile: block_x tokens that it is in charge of, by block_y tokens at a time."""
+
+    block_x: int
+    block_y: int
+    block_d: int  # how much of dim is read at a time, at most
+    block_out: int  # how much of a gradient's dim is one program's, at most
+    num_warps: int = 4
+    num_stages: int = 2
+    # said where ptxas would rather spill a few bytes than run fewer programs side by side
+    registers: int | None = None
+
+
+def _map_block_y(tokens: int) -> int:
+    """Half of 64 would be idle too often where few tokens end within a block."""
+    return 32 if tokens < 512 and -tokens % 64 >= 32 else 64
+
+
+# The largest tiles that spill nothing on sm_80 and sm_90, whatever the kind of divergence. Without
+# tensor cores (`ieee`), both factors of a product come to registers: dim is cut to 16.
+
+
+def attention_map_fwd(
+    keys: int, dim: int, element_size: int, ieee: bool, sums_first: bool
+) -> MapTile:  # fmt: skip
+    """The tile of a program in charge of queries.
+
+    `sums_first` says that the divergence needs the rows' sums: scores that fit one tile wait for
+    them in registers, others are formed twice.
+    """
+    if ieee:
+        return MapTile(64, 32, 16, 64, num_stages=1, registers=255)
+    dim_bytes = _power_of_2(dim) * element_size
+    if sums_first and dim_bytes <= 256 and 64 < keys <= 256:
+        block_x, block_y = (64, 128) if keys <= 128 else (32, 256)
+        return MapTile(block_x, block_y, 128, 128, num_warps=8, num_stages=1)
+    if dim > 128:
+        return MapTile(32, 32, 256 // element_size, 128, registers=255)
+    if dim_bytes > 256:
+        return MapTile(32, 32, 128, 128, registers=255)
+    return MapTile(64, _map_block_y(keys), 128, 128)
+
+
+def attention_map_bwd(tokens: int, dim: int, element_size: int, ieee: bool) -> MapTile:
+    """The tile of a program in charge of the gradient of queries or keys, from all `tokens`."""
+    if ieee:
+        block_y, block_out = (32, 64) if dim <= 64 else (16, 128)
+        return MapTile(64, block_y, 16, block_out, num_stages=1, registers=255)
+    dim_bytes = _power_of_2(dim) * element_size
+    if dim > 128:
+        return MapTile(32, 32, 256 // element_size, 128, registers=255)
+    if dim_bytes > 256:
+        return MapTile(32, 32, 128, 128, registers=255)
+    if dim_bytes > 128:
+        return MapTile(64, 32, 128, 128, num_stages=3, registers=255)
+    return MapTile(64, _map_block_y(tokens), 128, 128, num_stages=3)

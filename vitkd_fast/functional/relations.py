@@ -24,6 +24,7 @@ _NORMALIZE = (None, "layer_norm", "l2")
 _FORMS = "[batch, channels, height, width] or [batch, tokens, channels]"
 _TILE = 2**18  # numbers of a tile: 1 MB of float32, which stays in L2
 _COSINE_EPS = 1e-8  # as torch.nn.functional.cosine_similarity
+_UNIT_EPS = 1e-12  # as torch.nn.functional.normalize
 
 
 def _wide(*given: Tensor) -> torch.dtype:
@@ -186,6 +187,26 @@ class _Energy(torch.autograd.Function):
         return slope.mul_(by).to(x.dtype), None, None
 
 
+class _MapDistance(torch.autograd.Function):
+    """|| q/||q|| - t/||t|| ||^2 of each row, [batch]: few operations, for maps are small."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, t: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(q, dim=1, keepdim=True).clamp_(min=_UNIT_EPS)
+        unit = q / length
+        apart = unit - F.normalize(t, eps=_UNIT_EPS)
+        ctx.save_for_backward(unit, apart, length)
+        return (apart * apart).sum(1)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        unit, apart, length = ctx.saved_tensors
+        # of the length that was divided out, nothing is left
+        across = torch.addcmul(apart, unit, (unit * apart).sum(1, keepdim=True), value=-1)
+        return across.mul_((2 * grad).unsqueeze(1) / length), None
+
+
 def at_loss(
     f_s: Tensor,
     f_t: Tensor,
@@ -249,7 +270,7 @@ def at_loss(
         q_s = _Energy.apply(student.x, p, dtype)
         if new is not None:
             q_s = _resized(q_s.unsqueeze(1), student.grid, new).squeeze(1)
-        return _reduced((F.normalize(q_s) - F.normalize(q_t)).square().sum(1), reduction)
+        return _reduced(_MapDistance.apply(q_s, q_t), reduction)
 
 
 # losses whose gradients are formed in the forward
@@ -500,7 +521,7 @@ def feature_loss(
 def _channel_lengths(x: Tensor) -> Tensor:
     """Of x [batch, channels, positions], [batch, channels, 1]."""
     # torch's norm over a dimension that is strided is several times slower
-    return (x * x).sum(2, keepdim=True).sqrt_().clamp_(min=1e-12)
+    return (x * x).sum(2, keepdim=True).sqrt_().clamp_(min=_UNIT_EPS)
 
 
 def _form_nst(
