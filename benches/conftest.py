@@ -97,6 +97,12 @@ def peak_bytes(run: Contender, device: torch.device) -> int:
 
 
 @pytest.fixture
+def peak(device) -> Callable[[Contender], int]:
+    """peak(run): `peak_bytes` on this bench's device."""
+    return lambda run: peak_bytes(run, device)
+
+
+@pytest.fixture
 def race(benchmark, device, capsys):
     """race(contenders, check=..., moved=bytes, roof=name of the one that moves `roof_moved`)."""
 

@@ -109,7 +109,7 @@ def attention_map_fwd(
     if dim > 128:
         return MapTile(32, 32, 256 // element_size, 128, registers=255)
     if dim_bytes > 256:
-        return MapTile(32, 32, 128, 128, registers=255)
+        return MapTile(64, 16, 128, 128)
     return MapTile(64, _map_block_y(keys), 128, 128)
 
 

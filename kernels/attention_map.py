@@ -31,12 +31,14 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _MASKED = tl.constexpr(-1e30)
 _ABSENT = tl.constexpr(1e30)
 
-_STRIDES = tuple(
-    f"{x}_{dim}" for x in ("q_s", "k_s", "q_t", "k_t", "d_q", "d_k")
-    for dim in ("batch", "head", "token")
-)  # fmt: skip
+
+def _strides_of(*names: str) -> list[str]:
+    return [f"{x}_{dim}" for x in names for dim in ("batch", "head", "token")]
+
+
 # arguments whose values bring no variant of their own
-_NUMBERS = ("heads", "queries", "keys", "rows", *_STRIDES)
+_FWD_NUMBERS = ["heads", "queries", "keys", "rows", *_strides_of("q_s", "k_s", "q_t", "k_t")]
+_BWD_NUMBERS = ["heads", "xs", "ys", "rows", *_strides_of("d_x", "x_s", "y_s", "x_t", "y_t")]
 
 
 @triton.jit
@@ -181,7 +183,7 @@ def _divergence(sum_p, sum_q, dot):
     return dot * inverse + _log1p((sum_q - sum_p) * inverse)
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_FWD_NUMBERS)
 def _attention_map_fwd_kernel(
     loss_ptr,  # [batch, heads, queries]
     stats_ptr,  # [3, batch, heads, queries]
@@ -303,7 +305,7 @@ def _add_product(out, slopes, y, grad, GAIN: tl.constexpr, PRECISION: tl.constex
 
 
 # x is what the gradient is of, and y what is summed over: queries and keys, or the reverse
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_BWD_NUMBERS)
 def _attention_map_bwd_kernel(
     grad_loss_ptr,  # [batch, heads, queries], one number, or None for 1
     stats_ptr,  # [3, batch, heads, queries]

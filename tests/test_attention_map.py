@@ -202,11 +202,13 @@ def torch_errors(
     """The naive form's own errors in float32, the largest of many draws: one may be lucky.
 
     The draws are the tensors at hand, scaled by a little more than 1, so that all of them are
-    rounded otherwise and no score moves to where errors are larger. The loss's error is that of a
-    row, on max(1, |loss|); those of both gradients are for the rows' weights in what is derived.
+    rounded otherwise and no score moves to where errors are larger. The loss's error is on
+    max(1, |loss|) of a row; those of both gradients are for the rows' weights in what is derived.
     """
     scores = x.q_s.shape[:3].numel() * x.k_s.shape[2]
-    draws = min(256, max(1, 60_000 // scores))
+    # many of small calls, and as many numbers of small gradients, for the largest error to be there
+    enough = 20_000 // max(1, min(y.numel() for y in x.student))
+    draws = min(128, max(3, 40_000 // scores, min(enough, 400_000 // scores)))
     scales = torch.linspace(1, 1 + 2**-12, draws, device=x.q_s.device).view(-1, 1, 1, 1, 1)
     drawn = [(scales * y.detach().float()).flatten(0, 1) for y in x]
     if options.get("key_mask") is not None:
@@ -224,11 +226,16 @@ def torch_errors(
         [(y - z).abs().nan_to_num().max().item() for y, z in zip(*of, strict=True)]
         for of in zip(results[FLOAT], results[DOUBLE], strict=True)
     ]
-    rows, wide = results[FLOAT][0][0], results[DOUBLE][0][0]
-    loss = ((rows - wide).abs() / wide.abs().clamp(min=1)).nan_to_num().max().item()
-    return {
-        reduction: (loss, *grads) for reduction, grads in zip(weights, largest[1:], strict=True)
-    }
+    own, exact = (results[dtype][0][0].view(draws, -1) for dtype in (FLOAT, DOUBLE))
+    errors = {}
+    for reduction, grads in zip(weights, largest[1:], strict=True):
+        # of a reduced loss, torch's sum counts, too
+        loss = [((own - exact) / exact.abs().clamp(min=1)).abs().nan_to_num().max().item()]
+        if reduction != "none":
+            size = exact.sum(1).abs().clamp(min=exact.shape[1])
+            loss.append(((own.sum(1) - exact.sum(1)).abs() / size).nan_to_num().max().item())
+        errors[reduction] = (max(loss), *grads)
+    return errors
 
 
 class Unavoidable(NamedTuple):
@@ -251,21 +258,27 @@ def unavoidable_errors(
     log-sum-exp all probabilities of its row move.
     """
     q_s, k_s, q_t, k_t = (y.detach().double() for y in x)
+    keep = 1.0 if key_mask is None else key_mask[:, None, None].double()
     log_q, log_p = (
-        reference.attention_map._softmaxed(q, k, scale / temperature, key_mask, DOUBLE)[0]
+        F.log_softmax(q @ k.mT * (scale / temperature) + 1e30 * (keep - 1), -1)
         for q, k, scale in ((q_s, k_s, scale_s), (q_t, k_t, scale_t))
     )
-    keep = 1.0 if key_mask is None else key_mask[:, None, None].double()
     limits = torch.finfo(DOUBLE if DOUBLE in (x.q_s.dtype, x.q_t.dtype) else FLOAT)
     unit = limits.eps / 2
     lse_s, lse_t, centre = stats.unsqueeze(-1)
 
     def terms(of_student: Tensor | float = 0.0, of_teacher: Tensor | float = 0.0) -> list[Tensor]:
-        log_qs, log_ps = log_q - of_student * keep, log_p - of_teacher * keep
-        q = log_qs.exp() * keep
+        log_qs, log_ps = log_q - of_student, log_p - of_teacher
+        q, p = log_qs.exp() * keep, log_ps.exp() * keep
+        log_m = torch.logaddexp(log_qs, log_ps) - math.log(2)
         if kind == reference.KL:
-            return [q, log_ps.exp() * keep]
-        return [reference.attention_map._terms(log_ps, log_qs, keep, kind)[1], q * centre]
+            return [q, p]
+        w = {
+            reference.REVERSE_KL: q * (log_qs - log_ps),
+            reference.JS: 0.5 * q * (log_qs - log_m),
+            reference.MSE: 2 * q * (q - p),
+        }[kind]
+        return [w, q * centre]
 
     a, b = terms()
     tiny = limits.smallest_normal * (1 + (log_q - log_p).abs())
@@ -498,15 +511,13 @@ def test_layouts_match(layout: str, dim: int, dtype: torch.dtype, device: str) -
     new = partial(draw, dtype=dtype, device=device)
     following = itertools.islice(itertools.cycle(LAYOUTS), [*LAYOUTS].index(layout), None)
     for kind, name in (("kl", "plain"), ("js", "everything")):
-        q_s, k_s, q_t, k_t = (LAYOUTS[next(following)](new, dim) for _ in range(4))
-        for x in (Maps(q_s, k_s, q_t, k_t), Maps(k_s, q_s, k_t, q_t)):
-            options = OPTIONS[name](x) | {"kind": kind}
-            check(x, reductions=["mean", "none"], **options)
-            for reduction in ("mean", "none"):
-                for grad, like in zip(
-                    loss_and_grads(x, reduction=reduction, **options)[1:], x.student, strict=True
-                ):
-                    assert grad.stride() == torch.empty_like(like).stride()
+        x = Maps(*(LAYOUTS[next(following)](new, dim) for _ in range(4)))
+        options = OPTIONS[name](x) | {"kind": kind}
+        check(x, reductions=["mean", "none"], **options)
+        for reduction in ("mean", "none"):
+            grads = loss_and_grads(x, reduction=reduction, **options)[1:]
+            for grad, like in zip(grads, x.student, strict=True):
+                assert grad.stride() == torch.empty_like(like).stride()
 
 
 @every_device
@@ -584,9 +595,7 @@ CLOSE = {"rtol": 1.3e-6, "atol": 1e-5}  # torch's own tolerance for float32
 @pytest.mark.parametrize(
     "shape", [(0, 2, 5, 5, 16), (2, 0, 5, 5, 16), (2, 2, 0, 5, 16), (0, 0, 0, 5, 3)], ids=str
 )
-def test_empty_matches(
-    shape: tuple[int, ...], kind: str, reduction: str, device: str
-) -> None:  # fmt: skip
+def test_empty_matches(shape: tuple[int, ...], kind: str, reduction: str, device: str) -> None:
     """No rows: a loss of 0, the mean too, and keys without a query have a gradient of 0."""
     for dtype in (FLOAT, HALF, DOUBLE):
         x = Maps(
@@ -824,13 +833,10 @@ def test_extreme_zeros(zero: float, dtype: torch.dtype, kind: str, device: str) 
 @every_device
 @every_kind
 @every_form
-def test_extreme_loss_of_a_close_student_is_not_negative(
-    shape: tuple[int, ...], kind: str, device: str
-) -> None:
-    """But for rounding: a row's loss is at least minus a few units in the last place of 1."""
+def test_extreme_closeness(shape: tuple[int, ...], kind: str, device: str) -> None:
+    """The loss is far below its own terms."""
     x = maps(*shape, device=device)
-    loss = attention_map_loss(x.q_s * (1 + 1e-4), x.k_s, x.q_s, x.k_s, kind=kind, reduction="none")
-    assert loss.min() >= -4 * torch.finfo(FLOAT).eps
+    check(Maps(x.q_s * (1 + 1e-4), x.k_s, x.q_s, x.k_s), kind=kind, reductions=["mean", "none"])
 
 
 @every_device
@@ -896,15 +902,15 @@ def test_loss_times_a_factor(dtype: torch.dtype, reduction: str, device: str) ->
 @every_device
 def test_gradient_scale_reaches_float16_before_it_is_rounded(device: str) -> None:
     """Scaled by 65536, gradients that float16 would have lost: many of them are lost without."""
-    x = maps(8, 4, 49, dtype=HALF, device=device)
+    x = maps(16, 8, 49, dtype=HALF, device=device)
     near = (x.q_s.float() * (1 + 2e-3)).half()
     x = Maps(*x.student, near, x.k_s)
     for kind in KINDS:
         lost = loss_and_grads(x, kind=kind)
-        assert min((y == 0).float().mean() for y in lost[1:]) > 0.2
+        assert min((y == 0).float().mean() for y in lost[1:]) > 0.3
         incoming = torch.tensor(65536.0, device=device)
         kept = loss_and_grads(x, incoming=incoming, kind=kind)
-        assert max((y == 0).float().mean() for y in kept[1:]) < 0.02
+        assert max((y == 0).float().mean() for y in kept[1:]) < 0.001
         check(x, kind=kind, reductions=["mean"], grad_loss=65536.0)
 
 
@@ -956,8 +962,8 @@ def test_loss_used_twice(dtype: torch.dtype, reduction: str, device: str) -> Non
     (3 * loss + loss).sum().backward()
     four = lambda *y: 4 * attention_map_loss(*y, reduction=reduction)  # noqa: E731
     want = loss_and_grads(x, four)[1:]
-    check = assert_all_close if dtype == DOUBLE else assert_same  # autograd adds 3 + 1 there too
-    check([leaf.grad for leaf in leaves], want)
+    compare = assert_all_close if dtype == DOUBLE else assert_same  # 3 + 1 in another order
+    compare([leaf.grad for leaf in leaves], want)
 
 
 @every_device
@@ -1040,7 +1046,7 @@ def test_teacher_is_a_constant(dtype: torch.dtype, reduction: str, device: str) 
     x = maps(*SMALL, dtype=dtype, device=device)
     weights = [torch.ones_like(y[0, 0, 0]).requires_grad_() for y in x]
     weighted = [y * weight for y, weight in zip(x, weights, strict=True)]
-    attention_map_loss(*weighted, *[], reduction=reduction).sum().backward()
+    attention_map_loss(*weighted, reduction=reduction).sum().backward()
     want = loss_and_grads(x, reduction=reduction)[1:]
     for weight, y, grad in zip(weights[:2], x.student, want, strict=True):
         assert_close(weight.grad, (y * grad).sum((0, 1, 2)))
@@ -1133,11 +1139,12 @@ def test_bitwise_the_same(shape: tuple[int, ...], kind: str, device: str) -> Non
             assert_same(result, results[0])
 
 
-@every_device
 @every_kind
-def test_head_is_the_same_alone(kind: str, device: str) -> None:
-    """Wherever it stands in a batch, and whoever stands beside it."""
-    x = maps(3, 2, 20, 33, 24, device=device)
+def test_head_is_the_same_alone(kind: str) -> None:
+    """Wherever it stands in a batch, and whoever stands beside it: threads share the heads out."""
+    if _ops.backends()["attention_map_fwd"]["CPU"] == "reference":
+        pytest.skip("torch's products may depend on the batch")
+    x = maps(3, 2, 20, 33, 24)
     for reduction in ("sum", "none"):
         _, *grads = loss_and_grads(x, kind=kind, reduction=reduction)
         for i, j in itertools.product(range(3), range(2)):
@@ -1502,12 +1509,15 @@ BAD_FOR_OPERATIONS = {  # arguments, and what is said
     "both batch": ({"q_t": sized(4, 3, 5, 6), "k_t": sized(4, 3, 7, 6)},
                    "q_s [2, 3, 5, 4] and q_t [4, 3, 5, 6] differ in batch"),
     "dtypes": ({"k_s": GIVEN["k_s"].half()}, "queries and keys differ in dtype"),
-    "no keys": ({"k_s": sized(2, 3, 0, 4), "k_t": sized(2, 3, 0, 6)}, "must not be empty"),
-    "no dim": ({"q_s": sized(2, 3, 5, 0), "k_s": sized(2, 3, 7, 0)}, "must not be empty"),
+    "no keys": ({"k_s": sized(2, 3, 0, 4), "k_t": sized(2, 3, 0, 6)},
+                "keys [2, 3, 0, 4] and [2, 3, 0, 6] must not be empty"),
+    "no dim": ({"q_s": sized(2, 3, 5, 0), "k_s": sized(2, 3, 7, 0)},
+               "keys [2, 3, 7, 0] and [2, 3, 7, 6] must not be empty"),
     "mask dtype": ({"key_mask": sized(2, 7)}, "key_mask is [2, 7]; accepted is bool [2, 7]"),
     "mask shape": ({"key_mask": sized(2, 5).bool()},
                    "key_mask is [2, 5]; accepted is bool [2, 7]"),
     "mask rank": ({"key_mask": sized(7).bool()}, "key_mask is [7]; accepted is bool [2, 7]"),
+    "kind": ({"kind": 7}, "kind is 7; accepted are 0 to 3"),
     "row without keys": ({"key_mask": torch.tensor([[True] * 7, [False] * 7])},
                          "key_mask keeps no key of batch element 1"),
 }  # fmt: skip
@@ -1528,8 +1538,7 @@ def test_bad_input_to_operations(operation: str, name: str) -> None:
         given |= {"grad_loss": torch.ones(()), "stats": torch.zeros(3, 2, 3, 5)}
     with pytest.raises(RuntimeError) as caught:
         getattr(OPS, operation)(**given | options)
-    assert f"attention_map_loss: {said}" in str(caught.value) or said in str(caught.value)
-    assert "attention_map_loss: " in str(caught.value)
+    assert f"attention_map_loss: {said}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -1714,7 +1723,8 @@ def test_cuda_graph(kind: str, dtype: torch.dtype, reduction: str) -> None:
         graph.replay()
         given = [y.clone() for y in results]
         assert all(y.isfinite().all() for y in given)
-        assert_same(given, step())
+        compare = assert_all_close if dtype == DOUBLE else assert_same  # torch's own products
+        compare(given, step())
 
 
 @pytest.mark.gpu

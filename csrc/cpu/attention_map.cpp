@@ -19,7 +19,8 @@ namespace {
 
 enum class Pass { kForward, kForwardGrad, kBackward };
 
-constexpr float kMasked = -1e30f;           // beyond any score, and finite: 0 * kMasked is 0
+constexpr float kMasked = -1e30f;  // beyond any score, and finite: 0 * kMasked is 0
+constexpr float kLn2 = 0.693147180559945f;
 constexpr int64_t kScoreBytes = 192 << 10;  // of a block's scores: they stay in L2
 
 using Kernel = void (*)(const Call&, int64_t begin, int64_t end);

@@ -176,22 +176,23 @@ struct RowSums {  // exponentials are relative to the maxima
   float dot;  // sum e_t (a - max_t - b + max_s), for kl
 };
 
-// With kKeep, products make way for the exponentials of their scores.
-template <bool kKeep>
-VITKD_INLINE RowSums sums_of(const Call& c, const float* bias, float* t, float* s, float max_t,
-                             float max_s, int64_t n) {
+// Scores in units in which kBinary's exponential is a power of two. With kKeep, products make way
+// for the exponentials.
+template <bool kBinary, bool kKeep>
+VITKD_INLINE RowSums sums_of(const float* bias, float* t, float factor_t, float max_t, float* s,
+                             float factor_s, float max_s, int64_t n) {
   const Vec top_t{max_t}, top_s{max_s};
   Vec sum_t{0.0f}, sum_s{0.0f}, dot{0.0f};
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec a = score_at(t, bias, Vec{c.factor_t}, i) - top_t;
-    const Vec b = score_at(s, bias, Vec{c.factor_s}, i) - top_s;
-    const Vec e_t = exp(a), e_s = exp(b);
+    const Vec a = score_at(t, bias, Vec{factor_t}, i) - top_t;
+    const Vec b = score_at(s, bias, Vec{factor_s}, i) - top_s;
+    const Vec e_t = kBinary ? exp2(a) : exp(a), e_s = kBinary ? exp2(b) : exp(b);
     sum_t = sum_t + e_t;
     sum_s = sum_s + e_s;
     dot = fma(e_t, a - b, dot);
     if constexpr (kKeep) e_t.store(t + i), e_s.store(s + i);
   }
-  return {reduce_add(sum_s), reduce_add(sum_t), reduce_add(dot)};
+  return {reduce_add(sum_s), reduce_add(sum_t), reduce_add(dot) * (kBinary ? kLn2 : 1)};
 }
 
 struct RowTerms {
@@ -343,7 +344,10 @@ struct Head {
   // Phase 3, forward: losses, statistics and, where kGrad, the gradients of the scores, in w.t.
   template <Kind kKind, bool kGrad>
   void forward(int64_t first, int64_t rows) const {
-    constexpr bool kKeep = kKind == Kind::kKl && kGrad;
+    constexpr bool kKl = kKind == Kind::kKl, kKeep = kKl && kGrad;
+    // logarithms are wanted by the other kinds
+    constexpr float kUnit = kKl ? kLog2E : 1, kBack = kKl ? kLn2 : 1;
+    const float factor_t = c.factor_t * kUnit, factor_s = c.factor_s * kUnit;
     const int64_t n = w.columns, row0 = (batch * c.heads + head) * c.queries + first;
     const int64_t stride = (w.block + kLanes - 1) / kLanes * kLanes;
     float *const max_s = w.numbers, *const max_t = max_s + stride, *const sum_s = max_t + stride;
@@ -352,12 +356,12 @@ struct Head {
     for (int64_t begin = 0; begin < rows; begin += kTogether) {
       const int64_t end = std::min(begin + kTogether, rows);
       for (int64_t i = begin; i < end; ++i) {
-        max_t[i] = largest(w.t + i * n, w.bias, c.factor_t, n);
-        max_s[i] = largest(w.s + i * n, w.bias, c.factor_s, n);
+        max_t[i] = largest(w.t + i * n, w.bias, factor_t, n);
+        max_s[i] = largest(w.s + i * n, w.bias, factor_s, n);
       }
       for (int64_t i = begin; i < end; ++i) {
-        const RowSums sums =
-            sums_of<kKeep>(c, w.bias, w.t + i * n, w.s + i * n, max_t[i], max_s[i], n);
+        const RowSums sums = sums_of<kKl, kKeep>(w.bias, w.t + i * n, factor_t, max_t[i],
+                                                 w.s + i * n, factor_s, max_s[i], n);
         sum_s[i] = sums.s, sum_t[i] = sums.t, loss[i] = sums.dot;
       }
     }
@@ -376,8 +380,8 @@ struct Head {
       }
       if (c.loss != nullptr) c.loss[row0 + i] = terms.loss * c.loss_factor;
       if (c.stats != nullptr) {
-        c.stats[row0 + i] = max_s[i] + log_s[i];
-        c.stats[c.rows() + row0 + i] = max_t[i] + (kKeep ? std::log(sum_t[i]) : sum_t[i]);
+        c.stats[row0 + i] = max_s[i] * kBack + log_s[i];
+        c.stats[c.rows() + row0 + i] = max_t[i] * kBack + (kKeep ? std::log(sum_t[i]) : sum_t[i]);
         c.stats[2 * c.rows() + row0 + i] = terms.centre;
       }
       if constexpr (kKeep) {

@@ -39,6 +39,16 @@ constexpr float kExpPoly[] = {1.4061422552913427e-3f,
                               1.0f,
                               1.0f};
 
+// exp2(x) = 2^n 2^r with n = floor(x) and a minimax polynomial for 2^r, 0 <= r < 1 (relative error
+// 2.0e-9, and exp2(0) = 1)
+constexpr float kExp2Poly[] = {2.1612914861e-4f,
+                               1.2467846973e-3f,
+                               9.6754515544e-3f,
+                               5.5485282093e-2f,
+                               2.4022930861e-1f,
+                               6.9314706326e-1f,
+                               1.0f};
+
 // log(x) = n ln 2 + log(m) for normal x > 0 (-inf for less), m in [sqrt(1/2), sqrt(2)): Cephes'
 // polynomial, 2 ulp.
 constexpr float kSqrtHalf = 0.707106781186547524f;
@@ -82,6 +92,7 @@ inline Vec select(bool m, Vec a, Vec b) { return m ? a : b; }
 inline float reduce_add(Vec a) { return a.v; }
 inline float reduce_max(Vec a) { return a.v; }
 inline Vec exp(Vec x) { return Vec{x.v < kExpLowest ? 0.0f : std::exp(x.v)}; }
+inline Vec exp2(Vec x) { return Vec{x.v < -126.0f ? 0.0f : std::exp2(x.v)}; }
 inline Vec log(Vec x) { return Vec{std::log(x.v)}; }
 inline void transpose(Vec*) {}
 
@@ -162,6 +173,13 @@ VITKD_INLINE Vec exp(Vec x, Vec::Mask& normal) {
 VITKD_INLINE Vec exp(Vec x) {
   Vec::Mask normal;
   return exp(x, normal);
+}
+VITKD_INLINE Vec exp2(Vec x) {
+  const Vec::Mask normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const __m512 r = _mm512_reduce_ps(x.v, 1);  // x - floor(x)
+  __m512 y = _mm512_set1_ps(kExp2Poly[0]);
+  for (int i = 1; i < 7; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kExp2Poly[i]));
+  return _mm512_maskz_scalef_ps(normal, y, x.v);
 }
 VITKD_INLINE Vec log(Vec x) {
   Vec n, m;
@@ -303,6 +321,16 @@ VITKD_INLINE Vec exp(Vec x, Vec::Mask& normal) {
 VITKD_INLINE Vec exp(Vec x) {
   Vec::Mask normal;
   return exp(x, normal);
+}
+VITKD_INLINE Vec exp2(Vec x) {
+  const __m256 normal = _mm256_cmp_ps(x.v, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const __m256 n = _mm256_floor_ps(x.v);
+  const __m256 r = _mm256_sub_ps(x.v, n);
+  __m256 y = _mm256_set1_ps(kExp2Poly[0]);
+  for (int i = 1; i < 7; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kExp2Poly[i]));
+  const __m256i bits = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  const __m256i scale = _mm256_add_epi32(bits, _mm256_castps_si256(_mm256_set1_ps(1.0f)));
+  return _mm256_and_ps(normal, _mm256_mul_ps(y, _mm256_castsi256_ps(scale)));
 }
 VITKD_INLINE Vec log(Vec x) {
   Vec n, m;

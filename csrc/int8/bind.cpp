@@ -177,10 +177,14 @@ PYBIND11_MODULE(_int8, module) {
     return names;
   });
   // multiply-adds a second; 0 without AVX-512 VNNI
-  module.def("vnni_peak", [](double seconds) {
-    const py::gil_scoped_release release;
-    return available_isas().front() >= Isa::avx512vnni ? vnni_peak(seconds) : 0.0;
-  });
+  const auto peak = [&](const char* name, double (*measure)(double)) {
+    module.def(name, [measure](double seconds) {
+      const py::gil_scoped_release release;
+      return available_isas().front() >= Isa::avx512vnni ? measure(seconds) : 0.0;
+    });
+  };
+  peak("vnni_peak", vnni_peak);
+  peak("fma_peak", fma_peak);
   py::class_<Session>(module, "Session")
       .def(py::init(&make_session), py::arg("graph"), py::kw_only(), py::arg("image_size"),
            py::arg("threads") = 1, py::arg("isa") = "", py::arg("fuse") = true,

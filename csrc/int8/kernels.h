@@ -155,8 +155,10 @@ void pack_depthwise_vnni(const ConvSpec& spec, Packed* packed);
 void depthwise_vnni(const Packed& packed, const DepthwiseCall& call);
 const Kernels& amx_kernels();  // kAvx512Vnni, with products on tiles
 
-// The most multiply-adds a second that vpdpbusd on registers reaches; needs AVX-512 VNNI.
+// The most multiply-adds a second that vpdpbusd, and vfmadd231ps, reach on registers; need AVX-512
+// VNNI.
 double vnni_peak(double seconds);
+double fma_peak(double seconds);
 
 // float(acc) * m in one instruction. An acc that starts from 0x4B400000, the bits of 1.5 * 2^23, is
 // as a float 1.5 * 2^23 + acc, exactly, while |acc| < 2^22; then fma(it, m, -1.5 * 2^23 * m) rounds
