@@ -10,6 +10,35 @@ constexpr int rows_of(int vectors) {
   return vectors == 1 ? 12 : 6;
 }
 
+// Rows that are wanted later, fetched into L2 a few lines at a time beside the arithmetic.
+class Ahead {
+ public:
+  void add(const char* first, int64_t stride, int64_t rows, int64_t bytes) {
+    parts_[count_++] = {first, stride, rows, bytes};
+  }
+  void clear() { count_ = 0; }
+  VITKD_INLINE void fetch() {
+    for (int i = 0; i < 8 && count_ > 0; ++i) {
+      Part& p = parts_[count_ - 1];
+      __builtin_prefetch(p.row + at_, 0, 2);
+      at_ += 64;
+      if (at_ < p.bytes) continue;
+      at_ = 0;
+      p.row += p.stride;
+      if (--p.rows <= 0) --count_;
+    }
+  }
+
+ private:
+  struct Part {
+    const char* row;
+    int64_t stride, rows, bytes;
+  };
+  Part parts_[4];
+  int count_ = 0;
+  int64_t at_ = 0;
+};
+
 // [rows, steps] x [steps, columns], with any steps through a and b
 struct Product {
   const float* a;
@@ -20,11 +49,19 @@ struct Product {
   int64_t c_row;
   int64_t rows, vectors, steps;
   bool add;  // to what c holds
+  bool far;  // c is not in cache
+  Ahead* ahead;
 };
 
 template <int kRows, int kVectors>
 VITKD_INLINE void tile(const Product& t, const float* a, const float* b, int64_t b_step, float* c) {
   Vec sums[kRows][kVectors];
+  t.ahead->fetch();
+  if (t.far) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * t.c_row + v * kLanes, 1);
+    }
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -296,6 +333,7 @@ struct Head {
   Workspace& w;
   int64_t batch, head;
   Rows k_s = {}, q_s = {};
+  mutable Ahead ahead = {};
 
   char* at(const Operand& x, int64_t token) const {
     const int64_t size = x.dtype == ScalarType::Float ? 4 : 2;
@@ -319,6 +357,18 @@ struct Head {
               [&]<class T>() { narrow<T>(from, stride, rows, dim, at(x, token), x.token_stride); });
   }
 
+  void expect_next() {
+    const Head next{c, w, head + 1 < c.heads ? batch : batch + 1, (head + 1) % c.heads};
+    if (next.batch == c.batch) return;
+    const auto expect = [&](const Operand& x, int64_t rows, int64_t dim) {
+      const int64_t size = x.dtype == ScalarType::Float ? 4 : 2;
+      ahead.add(next.at(x, 0), x.token_stride * size, rows, dim * size);
+    };
+    // the last is fetched first
+    expect(c.q_s, c.queries, c.dim_s), expect(c.q_t, c.queries, c.dim_t);
+    expect(c.k_t, c.keys, c.dim_t), expect(c.k_s, c.keys, c.dim_s);
+  }
+
   // phase 1: keys as the products of scores want them, and which of them count
   void load_keys() {
     k_s = read(c.k_s, 0, c.keys, c.dim_s, w.k_s, w.stride_s);
@@ -335,10 +385,10 @@ struct Head {
     const int64_t vectors = w.columns / kLanes;
     const Rows q_t = read(c.q_t, first, rows, c.dim_t, w.q_t, w.stride_t);
     q_s = read(c.q_s, first, rows, c.dim_s, w.q_s, w.stride_s);
-    multiply(
-        {q_t.data, q_t.stride, 1, w.panels_t, 0, w.t, w.columns, rows, vectors, c.dim_t, false});
-    multiply(
-        {q_s.data, q_s.stride, 1, w.panels_s, 0, w.s, w.columns, rows, vectors, c.dim_s, false});
+    multiply({q_t.data, q_t.stride, 1, w.panels_t, 0, w.t, w.columns, rows, vectors, c.dim_t, false,
+              false, &ahead});
+    multiply({q_s.data, q_s.stride, 1, w.panels_s, 0, w.s, w.columns, rows, vectors, c.dim_s, false,
+              false, &ahead});
   }
 
   // Phase 3, forward: losses, statistics and, where kGrad, the gradients of the scores, in w.t.
@@ -412,18 +462,20 @@ struct Head {
     const Rows d_q = target(c.d_q, first, c.dim_s, w.d_q, w.stride_s);
     for (int64_t key = 0; key < c.keys; key += kNear) {
       multiply({w.t + key, w.columns, 1, k_s.data + key * k_s.stride, k_s.stride, d_q.data,
-                d_q.stride, rows, vectors, std::min(kNear, c.keys - key), key > 0});
+                d_q.stride, rows, vectors, std::min(kNear, c.keys - key), key > 0, key == 0,
+                &ahead});
     }
     write(d_q.data, d_q.stride, first, rows, c.dim_s, c.d_q);
     const Rows d_k = target(c.d_k, 0, c.dim_s, w.d_k, w.stride_s);
     multiply({w.t, 1, w.columns, q_s.data, q_s.stride, d_k.data, d_k.stride, c.keys, vectors, rows,
-              first > 0});
+              first > 0, first == 0, &ahead});
     if (first + rows == c.queries) write(d_k.data, d_k.stride, 0, c.keys, c.dim_s, c.d_k);
   }
 
   template <Kind kKind, Pass kPass>
   void run() {
     load_keys();
+    expect_next();
     for (int64_t first = 0; first < c.queries; first += w.block) {
       const int64_t rows = std::min(w.block, c.queries - first);
       score(first, rows);
