@@ -57,7 +57,7 @@ inline std::string shape_of(const Tensor& x) {
 // Fills a call from the operations' arguments, and holds the tensors that it points into.
 struct Setup {
   Tensor q_s, k_s, q_t, k_t;
-  OptionalTensor key_mask;
+  OptionalTensor key_mask, grad_loss, stats;
   Call call;
   Setup(const Tensor& q_s_in, const Tensor& k_s_in, const Tensor& q_t_in, const Tensor& k_t_in,
         double scale_s, double scale_t, double temperature, int64_t kind, int64_t reduction,
@@ -91,6 +91,8 @@ struct Setup {
       if (!key_mask->is_contiguous()) key_mask = torch::stable::contiguous(*key_mask);
       call.key_mask = key_mask->const_data_ptr<bool>();
     }
+    STD_TORCH_CHECK(0 <= kind && kind <= 3, "attention_map_loss: kind is ", kind,
+                    "; accepted are 0 to 3");
     call.kind = static_cast<Kind>(kind);
     call.reduction = static_cast<Reduction>(reduction);
     call.allow_tf32 = allow_tf32;
@@ -100,6 +102,22 @@ struct Setup {
     call.factor_t = static_cast<float>(scale_t / temperature);
     call.loss_factor = static_cast<float>(temperature * temperature / rows);
     call.grad_factor = static_cast<float>(temperature * scale_s / rows);
+  }
+
+  // what the forward saved, and the incoming gradient
+  void take(const Tensor& grad_loss_in, const Tensor& stats_in) {
+    const int64_t numbers = call.reduction == Reduction::kNone ? call.rows() : 1;
+    const std::pair<const Tensor&, int64_t> expected[] = {{grad_loss_in, numbers},
+                                                          {stats_in, 3 * call.rows()}};
+    for (const auto& [x, count] : expected) {
+      STD_TORCH_CHECK(x.numel() == count && x.scalar_type() == ScalarType::Float,
+                      "attention_map_loss: grad_loss or stats is ", shape_of(x), "; accepted are ",
+                      count, " float32 numbers");
+    }
+    grad_loss = torch::stable::contiguous(grad_loss_in);
+    stats = torch::stable::contiguous(stats_in);
+    call.grad_loss = grad_loss->const_data_ptr<float>();
+    call.stats = const_cast<float*>(stats->const_data_ptr<float>());
   }
 
  private:

@@ -148,13 +148,10 @@ std::tuple<Tensor, Tensor> attention_map_bwd(const Tensor& grad_loss, const Tens
                                              bool allow_tf32) {
   Setup setup(q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, reduction, key_mask,
               allow_tf32);
-  const Tensor grads = torch::stable::contiguous(grad_loss);
-  const Tensor saved = torch::stable::contiguous(stats);
+  setup.take(grad_loss, stats);
   Grad d_q(q_s), d_k(k_s);
   if (setup.call.queries == 0) torch::stable::zero_(d_k.tensor);
   setup.call.d_q = d_q.view(), setup.call.d_k = d_k.view();
-  setup.call.grad_loss = grads.const_data_ptr<float>();
-  setup.call.stats = const_cast<float*>(saved.const_data_ptr<float>());
   run<Pass::kBackward>(setup.call);
   return {d_q.take(), d_k.take()};
 }

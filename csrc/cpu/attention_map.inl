@@ -39,12 +39,14 @@ class Ahead {
   int64_t at_ = 0;
 };
 
+constexpr int64_t kPanels = -1;
+
 // [rows, steps] x [steps, columns], with any steps through a and b
 struct Product {
   const float* a;
   int64_t a_row, a_step;
   const float* b;
-  int64_t b_step;  // 0: panels of kMaxVectors columns or fewer, one after another
+  int64_t b_step;  // kPanels: panels of kMaxVectors columns or fewer, one after another
   float* c;
   int64_t c_row;
   int64_t rows, vectors, steps;
@@ -66,7 +68,7 @@ VITKD_INLINE void tile(const Product& t, const float* a, const float* b, int64_t
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      sums[r][v] = t.add ? Vec::load(c + r * t.c_row + v * kLanes) : Vec{0.0f};
+      sums[r][v] = Vec{0.0f};
     }
   }
   for (int64_t step = t.steps; step > 0; --step, a += t.a_step, b += b_step) {
@@ -80,10 +82,14 @@ VITKD_INLINE void tile(const Product& t, const float* a, const float* b, int64_t
       for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(x, row[v], sums[r][v]);
     }
   }
+  // c is added last: one long chain of additions would lose digits
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[r][v].store(c + r * t.c_row + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      float* const to = c + r * t.c_row + v * kLanes;
+      (t.add ? Vec::load(to) + sums[r][v] : sums[r][v]).store(to);
+    }
   }
 }
 
@@ -113,8 +119,9 @@ void multiply(const Product& t) {
   const Panels panels(t.vectors);
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t first = panels.first(p), width = panels.first(p + 1) - first;
-    const int64_t b_step = t.b_step ? t.b_step : width * kLanes;
-    const float* b = t.b + first * kLanes * (t.b_step ? 1 : t.steps);
+    const bool packed = t.b_step == kPanels;
+    const int64_t b_step = packed ? width * kLanes : t.b_step;
+    const float* b = t.b + first * kLanes * (packed ? t.steps : 1);
     float* c = t.c + first * kLanes;
     if constexpr (kMaxVectors == 4) {
       if (width == 4) panel<4>(t, b, b_step, c);
@@ -175,8 +182,8 @@ struct Rows {
   int64_t stride;
 };
 
-// [keys, dim] as panels of [dim][keys of the panel]
-void to_panels(Rows from, int64_t keys, int64_t dim, float* to) {
+// [keys, dim] as panels of [dim][keys of the panel]; 0 for keys that are masked or not there
+void to_panels(Rows from, const float* bias, int64_t keys, int64_t dim, float* to) {
   const Panels panels((keys + kLanes - 1) / kLanes);
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t first = panels.first(p), width = panels.first(p + 1) - first;
@@ -186,7 +193,8 @@ void to_panels(Rows from, int64_t keys, int64_t dim, float* to) {
       for (int64_t d = 0; d < dim; d += kLanes) {
         Vec rows[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) {
-          rows[i] = key + i < keys ? Vec::load(from.data + (key + i) * from.stride + d) : Vec{0.0f};
+          rows[i] =
+              bias[key + i] == 0 ? Vec::load(from.data + (key + i) * from.stride + d) : Vec{0.0f};
         }
         transpose(rows);
         for (int64_t i = 0; i < std::min(kLanes, dim - d); ++i) {
@@ -213,9 +221,8 @@ struct RowSums {  // exponentials are relative to the maxima
   float dot;  // sum e_t (a - max_t - b + max_s), for kl
 };
 
-// Scores in units in which kBinary's exponential is a power of two. With kKeep, products make way
-// for the exponentials.
-template <bool kBinary, bool kKeep>
+// With kKeep, scores count in powers of two, and products make way for the exponentials.
+template <bool kKeep>
 VITKD_INLINE RowSums sums_of(const float* bias, float* t, float factor_t, float max_t, float* s,
                              float factor_s, float max_s, int64_t n) {
   const Vec top_t{max_t}, top_s{max_s};
@@ -223,13 +230,13 @@ VITKD_INLINE RowSums sums_of(const float* bias, float* t, float factor_t, float 
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec a = score_at(t, bias, Vec{factor_t}, i) - top_t;
     const Vec b = score_at(s, bias, Vec{factor_s}, i) - top_s;
-    const Vec e_t = kBinary ? exp2(a) : exp(a), e_s = kBinary ? exp2(b) : exp(b);
+    const Vec e_t = kKeep ? exp2(a) : exp(a), e_s = kKeep ? exp2(b) : exp(b);
     sum_t = sum_t + e_t;
     sum_s = sum_s + e_s;
     dot = fma(e_t, a - b, dot);
     if constexpr (kKeep) e_t.store(t + i), e_s.store(s + i);
   }
-  return {reduce_add(sum_s), reduce_add(sum_t), reduce_add(dot) * (kBinary ? kLn2 : 1)};
+  return {reduce_add(sum_s), reduce_add(sum_t), reduce_add(dot) * (kKeep ? kLn2 : 1)};
 }
 
 struct RowTerms {
@@ -254,11 +261,10 @@ VITKD_INLINE RowTerms terms_of(const Call& c, const float* bias, float* t, float
       w = q * (log_q - log_p);
       loss = loss + w;
     } else if constexpr (kKind == Kind::kJs) {
-      const Vec m = Vec{0.5f} * (p + q);
-      const auto gone = less(m, Vec{FLT_MIN});  // both have underflown
-      const Vec log_m = log(m);
-      w = select(gone, Vec{0.0f}, Vec{0.5f} * q * (log_q - log_m));
-      loss = loss + w + select(gone, Vec{0.0f}, Vec{0.5f} * p * (log_p - log_m));
+      const Vec log_m = log(p + q) - Vec{kLn2};
+      const auto apart = not_equal(p, q);  // both may have underflown
+      w = select(apart, Vec{0.5f} * q * (log_q - log_m), Vec{0.0f});
+      loss = loss + w + select(apart, Vec{0.5f} * p * (log_p - log_m), Vec{0.0f});
     } else {
       const Vec d = q - p;
       w = Vec{2.0f} * q * d;
@@ -371,13 +377,14 @@ struct Head {
 
   // phase 1: keys as the products of scores want them, and which of them count
   void load_keys() {
-    k_s = read(c.k_s, 0, c.keys, c.dim_s, w.k_s, w.stride_s);
-    to_panels(k_s, c.keys, c.dim_s, w.panels_s);
-    to_panels(read(c.k_t, 0, c.keys, c.dim_t, w.k_t, w.stride_t), c.keys, c.dim_t, w.panels_t);
     for (int64_t key = 0; key < w.columns; ++key) {
       const bool keep = key < c.keys && (!c.key_mask || c.key_mask[batch * c.keys + key]);
       w.bias[key] = keep ? 0.0f : kMasked;
     }
+    k_s = read(c.k_s, 0, c.keys, c.dim_s, w.k_s, w.stride_s);
+    to_panels(k_s, w.bias, c.keys, c.dim_s, w.panels_s);
+    const Rows k_t = read(c.k_t, 0, c.keys, c.dim_t, w.k_t, w.stride_t);
+    to_panels(k_t, w.bias, c.keys, c.dim_t, w.panels_t);
   }
 
   // phase 2: products of `rows` queries, from the first on, with all keys
@@ -385,18 +392,18 @@ struct Head {
     const int64_t vectors = w.columns / kLanes;
     const Rows q_t = read(c.q_t, first, rows, c.dim_t, w.q_t, w.stride_t);
     q_s = read(c.q_s, first, rows, c.dim_s, w.q_s, w.stride_s);
-    multiply({q_t.data, q_t.stride, 1, w.panels_t, 0, w.t, w.columns, rows, vectors, c.dim_t, false,
-              false, &ahead});
-    multiply({q_s.data, q_s.stride, 1, w.panels_s, 0, w.s, w.columns, rows, vectors, c.dim_s, false,
-              false, &ahead});
+    multiply({q_t.data, q_t.stride, 1, w.panels_t, kPanels, w.t, w.columns, rows, vectors, c.dim_t,
+              false, false, &ahead});
+    multiply({q_s.data, q_s.stride, 1, w.panels_s, kPanels, w.s, w.columns, rows, vectors, c.dim_s,
+              false, false, &ahead});
   }
 
   // Phase 3, forward: losses, statistics and, where kGrad, the gradients of the scores, in w.t.
   template <Kind kKind, bool kGrad>
   void forward(int64_t first, int64_t rows) const {
-    constexpr bool kKl = kKind == Kind::kKl, kKeep = kKl && kGrad;
-    // logarithms are wanted by the other kinds
-    constexpr float kUnit = kKl ? kLog2E : 1, kBack = kKl ? kLn2 : 1;
+    constexpr bool kKeep = kKind == Kind::kKl && kGrad;
+    // where exponentials alone are wanted, scores may as well count in powers of two
+    constexpr float kUnit = kKeep ? kLog2E : 1;
     const float factor_t = c.factor_t * kUnit, factor_s = c.factor_s * kUnit;
     const int64_t n = w.columns, row0 = (batch * c.heads + head) * c.queries + first;
     const int64_t stride = (w.block + kLanes - 1) / kLanes * kLanes;
@@ -410,8 +417,8 @@ struct Head {
         max_s[i] = largest(w.s + i * n, w.bias, factor_s, n);
       }
       for (int64_t i = begin; i < end; ++i) {
-        const RowSums sums = sums_of<kKl, kKeep>(w.bias, w.t + i * n, factor_t, max_t[i],
-                                                 w.s + i * n, factor_s, max_s[i], n);
+        const RowSums sums = sums_of<kKeep>(w.bias, w.t + i * n, factor_t, max_t[i], w.s + i * n,
+                                            factor_s, max_s[i], n);
         sum_s[i] = sums.s, sum_t[i] = sums.t, loss[i] = sums.dot;
       }
     }
@@ -429,9 +436,9 @@ struct Head {
         terms = terms_of<kKind>(c, w.bias, t, s, max_t[i], max_s[i], sum_t[i], log_s[i], n);
       }
       if (c.loss != nullptr) c.loss[row0 + i] = terms.loss * c.loss_factor;
-      if (c.stats != nullptr) {
-        c.stats[row0 + i] = max_s[i] * kBack + log_s[i];
-        c.stats[c.rows() + row0 + i] = max_t[i] * kBack + (kKeep ? std::log(sum_t[i]) : sum_t[i]);
+      if (!kKeep && c.stats != nullptr) {
+        c.stats[row0 + i] = max_s[i] + log_s[i];
+        c.stats[c.rows() + row0 + i] = max_t[i] + sum_t[i];
         c.stats[2 * c.rows() + row0 + i] = terms.centre;
       }
       if constexpr (kKeep) {

@@ -304,6 +304,9 @@ Tensor kd_bwd(const Tensor& grad_loss, const Tensor& student, const Tensor& teac
     Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
                    lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
                    ignore_index);
+    STD_TORCH_CHECK(grad_loss.numel() == 1 || grad_loss.numel() == setup.call.shape.rows(),
+                    "kd_bwd: grad_loss has ", grad_loss.numel(), " numbers; accepted are 1 and ",
+                    setup.call.shape.rows());
     const PerRowHolder<A> grad_rows(grad_loss, 0);
     setup.call.grad_loss = grad_rows.get;
     setup.call.stats = const_cast<A*>(stats.const_data_ptr<A>());

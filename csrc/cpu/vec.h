@@ -1,5 +1,5 @@
 // A register of floats for each instruction set: vitkd::avx2::Vec (8), vitkd::avx512::Vec (16) and,
-// for all others, vitkd::scalar::Vec (1), with the same few operations, so that a kernel is written
+// for all others, vitkd::scalar::Vec (8), with the same few operations, so that a kernel is written
 // once and included per namespace. (No
 // struct of theirs has default member values: gcc would build the constructor for the baseline.)
 // exp() is accurate to 2 ulp for x <= 88 and 0 where the result would be below FLT_MIN.
@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "target.h"
 
@@ -60,41 +61,98 @@ constexpr float kLogPoly[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740
 
 namespace vitkd::scalar {
 
+// loops that a compiler makes vectors of, whatever it has
 struct Vec {
-  static constexpr int kLanes = 1;
-  using Mask = bool;
-  float v;
+  static constexpr int kLanes = 8;
+  struct Mask {
+    bool v[kLanes];
+  };
+  float v[kLanes];
 
   Vec() = default;
-  explicit Vec(float x) : v(x) {}
-
-  static Vec load(const float* p) { return Vec{*p}; }
-  static Vec load(const Bfloat16* p) { return Vec{std::bit_cast<float>(uint32_t{p->bits} << 16)}; }
-  static Vec load(const Half* p) {
-    return Vec{static_cast<float>(std::bit_cast<_Float16>(p->bits))};
+  explicit Vec(float x) {
+    for (float& lane : v) lane = x;
   }
-  void store(float* p) const { *p = v; }
-  void store(Half* p) const { p->bits = std::bit_cast<uint16_t>(static_cast<_Float16>(v)); }
+  template <class F>
+  static Vec of(F&& lane) {
+    Vec y;
+    for (int i = 0; i < kLanes; ++i) y.v[i] = lane(i);
+    return y;
+  }
+
+  static Vec load(const float* p) {
+    return of([&](int i) { return p[i]; });
+  }
+  static Vec load(const Bfloat16* p) {
+    return of([&](int i) { return std::bit_cast<float>(uint32_t{p[i].bits} << 16); });
+  }
+  static Vec load(const Half* p) {
+    return of([&](int i) { return static_cast<float>(std::bit_cast<_Float16>(p[i].bits)); });
+  }
+  void store(float* p) const { std::memcpy(p, v, sizeof v); }
+  void store(Half* p) const {
+    for (int i = 0; i < kLanes; ++i) {
+      p[i].bits = std::bit_cast<uint16_t>(static_cast<_Float16>(v[i]));
+    }
+  }
   void store(Bfloat16* p) const {
-    const auto bits = std::bit_cast<uint32_t>(v);
-    p->bits = v != v ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    for (int i = 0; i < kLanes; ++i) {
+      const auto bits = std::bit_cast<uint32_t>(v[i]);
+      const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+      p[i].bits = static_cast<uint16_t>(v[i] == v[i] ? rounded : 0x7fc0);
+    }
   }
 };
 
-inline Vec operator+(Vec a, Vec b) { return Vec{a.v + b.v}; }
-inline Vec operator-(Vec a, Vec b) { return Vec{a.v - b.v}; }
-inline Vec operator*(Vec a, Vec b) { return Vec{a.v * b.v}; }
-inline Vec operator/(Vec a, Vec b) { return Vec{a.v / b.v}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return Vec{a.v * b.v + c.v}; }  // quicker than a call
-inline Vec max(Vec a, Vec b) { return a.v > b.v ? a : b; }
-inline bool less(Vec a, Vec b) { return a.v < b.v; }
-inline Vec select(bool m, Vec a, Vec b) { return m ? a : b; }
-inline float reduce_add(Vec a) { return a.v; }
-inline float reduce_max(Vec a) { return a.v; }
-inline Vec exp(Vec x) { return Vec{x.v < kExpLowest ? 0.0f : std::exp(x.v)}; }
-inline Vec exp2(Vec x) { return Vec{x.v < -126.0f ? 0.0f : std::exp2(x.v)}; }
-inline Vec log(Vec x) { return Vec{std::log(x.v)}; }
-inline void transpose(Vec*) {}
+inline Vec operator+(Vec a, Vec b) {
+  return Vec::of([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Vec operator-(Vec a, Vec b) {
+  return Vec::of([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Vec operator*(Vec a, Vec b) {
+  return Vec::of([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Vec operator/(Vec a, Vec b) {
+  return Vec::of([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // quicker than a call, rounded twice
+inline Vec max(Vec a, Vec b) {
+  return Vec::of([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec::Mask not_equal(Vec a, Vec b) {
+  Vec::Mask m;
+  for (int i = 0; i < Vec::kLanes; ++i) m.v[i] = a.v[i] != b.v[i];
+  return m;
+}
+inline Vec select(Vec::Mask m, Vec a, Vec b) {
+  return Vec::of([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; });
+}
+inline float reduce_add(Vec a) {
+  float sum = 0;
+  for (const float lane : a.v) sum += lane;
+  return sum;
+}
+inline float reduce_max(Vec a) {
+  float most = a.v[0];
+  for (const float lane : a.v) most = lane > most ? lane : most;
+  return most;
+}
+inline Vec exp(Vec x) {
+  return Vec::of([&](int i) { return x.v[i] < kExpLowest ? 0.0f : std::exp(x.v[i]); });
+}
+inline Vec exp2(Vec x) {
+  return Vec::of([&](int i) { return x.v[i] < -126.0f ? 0.0f : std::exp2(x.v[i]); });
+}
+inline Vec log(Vec x) {
+  return Vec::of([&](int i) { return std::log(x.v[i]); });
+}
+// 8 rows become 8 columns
+inline void transpose(Vec* x) {
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    for (int j = 0; j < i; ++j) std::swap(x[i].v[j], x[j].v[i]);
+  }
+}
 
 }  // namespace vitkd::scalar
 

@@ -813,12 +813,7 @@ class Launcher {
 // A call whose tensors are copied to float32 where they come in two dtypes. What had 16 bits is a
 // tf32 too: no accuracy is lost where that multiplies.
 struct Prepared : Setup {
-  template <class... Options>
-  explicit Prepared(const Options&... options) : Setup(options...) {
-    const auto kind = static_cast<int64_t>(call.kind);
-    STD_TORCH_CHECK(0 <= kind && kind <= 3, "attention_map_loss: kind is ", kind,
-                    "; accepted are 0 to 3");
-  }
+  using Setup::Setup;
 
   void as_float() {
     const auto is_float = [](const Operand& x) { return x.dtype == ScalarType::Float; };
@@ -885,10 +880,7 @@ std::tuple<Tensor, Tensor> attention_map_bwd(const Tensor& grad_loss, const Tens
   // a row's own gradient, by which ds is multiplied for d_k, may be beyond float16
   const bool wide = c.q_s.dtype == ScalarType::Half && c.reduction == Reduction::kNone;
   if (wide || c.q_s.dtype != c.q_t.dtype) on.as_float();
-  const Tensor grad = torch::stable::contiguous(grad_loss);
-  const Tensor numbers = torch::stable::contiguous(stats);
-  c.grad_loss = grad.const_data_ptr<float>();
-  c.stats = const_cast<float*>(numbers.const_data_ptr<float>());
+  on.take(grad_loss, stats);
   Grad d_q(q_s, c.q_s.dtype), d_k(k_s, c.q_s.dtype);
   c.d_q = d_q.view(), c.d_k = d_k.view();
   Launcher(c, q_s).gradients();

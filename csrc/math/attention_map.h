@@ -29,9 +29,8 @@ VITKD_HD Term term(float p, float log_p, float q, float log_q) {
     const float x = q * (log_q - log_p);
     return {x, x};
   } else if constexpr (kKind == Kind::kJs) {
-    const float m = 0.5f * (p + q);
-    if (m < 1.17549435e-38f) return {0, 0};  // both have underflown
-    const float log_m = std::log(m);
+    if (p == q) return {0, 0};  // both may have underflown
+    const float log_m = std::log(p + q) - 0.693147180559945f;
     const float w = 0.5f * q * (log_q - log_m);
     return {0.5f * p * (log_p - log_m) + w, w};
   } else {

@@ -69,8 +69,9 @@ class _InBackward(torch.autograd.Function):
         return *grads, *[None] * (2 + len(options))
 
 
-def _check(name: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> None:
-    given = {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t}
+def _check(name: str, given: dict[str, Tensor]) -> None:
+    """Each argument by itself; the first is a student's."""
+    first, student = next(iter(given.items()))
     for argument, x in given.items():
         if x.dtype not in FLOATING:
             raise TypeError(
@@ -82,8 +83,15 @@ def _check(name: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Non
                 f"{name}: {argument} has shape {list(x.shape)}; accepted is "
                 "[batch, heads, tokens, dim]"
             )
-        if x.device != q_s.device:
-            raise ValueError(f"{name}: q_s is on {q_s.device} and {argument} on {x.device}")
+        if x.device != student.device:
+            raise ValueError(f"{name}: {first} is on {student.device} and {argument} on {x.device}")
+        if (x.shape[2] == 0 and argument[0] != "q") or x.shape[3] == 0:
+            raise ValueError(f"{name}: {argument} {list(x.shape)} is empty")
+
+
+def _check_pairs(name: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> None:
+    given = {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t}
+    _check(name, given)
     for a, b, dims in (
         ("q_s", "k_s", {0: "batch", 1: "heads", 3: "dim"}),
         ("q_t", "k_t", {0: "batch", 1: "heads", 3: "dim"}),
@@ -96,11 +104,8 @@ def _check(name: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Non
                 raise ValueError(
                     f"{name}: {a} {list(x.shape)} and {b} {list(y.shape)} differ in {what}"
                 )
-        if dims.get(3) and x.dtype != y.dtype:
+        if 3 in dims and x.dtype != y.dtype:
             raise TypeError(f"{name}: {a} is {x.dtype} and {b} {y.dtype}; accepted is one dtype")
-    if k_s.shape[2] == 0 or q_s.shape[3] == 0 or q_t.shape[3] == 0:
-        x = k_s if k_s.shape[2] == 0 or q_s.shape[3] == 0 else k_t
-        raise ValueError(f"{name}: keys {list(x.shape)} are empty")
 
 
 def attention_map_loss(
@@ -122,7 +127,7 @@ def attention_map_loss(
     a transformer to a CNN: Liu et al., 2022, arXiv:2207.05273). Scores are formed tile by tile and
     never stored: memory grows with tokens * dim, not with tokens^2. The teacher's tensors are
     constants: treated as detached, and may be inference-mode tensors; they must keep their values
-    until the backward has run. The loss is differentiable once.
+    until the backward has run. The loss is differentiable once (in float64, as often as wanted).
 
     Args:
         q_s: the student's queries, [batch, heads, tokens, dim], float32, float16, bfloat16 or
@@ -148,7 +153,7 @@ def attention_map_loss(
         ValueError, TypeError: naming the argument, what was given and what is accepted.
         RuntimeError: a row that the mask leaves without keys, on the CPU.
     """
-    _check("attention_map_loss", q_s, k_s, q_t, k_t)
+    _check_pairs("attention_map_loss", q_s, k_s, q_t, k_t)
     return _loss(
         "attention_map_loss", q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, key_mask,
         reduction,
@@ -201,11 +206,17 @@ def relation_loss(
     one_head = x_s.dim() == 3
     if one_head:
         x_s, x_t = x_s.unsqueeze(1), x_t.unsqueeze(1)
-    _check(name, x_s, x_s, x_t, x_t)
+    _check(name, {"x_s": x_s, "x_t": x_t})
     loss = _loss(
         name, x_s, x_s, x_t, x_t, scale_s, scale_t, temperature, kind, key_mask, reduction
     )  # fmt: skip
     return loss.squeeze(1) if one_head and reduction == "none" else loss
+
+
+def _expect_keys(name: str, key_mask: Tensor) -> None:
+    """What the CPU's kernel finds out for itself."""
+    for i in (~key_mask.any(-1)).nonzero().flatten().tolist():
+        raise RuntimeError(f"{name}: key_mask keeps no key of batch element {i}")
 
 
 def _loss(
@@ -235,12 +246,18 @@ def _loss(
                 f"torch.bool, one per key, {shape}"
             )
         if key_mask.device != q_s.device:
-            raise ValueError(f"{name}: q_s is on {q_s.device} and key_mask on {key_mask.device}")
+            raise ValueError(
+                f"{name}: the student is on {q_s.device} and key_mask on {key_mask.device}"
+            )
     scale_s = q_s.shape[3] ** -0.5 if scale_s is None else scale_s
     scale_t = q_t.shape[3] ** -0.5 if scale_t is None else scale_t
     q_t, k_t = q_t.detach(), k_t.detach()
     maps = (scale_s, scale_t, temperature, _KINDS[kind])
+    if k_s is q_s:
+        k_s = k_s.view_as(k_s)  # a compiler wants no argument twice
     if torch.float64 in (q_s.dtype, q_t.dtype):
+        if key_mask is not None and key_mask.is_cpu and not torch.compiler.is_compiling():
+            _expect_keys(name, key_mask)
         q_s, k_s, q_t, k_t = (x.double() for x in (q_s, k_s, q_t, k_t))
         rows = reference.attention_map_rows(q_s, k_s, q_t, k_t, *maps, key_mask)
         if reduction == "none":

@@ -19,12 +19,12 @@ def _softmaxed(
     """
     scores = (q.to(dtype) @ k.to(dtype).mT) * factor
     if key_mask is None:
-        lse = scores.logsumexp(-1)
-        return scores - lse.unsqueeze(-1), lse
+        return scores.log_softmax(-1), scores.logsumexp(-1)
     keep = key_mask[:, None, None, :]
-    lse = scores.masked_fill(~keep, -torch.inf).logsumexp(-1)
+    scores = scores.masked_fill(~keep, -torch.inf)
+    lse = scores.logsumexp(-1)
     lse = torch.where(key_mask.any(-1)[:, None, None], lse, torch.zeros_like(lse))
-    return (scores - lse.unsqueeze(-1)).masked_fill(~keep, 0), lse
+    return scores.log_softmax(-1).masked_fill(~keep, 0), lse
 
 
 def _terms(log_p: Tensor, log_q: Tensor, keep: Tensor | float, kind: int) -> tuple[Tensor, Tensor]:
@@ -36,9 +36,12 @@ def _terms(log_p: Tensor, log_q: Tensor, keep: Tensor | float, kind: int) -> tup
         terms = q * (log_q - log_p)
         return terms, terms
     if kind == JS:
-        log_m = torch.logaddexp(log_p, log_q) - 0.6931471805599453
-        w = 0.5 * q * (log_q - log_m)
-        return 0.5 * p * (log_p - log_m) + w, w
+        apart = log_p - log_q
+        # log(q / m) with m = (p + q) / 2, exactly 0 where they are equal
+        ratio = torch.logaddexp(torch.zeros_like(apart), torch.zeros_like(apart))
+        ratio = ratio - torch.logaddexp(torch.zeros_like(apart), apart)
+        w = 0.5 * q * ratio
+        return 0.5 * p * (apart + ratio) + w, w
     return (p - q).square(), 2 * q * (q - p)
 
 
