@@ -54,11 +54,12 @@ wheel: install  ## dist/*.whl
 	rm -rf dist build/lib* build/bdist*
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
-bench: install  ## the CPU benches, and README's tables from them
+bench: install  ## the CPU benches, and README's tables and plot from them
 	for bench in benches/bench_*.py; do stem=$${bench#benches/bench_}; \
 	  $(BIN)/pytest $$bench -m "not gpu" --benchmark-json=benches/results/cpu-$${stem%.py}.json || exit 1; \
 	done
 	$(PY) benches/tables.py
+	$(PY) benches/bench_attention_map.py
 
 gpu gpu-sanitize: export VITKD_FAST_CUDA ?= 1
 gpu gpu-sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0

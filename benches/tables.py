@@ -21,7 +21,7 @@ def table(results: dict, group: str) -> str:
     for bench in benches:
         race = bench["extra_info"]["race"]
         ours = race["vitkd_fast"]
-        case = re.sub(r".*\[(?:cpu|cuda)-(.*)\]", r"\1", bench["name"])
+        case = re.sub(r".*\[(?:cpu-|cuda-)?(.*)\]", r"\1", bench["name"])
         mine = f"{ours['median_us'] / 1e3:.3g} ms"
         if "percent_of_copy" in ours:
             mine += f", {ours['percent_of_copy']:.0f}% of copy"

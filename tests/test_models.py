@@ -402,3 +402,15 @@ def test_load_names_timms_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert classes[0] == "tench, Tinca tinca"
     assert load("mobilenetv3_small_050", options={"num_classes": 3}).classes == ("0", "1", "2")
     assert replace(pixels, image_size=96).image_size == 96
+
+
+def test_readmes_example_of_attention() -> None:
+    """It runs as it stands, and student and projection learn from it."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme.split("\n## Teach attention and features\n")[1].split("\n## ")[0]
+    code = section.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["loss"] > 0
+    assert names["attention"].projection.weight.grad.abs().sum() > 0
+    assert names["student"].model.conv_stem.weight.grad.abs().sum() > 0
