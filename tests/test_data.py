@@ -14,8 +14,9 @@ from timm.data.mixup import Mixup
 
 from vitkd_fast.distill.config import Augmentation, Config, validate
 from vitkd_fast.distill.data import Batch, Loader, Mixer, loaders
-from vitkd_fast.distill.losses import CE, KD
+from vitkd_fast.distill.losses import CE, KD, Seen
 from vitkd_fast.distill.sources import DataError, open_data, open_folder
+from vitkd_fast.models import Tapped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STRONG = {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5"}
@@ -294,8 +295,9 @@ def test_mixing_is_timms(mode: Any, mixup: float, cutmix: float) -> None:
         student, teacher = torch.randn(8, 5), torch.randn(8, 5)
         kl = F.kl_div((student / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean")
         ce = F.cross_entropy(student, dense, label_smoothing=0.1)
-        assert torch.allclose(CE(label_smoothing=0.1)(student, None, (a, b, lam), 0), ce, atol=1e-6)
+        seen = Seen(Tapped(student), Tapped(teacher), (a, b, lam))
+        assert torch.allclose(CE(label_smoothing=0.1)(seen, 0, None), ce, atol=1e-6)
         options = {"weight": {"start": 3, "end": 1}, "temperature": 2, "label_smoothing": 0.1}
-        kd = KD.model_validate(options | {"ce_weight": 0.5})(student, teacher, (a, b, lam), 0.5)
+        kd = KD.model_validate(options | {"ce_weight": 0.5})(seen, 0.5, None)
         assert torch.allclose(kd, 2 * 4 * kl + 0.5 * ce, atol=1e-5)
     assert len(shares) > 3
