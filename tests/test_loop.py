@@ -410,7 +410,7 @@ def test_the_schedule_warms_up_and_ends_low(tmp_path: Path) -> None:
 
 def test_a_compiled_student_learns_the_same(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    short = [*PLAIN, "run.max_steps=2", "run.log_every=1"]
+    short = [*PLAIN, "losses.attention=null", "run.max_steps=2", "run.log_every=1"]
     for name, compiled in (("plain", "false"), ("compiled", "true")):
         torch.manual_seed(0)
         trainer(tmp_path / name, [*short, f"run.compile={compiled}"], student=frozen()).run()
