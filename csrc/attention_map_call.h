@@ -2,7 +2,10 @@
 // tensors; and what it returns.
 #pragma once
 
+#include <algorithm>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "common.h"
 #include "math/attention_map.h"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vitkd_fast import reference
+from vitkd_fast.reference.attention_map import _softmaxed, _terms
 
 from .triton_tools import (
     INTERPRETED,
@@ -186,6 +187,28 @@ def rounded_slopes_error(
     return moved @ k_s.abs(), moved.mT @ q_s.abs()
 
 
+def saved_numbers_error(
+    tensors: list[Tensor], grad: Tensor, scale_s: float, scale_t: float, temperature: float,
+    kind: int, reduction: int, mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """How far d_q and d_k can move when a row's three saved numbers are rounded to float32.
+
+    A log-sum-exp that moves by x moves its softmax by x times itself, and its logarithm by x.
+    """
+    q_s, k_s, q_t, k_t = (x.double() for x in tensors)
+    log_q, lse_s = _softmaxed(q_s, k_s, scale_s / temperature, mask, DOUBLE)
+    log_p, lse_t = _softmaxed(q_t, k_t, scale_t / temperature, mask, DOUBLE)
+    keep = 1.0 if mask is None else mask[:, None, None, :].double()
+    _, w = _terms(log_p, log_q, keep, kind)
+    p, q = log_p.exp() * keep, log_q.exp() * keep
+    centre = q * (0 if kind == reference.KL else w.sum(-1, keepdim=True).abs())
+    unit = torch.finfo(FLOAT).eps / 2
+    moved = (lse_s.abs() + lse_t.abs()).unsqueeze(-1) * (w.abs() + centre + p + q) + centre
+    share = (grad.double().abs() * temperature * abs(scale_s)).expand(lse_s.shape)
+    moved = unit * moved * (share / (lse_s.numel() if reduction == MEAN else 1)).unsqueeze(-1)
+    return moved @ k_s.abs(), moved.mT @ q_s.abs()
+
+
 def own_error(tensors: list[Tensor], grad: Tensor, *options: Any) -> list[float]:
     """The naive form's error in float32, the largest of some draws: one may be rounded luckily.
 
@@ -208,7 +231,8 @@ def check(
 ) -> None:  # fmt: skip
     """The error against float64 is at most twice float32's, and one rounding of the output.
 
-    Losses are measured on max(1, |loss|). Gradients in 16 bits are allowed the rounding of the
+    Gradients are formed from numbers that are saved, whose rounding counts, too. Losses are
+    measured on max(1, |loss|). Gradients in 16 bits are allowed the rounding of the
     slopes on top.
     """
     from vitkd_fast.kernels import attention_map as kernels
@@ -222,9 +246,10 @@ def check(
         calls.append((torch.ones_like(grad), ours))
     for incoming, ours in calls:
         want = by_reference(tensors, incoming, DOUBLE, *options)
-        slopes = [0.0] * 3
+        slopes = [0.0, *saved_numbers_error(tensors, incoming, *options)]
         if tensors[0].dtype != FLOAT:
-            slopes[1:] = rounded_slopes_error(tensors, incoming, *options)
+            rounded = rounded_slopes_error(tensors, incoming, *options)
+            slopes[1:] = (x + y for x, y in zip(slopes[1:], rounded, strict=True))
         own = own_error(tensors, incoming, *options)
         for name, x, y, torchs, on_top in zip(
             Results._fields, ours, want, own, slopes, strict=True

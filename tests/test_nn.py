@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from vitkd_fast.functional import attention_map_loss
-from vitkd_fast.nn import AttentionMapProjection, CrossAttentionProjector
+from vitkd_fast.nn import AttentionMapProjection, CrossAttentionProjector, _gram_distance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,6 +198,28 @@ def test_partially_replaced_queries_keys_and_values() -> None:
     assert_close(others - kept[0], apart, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_teachers_made_in_inference_mode(training: bool) -> None:
+    x = torch.randn(2, 5, 4, 4, requires_grad=True)
+    with torch.inference_mode():
+        q, k, v = tokens(2, 3, 16, 8, 3)
+        h = torch.randn(2, 16, 24)
+    (AttentionMapProjection(5, 24, 3)(x, q, k)).backward()
+    CrossAttentionProjector(5, 24, 3).train(training)(x, q, k, v, h).backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("noise", [1e-3, 0.03, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_distance_of_values_that_are_alike(dtype: torch.dtype, noise: float) -> None:
+    """Under autocast too: a difference of large sums would have lost it."""
+    x = 20 * torch.randn(2, 4, 50, 64)
+    y = x + noise * torch.randn_like(x)
+    want = ((x.double() @ x.double().mT - y.double() @ y.double().mT) / 8).square().mean()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        assert_close(_gram_distance(x, y).double(), want, rtol=1e-3, atol=0)
+
+
 def projection(**options: object) -> AttentionMapProjection:
     return AttentionMapProjection(
         **({"student_channels": 5, "teacher_dim": 24, "heads": 3} | options)
@@ -238,7 +260,19 @@ BAD = {
     ),
     "values": (
         lambda: projector()(X, Q, K, V[:, :2], H),
-        r"\[2, 2, 16, 8\]; accepted is, for all, \[batch, 3, tokens, dim\]",
+        r"\[2, 2, 16, 8\]; accepted is, for all, \[batch, 3, tokens, 8\]",
+    ),
+    "dim of values": (
+        lambda: projector()(X, Q[..., :7], K[..., :7], V[..., :7], H),
+        r"\[2, 3, 16, 7\]; accepted is, for all, \[batch, 3, tokens, 8\]",
+    ),
+    "tokens": (
+        lambda: projector()(X, Q, K, V, H[..., :1]),
+        r"tokens_t \[2, 16, 1\]; accepted is \[2, 16, 24\]",
+    ),
+    "batch of features": (
+        lambda: projector()(X[:1], Q, K, V, H),
+        r"features \[1, 5, 4, 4\]; accepted is \[2, channels, height, width\]",
     ),
 }
 

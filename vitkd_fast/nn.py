@@ -120,7 +120,8 @@ class AttentionMapProjection(nn.Module):
             raise ValueError(
                 f"{name}: teacher_heads is 'mean' and kind {kind!r}; accepted are kl and mse"
             )
-        if teacher_dim % heads:
+        free = teacher_heads == "mean" and head_dim is not None
+        if teacher_dim % heads and not free:
             raise ValueError(
                 f"{name}: heads is {heads}; accepted are divisors of teacher_dim, {teacher_dim}"
             )
@@ -220,7 +221,8 @@ class CrossAttentionProjector(nn.Module):
             )
         if not 0 <= replace < 1:
             raise ValueError(f"{name}: replace is {replace}; accepted are 0 to below 1")
-        self.heads, self.groups, self.replace = heads, groups, replace
+        self.teacher_dim, self.heads = teacher_dim, heads
+        self.groups, self.replace = groups, replace
         self.prefix_tokens, self.grid = prefix_tokens, grid
         self.qkv = nn.Conv2d(student_channels, 3 * teacher_dim, 3, padding=1)
         bound = student_channels**-0.5  # as nn.Linear begins
@@ -243,15 +245,25 @@ class CrossAttentionProjector(nn.Module):
             ValueError: shapes that do not fit each other or the module.
         """
         name = type(self).__name__
+        dim = self.teacher_dim // self.heads
         for x in (q_t, k_t, v_t):
-            if x.dim() != 4 or x.shape[1] != self.heads or x.shape != q_t.shape:
+            if x.dim() != 4 or x.shape[1::2] != (self.heads, dim) or x.shape != q_t.shape:
                 raise ValueError(
                     f"{name}: queries, keys or values {list(x.shape)}; accepted is, for all, "
-                    f"[batch, {self.heads}, tokens, dim]"
+                    f"[batch, {self.heads}, tokens, {dim}]"
                 )
+        wanted = [q_t.shape[0], q_t.shape[2], self.teacher_dim]
+        if list(tokens_t.shape) != wanted:
+            raise ValueError(f"{name}: tokens_t {list(tokens_t.shape)}; accepted is {wanted}")
+        if features.dim() != 4 or features.shape[0] != wanted[0]:
+            raise ValueError(
+                f"{name}: features {list(features.shape)}; accepted is [{wanted[0]}, channels, "
+                "height, width]"
+            )
+        q_t, k_t, v_t, tokens_t = (_constant(x) for x in (q_t, k_t, v_t, tokens_t))
         first = self.prefix_tokens
-        teacher = tuple(x[:, :, first:].detach() for x in (q_t, k_t, v_t))
-        h_t = tokens_t[:, first:].detach()
+        teacher = tuple(x[:, :, first:] for x in (q_t, k_t, v_t))
+        h_t = tokens_t[:, first:]
         grid = _grid(name, self.grid, teacher[0])
         if grid[0] % self.groups or grid[1] % self.groups:
             raise ValueError(
@@ -265,7 +277,7 @@ class CrossAttentionProjector(nn.Module):
         q, k, v = teacher
         attended_t = F.scaled_dot_product_attention(q, k, v)
         loss = F.mse_loss(attended_s.float(), attended_t.float())
-        loss = loss + _gram_distance(v_s.float(), v.float())
+        loss = loss + _gram_distance(v_s, v)
         return loss + F.mse_loss(self._project(features).float(), h_t.float())
 
     def _mixed(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -284,9 +296,23 @@ class CrossAttentionProjector(nn.Module):
         return self.dropout(y.reshape(batch, height * width, -1))
 
 
+def _constant(x: Tensor) -> Tensor:
+    """Detached; a copy of what was made in inference mode, which autograd could not keep."""
+    if not torch.compiler.is_compiling() and x.is_inference():
+        return x.clone()
+    return x.detach()
+
+
 def _gram_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Mean of ((x x^T - y y^T) / sqrt(dim))^2 over pairs of tokens, from products dim x dim."""
-    square = (x.mT @ x).square().sum() + (y.mT @ y).square().sum() - 2 * (x.mT @ y).square().sum()
+    """Mean of ((x x^T - y y^T) / sqrt(dim))^2 over pairs of tokens, from products dim x dim.
+
+    With d = x - y, x x^T - y y^T = x d^T + d y^T: no difference of large sums, and in float32.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = x.float(), y.float()
+        d = x - y
+        dd = d.mT @ d
+        square = ((x.mT @ x + y.mT @ y) * dd).sum() + 2 * ((x.mT @ d) * (d.mT @ y)).sum()
     return square / (x.shape[0] * x.shape[1] * x.shape[2] ** 2 * x.shape[3])
 
 

@@ -7,7 +7,6 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <numeric>
 
 #include "../attention_map_call.h"
@@ -23,7 +22,10 @@ constexpr float kMasked = -1e30f;  // beyond any score, and finite: 0 * kMasked 
 constexpr float kLn2 = 0.693147180559945f;
 constexpr int64_t kScoreBytes = 192 << 10;  // of a block's scores: they stay in L2
 
-using Kernel = void (*)(const Call&, int64_t begin, int64_t end);
+struct Kernel {
+  int64_t (*scratch)(const Call&);  // floats of memory
+  void (*run)(const Call&, int64_t begin, int64_t end, float* memory);
+};
 
 }  // namespace
 }  // namespace vitkd::attention_map
@@ -61,10 +63,10 @@ namespace {
 template <Kind kKind, Pass kPass>
 Kernel kernel_for(Isa isa) {
 #if defined(__x86_64__)
-  if (isa >= Isa::avx512) return avx512::run_heads<kKind, kPass>;
-  if (isa >= Isa::avx2) return avx2::run_heads<kKind, kPass>;
+  if (isa >= Isa::avx512) return {avx512::scratch, avx512::run_heads<kKind, kPass>};
+  if (isa >= Isa::avx2) return {avx2::scratch, avx2::run_heads<kKind, kPass>};
 #endif
-  return scalar::run_heads<kKind, kPass>;
+  return {scalar::scratch, scalar::run_heads<kKind, kPass>};
 }
 
 template <Pass kPass>
@@ -82,10 +84,19 @@ Kernel kernel_for(Kind kind) {
 }
 
 template <Pass kPass>
-void run(const Call& c) {
+void run(const Call& c, const Tensor& like) {
   const Kernel kernel = kernel_for<kPass>(c.kind);
-  torch::stable::parallel_for(0, c.batch * c.heads, 1,
-                              [&](int64_t begin, int64_t end) { kernel(c, begin, end); });
+  const int64_t heads = c.batch * c.heads, floats = kernel.scratch(c);
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t workers = std::clamp<int64_t>(heads, 1, threads);
+  // torch's memory, so that whoever counts it finds it
+  Tensor memory = torch::stable::new_empty(like, {workers, floats}, ScalarType::Float);
+  float* const scratch = memory.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernel.run(c, heads * i / workers, heads * (i + 1) / workers, scratch + i * floats);
+    }
+  });
 }
 
 void check_mask(const Call& c) {
@@ -104,13 +115,13 @@ Tensor forward(Call& c, const Tensor& like) {
   float* const out = loss.mutable_data_ptr<float>();
   if (c.reduction == Reduction::kNone) {
     c.loss = out;
-    run<kPass>(c);
+    run<kPass>(c, like);
     return loss;
   }
-  std::vector<float> rows(c.rows());
-  c.loss = rows.data();
-  run<kPass>(c);
-  *out = static_cast<float>(std::accumulate(rows.begin(), rows.end(), 0.0));
+  Tensor rows = torch::stable::new_empty(like, {c.rows()}, ScalarType::Float);
+  c.loss = rows.mutable_data_ptr<float>();
+  run<kPass>(c, like);
+  *out = static_cast<float>(std::accumulate(c.loss, c.loss + c.rows(), 0.0));
   return loss;
 }
 
@@ -152,7 +163,7 @@ std::tuple<Tensor, Tensor> attention_map_bwd(const Tensor& grad_loss, const Tens
   Grad d_q(q_s), d_k(k_s);
   if (setup.call.queries == 0) torch::stable::zero_(d_k.tensor);
   setup.call.d_q = d_q.view(), setup.call.d_k = d_k.view();
-  run<Pass::kBackward>(setup.call);
+  run<Pass::kBackward>(setup.call, q_s);
   return {d_q.take(), d_k.take()};
 }
 

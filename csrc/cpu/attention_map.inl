@@ -16,7 +16,6 @@ class Ahead {
   void add(const char* first, int64_t stride, int64_t rows, int64_t bytes) {
     parts_[count_++] = {first, stride, rows, bytes};
   }
-  void clear() { count_ = 0; }
   VITKD_INLINE void fetch() {
     for (int i = 0; i < 8 && count_ > 0; ++i) {
       Part& p = parts_[count_ - 1];
@@ -294,7 +293,7 @@ struct Workspace {
   int64_t stride_s, stride_t;  // of rows of queries and keys
   int64_t columns;             // keys, in whole vectors
   int64_t block;               // queries at once
-  std::unique_ptr<float[]> memory;
+  int64_t floats = 0;          // of memory
   float *panels_s, *panels_t;  // keys, transposed
   float *s, *t;                // products, then what they become, [block, columns]
   // rows that are not read and written where they are: [keys, stride], [block, stride]
@@ -302,7 +301,7 @@ struct Workspace {
   float* bias;     // [columns]: kMasked where a key does not count
   float* numbers;  // [6, block]: of each row
 
-  explicit Workspace(const Call& c) {
+  Workspace(const Call& c, float* memory) {
     const auto whole = [](int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; };
     stride_s = whole(c.dim_s), stride_t = whole(c.dim_t), columns = whole(c.keys);
     // blocks of nearly the same size, in whole register tiles, whose scores stay in L2
@@ -326,13 +325,13 @@ struct Workspace {
                              6 * whole(block)};
     float** const parts[] = {&panels_s, &panels_t, &s,   &t,   &k_s,  &k_t,
                              &q_s,      &q_t,      &d_q, &d_k, &bias, &numbers};
-    int64_t total = 0;
-    for (const int64_t size : sizes) total += whole(size);
-    memory.reset(new float[total + 16]);
-    float* at = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64 / 4;
-    for (size_t i = 0; i < std::size(sizes); at += whole(sizes[i++])) *parts[i] = at;
+    for (size_t i = 0; i < std::size(sizes); floats += whole(sizes[i++])) {
+      *parts[i] = memory == nullptr ? nullptr : memory + floats;
+    }
   }
 };
+
+int64_t scratch(const Call& c) { return Workspace(c, nullptr).floats; }
 
 struct Head {
   const Call& c;
@@ -498,8 +497,8 @@ struct Head {
 
 // heads [begin, end) of batch * heads
 template <Kind kKind, Pass kPass>
-void run_heads(const Call& c, int64_t begin, int64_t end) {
-  Workspace workspace(c);
+void run_heads(const Call& c, int64_t begin, int64_t end, float* memory) {
+  Workspace workspace(c, memory);
   for (int64_t i = begin; i < end; ++i) {
     Head head{c, workspace, i / c.heads, i % c.heads};
     head.template run<kKind, kPass>();

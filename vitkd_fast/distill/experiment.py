@@ -112,12 +112,15 @@ class _Experiment:
 
     def _try_losses(self, student: nn.Module) -> None:
         """Finds out whether the losses get what they ask of student and teacher."""
-        ask = models.predictor(self.teacher) if self.teacher else None
+        ask = models.predictor(self.teacher).eval() if self.teacher else None
         size = self.config.data.image_size
         picture = torch.zeros(1, 3, size, size, dtype=torch.uint8)
         try:
-            Learner(self.config.losses, models.predictor(student), ask, picture)
-        except ValueError as error:
+            learner = Learner(self.config.losses, models.predictor(student), ask, picture).eval()
+            with torch.no_grad():
+                answers = learner.answers(picture, ask) if ask else None
+                learner(picture, answers, torch.zeros(1, dtype=torch.int64), 0.0)
+        except (RuntimeError, ValueError) as error:
             raise ConfigError(f"losses: {error}") from error
 
     def _create_teacher(self) -> nn.Module:

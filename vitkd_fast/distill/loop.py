@@ -180,7 +180,7 @@ class Learner(nn.Module):
         self.teacher_taps = None if ask is None else _taps(ask, [teacher for _, teacher in wanted])
         self.learned = nn.ModuleDict()
         if self.taps and self.teacher_taps:
-            training = predict.training
+            training = predict[1].training
             predict.eval()  # one picture is no batch to take statistics from
             with torch.no_grad():
                 student, teacher = self.taps(picture), self.teacher_taps(picture)
@@ -299,8 +299,11 @@ class Trainer:
         self.learner: Any = learner
         self.answers, self.learned = learner.answers, learner.learned
         self.optimizer = build_optimizer(self.model, optimizer)
-        if learned := list(self.learned.parameters()):
-            self.optimizer.add_param_group({"params": learned})
+        learned = list(self.learned.parameters())
+        for decayed in (True, False):  # as the student's: weights, not biases
+            if group := [p for p in learned if (p.dim() > 1) == decayed]:
+                decay = optimizer.weight_decay if decayed else 0.0
+                self.optimizer.add_param_group({"params": group, "weight_decay": decay})
         self.parameters = [*self.model.parameters(), *learned]
         self.scheduler = create_scheduler_v2(
             self.optimizer,

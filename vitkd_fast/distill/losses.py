@@ -139,6 +139,7 @@ class Attention(Term):
         _, heads, _, dim = teacher.queries[self.block].shape
         if taps.grid is None:
             raise ValueError("attention: the teacher's patches have no grid of their own")
+        split = self.teacher_heads == "split" and self.heads not in (None, heads)
         return AttentionMapProjection(
             student.maps[self.stride].shape[1],
             heads * dim,
@@ -148,7 +149,7 @@ class Attention(Term):
             grid=taps.grid,
             teacher_heads=self.teacher_heads,
             # split anew, heads have another dim, and with it another scale
-            scale_t=taps.scales[self.block] if self.heads in (None, heads) else None,
+            scale_t=None if split else taps.scales[self.block],
             temperature=self.temperature,
             kind=self.kind,
         )

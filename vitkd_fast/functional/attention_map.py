@@ -23,6 +23,12 @@ _KINDS = {
 }
 
 
+@torch.compiler.assume_constant_result
+def _tf32() -> bool:
+    """Whether products of float32 matrices may be TF32; whichever of torch's two ways says so."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 class _InForward(torch.autograd.Function):
     """Scores are formed once, and both gradients from them in the forward: 4 products, not 6."""
 
@@ -125,9 +131,10 @@ def attention_map_loss(
 
     Makes a student attend where its teacher does (MiniLM: Wang et al., 2020, arXiv:2002.10957; from
     a transformer to a CNN: Liu et al., 2022, arXiv:2207.05273). Scores are formed tile by tile and
-    never stored: memory grows with tokens * dim, not with tokens^2. The teacher's tensors are
-    constants: treated as detached, and may be inference-mode tensors; they must keep their values
-    until the backward has run. The loss is differentiable once (in float64, as often as wanted).
+    never stored (but in float64): memory grows with tokens * dim, not with tokens^2. The teacher's
+    tensors are constants: treated as detached, and may be inference-mode tensors; they must keep
+    their values until the backward has run. The loss is differentiable once (in float64, as often
+    as wanted).
 
     Args:
         q_s: the student's queries, [batch, heads, tokens, dim], float32, float16, bfloat16 or
@@ -142,7 +149,8 @@ def attention_map_loss(
         kind: "kl" (teacher || student), "reverse_kl" (student || teacher), "js" (Jensen-Shannon:
             half of each one's divergence from their mean), or "mse" (the squared difference of the
             two maps, summed over keys).
-        key_mask: bool [batch, keys], True = keep. Other keys are left out of both softmaxes.
+        key_mask: bool [batch, keys], True = keep. Other keys are left out of both softmaxes; they
+            must be numbers all the same, as 0 times NaN is NaN.
         reduction: "mean" over batch * heads * queries, "sum", or "none".
 
     Returns:
@@ -236,7 +244,7 @@ def _loss(
         raise ValueError(f"{name}: kind is {kind!r}; accepted are {', '.join(_KINDS)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction is {reduction!r}; accepted are mean, sum and none")
-    if not temperature > 0:
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"{name}: temperature is {temperature}; accepted are numbers > 0")
     if key_mask is not None:
         shape = [k_s.shape[0], k_s.shape[2]]
@@ -263,8 +271,7 @@ def _loss(
         if reduction == "none":
             return rows
         return rows.sum() / (max(rows.numel(), 1) if reduction == "mean" else 1)
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    options = (*maps, REDUCTIONS[reduction], key_mask, tf32)
+    options = (*maps, REDUCTIONS[reduction], key_mask, _tf32())
     if not ((q_s.requires_grad or k_s.requires_grad) and torch.is_grad_enabled()):
         return _fwd(q_s, k_s, q_t, k_t, *options)[0]
     # float16 waits for the incoming gradient: the loss scale must come before the rounding.
