@@ -190,8 +190,8 @@ def rounded_slopes_error(
 def saved_numbers_error(
     tensors: list[Tensor], grad: Tensor, scale_s: float, scale_t: float, temperature: float,
     kind: int, reduction: int, mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """How far d_q and d_k can move when a row's three saved numbers are rounded to float32.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """How far results can move when a row's three saved numbers are rounded to float32.
 
     A log-sum-exp that moves by x moves its softmax by x times itself, and its logarithm by x.
     """
@@ -199,14 +199,18 @@ def saved_numbers_error(
     log_q, lse_s = _softmaxed(q_s, k_s, scale_s / temperature, mask, DOUBLE)
     log_p, lse_t = _softmaxed(q_t, k_t, scale_t / temperature, mask, DOUBLE)
     keep = 1.0 if mask is None else mask[:, None, None, :].double()
-    _, w = _terms(log_p, log_q, keep, kind)
+    terms, w = _terms(log_p, log_q, keep, kind)
     p, q = log_p.exp() * keep, log_q.exp() * keep
     centre = q * (0 if kind == reference.KL else w.sum(-1, keepdim=True).abs())
     unit = torch.finfo(FLOAT).eps / 2
-    moved = (lse_s.abs() + lse_t.abs()).unsqueeze(-1) * (w.abs() + centre + p + q) + centre
+    apart = (lse_s.abs() + lse_t.abs()).unsqueeze(-1)
+    loss = unit * temperature**2 * (apart * (terms.abs() + p + q)).sum(-1)
+    moved = apart * (w.abs() + centre + p + q) + centre
     share = (grad.double().abs() * temperature * abs(scale_s)).expand(lse_s.shape)
     moved = unit * moved * (share / (lse_s.numel() if reduction == MEAN else 1)).unsqueeze(-1)
-    return moved @ k_s.abs(), moved.mT @ q_s.abs()
+    if reduction != NONE:
+        loss = loss.sum() / (loss.numel() if reduction == MEAN else 1)
+    return loss, moved @ k_s.abs(), moved.mT @ q_s.abs()
 
 
 def own_error(tensors: list[Tensor], grad: Tensor, *options: Any) -> list[float]:
@@ -231,7 +235,7 @@ def check(
 ) -> None:  # fmt: skip
     """The error against float64 is at most twice float32's, and one rounding of the output.
 
-    Gradients are formed from numbers that are saved, whose rounding counts, too. Losses are
+    They are formed from numbers that are saved, whose rounding counts, too. Losses are
     measured on max(1, |loss|). Gradients in 16 bits are allowed the rounding of the
     slopes on top.
     """
@@ -246,7 +250,7 @@ def check(
         calls.append((torch.ones_like(grad), ours))
     for incoming, ours in calls:
         want = by_reference(tensors, incoming, DOUBLE, *options)
-        slopes = [0.0, *saved_numbers_error(tensors, incoming, *options)]
+        slopes = [*saved_numbers_error(tensors, incoming, *options)]
         if tensors[0].dtype != FLOAT:
             rounded = rounded_slopes_error(tensors, incoming, *options)
             slopes[1:] = (x + y for x, y in zip(slopes[1:], rounded, strict=True))
