@@ -6,6 +6,7 @@ A new loss is a class here and a field of `Losses`, whose name is its key in a c
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
@@ -72,9 +73,9 @@ class Term(Section):
         """What is trained beside the student, from a first look at what `taps` gives."""
         return None
 
+    @abstractmethod
     def __call__(self, seen: Seen, x: float, learned: nn.Module | None) -> Tensor:
         """The term, 0-dim, after the share x of the run."""
-        raise NotImplementedError
 
 
 class CE(Term):
