@@ -373,113 +373,145 @@ void depthwise_three(const Packed& packed, const DepthwiseCall& call, const Pack
   }
 }
 
-struct SlidingTile {
-  const uint8_t* x;  // interleaved columns
-  FourRows next;     // the pixel of the next pair of rows that is interleaved meanwhile
-  int64_t x_pixel;
-  uint8_t* to;  // where to
+// Two output rows, from some column on.
+struct RowPair {
+  FourRows rows;  // of the input
+  const uint8_t* edge;
+  int64_t pixel;  // of input and output
   const uint8_t* constants;
   const uint8_t* weights;
+  uint8_t* words;  // of a half panel, kept until the other half is done
   uint8_t* y[2];
-  int64_t y_pixel;
-  int64_t bytes;
-  bool magic;
+  uint64_t bytes;  // of a pixel, as a mask
   Finisher finisher;
 };
 
-// Two output rows of kColumns pixels. Per column 8 unpacks (of the next two rows: they need one
-// port, and vpdpbusd leaves room on it), 24 vpdpbusd and 22 others on two ports: 27 cycles per 128
-// outputs of a 3x3 kernel, 33% of the vpdpbusd peak.
-template <int kColumns, bool kNext, Finish kFinish>
-VITKD_INLINE void sliding_tile(const SlidingTile& t) {
-  constexpr int kOutputs = 2 * kColumns;
-  __m512i pair[2][kOutputs];
-  VITKD_UNROLL(4, j) {
-    __m512i acc[kOutputs], weights[6];
-    const __m512i bias = _mm512_load_si512(t.constants + j * kLine);
-    VITKD_UNROLL(kOutputs, i) { acc[i] = bias; }
+// `columns` pixels of two output rows, of half a panel: two vectors of channels, whose weights and
+// constants stay in registers, since loads of 64 bytes cost power, and that clock. The sums of
+// three columns are in flight; a column of input adds a tap to each. Per column of both halves 8
+// unpacks, 24 vpdpbusd and 22 others on two ports: 27 cycles per 128 outputs of a 3x3 kernel, 33%
+// of the vpdpbusd peak. `starts`, `ends`: there is padding before and behind.
+template <int kHalf, Finish kFinish, bool kPlain>
+VITKD_INLINE void sliding_half(const RowPair& t, int columns, bool starts, bool ends) {
+  __m512i weights[3][2][2], bias[2], acc[3][2][2], column[2];
+  __m512 m[2], shift[2];
+  VITKD_UNROLL(12, i) {
+    weights[i / 4][i / 2 % 2][i % 2] =
+        _mm512_load_si512(t.weights + (i / 2 * 4 + 2 * kHalf + i % 2) * kLine);
+  }
+  VITKD_END;
+  VITKD_UNROLL(2, v) {
+    const uint8_t* const constants = t.constants + (2 * kHalf + v) * kLine;
+    bias[v] = _mm512_load_si512(constants);
+    m[v] = _mm512_load_ps(constants + 4 * kLine);
+    shift[v] = _mm512_load_ps(constants + 8 * kLine);
+  }
+  VITKD_END;
+  FourRows rows = t.rows;
+  uint8_t* words = t.words;
+  int64_t at = -t.pixel;  // bytes from the first column
+
+  const auto load = [&] __attribute__((always_inline)) {
+    __m512i v[4], ab, cd;
+    VITKD_UNROLL(4, i) { v[i] = _mm512_loadu_si512(rows.at[i] + at); }
     VITKD_END;
-    VITKD_UNROLL(6, i) { weights[i] = _mm512_load_si512(t.weights + (i * 4 + j) * kLine); }
+    if constexpr (kHalf == 0) {
+      ab = _mm512_unpacklo_epi8(v[0], v[1]), cd = _mm512_unpacklo_epi8(v[2], v[3]);
+    } else {
+      ab = _mm512_unpackhi_epi8(v[0], v[1]), cd = _mm512_unpackhi_epi8(v[2], v[3]);
+    }
+    column[0] = _mm512_unpacklo_epi16(ab, cd);
+    column[1] = _mm512_unpackhi_epi16(ab, cd);
+    at += t.pixel;
+  };
+  const auto add = [&]<int kTap>(__m512i(&sums)[2][2]) __attribute__((always_inline)) {
+    VITKD_UNROLL(4, i) {
+      constexpr int r = i / 2, v = i % 2;
+      if constexpr (kTap == 0) sums[r][v] = bias[v];
+      dot4(sums[r][v], column[v], weights[kTap][r][v]);
+    }
     VITKD_END;
-    VITKD_UNROLL(kColumns + 2, c) {
-      const __m512i column = _mm512_load_si512(t.x + c * 256 + j * kLine);
-      VITKD_UNROLL(3, tap) {
-        if constexpr (c - tap >= 0 && c - tap < kColumns) {
-          dot4(acc[c - tap], column, weights[2 * tap]);
-          dot4(acc[kColumns + c - tap], column, weights[2 * tap + 1]);
-        }
+  };
+  const auto to_edge = [&] __attribute__((always_inline)) {
+    VITKD_UNROLL(4, i) { rows.at[i] = t.edge - at; }
+    VITKD_END;
+  };
+  if (starts) to_edge();
+  load();
+  add.template operator()<0>(acc[0]);
+  rows = t.rows;
+  load();
+  add.template operator()<1>(acc[0]);
+  add.template operator()<0>(acc[1]);
+
+  const auto step = [&]<int kPhase>() __attribute__((always_inline)) {
+    __m512i(&sums)[2][2] = acc[kPhase];
+    uint8_t* const y[2] = {t.y[0] + at - t.pixel, t.y[1] + at - t.pixel};
+    load();
+    add.template operator()<2>(sums);
+    VITKD_UNROLL(2, i) {
+      // the second row first: where it is not wanted, it lies where the first will
+      constexpr int r = 1 - i;
+      __m512 v[2];
+      VITKD_UNROLL(2, j) {
+        v[j] = _mm512_fmadd_ps(_mm512_castsi512_ps(sums[r][j]), m[j], shift[j]);
+        if constexpr (kFinish == Finish::hardswish) v[j] = hardswish(v[j], t.finisher);
       }
       VITKD_END;
+      const __m512i half = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1]));
+      uint8_t* const kept = words + (2 * kPhase + r) * kLine;
+      if constexpr (kHalf == 0) {
+        _mm512_store_si512(kept, half);
+      } else {
+        const __m512i a = _mm512_load_si512(kept);
+        const __m512i out = kPlain ? _mm512_packus_epi16(a, half) : pack_words(a, half, t.finisher);
+        _mm512_mask_storeu_epi8(y[r], t.bytes, out);
+      }
     }
     VITKD_END;
-    if constexpr (kNext && j < kColumns) {
-      __m512i v[4];
-      VITKD_UNROLL(4, i) { v[i] = _mm512_loadu_si512(t.next.at[i] + j * t.x_pixel); }
-      VITKD_END;
-      interleave4(v, reinterpret_cast<__m512i*>(t.to + j * 256));
-    }
-    words_of<j, kOutputs, kFinish>(acc, t.constants, t.magic, t.finisher, pair);
+    add.template operator()<1>(acc[(kPhase + 1) % 3]);
+    add.template operator()<0>(acc[(kPhase + 2) % 3]);
+  };
+  int left = columns;
+  for (; left > 3; left -= 3, words += 6 * kLine) {
+    step.template operator()<0>();
+    step.template operator()<1>();
+    step.template operator()<2>();
   }
-  VITKD_END;
-  VITKD_UNROLL(kOutputs, i) {
-    // the second row first: where it is not wanted, it lies where the first will
-    constexpr int o = kOutputs - 1 - i;
-    store_pixels<1>(t.y[o / kColumns] + o % kColumns * t.y_pixel, t.y_pixel, t.bytes, 1,
-                    pack_words(pair[0][o], pair[1][o], t.finisher));
-  }
-  VITKD_END;
+  if (left == 1 && ends) to_edge();
+  step.template operator()<0>();
+  if (--left == 0) return;
+  if (left == 1 && ends) to_edge();
+  step.template operator()<1>();
+  if (--left == 0) return;
+  if (ends) to_edge();
+  step.template operator()<2>();
 }
 
-// Stride 1, one column of padding on each side: pairs of rows, interleaved one pair ahead.
-template <Finish kFinish>
+// Stride 1, one column of padding on each side.
+template <Finish kFinish, bool kPlain>
 void depthwise_sliding(const Packed& packed, const DepthwiseCall& call,
                        const Packed::Panel& panel) {
-  constexpr int kStrip = 28;  // columns: two interleaved pairs of rows stay in L1
-  const uint8_t* const edge = call.padding_row + panel.channel;
-  SlidingTile t;
-  t.x_pixel = call.x.pixel;
+  constexpr int kStrip = 56;  // columns whose rows and words stay in L1
+  RowPair t;
+  t.edge = call.padding_row + panel.channel;
+  t.pixel = call.x.pixel;
   t.constants = packed.data + panel.constants;
   t.weights = packed.data + panel.weights;
-  t.y_pixel = call.y.pixel;
-  t.bytes = std::min<int64_t>(64, call.y.pixel - panel.channel);
-  t.magic = panel.magic;
+  t.words = call.scratch;
+  t.bytes = ~uint64_t{0} >> (64 - std::min<int64_t>(64, t.pixel - panel.channel));
   t.finisher = finisher(packed.spec.epilogue);
-  for (int begin = 0; begin < call.y.width; begin += kStrip) {
-    const int columns = std::min(kStrip, call.y.width - begin);
-    uint8_t* now = call.scratch;
-    uint8_t* later = call.scratch + (kStrip + 2) * 256;
-    FourRows rows = four_rows(packed, call, panel.channel, call.row);
-    const auto interleave_at = [&](int b, uint8_t* to) __attribute__((always_inline)) {
-      load_interleaved<1>(rows, edge, begin - 1 + b, 1, call.x,
-                          reinterpret_cast<__m512i*>(to + b * 256));
-    };
-    for (int b = 0; b < columns + 2; ++b) interleave_at(b, now);
-    for (int row = call.row; row < call.row_end; row += 2) {
-      const bool more = row + 2 < call.row_end;
-      if (more) {
-        rows = four_rows(packed, call, panel.channel, row + 2);
-        interleave_at(0, later);
-        interleave_at(columns + 1, later);
-      }
-      t.x = now;
-      t.to = later + 256;
-      for (int i = 0; i < 4; ++i) t.next.at[i] = rows.at[i] + begin * t.x_pixel;
+  for (int row = call.row; row < call.row_end; row += 2) {
+    const FourRows rows = four_rows(packed, call, panel.channel, row);
+    for (int begin = 0; begin < call.y.width; begin += kStrip) {
+      for (int i = 0; i < 4; ++i) t.rows.at[i] = rows.at[i] + begin * t.pixel;
       for (int r = 0; r < 2; ++r) {
-        t.y[r] =
-            call.y.row(std::min(row + r, call.row_end - 1)) + panel.channel + begin * t.y_pixel;
+        t.y[r] = call.y.row(std::min(row + r, call.row_end - 1)) + panel.channel + begin * t.pixel;
       }
-      const auto tile = [&]<int kColumns>() __attribute__((always_inline)) {
-        more ? sliding_tile<kColumns, true, kFinish>(t) : sliding_tile<kColumns, false, kFinish>(t);
-        t.x += kColumns * 256;
-        t.to += kColumns * 256;
-        for (const uint8_t*& p : t.next.at) p += kColumns * t.x_pixel;
-        for (uint8_t*& p : t.y) p += kColumns * t.y_pixel;
-      };
-      int left = columns;
-      for (; left >= 3 && left != 4; left -= 3) tile.template operator()<3>();
-      for (; left >= 2; left -= 2) tile.template operator()<2>();
-      if (left > 0) tile.template operator()<1>();
-      std::swap(now, later);
+      const int columns = std::min(kStrip, call.y.width - begin);
+      const bool starts = begin == 0, ends = begin + columns == call.y.width;
+      sliding_half<0, kFinish, kPlain>(t, columns, starts, ends);
+      sliding_half<1, kFinish, kPlain>(t, columns, starts, ends);
     }
   }
 }
@@ -493,10 +525,13 @@ void depthwise_pixels(const Packed& packed, const DepthwiseCall& call, const Pac
     depthwise_three<3, kRows, kPixels, kFinish>(packed, call, panel);
   } else if (step == 2) {
     depthwise_three<2, kRows, kPixels, kFinish>(packed, call, panel);
-  } else if (kRows == 1 || call.left != 1 || call.x.width != call.y.width) {
+  } else if (kRows == 1 || call.left != 1 || call.x.width != call.y.width || !panel.magic) {
     depthwise_three<1, kRows, kPixels, kFinish>(packed, call, panel);
   } else {
-    depthwise_sliding<kFinish>(packed, call, panel);
+    const Requantize& r = packed.spec.epilogue.requantize;
+    r.zero_point == 0 && r.lo == 0 && r.hi == 255
+        ? depthwise_sliding<kFinish, true>(packed, call, panel)
+        : depthwise_sliding<kFinish, false>(packed, call, panel);
   }
 }
 
