@@ -208,7 +208,8 @@ def torch_errors(
     scores = x.q_s.shape[:3].numel() * x.k_s.shape[2]
     # many of small calls, and as many numbers of small gradients, for the largest error to be there
     enough = 20_000 // max(1, min(y.numel() for y in x.student))
-    draws = min(128, max(3, 40_000 // scores, min(enough, 400_000 // scores)))
+    least = 3 if scores < 300_000 else 16  # the more numbers, the rarer is their largest error
+    draws = min(128, max(least, 40_000 // scores, min(enough, 400_000 // scores)))
     scales = torch.linspace(1, 1 + 2**-12, draws, device=x.q_s.device).view(-1, 1, 1, 1, 1)
     drawn = [(scales * y.detach().float()).flatten(0, 1) for y in x]
     if options.get("key_mask") is not None:
@@ -723,6 +724,8 @@ def loss_and_grads_of_function(*x: Tensor, **options: Any) -> Results:
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT, DOUBLE], ids=str)
 def test_a_row_without_keys_matches_0_on_a_gpu(dtype: torch.dtype, kind: str, device: str) -> None:
     """It counts as a row in the mean, and the others are what they are without it."""
+    if device == "cpu" and dtype == DOUBLE:
+        pytest.skip("in float64 it is an error on any CPU")
     x = maps(3, 2, 5, 12, dtype=dtype, device=device)
     mask = key_mask(3, 12, device)
     mask[1] = False
@@ -1589,7 +1592,7 @@ def test_no_tensor_is_a_map(kind: str, reduction: str) -> None:
     assert of_naive > 10 * grads  # what is measured is what it is said to be
     if _ops.backends()["attention_map_fwd"]["CPU"] == "reference":
         pytest.skip("the reference materialises what it likes")
-    scratch = 2**19  # keys transposed, and the scores of 24 queries
+    scratch = 3 * 2**18  # keys transposed, and the scores of 60 queries
     assert peak_of_tensors(lambda: run(x)) <= grads + scratch + 6 * 4 * 2 * 1024
     assert peak_of_tensors(lambda: attention_map_loss(*x, kind=kind)) <= scratch + 3 * 4 * 2 * 1024
 
@@ -1660,7 +1663,7 @@ every_day = pytest.mark.parametrize(
 def test_every_instruction_set(isa: str, marked: str, tmp_path: Path) -> None:
     if isa not in int8.isa():
         pytest.skip(f"{isa} is not among what this CPU has: {', '.join(int8.isa())}")
-    if isa == int8.isa()[0] or (isa == "avx512" and int8.isa()[0] in ("avx512vnni", "amx")):
+    if isa == int8.isa()[0] or (isa == "avx512" and int8.isa()[0] == "avx512vnni"):
         pytest.skip(f"the tests above ran on the kernels of {isa}")
     run_matches(tmp_path, marked, VITKD_FAST_ISA=isa)
 

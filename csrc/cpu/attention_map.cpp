@@ -1,9 +1,9 @@
 // Attention-map loss on the CPU: scores of some queries and all keys, of teacher and student, stay
 // in L2 until the loss and the gradients of student's queries and keys have been formed from them:
 // 4 products, where a backward from stored statistics takes 6, and no map of a head as a whole.
-// Products are done by register tiles of up to 6 x 64; exponentials are a tenth of the work. Heads
-// are spread over torch's threads; each is computed alike wherever it lands, and losses are added
-// up in row order, so results do not depend on the number of threads.
+// Products are done by register tiles of up to 6 x 64 FMAs, or by AMX; exponentials are a tenth of
+// the work. Heads are spread over torch's threads; each is computed alike wherever it lands, and
+// losses are added up in row order, so results do not depend on the number of threads.
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -20,7 +20,7 @@ enum class Pass { kForward, kForwardGrad, kBackward };
 
 constexpr float kMasked = -1e30f;  // beyond any score, and finite: 0 * kMasked is 0
 constexpr float kLn2 = 0.693147180559945f;
-constexpr int64_t kScoreBytes = 192 << 10;  // of a block's scores: they stay in L2
+constexpr int64_t kScoreBytes = 512 << 10;  // of a block's scores: they stay in L2
 
 struct Kernel {
   int64_t (*scratch)(const Call&);  // floats of memory
@@ -34,6 +34,7 @@ namespace vitkd::attention_map::scalar {
 namespace {
 using vitkd::scalar::Vec;
 #include "attention_map.inl"
+#include "attention_map_fma.inl"
 }  // namespace
 }  // namespace vitkd::attention_map::scalar
 
@@ -43,6 +44,15 @@ namespace vitkd::attention_map::avx512 {
 namespace {
 using vitkd::avx512::Vec;
 #include "attention_map.inl"
+#include "attention_map_fma.inl"
+}  // namespace
+}  // namespace vitkd::attention_map::avx512
+VITKD_TARGET_END
+
+VITKD_TARGET_BEGIN(VITKD_AVX512 ",amx-tile,amx-bf16")
+namespace vitkd::attention_map::avx512 {
+namespace {
+#include "attention_map_amx.inl"
 }  // namespace
 }  // namespace vitkd::attention_map::avx512
 VITKD_TARGET_END
@@ -52,6 +62,7 @@ namespace vitkd::attention_map::avx2 {
 namespace {
 using vitkd::avx2::Vec;
 #include "attention_map.inl"
+#include "attention_map_fma.inl"
 }  // namespace
 }  // namespace vitkd::attention_map::avx2
 VITKD_TARGET_END
@@ -61,31 +72,40 @@ namespace vitkd::attention_map {
 namespace {
 
 template <Kind kKind, Pass kPass>
-Kernel kernel_for(Isa isa) {
+Kernel kernel_for(const Call& c) {
 #if defined(__x86_64__)
-  if (isa >= Isa::avx512) return {avx512::scratch, avx512::run_heads<kKind, kPass>};
-  if (isa >= Isa::avx2) return {avx2::scratch, avx2::run_heads<kKind, kPass>};
+  const Isa isa = selected_isa();
+  const auto narrow = [](const Operand& x) { return x.dtype != ScalarType::Float; };
+  if (isa >= Isa::amx && narrow(c.q_s) && narrow(c.q_t)) {
+    return {avx512::scratch<avx512::Tiles>, avx512::run_heads<avx512::Tiles, kKind, kPass>};
+  }
+  if (isa >= Isa::avx512) {
+    return {avx512::scratch<avx512::Fma>, avx512::run_heads<avx512::Fma, kKind, kPass>};
+  }
+  if (isa >= Isa::avx2) {
+    return {avx2::scratch<avx2::Fma>, avx2::run_heads<avx2::Fma, kKind, kPass>};
+  }
 #endif
-  return {scalar::scratch, scalar::run_heads<kKind, kPass>};
+  return {scalar::scratch<scalar::Fma>, scalar::run_heads<scalar::Fma, kKind, kPass>};
 }
 
 template <Pass kPass>
-Kernel kernel_for(Kind kind) {
-  switch (kind) {
+Kernel kernel_for(const Call& c) {
+  switch (c.kind) {
     case Kind::kReverseKl:
-      return kernel_for<Kind::kReverseKl, kPass>(selected_isa());
+      return kernel_for<Kind::kReverseKl, kPass>(c);
     case Kind::kJs:
-      return kernel_for<Kind::kJs, kPass>(selected_isa());
+      return kernel_for<Kind::kJs, kPass>(c);
     case Kind::kMse:
-      return kernel_for<Kind::kMse, kPass>(selected_isa());
+      return kernel_for<Kind::kMse, kPass>(c);
     default:
-      return kernel_for<Kind::kKl, kPass>(selected_isa());
+      return kernel_for<Kind::kKl, kPass>(c);
   }
 }
 
 template <Pass kPass>
 void run(const Call& c, const Tensor& like) {
-  const Kernel kernel = kernel_for<kPass>(c.kind);
+  const Kernel kernel = kernel_for<kPass>(c);
   const int64_t heads = c.batch * c.heads, floats = kernel.scratch(c);
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t workers = std::clamp<int64_t>(heads, 1, threads);

@@ -1,14 +1,9 @@
-// The vector kernel of attention_map.cpp, included once per instruction set, inside its namespace
-// and region. Matrices have rows of whole vectors: what lies behind dim is 0, scores of keys that
-// are masked or not there are kMasked.
+// What attention_map.cpp's vector kernels share, included once per instruction set, inside its
+// namespace and region: rows in and out, losses and slopes, and the order of a head's phases.
+// Products of matrices are left to a class (attention_map_fma.inl, attention_map_amx.inl). Rows of
+// scores are whole vectors; those of keys that are masked or not there are kMasked.
 
 constexpr int64_t kLanes = Vec::kLanes;
-// Registers: kVectors of a row of b, and as many sums for each row of a. The wider, the fewer rows.
-constexpr int kMaxVectors = kLanes == 16 ? 4 : 2;
-constexpr int rows_of(int vectors) {
-  if (kLanes == 16) return vectors <= 2 ? 12 : vectors == 3 ? 8 : 6;
-  return vectors == 1 ? 12 : 6;
-}
 
 // Rows that are wanted later, fetched into L2 a few lines at a time beside the arithmetic.
 class Ahead {
@@ -16,8 +11,8 @@ class Ahead {
   void add(const char* first, int64_t stride, int64_t rows, int64_t bytes) {
     parts_[count_++] = {first, stride, rows, bytes};
   }
-  VITKD_INLINE void fetch() {
-    for (int i = 0; i < 8 && count_ > 0; ++i) {
+  VITKD_INLINE void fetch(int lines) {
+    for (; lines > 0 && count_ > 0; --lines) {
       Part& p = parts_[count_ - 1];
       __builtin_prefetch(p.row + at_, 0, 2);
       at_ += 64;
@@ -37,99 +32,6 @@ class Ahead {
   int count_ = 0;
   int64_t at_ = 0;
 };
-
-constexpr int64_t kPanels = -1;
-
-// [rows, steps] x [steps, columns], with any steps through a and b
-struct Product {
-  const float* a;
-  int64_t a_row, a_step;
-  const float* b;
-  int64_t b_step;  // kPanels: panels of kMaxVectors columns or fewer, one after another
-  float* c;
-  int64_t c_row;
-  int64_t rows, vectors, steps;
-  bool add;  // to what c holds
-  bool far;  // c is not in cache
-  Ahead* ahead;
-};
-
-template <int kRows, int kVectors>
-VITKD_INLINE void tile(const Product& t, const float* a, const float* b, int64_t b_step, float* c) {
-  Vec sums[kRows][kVectors];
-  t.ahead->fetch();
-  if (t.far) {
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * t.c_row + v * kLanes, 1);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sums[r][v] = Vec{0.0f};
-    }
-  }
-  for (int64_t step = t.steps; step > 0; --step, a += t.a_step, b += b_step) {
-    Vec row[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = Vec::load(b + v * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Vec x{a[r * t.a_row]};
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(x, row[v], sums[r][v]);
-    }
-  }
-  // c is added last: one long chain of additions would lose digits
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      float* const to = c + r * t.c_row + v * kLanes;
-      (t.add ? Vec::load(to) + sums[r][v] : sums[r][v]).store(to);
-    }
-  }
-}
-
-template <int kVectors>
-__attribute__((noinline)) void panel(const Product& t, const float* b, int64_t b_step, float* c) {
-  constexpr int kRows = rows_of(kVectors);
-  const float* a = t.a;
-  int64_t row = 0;
-  for (; row + kRows <= t.rows; row += kRows, a += kRows * t.a_row, c += kRows * t.c_row) {
-    tile<kRows, kVectors>(t, a, b, b_step, c);
-  }
-  if (row + kRows / 2 <= t.rows) {
-    tile<kRows / 2, kVectors>(t, a, b, b_step, c);
-    row += kRows / 2, a += kRows / 2 * t.a_row, c += kRows / 2 * t.c_row;
-  }
-  for (; row < t.rows; ++row, a += t.a_row, c += t.c_row) tile<1, kVectors>(t, a, b, b_step, c);
-}
-
-// panels of nearly the same width
-struct Panels {
-  int64_t vectors, count;
-  explicit Panels(int64_t n) : vectors(n), count((n + kMaxVectors - 1) / kMaxVectors) {}
-  int64_t first(int64_t panel) const { return vectors * panel / count; }
-};
-
-void multiply(const Product& t) {
-  const Panels panels(t.vectors);
-  for (int64_t p = 0; p < panels.count; ++p) {
-    const int64_t first = panels.first(p), width = panels.first(p + 1) - first;
-    const bool packed = t.b_step == kPanels;
-    const int64_t b_step = packed ? width * kLanes : t.b_step;
-    const float* b = t.b + first * kLanes * (packed ? t.steps : 1);
-    float* c = t.c + first * kLanes;
-    if constexpr (kMaxVectors == 4) {
-      if (width == 4) panel<4>(t, b, b_step, c);
-      if (width == 3) panel<3>(t, b, b_step, c);
-    }
-    if (width == 2) panel<2>(t, b, b_step, c);
-    if (width == 1) panel<1>(t, b, b_step, c);
-  }
-}
 
 // n <= kLanes elements, and 0 behind them
 template <class T>
@@ -173,35 +75,6 @@ void with_type(ScalarType dtype, F&& f) {
   if (dtype == ScalarType::Float) f.template operator()<float>();
   if (dtype == ScalarType::Half) f.template operator()<Half>();
   if (dtype == ScalarType::BFloat16) f.template operator()<Bfloat16>();
-}
-
-// rows of floats: the tensor's own where they are whole vectors, else a copy
-struct Rows {
-  float* data;
-  int64_t stride;
-};
-
-// [keys, dim] as panels of [dim][keys of the panel]; 0 for keys that are masked or not there
-void to_panels(Rows from, const float* bias, int64_t keys, int64_t dim, float* to) {
-  const Panels panels((keys + kLanes - 1) / kLanes);
-  for (int64_t p = 0; p < panels.count; ++p) {
-    const int64_t first = panels.first(p), width = panels.first(p + 1) - first;
-    for (int64_t v = 0; v < width; ++v) {
-      const int64_t key = (first + v) * kLanes;
-      float* out = to + first * kLanes * dim + v * kLanes;
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        Vec rows[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) {
-          rows[i] =
-              bias[key + i] == 0 ? Vec::load(from.data + (key + i) * from.stride + d) : Vec{0.0f};
-        }
-        transpose(rows);
-        for (int64_t i = 0; i < std::min(kLanes, dim - d); ++i) {
-          rows[i].store(out + (d + i) * width * kLanes);
-        }
-      }
-    }
-  }
 }
 
 // from a product to a score
@@ -284,140 +157,100 @@ VITKD_INLINE void combine(float* x, float fx, const float* y, float fy, int64_t 
   }
 }
 
-bool in_place(const Operand& x, int64_t dim) {
-  return x.dtype == ScalarType::Float && dim % kLanes == 0;
-}
+constexpr int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// A thread's memory for one head at a time.
-struct Workspace {
-  int64_t stride_s, stride_t;  // of rows of queries and keys
-  int64_t columns;             // keys, in whole vectors
-  int64_t block;               // queries at once
-  int64_t floats = 0;          // of memory
-  float *panels_s, *panels_t;  // keys, transposed
-  float *s, *t;                // products, then what they become, [block, columns]
-  // rows that are not read and written where they are: [keys, stride], [block, stride]
-  float *k_s, *k_t, *q_s, *q_t, *d_q, *d_k;
-  float* bias;     // [columns]: kMasked where a key does not count
-  float* numbers;  // [6, block]: of each row
-
-  Workspace(const Call& c, float* memory) {
-    const auto whole = [](int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; };
-    stride_s = whole(c.dim_s), stride_t = whole(c.dim_t), columns = whole(c.keys);
-    // blocks of nearly the same size, in whole register tiles, whose scores stay in L2
-    const int64_t most = std::clamp<int64_t>(kScoreBytes / (8 * columns), 24, 96);
-    const int64_t blocks = std::max<int64_t>((c.queries + most - 1) / most, 1);
-    block = ((c.queries + blocks - 1) / blocks + 11) / 12 * 12;
-    const bool copies_s = !in_place(c.q_s, c.dim_s), copies_t = !in_place(c.q_t, c.dim_t);
-    const int64_t keys_s = copies_s * c.keys * stride_s, keys_t = copies_t * c.keys * stride_t;
-    const int64_t block_s = copies_s * block * stride_s, block_t = copies_t * block * stride_t;
-    const int64_t sizes[] = {columns * stride_s,
-                             columns * stride_t,
-                             block * columns,
-                             block * columns,
-                             keys_s,
-                             keys_t,
-                             block_s,
-                             block_t,
-                             block_s,
-                             keys_s,
-                             columns,
-                             6 * whole(block)};
-    float** const parts[] = {&panels_s, &panels_t, &s,   &t,   &k_s,  &k_t,
-                             &q_s,      &q_t,      &d_q, &d_k, &bias, &numbers};
-    for (size_t i = 0; i < std::size(sizes); floats += whole(sizes[i++])) {
-      *parts[i] = memory == nullptr ? nullptr : memory + floats;
-    }
+// Takes parts of some memory, or only counts them.
+struct Memory {
+  float* data;  // may be nullptr
+  int64_t floats;
+  float* take(int64_t n) {
+    float* const part = data == nullptr ? nullptr : data + floats;
+    floats += whole(n);
+    return part;
   }
 };
 
-int64_t scratch(const Call& c) { return Workspace(c, nullptr).floats; }
-
+// A head, and the scores of some of its queries with all keys.
 struct Head {
   const Call& c;
-  Workspace& w;
+  int64_t columns;  // keys, in whole vectors
+  int64_t block;    // queries at once
+  float *s, *t;     // products, then what they become, [block, columns]
+  float* bias;      // [columns]: kMasked where a key does not count
   int64_t batch, head;
-  Rows k_s = {}, q_s = {};
-  mutable Ahead ahead = {};
+  Ahead ahead;
 
   char* at(const Operand& x, int64_t token) const {
     const int64_t size = x.dtype == ScalarType::Float ? 4 : 2;
     return x.data + (batch * x.batch_stride + head * x.head_stride + token * x.token_stride) * size;
   }
-  Rows read(const Operand& x, int64_t token, int64_t rows, int64_t dim, float* copy,
-            int64_t stride) const {
-    if (in_place(x, dim)) return {reinterpret_cast<float*>(at(x, token)), x.token_stride};
-    with_type(x.dtype,
-              [&]<class T>() { widen<T>(at(x, token), x.token_stride, rows, dim, copy, stride); });
-    return {copy, stride};
-  }
-  // where a gradient is formed; `write` brings it to where it belongs
-  Rows target(const Operand& x, int64_t token, int64_t dim, float* copy, int64_t stride) const {
-    return read(x, token, 0, dim, copy, stride);
-  }
-  void write(const float* from, int64_t stride, int64_t token, int64_t rows, int64_t dim,
-             const Operand& x) const {
-    if (in_place(x, dim)) return;
-    with_type(x.dtype,
-              [&]<class T>() { narrow<T>(from, stride, rows, dim, at(x, token), x.token_stride); });
+};
+
+// Products has
+//   kStep                        a block of queries is a multiple of it
+//   Products(call, block, columns, memory)
+//   load_keys(head)              phase 1: prepares a head's keys
+//   score(head, first, rows)     phase 2: products of `rows` queries with all keys
+//   spread(head, first, rows)    phase 4: d_q and d_k from the gradients of scores, in head.t
+template <class Products>
+struct Worker {
+  const Call& c;
+  Head head;
+  float* numbers;  // [6, block]: of each row
+  Products products;
+
+  Worker(const Call& call, Memory& memory)
+      : c(call),
+        head(sized(call, memory)),
+        numbers(memory.take(6 * whole(head.block))),
+        products(call, head.block, head.columns, memory) {}
+
+  static Head sized(const Call& c, Memory& memory) {
+    const int64_t columns = whole(c.keys);
+    // blocks of nearly the same size, in whole register tiles, whose scores stay in L2
+    const int64_t most = std::clamp<int64_t>(kScoreBytes / (8 * columns), 24, 96);
+    const int64_t blocks = std::max<int64_t>((c.queries + most - 1) / most, 1);
+    constexpr int64_t kStep = Products::kStep;
+    const int64_t block = ((c.queries + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
+    float* const s = memory.take(block * columns);
+    float* const t = memory.take(block * columns);
+    return {c, columns, block, s, t, memory.take(columns), 0, 0, {}};
   }
 
   void expect_next() {
-    const Head next{c, w, head + 1 < c.heads ? batch : batch + 1, (head + 1) % c.heads};
+    Head next = head;
+    if (++next.head == c.heads) ++next.batch, next.head = 0;
     if (next.batch == c.batch) return;
     const auto expect = [&](const Operand& x, int64_t rows, int64_t dim) {
       const int64_t size = x.dtype == ScalarType::Float ? 4 : 2;
-      ahead.add(next.at(x, 0), x.token_stride * size, rows, dim * size);
+      head.ahead.add(next.at(x, 0), x.token_stride * size, rows, dim * size);
     };
     // the last is fetched first
     expect(c.q_s, c.queries, c.dim_s), expect(c.q_t, c.queries, c.dim_t);
     expect(c.k_t, c.keys, c.dim_t), expect(c.k_s, c.keys, c.dim_s);
   }
 
-  // phase 1: keys as the products of scores want them, and which of them count
-  void load_keys() {
-    for (int64_t key = 0; key < w.columns; ++key) {
-      const bool keep = key < c.keys && (!c.key_mask || c.key_mask[batch * c.keys + key]);
-      w.bias[key] = keep ? 0.0f : kMasked;
-    }
-    k_s = read(c.k_s, 0, c.keys, c.dim_s, w.k_s, w.stride_s);
-    to_panels(k_s, w.bias, c.keys, c.dim_s, w.panels_s);
-    const Rows k_t = read(c.k_t, 0, c.keys, c.dim_t, w.k_t, w.stride_t);
-    to_panels(k_t, w.bias, c.keys, c.dim_t, w.panels_t);
-  }
-
-  // phase 2: products of `rows` queries, from the first on, with all keys
-  void score(int64_t first, int64_t rows) {
-    const int64_t vectors = w.columns / kLanes;
-    const Rows q_t = read(c.q_t, first, rows, c.dim_t, w.q_t, w.stride_t);
-    q_s = read(c.q_s, first, rows, c.dim_s, w.q_s, w.stride_s);
-    multiply({q_t.data, q_t.stride, 1, w.panels_t, kPanels, w.t, w.columns, rows, vectors, c.dim_t,
-              false, false, &ahead});
-    multiply({q_s.data, q_s.stride, 1, w.panels_s, kPanels, w.s, w.columns, rows, vectors, c.dim_s,
-              false, false, &ahead});
-  }
-
-  // Phase 3, forward: losses, statistics and, where kGrad, the gradients of the scores, in w.t.
+  // Phase 3, forward: losses, statistics and, where kGrad, the gradients of the scores, in head.t.
   template <Kind kKind, bool kGrad>
   void forward(int64_t first, int64_t rows) const {
     constexpr bool kKeep = kKind == Kind::kKl && kGrad;
     // where exponentials alone are wanted, scores may as well count in powers of two
     constexpr float kUnit = kKeep ? kLog2E : 1;
     const float factor_t = c.factor_t * kUnit, factor_s = c.factor_s * kUnit;
-    const int64_t n = w.columns, row0 = (batch * c.heads + head) * c.queries + first;
-    const int64_t stride = (w.block + kLanes - 1) / kLanes * kLanes;
-    float *const max_s = w.numbers, *const max_t = max_s + stride, *const sum_s = max_t + stride;
+    const int64_t n = head.columns, row0 = row_of(first);
+    const int64_t stride = whole(head.block);
+    float *const max_s = numbers, *const max_t = max_s + stride, *const sum_s = max_t + stride;
     float *const sum_t = sum_s + stride, *const loss = sum_t + stride, *const log_s = loss + stride;
     constexpr int64_t kTogether = 8;  // rows that stay in L1, whose reductions overlap
     for (int64_t begin = 0; begin < rows; begin += kTogether) {
       const int64_t end = std::min(begin + kTogether, rows);
       for (int64_t i = begin; i < end; ++i) {
-        max_t[i] = largest(w.t + i * n, w.bias, factor_t, n);
-        max_s[i] = largest(w.s + i * n, w.bias, factor_s, n);
+        max_t[i] = largest(head.t + i * n, head.bias, factor_t, n);
+        max_s[i] = largest(head.s + i * n, head.bias, factor_s, n);
       }
       for (int64_t i = begin; i < end; ++i) {
-        const RowSums sums = sums_of<kKeep>(w.bias, w.t + i * n, factor_t, max_t[i], w.s + i * n,
-                                            factor_s, max_s[i], n);
+        const RowSums sums = sums_of<kKeep>(head.bias, head.t + i * n, factor_t, max_t[i],
+                                            head.s + i * n, factor_s, max_s[i], n);
         sum_s[i] = sums.s, sum_t[i] = sums.t, loss[i] = sums.dot;
       }
     }
@@ -429,10 +262,10 @@ struct Head {
       if constexpr (!kKeep) l_t.store(sum_t + i);
     }
     for (int64_t i = 0; i < rows; ++i) {
-      float *const t = w.t + i * n, *const s = w.s + i * n;
+      float *const t = head.t + i * n, *const s = head.s + i * n;
       RowTerms terms{loss[i], 0};
       if constexpr (kKind != Kind::kKl) {
-        terms = terms_of<kKind>(c, w.bias, t, s, max_t[i], max_s[i], sum_t[i], log_s[i], n);
+        terms = terms_of<kKind>(c, head.bias, t, s, max_t[i], max_s[i], sum_t[i], log_s[i], n);
       }
       if (c.loss != nullptr) c.loss[row0 + i] = terms.loss * c.loss_factor;
       if (!kKeep && c.stats != nullptr) {
@@ -451,56 +284,53 @@ struct Head {
   // phase 3, backward
   template <Kind kKind>
   void backward(int64_t first, int64_t rows) const {
-    const int64_t n = w.columns, row0 = (batch * c.heads + head) * c.queries + first;
+    const int64_t n = head.columns, row0 = row_of(first);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = row0 + i;
-      float *const t = w.t + i * n, *const s = w.s + i * n;
-      terms_of<kKind>(c, w.bias, t, s, c.stats[c.rows() + row], c.stats[row], 0, 0, n);
+      float *const t = head.t + i * n, *const s = head.s + i * n;
+      terms_of<kKind>(c, head.bias, t, s, c.stats[c.rows() + row], c.stats[row], 0, 0, n);
       const float grad = c.row_grad(row);
       combine(t, grad, s, grad * c.stats[2 * c.rows() + row], n);
     }
   }
 
-  // phase 4: both gradients from those of the scores
-  void spread(int64_t first, int64_t rows) const {
-    constexpr int64_t kNear = 256;  // keys that stay near
-    const int64_t vectors = w.stride_s / kLanes;
-    const Rows d_q = target(c.d_q, first, c.dim_s, w.d_q, w.stride_s);
-    for (int64_t key = 0; key < c.keys; key += kNear) {
-      multiply({w.t + key, w.columns, 1, k_s.data + key * k_s.stride, k_s.stride, d_q.data,
-                d_q.stride, rows, vectors, std::min(kNear, c.keys - key), key > 0, key == 0,
-                &ahead});
-    }
-    write(d_q.data, d_q.stride, first, rows, c.dim_s, c.d_q);
-    const Rows d_k = target(c.d_k, 0, c.dim_s, w.d_k, w.stride_s);
-    multiply({w.t, 1, w.columns, q_s.data, q_s.stride, d_k.data, d_k.stride, c.keys, vectors, rows,
-              first > 0, first == 0, &ahead});
-    if (first + rows == c.queries) write(d_k.data, d_k.stride, 0, c.keys, c.dim_s, c.d_k);
+  int64_t row_of(int64_t query) const {
+    return (head.batch * c.heads + head.head) * c.queries + query;
   }
 
   template <Kind kKind, Pass kPass>
-  void run() {
-    load_keys();
+  void run(int64_t index) {
+    head.batch = index / c.heads, head.head = index % c.heads, head.ahead = {};
+    for (int64_t key = 0; key < head.columns; ++key) {
+      const bool keep = key < c.keys && (!c.key_mask || c.key_mask[head.batch * c.keys + key]);
+      head.bias[key] = keep ? 0.0f : kMasked;
+    }
+    products.load_keys(head);
     expect_next();
-    for (int64_t first = 0; first < c.queries; first += w.block) {
-      const int64_t rows = std::min(w.block, c.queries - first);
-      score(first, rows);
+    for (int64_t first = 0; first < c.queries; first += head.block) {
+      const int64_t rows = std::min(head.block, c.queries - first);
+      products.score(head, first, rows);
       if constexpr (kPass == Pass::kBackward) {
         backward<kKind>(first, rows);
       } else {
         forward<kKind, kPass == Pass::kForwardGrad>(first, rows);
       }
-      if constexpr (kPass != Pass::kForward) spread(first, rows);
+      if constexpr (kPass != Pass::kForward) products.spread(head, first, rows);
     }
   }
 };
 
+template <class Products>
+int64_t scratch(const Call& c) {
+  Memory memory{nullptr, 0};
+  Worker<Products> worker(c, memory);
+  return memory.floats;
+}
+
 // heads [begin, end) of batch * heads
-template <Kind kKind, Pass kPass>
-void run_heads(const Call& c, int64_t begin, int64_t end, float* memory) {
-  Workspace workspace(c, memory);
-  for (int64_t i = begin; i < end; ++i) {
-    Head head{c, workspace, i / c.heads, i % c.heads};
-    head.template run<kKind, kPass>();
-  }
+template <class Products, Kind kKind, Pass kPass>
+void run_heads(const Call& c, int64_t begin, int64_t end, float* scratch) {
+  Memory memory{scratch, 0};
+  Worker<Products> worker(c, memory);
+  for (int64_t i = begin; i < end; ++i) worker.template run<kKind, kPass>(i);
 }

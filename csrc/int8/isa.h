@@ -15,7 +15,7 @@ enum class Isa {
   avx2,        // AVX2, FMA, F16C
   avx512,      // and AVX-512 F, BW, VL, DQ
   avx512vnni,  // and AVX-512 VNNI
-  amx,         // and AMX-INT8, its tiles granted by the system
+  amx,         // and AMX-INT8 and AMX-BF16, their tiles granted by the system
 };
 
 const char* name(Isa isa);

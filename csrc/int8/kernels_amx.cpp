@@ -117,8 +117,8 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
 
 template <Finish kFinish>
 void gemm_finish(const Packed& packed, const GemmCall& call) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  static constexpr TileConfig kConfig;  // not on the stack: gcc 12 may drop most of what is there
+  _tile_loadconfig(&kConfig);
   for (int i = call.panel; i < call.panel_end; ++i) {
     const Packed::Panel& panel = packed.panels[i];
     switch (panel.vectors) {

@@ -36,12 +36,11 @@ def _terms(log_p: Tensor, log_q: Tensor, keep: Tensor | float, kind: int) -> tup
         terms = q * (log_q - log_p)
         return terms, terms
     if kind == JS:
-        apart = log_p - log_q
-        # log(q / m) with m = (p + q) / 2, exactly 0 where they are equal
-        ratio = torch.logaddexp(torch.zeros_like(apart), torch.zeros_like(apart))
-        ratio = ratio - torch.logaddexp(torch.zeros_like(apart), apart)
-        w = 0.5 * q * ratio
-        return 0.5 * p * (apart + ratio) + w, w
+        # log(q / m) with m = (p + q) / 2, and log(p / m), exactly 0 where they are equal
+        apart, none = log_p - log_q, torch.zeros_like(p)
+        log_2 = torch.logaddexp(none, none)
+        w = 0.5 * q * (log_2 - torch.logaddexp(none, apart))
+        return 0.5 * p * (log_2 - torch.logaddexp(none, -apart)) + w, w
     return (p - q).square(), 2 * q * (q - p)
 
 
