@@ -1,7 +1,7 @@
 // A register of floats for each instruction set: vitkd::avx2::Vec (8), vitkd::avx512::Vec (16) and,
 // for all others, vitkd::scalar::Vec (8), with the same few operations, so that a kernel is written
-// once and included per namespace. (No
-// struct of theirs has default member values: gcc would build the constructor for the baseline.)
+// once and included per namespace. (No struct of theirs has default member values: gcc would build
+// the constructor for the baseline.)
 // exp() is accurate to 2 ulp for x <= 88 and 0 where the result would be below FLT_MIN.
 #pragma once
 
