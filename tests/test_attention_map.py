@@ -396,6 +396,15 @@ def test_reference_matches_torch(name: str, kind: str, device: str) -> None:
             assert_same(reference.attention_map_fwd_grad(*x, *arguments), (loss, *grads))
 
 
+def test_reference_keeps_the_digits_of_js() -> None:
+    """Where student and teacher look at different keys it is ln 2, however large scores are."""
+    keys = torch.eye(8).view(1, 1, 8, 8)
+    for score in (50.0, 100.0, 1000.0):
+        x = (score * keys, keys, score * keys.roll(1, -1), keys)
+        rows = reference.attention_map_rows(*x, 1.0, 1.0, 1.0, reference.JS)
+        torch.testing.assert_close(rows, torch.full_like(rows, math.log(2)), rtol=2e-7, atol=0)
+
+
 @every_kind
 def test_reference_matches_probabilities(kind: str) -> None:
     """The divergences once more, as they are written on paper."""

@@ -75,8 +75,8 @@ template <Kind kKind, Pass kPass>
 Kernel kernel_for(const Call& c) {
 #if defined(__x86_64__)
   const Isa isa = selected_isa();
-  const auto narrow = [](const Operand& x) { return x.dtype != ScalarType::Float; };
-  if (isa >= Isa::amx && narrow(c.q_s) && narrow(c.q_t)) {
+  const bool any_float = c.q_s.dtype == ScalarType::Float || c.q_t.dtype == ScalarType::Float;
+  if (isa >= Isa::amx && !any_float) {
     return {avx512::scratch<avx512::Tiles>, avx512::run_heads<avx512::Tiles, kKind, kPass>};
   }
   if (isa >= Isa::avx512) {

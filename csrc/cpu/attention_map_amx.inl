@@ -14,12 +14,6 @@ constexpr int kSlopeParts = 3;                 // of a gradient of a score
 
 constexpr int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // x as a sum of parts, each in the upper half of its word; what is not a number has such a part
 template <int kParts>
 VITKD_INLINE void split(Vec x, __m512i* part) {
@@ -277,10 +271,7 @@ struct Tiles {
     slopes_left = take(high, deep, kSlopeParts);
     slopes_right = take(wide, block / kDeep, kSlopeParts);
     d_q = memory.take(block * kSide * dim_s), d_k = memory.take(kTileWords * dim_s * wide);
-    if (memory.data != nullptr) {
-      static constexpr TileConfig kConfig;  // not on the stack: gcc 12 drops most of what is there
-      _tile_loadconfig(&kConfig);
-    }
+    if (memory.data != nullptr) _tile_loadconfig(&kWholeTiles);
   }
   ~Tiles() { _tile_release(); }
 
@@ -350,7 +341,7 @@ struct Tiles {
     });
   }
 
-  // d_k of 16 keys, transposed again
+  // d_k of 16 keys, transposed again; by now d_q has been written
   template <class T>
   void write_keys(const Head& head, int64_t key) const {
     const int64_t rows = std::min(kSide, c.keys - key);

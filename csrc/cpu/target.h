@@ -3,6 +3,8 @@
 // headers are included before the region, so that no shared inline function is compiled inside it.
 #pragma once
 
+#include <cstdint>
+
 #define VITKD_INLINE inline __attribute__((always_inline))
 
 #define VITKD_PRAGMA(x) _Pragma(#x)
@@ -19,3 +21,16 @@
 
 #define VITKD_AVX2 "avx2,fma,f16c"
 #define VITKD_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw"
+
+namespace vitkd {
+
+// What _tile_loadconfig reads: eight AMX tiles of 16 rows of 64 bytes. A constant, since gcc 12
+// thinks that 8 bytes are read, and drops the rest of what is on the stack.
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline constexpr TileConfig kWholeTiles;
+
+}  // namespace vitkd

@@ -41,12 +41,6 @@ VITKD_TARGET_END
 VITKD_TARGET_BEGIN(VITKD_VNNI ",amx-tile,amx-int8")
 namespace {
 
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // tiles 0 to 3: sums of up to 4 vectors; 4: pixels; 5 and 6: weights
 template <int NV>
 VITKD_INLINE void multiply(const Packed& packed, const uint8_t* weights, const uint8_t* constants,
@@ -117,8 +111,7 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
 
 template <Finish kFinish>
 void gemm_finish(const Packed& packed, const GemmCall& call) {
-  static constexpr TileConfig kConfig;  // not on the stack: gcc 12 may drop most of what is there
-  _tile_loadconfig(&kConfig);
+  _tile_loadconfig(&kWholeTiles);
   for (int i = call.panel; i < call.panel_end; ++i) {
     const Packed::Panel& panel = packed.panels[i];
     switch (panel.vectors) {

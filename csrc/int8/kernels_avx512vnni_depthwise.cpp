@@ -390,7 +390,8 @@ struct RowPair {
 // constants stay in registers, since loads of 64 bytes cost power, and that clock. The sums of
 // three columns are in flight; a column of input adds a tap to each. Per column of both halves 8
 // unpacks, 24 vpdpbusd and 22 others on two ports: 27 cycles per 128 outputs of a 3x3 kernel, 33%
-// of the vpdpbusd peak. `starts`, `ends`: there is padding before and behind.
+// of the vpdpbusd peak. `starts`, `ends`: there is padding before and behind; kPlain: bytes are
+// neither shifted nor clamped.
 template <int kHalf, Finish kFinish, bool kPlain>
 VITKD_INLINE void sliding_half(const RowPair& t, int columns, bool starts, bool ends) {
   __m512i weights[3][2][2], bias[2], acc[3][2][2], column[2];
@@ -488,10 +489,10 @@ VITKD_INLINE void sliding_half(const RowPair& t, int columns, bool starts, bool 
   step.template operator()<2>();
 }
 
-// Stride 1, one column of padding on each side.
+// Stride 1, one column of padding on each side, sums that are floats already (kMagicBits).
 template <Finish kFinish, bool kPlain>
-void depthwise_sliding(const Packed& packed, const DepthwiseCall& call,
-                       const Packed::Panel& panel) {
+void depthwise_sliding(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel,
+                       const Finisher& finisher) {
   constexpr int kStrip = 56;  // columns whose rows and words stay in L1
   RowPair t;
   t.edge = call.padding_row + panel.channel;
@@ -500,7 +501,7 @@ void depthwise_sliding(const Packed& packed, const DepthwiseCall& call,
   t.weights = packed.data + panel.weights;
   t.words = call.scratch;
   t.bytes = ~uint64_t{0} >> (64 - std::min<int64_t>(64, t.pixel - panel.channel));
-  t.finisher = finisher(packed.spec.epilogue);
+  t.finisher = finisher;
   for (int row = call.row; row < call.row_end; row += 2) {
     const FourRows rows = four_rows(packed, call, panel.channel, row);
     for (int begin = 0; begin < call.y.width; begin += kStrip) {
@@ -528,10 +529,9 @@ void depthwise_pixels(const Packed& packed, const DepthwiseCall& call, const Pac
   } else if (kRows == 1 || call.left != 1 || call.x.width != call.y.width || !panel.magic) {
     depthwise_three<1, kRows, kPixels, kFinish>(packed, call, panel);
   } else {
-    const Requantize& r = packed.spec.epilogue.requantize;
-    r.zero_point == 0 && r.lo == 0 && r.hi == 255
-        ? depthwise_sliding<kFinish, true>(packed, call, panel)
-        : depthwise_sliding<kFinish, false>(packed, call, panel);
+    const Finisher f = finisher(packed.spec.epilogue);
+    f.shifts || f.clamps ? depthwise_sliding<kFinish, false>(packed, call, panel, f)
+                         : depthwise_sliding<kFinish, true>(packed, call, panel, f);
   }
 }
 
