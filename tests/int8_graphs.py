@@ -63,7 +63,7 @@ class _Builder:
         self.rng = rng = np.random.default_rng(seed)
         self.image_size = int(image_size or rng.integers(9, 41))
         self.channels = channels
-        self.exact = rng.random() < 0.5  # multipliers of 22 bits, as quantize() makes them
+        self.exact = rng.random() < 0.5  # multipliers as quantize() makes them
         self.nodes: list[Node] = []
         shape = (3, self.image_size, self.image_size, 3)
         padding = tuple(round(255 * m) for m in _MEAN)
@@ -160,6 +160,8 @@ class _Builder:
         fields["bias"] = (-mean + std * rng.normal(0, 0.4, out)).round().astype(np.int32)
         wanted = 3 if act == "hardswish" else rng.uniform(30, 90, out)
         fields["multiplier"] = self.f32(wanted / std)
+        if self.exact and act != "hardswish":
+            fields["multiplier"] = self.f32(np.ceil(wanted / std * 2**16) / 2**16)
         if act == "hardswish":
             k = rng.uniform(2, 6)
             zero_point = int(2.25 * k) + 1

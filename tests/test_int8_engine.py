@@ -194,6 +194,41 @@ def test_ties() -> None:
     assert_equal(graph, images, batches=(2,), threads=(1, 2))
 
 
+@pytest.mark.parametrize("channels", [16, 32, 48, 100])
+@pytest.mark.parametrize("zero_point", [0, 101, 102])
+@pytest.mark.parametrize("multiplier", [2**-16, 255 / 2**16, 0.25, 0.75, 1.0, 1.5, 3e-3])
+def test_multipliers_of_few_bits(channels: int, zero_point: int, multiplier: float) -> None:
+    """Multiples of 2^-16 let a sum become a byte without a conversion, if it fits 16 bits.
+
+    Ties, every byte and its neighbours beyond the ends, and sums just below and above 16 bits.
+    """
+    b, some = Builder(), np.arange(channels)
+    fields: dict[str, Any] = {"multiplier": multiplier, "zero_point": zero_point}
+    # 0 to 255 in each channel
+    b.conv(channels, inputs=(-1,), weight=np.tile([1, 0, 0], (channels, 1, 1, 1)), bias=0,
+           multiplier=1.0, zero_point=0)  # fmt: skip
+    sign = np.where(some % 2, 1, -1)
+    eye = (np.eye(channels) * sign).reshape(channels, 1, 1, channels)
+    middle = round((128 - zero_point) / multiplier)
+    for most in (300, 31_900, 32_100, 70_000):
+        # steps of one in the sums, or as wide as bytes and weights allow
+        large = int(min(most / multiplier, 2**22))
+        near = np.where(some % 3, middle, large * sign)
+        b.conv(channels, inputs=(0,), weight=eye, bias=near, **fields)
+        b.conv(channels, inputs=(0,), weight=eye * 127, bias=near - 127 * 128 * sign, **fields)
+        for kernel, stride in ((3, 1), (3, 2), (5, 1)):
+            weight = np.zeros((kernel, kernel, channels))
+            weight[1, 1] = sign
+            weight[0, 2] = 3
+            b.conv(None, kernel, inputs=(0,), weight=weight, bias=near, padding="same",
+                   stride=(stride, stride), lo=zero_point // 2, hi=250 - most // 1000,
+                   **fields)  # fmt: skip
+    graph = b.graph(16)
+    images = np.arange(2 * 16 * 16 * 3).astype(np.uint8).reshape(2, 16, 16, 3)
+    images[0, ..., 0] = np.arange(256).reshape(16, 16)
+    assert_equal(graph, images, batches=(2,), threads=(1,))
+
+
 @pytest.mark.parametrize("what", ["add", "residual", "hardswish", "squeeze_excite"])
 def test_values_beyond_int32_are_refused_and_below_are_equal(what: str) -> None:
     """An x86 conversion of 2^31 gives -2^31, another machine's does not."""

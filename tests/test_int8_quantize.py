@@ -286,16 +286,13 @@ def test_the_border_of_a_picture() -> None:
     with torch.no_grad():
         model.stem.weight.copy_(model.stem.weight.abs())  # nothing cancels
         model.stem.bias.zero_()
-    graph = quantize(model, [IMAGES], bias_correction=False, **PIXELS).graph
+    quantized = quantize(model, [IMAGES], bias_correction=False, **PIXELS)
+    graph = quantized.graph
     stem, conv = graph.nodes[0], model.stem
     assert isinstance(stem, Conv)
     acc = reference.sums(stem, IMAGES, reference.padding_bytes(graph, -1))
-    # the scale of the output, from what a unit of the sums is worth
-    unit = conv.weight.detach().abs().amax((1, 2, 3)).numpy()
-    unit = (
-        np.abs(conv.weight.detach().numpy() / (255 * np.array(STD)[:, None, None])).max((1, 2, 3))
-        / 127
-    )
+    layer = quantized.report().layers[0]
+    unit = stem.multiplier.astype(np.float64) * (layer.hi - layer.lo) / 255
     with torch.no_grad():
         expected = conv(normalised(IMAGES)).permute(0, 2, 3, 1).numpy()
     error = np.abs(acc * unit - expected).max((0, 3))

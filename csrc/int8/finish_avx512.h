@@ -65,10 +65,10 @@ struct Finisher {
   alignas(kLine) uint8_t lo[64], hi[64];
   alignas(kLine) float hardswish_scale[16], residual_multiplier[16];
   alignas(kLine) int32_t residual_zero_point[16];
-  bool shifts, clamps;
+  bool bits, shifts, clamps;
 };
 
-inline Finisher finisher(const Epilogue& e) {
+inline Finisher finisher(const Epilogue& e, bool bits) {
   const Requantize& r = e.requantize;
   Finisher f;
   std::fill_n(f.zero_point, 32, static_cast<int16_t>(r.zero_point));
@@ -77,7 +77,8 @@ inline Finisher finisher(const Epilogue& e) {
   std::fill_n(f.hardswish_scale, 16, r.hardswish_scale);
   std::fill_n(f.residual_multiplier, 16, e.residual_multiplier);
   std::fill_n(f.residual_zero_point, 16, e.residual_zero_point);
-  f.shifts = r.zero_point != 0;
+  f.bits = bits;
+  f.shifts = !bits && r.zero_point != 0;
   f.clamps = r.lo != 0 || r.hi != 255;
   return f;
 }
@@ -117,10 +118,15 @@ VITKD_INLINE __m512i pack_words(__m512i ab, __m512i cd, const Finisher& f) {
   return y;
 }
 
+// words from two vectors of values (kBitsGrid: bytes already)
+VITKD_INLINE __m512i pack_values(__m512 a, __m512 b, const Finisher& f) {
+  if (f.bits) return _mm512_packus_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b));
+  return _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+}
+
 // lane i of the result: four bytes of lane i of each vector
 VITKD_INLINE __m512i pack4(__m512 a, __m512 b, __m512 c, __m512 d, const Finisher& f) {
-  return pack_words(_mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b)),
-                    _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d)), f);
+  return pack_words(pack_values(a, b, f), pack_values(c, d, f), f);
 }
 
 // bytes 4 v to 4 v + 3 of each lane, as integers: the residual in packed_order
@@ -159,7 +165,7 @@ inline Destination destination(const Packed& packed, const Packed::Panel& panel,
           call.residual_pixel,
           packed.spec.out - panel.channel,
           panel.magic,
-          finisher(packed.spec.epilogue)};
+          finisher(packed.spec.epilogue, panel.bits)};
 }
 
 // MR pixels and NV vectors of sums, the bias in them, to bytes or logits

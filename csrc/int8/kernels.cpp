@@ -5,12 +5,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 namespace vitkd::int8 {
 namespace {
 
-// whether float(acc) * m may be formed as `kMagicBits` says, for every input
-bool fits_magic(const ConvSpec& spec, int channel) {
+// the least and the largest sum of any input
+std::pair<int64_t, int64_t> sums(const ConvSpec& spec, int channel) {
   int64_t low = spec.bias[channel], high = low;
   for (int tap = 0; tap < spec.taps(); ++tap) {
     for (int c = 0; c < (spec.depthwise ? 1 : spec.in); ++c) {
@@ -18,8 +19,17 @@ bool fits_magic(const ConvSpec& spec, int channel) {
       (product < 0 ? low : high) += product;
     }
   }
-  const double shift = double{kMagicFloat} * spec.multiplier[channel];
-  return -(1 << 22) < low && high < (1 << 22) && shift == static_cast<float>(shift);
+  return {low, high};
+}
+
+// adds to a panel's flags what one of its channels allows, for every input
+void restrict(const ConvSpec& spec, int channel, Packed::Panel* panel) {
+  const auto [low, high] = sums(spec, channel);
+  const double m = spec.multiplier[channel], shift = double{kMagicFloat} * m;
+  panel->magic &= -(1 << 22) < low && high < (1 << 22) && shift == static_cast<float>(shift);
+  const double steps = m / kBitsGrid;
+  const double most = m * static_cast<double>(std::max(-low, high));
+  panel->bits &= panel->magic && steps == std::rint(steps) && m <= 1 && most < 32000;
 }
 
 }  // namespace
@@ -51,8 +61,11 @@ void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed) {
     panel.constants = end;
     panel.weights = end + panel.vectors * 3 * kLine;
     panel.magic = layout.magic;
+    const Epilogue& e = spec.epilogue;
+    panel.bits = e.finish == Finish::bytes && e.requantize.zero_point % 2 == 0;
     const int channels = std::min(spec.out - channel, panel.width * 16);
-    for (int i = 0; i < channels && panel.magic; ++i) panel.magic = fits_magic(spec, channel + i);
+    for (int i = 0; i < channels && panel.magic; ++i) restrict(spec, channel + i, &panel);
+    panel.bits &= panel.magic;
     end = panel.weights + round_up(panel.vectors * layout.weight_bytes, kLine);
     channel += channels;
     packed->panels.push_back(panel);
@@ -73,6 +86,11 @@ void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed) {
       if (panel.magic) {
         bias[i] += kMagicBits;
         shift[i] = -kMagicFloat * multiplier[i];
+      }
+      if (panel.bits) {
+        multiplier[i] = -multiplier[i];
+        shift[i] =
+            -shift[i] - kMagicFloat - static_cast<float>(spec.epilogue.requantize.zero_point);
       }
     }
   }

@@ -88,7 +88,8 @@ struct Packed {
     int vectors = 0;       // of 16 lanes
     size_t constants = 0;  // offset in bytes of bias, multiplier, shift, [vectors][16] each
     size_t weights = 0;    // offset in bytes
-    bool magic = false;    // see `magic_float`
+    bool magic = false;    // see kMagicBits
+    bool bits = false;     // see kBitsGrid
   };
   ConvSpec spec;     // its pointers are not kept
   int segments = 1;  // of a product: one per row of the kernel
@@ -166,6 +167,14 @@ double fma_peak(double seconds);
 // bits of every m, so that it is.
 constexpr int32_t kMagicBits = 0x4B400000;
 constexpr float kMagicFloat = 12582912.0f;
+
+// Bytes without a conversion. Where m is a multiple of 2^-16, acc * m is a float as long as |acc *
+// m| < 256, and beyond that it is a byte's end, rounded or not; and 1.5 * 2^23 * m is an integer.
+// Then fma(1.5 * 2^23 + acc, -m, 1.5 * 2^23 * m - 1.5 * 2^23 - z) is -(1.5 * 2^23 + z + rne(acc *
+// m)), if z is even (ties), and its bits are two words: 0xCB40 or 0xCB3F, negative, and z + rne(acc
+// * m). packuswb makes a byte of the one and 0 of the other: the words that the next packuswb
+// takes. `quantize` puts m on this grid.
+constexpr double kBitsGrid = 1.0 / 65536;
 
 constexpr int kFar = 640 << 10;  // bytes of L2 that hold weights before their turn
 

@@ -169,7 +169,7 @@ VITKD_INLINE void store16(uint8_t* y, __m512 v, const Finisher& f) {
 
 void add(const uint8_t* a, int z_a, float m_a, const uint8_t* b, int z_b, float m_b,
          const Requantize& requantize, int64_t n, uint8_t* y) {
-  const Finisher f = finisher({requantize, Finish::bytes, 0, 0});
+  const Finisher f = finisher({requantize, Finish::bytes, 0, 0}, false);
   const __m512i zero_a = _mm512_set1_epi32(z_a), zero_b = _mm512_set1_epi32(z_b);
   const __m512 scale_a = _mm512_set1_ps(m_a), scale_b = _mm512_set1_ps(m_b);
   for (int64_t i = 0; i < n; i += 16) {
@@ -197,7 +197,7 @@ void channel_sums(const uint8_t* x, int64_t pixels, int64_t pixel, int64_t chann
 
 void scale(const uint8_t* x, int z, const float* factor, const Requantize& requantize,
            int64_t pixels, int64_t pixel, uint8_t* y) {
-  const Finisher f = finisher({requantize, Finish::bytes, 0, 0});
+  const Finisher f = finisher({requantize, Finish::bytes, 0, 0}, false);
   const __m512i zero = _mm512_set1_epi32(z);
   for (int64_t p = 0; p < pixels; ++p, x += pixel, y += pixel) {
     for (int64_t c = 0; c < pixel; c += 16) {

@@ -144,8 +144,8 @@ VITKD_INLINE void words_of(__m512i (&acc)[kOutputs], const uint8_t* constants, b
   VITKD_UNROLL(kOutputs, i) {
     __m512 v = _mm512_fmadd_ps(_mm512_castsi512_ps(acc[i]), m, shift);
     if constexpr (kFinish == Finish::hardswish) v = hardswish(v, f);
-    const __m512i rounded = _mm512_cvtps_epi32(v);
-    pair[j / 2][i] = j % 2 == 0 ? rounded : _mm512_packs_epi32(pair[j / 2][i], rounded);
+    __m512i& to = pair[j / 2][i];
+    to = j % 2 == 0 ? _mm512_castps_si512(v) : pack_values(_mm512_castsi512_ps(to), v, f);
   }
   VITKD_END;
 }
@@ -229,7 +229,7 @@ void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Pack
   t.y_pixel = call.y.pixel;
   t.bytes = std::min<int64_t>(64 / kPixels, call.y.pixel - panel.channel);
   t.magic = panel.magic;
-  t.finisher = finisher(spec.epilogue);
+  t.finisher = finisher(spec.epilogue, panel.bits);
   // strips so short that the scratch stays in L1
   const int wanted = std::min<int64_t>(s.group_bytes / 256, (24 << 10) / s.groups / 256);
   const int at_once = std::max(1, (wanted - spec.kernel_w) / s.step + 1);
@@ -318,7 +318,7 @@ void depthwise_three(const Packed& packed, const DepthwiseCall& call, const Pack
   const uint8_t* const constants = packed.data + panel.constants;
   const uint8_t* const weights = packed.data + panel.weights;
   const auto* const m = reinterpret_cast<const float*>(constants) + 64;
-  const Finisher f = finisher(spec.epilogue);
+  const Finisher f = finisher(spec.epilogue, panel.bits);
   const uint8_t* const edge = call.padding_row + panel.channel;
   const int64_t y_pixel = call.y.pixel;
   const int64_t bytes = std::min<int64_t>(64 / kPixels, y_pixel - panel.channel);
@@ -459,7 +459,9 @@ VITKD_INLINE void sliding_half(const RowPair& t, int columns, bool starts, bool 
         if constexpr (kFinish == Finish::hardswish) v[j] = hardswish(v[j], t.finisher);
       }
       VITKD_END;
-      const __m512i half = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1]));
+      const __m512i half =
+          kPlain ? _mm512_packus_epi16(_mm512_castps_si512(v[0]), _mm512_castps_si512(v[1]))
+                 : pack_values(v[0], v[1], t.finisher);
       uint8_t* const kept = words + (2 * kPhase + r) * kLine;
       if constexpr (kHalf == 0) {
         _mm512_store_si512(kept, half);
@@ -529,9 +531,9 @@ void depthwise_pixels(const Packed& packed, const DepthwiseCall& call, const Pac
   } else if (kRows == 1 || call.left != 1 || call.x.width != call.y.width || !panel.magic) {
     depthwise_three<1, kRows, kPixels, kFinish>(packed, call, panel);
   } else {
-    const Finisher f = finisher(packed.spec.epilogue);
-    f.shifts || f.clamps ? depthwise_sliding<kFinish, false>(packed, call, panel, f)
-                         : depthwise_sliding<kFinish, true>(packed, call, panel, f);
+    const Finisher f = finisher(packed.spec.epilogue, panel.bits);
+    f.bits && !f.clamps ? depthwise_sliding<kFinish, true>(packed, call, panel, f)
+                        : depthwise_sliding<kFinish, false>(packed, call, panel, f);
   }
 }
 
