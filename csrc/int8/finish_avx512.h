@@ -119,8 +119,9 @@ VITKD_INLINE __m512i pack_words(__m512i ab, __m512i cd, const Finisher& f) {
 }
 
 // words from two vectors of values (kBitsGrid: bytes already)
+template <bool kBits = false>
 VITKD_INLINE __m512i pack_values(__m512 a, __m512 b, const Finisher& f) {
-  if (f.bits) return _mm512_packus_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b));
+  if (kBits || f.bits) return _mm512_packus_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b));
   return _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
 }
 

@@ -373,27 +373,26 @@ void depthwise_three(const Packed& packed, const DepthwiseCall& call, const Pack
   }
 }
 
-// Two output rows, from some column on.
-struct RowPair {
-  FourRows rows;  // of the input
-  const uint8_t* edge;
-  int64_t pixel;  // of input and output
+// Pairs of output rows of a panel.
+struct RowPairs {
+  const Packed& packed;
+  const DepthwiseCall& call;
+  int channel;
+  int row, row_end;
   const uint8_t* constants;
   const uint8_t* weights;
-  uint8_t* words;  // of a half panel, kept until the other half is done
-  uint8_t* y[2];
+  uint8_t* words;  // of half a panel, kept until the other half is done
   uint64_t bytes;  // of a pixel, as a mask
   Finisher finisher;
 };
 
-// `columns` pixels of two output rows, of half a panel: two vectors of channels, whose weights and
-// constants stay in registers, since loads of 64 bytes cost power, and that clock. The sums of
-// three columns are in flight; a column of input adds a tap to each. Per column of both halves 8
-// unpacks, 24 vpdpbusd and 22 others on two ports: 27 cycles per 128 outputs of a 3x3 kernel, 33%
-// of the vpdpbusd peak. `starts`, `ends`: there is padding before and behind; kPlain: bytes are
-// neither shifted nor clamped.
+// Half a panel: two vectors of channels, whose weights and constants stay in registers, since loads
+// of 64 bytes cost power, and that clock. The sums of three columns are in flight; a column of
+// input adds a tap to each. Per column of both halves 8 unpacks, 24 vpdpbusd, 8 fmas and 6 packs on
+// two ports: 23 cycles per 128 outputs of a 3x3 kernel, 39% of the vpdpbusd peak. kPlain: bytes are
+// kBitsGrid's, and not clamped.
 template <int kHalf, Finish kFinish, bool kPlain>
-VITKD_INLINE void sliding_half(const RowPair& t, int columns, bool starts, bool ends) {
+VITKD_INLINE void sliding_half(const RowPairs& t) {
   __m512i weights[3][2][2], bias[2], acc[3][2][2], column[2];
   __m512 m[2], shift[2];
   VITKD_UNROLL(12, i) {
@@ -408,114 +407,118 @@ VITKD_INLINE void sliding_half(const RowPair& t, int columns, bool starts, bool 
     shift[v] = _mm512_load_ps(constants + 8 * kLine);
   }
   VITKD_END;
-  FourRows rows = t.rows;
+  const int64_t pixel = t.call.x.pixel;
+  const uint8_t* const edge = t.call.padding_row + t.channel;
   uint8_t* words = t.words;
-  int64_t at = -t.pixel;  // bytes from the first column
+  for (int row = t.row; row < t.row_end; row += 2) {
+    const FourRows rows = four_rows(t.packed, t.call, t.channel, row);
+    // a second row that is not wanted is written to the first, before it
+    uint8_t* const y[2] = {t.call.y.row(row) + t.channel,
+                           t.call.y.row(std::min(row + 1, t.row_end - 1)) + t.channel};
+    int64_t at = 0;  // bytes from the first column
 
-  const auto load = [&] __attribute__((always_inline)) {
-    __m512i v[4], ab, cd;
-    VITKD_UNROLL(4, i) { v[i] = _mm512_loadu_si512(rows.at[i] + at); }
-    VITKD_END;
-    if constexpr (kHalf == 0) {
-      ab = _mm512_unpacklo_epi8(v[0], v[1]), cd = _mm512_unpacklo_epi8(v[2], v[3]);
-    } else {
-      ab = _mm512_unpackhi_epi8(v[0], v[1]), cd = _mm512_unpackhi_epi8(v[2], v[3]);
-    }
-    column[0] = _mm512_unpacklo_epi16(ab, cd);
-    column[1] = _mm512_unpackhi_epi16(ab, cd);
-    at += t.pixel;
-  };
-  const auto add = [&]<int kTap>(__m512i(&sums)[2][2]) __attribute__((always_inline)) {
-    VITKD_UNROLL(4, i) {
-      constexpr int r = i / 2, v = i % 2;
-      if constexpr (kTap == 0) sums[r][v] = bias[v];
-      dot4(sums[r][v], column[v], weights[kTap][r][v]);
-    }
-    VITKD_END;
-  };
-  const auto to_edge = [&] __attribute__((always_inline)) {
-    VITKD_UNROLL(4, i) { rows.at[i] = t.edge - at; }
-    VITKD_END;
-  };
-  if (starts) to_edge();
-  load();
-  add.template operator()<0>(acc[0]);
-  rows = t.rows;
-  load();
-  add.template operator()<1>(acc[0]);
-  add.template operator()<0>(acc[1]);
-
-  const auto step = [&]<int kPhase>() __attribute__((always_inline)) {
-    __m512i(&sums)[2][2] = acc[kPhase];
-    uint8_t* const y[2] = {t.y[0] + at - t.pixel, t.y[1] + at - t.pixel};
-    load();
-    add.template operator()<2>(sums);
-    VITKD_UNROLL(2, i) {
-      // the second row first: where it is not wanted, it lies where the first will
-      constexpr int r = 1 - i;
-      __m512 v[2];
-      VITKD_UNROLL(2, j) {
-        v[j] = _mm512_fmadd_ps(_mm512_castsi512_ps(sums[r][j]), m[j], shift[j]);
-        if constexpr (kFinish == Finish::hardswish) v[j] = hardswish(v[j], t.finisher);
+    const auto load = [&] __attribute__((always_inline)) {
+      __m512i v[4], ab, cd;
+      VITKD_UNROLL(4, i) { v[i] = _mm512_loadu_si512(rows.at[i] + at); }
+      VITKD_END;
+      if constexpr (kHalf == 0) {
+        ab = _mm512_unpacklo_epi8(v[0], v[1]), cd = _mm512_unpacklo_epi8(v[2], v[3]);
+      } else {
+        ab = _mm512_unpackhi_epi8(v[0], v[1]), cd = _mm512_unpackhi_epi8(v[2], v[3]);
+      }
+      column[0] = _mm512_unpacklo_epi16(ab, cd);
+      column[1] = _mm512_unpackhi_epi16(ab, cd);
+      at += pixel;
+    };
+    const auto load_edge = [&] __attribute__((always_inline)) {
+      // padding, interleaved, is padding
+      column[0] = column[1] = _mm512_loadu_si512(edge);
+    };
+    const auto add = [&]<int kTap>(__m512i(&sums)[2][2]) __attribute__((always_inline)) {
+      VITKD_UNROLL(4, i) {
+        constexpr int r = i / 2, v = i % 2;
+        if constexpr (kTap == 0) sums[r][v] = bias[v];
+        dot4(sums[r][v], column[v], weights[kTap][r][v]);
       }
       VITKD_END;
-      const __m512i half =
-          kPlain ? _mm512_packus_epi16(_mm512_castps_si512(v[0]), _mm512_castps_si512(v[1]))
-                 : pack_values(v[0], v[1], t.finisher);
-      uint8_t* const kept = words + (2 * kPhase + r) * kLine;
-      if constexpr (kHalf == 0) {
-        _mm512_store_si512(kept, half);
+    };
+    // adds a column, and is done with the output before it
+    const auto step = [&]<int kPhase, bool kLast = false>() __attribute__((always_inline)) {
+      kLast ? load_edge() : load();
+      add.template operator()<2>(acc[kPhase]);
+      VITKD_UNROLL(2, i) {
+        constexpr int r = 1 - i;
+        __m512 v[2];
+        VITKD_UNROLL(2, j) {
+          v[j] = _mm512_fmadd_ps(_mm512_castsi512_ps(acc[kPhase][r][j]), m[j], shift[j]);
+          if constexpr (kFinish == Finish::hardswish) v[j] = hardswish(v[j], t.finisher);
+        }
+        VITKD_END;
+        const __m512i half = pack_values<kPlain>(v[0], v[1], t.finisher);
+        uint8_t* const kept = words + r * kLine;
+        if constexpr (kHalf == 0) {
+          _mm512_store_si512(kept, half);
+        } else {
+          const __m512i a = _mm512_load_si512(kept);
+          const __m512i out =
+              kPlain ? _mm512_packus_epi16(a, half) : pack_words(a, half, t.finisher);
+          _mm512_mask_storeu_epi8(y[r] + at - (kLast ? 1 : 2) * pixel, t.bytes, out);
+        }
+      }
+      VITKD_END;
+      words += 2 * kLine;
+      if constexpr (!kLast) {
+        add.template operator()<1>(acc[(kPhase + 1) % 3]);
+        add.template operator()<0>(acc[(kPhase + 2) % 3]);
+      }
+    };
+    load_edge();
+    add.template operator()<0>(acc[0]);
+    load();
+    add.template operator()<1>(acc[0]);
+    add.template operator()<0>(acc[1]);
+    int left = t.call.y.width;
+    for (; left > 3; left -= 3) {
+      step.template operator()<0>();
+      step.template operator()<1>();
+      step.template operator()<2>();
+    }
+    if (left == 1) {
+      step.template operator()<0, true>();
+    } else {
+      step.template operator()<0>();
+      if (left == 2) {
+        step.template operator()<1, true>();
       } else {
-        const __m512i a = _mm512_load_si512(kept);
-        const __m512i out = kPlain ? _mm512_packus_epi16(a, half) : pack_words(a, half, t.finisher);
-        _mm512_mask_storeu_epi8(y[r], t.bytes, out);
+        step.template operator()<1>();
+        step.template operator()<2, true>();
       }
     }
-    VITKD_END;
-    add.template operator()<1>(acc[(kPhase + 1) % 3]);
-    add.template operator()<0>(acc[(kPhase + 2) % 3]);
-  };
-  int left = columns;
-  for (; left > 3; left -= 3, words += 6 * kLine) {
-    step.template operator()<0>();
-    step.template operator()<1>();
-    step.template operator()<2>();
   }
-  if (left == 1 && ends) to_edge();
-  step.template operator()<0>();
-  if (--left == 0) return;
-  if (left == 1 && ends) to_edge();
-  step.template operator()<1>();
-  if (--left == 0) return;
-  if (ends) to_edge();
-  step.template operator()<2>();
 }
+
+constexpr int kWords = 14 << 10;  // bytes that stay in L1 beside the rows of a map
 
 // Stride 1, one column of padding on each side, sums that are floats already (kMagicBits).
 template <Finish kFinish, bool kPlain>
 void depthwise_sliding(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel,
                        const Finisher& finisher) {
-  constexpr int kStrip = 56;  // columns whose rows and words stay in L1
-  RowPair t;
-  t.edge = call.padding_row + panel.channel;
-  t.pixel = call.x.pixel;
-  t.constants = packed.data + panel.constants;
-  t.weights = packed.data + panel.weights;
-  t.words = call.scratch;
-  t.bytes = ~uint64_t{0} >> (64 - std::min<int64_t>(64, t.pixel - panel.channel));
-  t.finisher = finisher;
-  for (int row = call.row; row < call.row_end; row += 2) {
-    const FourRows rows = four_rows(packed, call, panel.channel, row);
-    for (int begin = 0; begin < call.y.width; begin += kStrip) {
-      for (int i = 0; i < 4; ++i) t.rows.at[i] = rows.at[i] + begin * t.pixel;
-      for (int r = 0; r < 2; ++r) {
-        t.y[r] = call.y.row(std::min(row + r, call.row_end - 1)) + panel.channel + begin * t.pixel;
-      }
-      const int columns = std::min(kStrip, call.y.width - begin);
-      const bool starts = begin == 0, ends = begin + columns == call.y.width;
-      sliding_half<0, kFinish, kPlain>(t, columns, starts, ends);
-      sliding_half<1, kFinish, kPlain>(t, columns, starts, ends);
-    }
+  const int64_t left = call.y.pixel - panel.channel;
+  RowPairs t{packed,
+             call,
+             panel.channel,
+             0,
+             0,
+             packed.data + panel.constants,
+             packed.data + panel.weights,
+             call.scratch,
+             ~uint64_t{0} >> (64 - std::min<int64_t>(64, left)),
+             finisher};
+  const int rows = std::max(2, kWords / kLine / call.y.width / 2 * 2);
+  for (t.row = call.row; t.row < call.row_end; t.row = t.row_end) {
+    t.row_end = std::min(t.row + rows, call.row_end);
+    sliding_half<0, kFinish, kPlain>(t);
+    sliding_half<1, kFinish, kPlain>(t);
   }
 }
 
@@ -528,7 +531,8 @@ void depthwise_pixels(const Packed& packed, const DepthwiseCall& call, const Pac
     depthwise_three<3, kRows, kPixels, kFinish>(packed, call, panel);
   } else if (step == 2) {
     depthwise_three<2, kRows, kPixels, kFinish>(packed, call, panel);
-  } else if (kRows == 1 || call.left != 1 || call.x.width != call.y.width || !panel.magic) {
+  } else if (kRows == 1 || call.left != 1 || call.x.width != call.y.width || !panel.magic ||
+             call.y.width > kDepthwiseScratch / kLine / 2) {
     depthwise_three<1, kRows, kPixels, kFinish>(packed, call, panel);
   } else {
     const Finisher f = finisher(packed.spec.epilogue, panel.bits);
