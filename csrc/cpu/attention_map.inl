@@ -241,7 +241,7 @@ struct Worker {
     const int64_t stride = whole(head.block);
     float *const max_s = numbers, *const max_t = max_s + stride, *const sum_s = max_t + stride;
     float *const sum_t = sum_s + stride, *const loss = sum_t + stride, *const log_s = loss + stride;
-    constexpr int64_t kTogether = 8;  // rows that stay in L1, whose reductions overlap
+    constexpr int64_t kTogether = 16;  // rows that stay in L1, whose reductions overlap
     for (int64_t begin = 0; begin < rows; begin += kTogether) {
       const int64_t end = std::min(begin + kTogether, rows);
       for (int64_t i = begin; i < end; ++i) {
@@ -253,30 +253,30 @@ struct Worker {
                                             head.s + i * n, factor_s, max_s[i], n);
         sum_s[i] = sums.s, sum_t[i] = sums.t, loss[i] = sums.dot;
       }
-    }
-    for (int64_t i = 0; i < rows; i += kLanes) {
-      const Vec e_s = Vec::load(sum_s + i), e_t = Vec::load(sum_t + i);
-      const Vec l_s = log(e_s), l_t = log(e_t);
-      (Vec::load(loss + i) / e_t + l_s - l_t).store(loss + i);
-      l_s.store(log_s + i);
-      if constexpr (!kKeep) l_t.store(sum_t + i);
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      float *const t = head.t + i * n, *const s = head.s + i * n;
-      RowTerms terms{loss[i], 0};
-      if constexpr (kKind != Kind::kKl) {
-        terms = terms_of<kKind>(c, head.bias, t, s, max_t[i], max_s[i], sum_t[i], log_s[i], n);
+      for (int64_t i = begin; i < end; i += kLanes) {
+        const Vec e_s = Vec::load(sum_s + i), e_t = Vec::load(sum_t + i);
+        const Vec l_s = log(e_s), l_t = log(e_t);
+        (Vec::load(loss + i) / e_t + l_s - l_t).store(loss + i);
+        l_s.store(log_s + i);
+        if constexpr (!kKeep) l_t.store(sum_t + i);
       }
-      if (c.loss != nullptr) c.loss[row0 + i] = terms.loss * c.loss_factor;
-      if (!kKeep && c.stats != nullptr) {
-        c.stats[row0 + i] = max_s[i] + log_s[i];
-        c.stats[c.rows() + row0 + i] = max_t[i] + sum_t[i];
-        c.stats[2 * c.rows() + row0 + i] = terms.centre;
-      }
-      if constexpr (kKeep) {
-        combine(t, -c.grad_factor / sum_t[i], s, -c.grad_factor / sum_s[i], n);
-      } else if constexpr (kGrad) {
-        combine(t, c.grad_factor, s, c.grad_factor * terms.centre, n);
+      for (int64_t i = begin; i < end; ++i) {
+        float *const t = head.t + i * n, *const s = head.s + i * n;
+        RowTerms terms{loss[i], 0};
+        if constexpr (kKind != Kind::kKl) {
+          terms = terms_of<kKind>(c, head.bias, t, s, max_t[i], max_s[i], sum_t[i], log_s[i], n);
+        }
+        if (c.loss != nullptr) c.loss[row0 + i] = terms.loss * c.loss_factor;
+        if (!kKeep && c.stats != nullptr) {
+          c.stats[row0 + i] = max_s[i] + log_s[i];
+          c.stats[c.rows() + row0 + i] = max_t[i] + sum_t[i];
+          c.stats[2 * c.rows() + row0 + i] = terms.centre;
+        }
+        if constexpr (kKeep) {
+          combine(t, -c.grad_factor / sum_t[i], s, -c.grad_factor / sum_s[i], n);
+        } else if constexpr (kGrad) {
+          combine(t, c.grad_factor, s, c.grad_factor * terms.centre, n);
+        }
       }
     }
   }

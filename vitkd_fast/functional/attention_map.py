@@ -259,7 +259,7 @@ def _loss(
             )
     scale_s = q_s.shape[3] ** -0.5 if scale_s is None else scale_s
     scale_t = q_t.shape[3] ** -0.5 if scale_t is None else scale_t
-    q_t, k_t = q_t.detach(), k_t.detach()
+    q_t, k_t = (x.detach() if x.requires_grad else x for x in (q_t, k_t))
     maps = (scale_s, scale_t, temperature, _KINDS[kind])
     if k_s is q_s:
         k_s = k_s.view_as(k_s)  # a compiler wants no argument twice
@@ -271,7 +271,7 @@ def _loss(
         if reduction == "none":
             return rows
         return rows.sum() / (max(rows.numel(), 1) if reduction == "mean" else 1)
-    options = (*maps, REDUCTIONS[reduction], key_mask, _tf32())
+    options = (*maps, REDUCTIONS[reduction], key_mask, q_s.is_cuda and _tf32())
     if not ((q_s.requires_grad or k_s.requires_grad) and torch.is_grad_enabled()):
         return _fwd(q_s, k_s, q_t, k_t, *options)[0]
     # float16 waits for the incoming gradient: the loss scale must come before the rounding.
