@@ -28,8 +28,10 @@ VITKD_INLINE void tile(const Product& t, const float* a, const float* b, int64_t
   Vec sums[kRows][kVectors];
   t.ahead->fetch(8);
   if (t.far) {
+    // of the tile after the next: one may be done before memory answers
+    float* const later = c + 2 * kRows * t.c_row;
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * t.c_row + v * kLanes, 1);
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(later + r * t.c_row + v * kLanes, 1);
     }
   }
 #pragma GCC unroll 16
