@@ -1,6 +1,7 @@
 // From 16 sums to 16 bytes in AVX-512, for the kernels that make sums with VNNI or AMX: an fma
-// (kMagicBits), cvtps2dq, and packs with saturation, 2.75 to 3.25 instructions in all; lanes are
-// ordered so that packing four vectors puts channels in order.
+// (kMagicBits), cvtps2dq, and packs with saturation, 2.75 to 3.25 instructions in all, or 1.75
+// without the conversion (kBitsGrid); lanes are ordered so that packing four vectors puts channels
+// in order.
 #pragma once
 
 // gcc 12 takes its own _mm512_undefined_epi32() for a mistake

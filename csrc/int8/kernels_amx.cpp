@@ -1,8 +1,8 @@
 // Products on AMX tiles; all else is AVX-512 VNNI's. One tdpbusd multiplies 16 pixels x 64 bytes by
 // 64 bytes x 16 channels in 16 cycles, eight times what two vpdpbusd a cycle do, and the packed
 // weights of VNNI are its operand as they are, 16 steps at a time. What is left is the
-// epilogue: 2.75 instructions on two ports per 16 outputs, 88 cycles per tile of 16 x 64, which
-// runs beside the product of the next tile.
+// epilogue: 1.75 to 2.75 instructions on two ports per 16 outputs, 56 to 88 cycles per tile of 16 x
+// 64, which runs beside the product of the next tile.
 
 #if defined(__x86_64__)
 
