@@ -196,7 +196,7 @@ def test_ties() -> None:
 
 @pytest.mark.parametrize("channels", [16, 32, 48, 100])
 @pytest.mark.parametrize("zero_point", [0, 101, 102])
-@pytest.mark.parametrize("multiplier", [2**-16, 255 / 2**16, 0.25, 0.75, 1.0, 1.5, 3e-3])
+@pytest.mark.parametrize("multiplier", [2**-16, 255 / 2**16, 0.25, 1.0, 4.0, 3e-3])
 def test_multipliers_of_few_bits(channels: int, zero_point: int, multiplier: float) -> None:
     """Multiples of 2^-16 let a sum become a byte without a conversion, if it fits 16 bits.
 
