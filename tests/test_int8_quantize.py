@@ -116,7 +116,11 @@ def test_structure(quantized_block: QuantizedModel) -> None:
 
 
 def test_multipliers_are_short(quantized_block: QuantizedModel) -> None:
-    """22 bits of 24; ratios of bytes 16."""
+    """22 bits of 24; ratios of bytes 16; before a ReLU multiples of 2^-16."""
+    named = by_name(quantized_block.graph)
+    for name in ("stem", "expand"):
+        steps = named[name].multiplier.astype(np.float64) * 2**16
+        assert np.all((steps == steps.round()) & (steps >= 16))
     for node in quantized_block.graph.nodes:
         if isinstance(node, Conv | Depthwise | Classifier):
             assert np.all(node.multiplier.view(np.uint32) % 4 == 0)

@@ -29,7 +29,7 @@ void restrict(const ConvSpec& spec, int channel, Packed::Panel* panel) {
   panel->magic &= -(1 << 22) < low && high < (1 << 22) && shift == static_cast<float>(shift);
   const double steps = m / kBitsGrid;
   const double most = m * static_cast<double>(std::max(-low, high));
-  panel->bits &= panel->magic && steps == std::rint(steps) && m <= 1 && most < 32000;
+  panel->bits &= steps == std::rint(steps) && m <= 1 && most < 32000;
 }
 
 }  // namespace

@@ -536,7 +536,7 @@ void depthwise_pixels(const Packed& packed, const DepthwiseCall& call, const Pac
     depthwise_three<1, kRows, kPixels, kFinish>(packed, call, panel);
   } else {
     const Finisher f = finisher(packed.spec.epilogue, panel.bits);
-    f.bits && !f.clamps ? depthwise_sliding<kFinish, true>(packed, call, panel, f)
+    f.bits && !f.clamps ? depthwise_sliding<Finish::bytes, true>(packed, call, panel, f)
                         : depthwise_sliding<kFinish, false>(packed, call, panel, f);
   }
 }

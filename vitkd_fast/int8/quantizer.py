@@ -260,12 +260,13 @@ class _Quantizer:
             zero = 255 * np.array(self.graph.mean)[:, None, None]
         unit = np.abs(weight).max((1, 2, 3)) * scale / 127
         unit = np.maximum(unit, np.maximum(np.abs(bias) / 2**29, out * 2.0**-40))
-        multiplier = _significant(unit / out, 22)
         if step.activation in ("relu", "relu6"):
             # Multiples of 2^-16 let the engine make bytes in fewer instructions (kBitsGrid). From
             # 2^-12 on: half a unit times a byte is at most 0.03 of the output's.
             multiplier = np.ceil(np.maximum(unit / out, 2.0**-12) * 2**16) / 2**16
             multiplier = multiplier.astype(np.float32)
+        else:
+            multiplier = _significant(unit / out, 22)
         unit = multiplier.astype(np.float64) * out
         q = np.rint(weight * scale / unit[:, None, None, None]).clip(-127, 127).astype(np.int8)
         if cls is Conv:
