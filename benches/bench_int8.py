@@ -185,7 +185,7 @@ def bench_depthwise(benchmark, capsys, channels, side, kernel):
     """Eight depthwise convolutions of stride 1, one after another, by their profile.
 
     Epilogue included; what one writes is in L2 when the next reads it. Of the peak, which is the
-    best of many tries, is given the best of 140 rounds and the median one.
+    best of many tries, is given the best of 700 rounds and the median one.
     """
     if "avx512vnni" not in int8.isa():
         pytest.skip("needs AVX-512 VNNI")
@@ -200,7 +200,7 @@ def bench_depthwise(benchmark, capsys, channels, side, kernel):
     np.testing.assert_array_equal(session(picture), reference.run(graph, picture))
     rates, peaks = [], []
     for _ in range(7):
-        for _ in range(20):
+        for _ in range(100):
             layers = session.profile(picture, rounds=1).layers[1:9]
             rates.append(statistics.median(layer.gmacs for layer in layers))
         peaks.append(_int8.vnni_peak(0.05) / 1e9)

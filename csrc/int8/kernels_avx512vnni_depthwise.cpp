@@ -373,12 +373,17 @@ void depthwise_three(const Packed& packed, const DepthwiseCall& call, const Pack
   }
 }
 
-// Pairs of output rows of a panel.
+constexpr int kWords = 8 << 10;        // bytes that stay in L1 beside the rows of a map
+constexpr int kKept = kWords / kLine;  // pixels
+
+// Some pairs of output rows of a panel.
 struct RowPairs {
-  const Packed& packed;
-  const DepthwiseCall& call;
-  int channel;
-  int row, row_end;
+  const uint8_t* x[kKept + 2];  // rows of input, from the first tap on
+  uint8_t* y[kKept];
+  int rows;
+  int width;
+  int64_t pixel;
+  const uint8_t* edge;  // padding
   const uint8_t* constants;
   const uint8_t* weights;
   uint8_t* words;  // of half a panel, kept until the other half is done
@@ -407,19 +412,16 @@ VITKD_INLINE void sliding_half(const RowPairs& t) {
     shift[v] = _mm512_load_ps(constants + 8 * kLine);
   }
   VITKD_END;
-  const int64_t pixel = t.call.x.pixel;
-  const uint8_t* const edge = t.call.padding_row + t.channel;
   uint8_t* words = t.words;
-  for (int row = t.row; row < t.row_end; row += 2) {
-    const FourRows rows = four_rows(t.packed, t.call, t.channel, row);
-    // a second row that is not wanted is written to the first, before it
-    uint8_t* const y[2] = {t.call.y.row(row) + t.channel,
-                           t.call.y.row(std::min(row + 1, t.row_end - 1)) + t.channel};
+  for (int row = 0; row < t.rows; row += 2) {
+    const uint8_t* const* const x = t.x + row;
+    // two columns before the first
+    uint8_t* const y[2] = {t.y[row] - 2 * t.pixel, t.y[row + 1] - 2 * t.pixel};
     int64_t at = 0;  // bytes from the first column
 
     const auto load = [&] __attribute__((always_inline)) {
       __m512i v[4], ab, cd;
-      VITKD_UNROLL(4, i) { v[i] = _mm512_loadu_si512(rows.at[i] + at); }
+      VITKD_UNROLL(4, i) { v[i] = _mm512_loadu_si512(x[i] + at); }
       VITKD_END;
       if constexpr (kHalf == 0) {
         ab = _mm512_unpacklo_epi8(v[0], v[1]), cd = _mm512_unpacklo_epi8(v[2], v[3]);
@@ -428,11 +430,12 @@ VITKD_INLINE void sliding_half(const RowPairs& t) {
       }
       column[0] = _mm512_unpacklo_epi16(ab, cd);
       column[1] = _mm512_unpackhi_epi16(ab, cd);
-      at += pixel;
+      at += t.pixel;
+      asm("" : "+r"(at));  // one register, not one per phase
     };
     const auto load_edge = [&] __attribute__((always_inline)) {
       // padding, interleaved, is padding
-      column[0] = column[1] = _mm512_loadu_si512(edge);
+      column[0] = column[1] = _mm512_loadu_si512(t.edge);
     };
     const auto add = [&]<int kTap>(__m512i(&sums)[2][2]) __attribute__((always_inline)) {
       VITKD_UNROLL(4, i) {
@@ -445,6 +448,7 @@ VITKD_INLINE void sliding_half(const RowPairs& t) {
     // adds a column, and is done with the output before it
     const auto step = [&]<int kPhase, bool kLast = false>() __attribute__((always_inline)) {
       kLast ? load_edge() : load();
+      if (kLast) at += t.pixel;
       add.template operator()<2>(acc[kPhase]);
       VITKD_UNROLL(2, i) {
         constexpr int r = 1 - i;
@@ -462,7 +466,7 @@ VITKD_INLINE void sliding_half(const RowPairs& t) {
           const __m512i a = _mm512_load_si512(kept);
           const __m512i out =
               kPlain ? _mm512_packus_epi16(a, half) : pack_words(a, half, t.finisher);
-          _mm512_mask_storeu_epi8(y[r] + at - (kLast ? 1 : 2) * pixel, t.bytes, out);
+          _mm512_mask_storeu_epi8(y[r] + at, t.bytes, out);
         }
       }
       VITKD_END;
@@ -477,7 +481,7 @@ VITKD_INLINE void sliding_half(const RowPairs& t) {
     load();
     add.template operator()<1>(acc[0]);
     add.template operator()<0>(acc[1]);
-    int left = t.call.y.width;
+    int left = t.width;
     for (; left > 3; left -= 3) {
       step.template operator()<0>();
       step.template operator()<1>();
@@ -497,26 +501,30 @@ VITKD_INLINE void sliding_half(const RowPairs& t) {
   }
 }
 
-constexpr int kWords = 14 << 10;  // bytes that stay in L1 beside the rows of a map
-
 // Stride 1, one column of padding on each side, sums that are floats already (kMagicBits).
 template <Finish kFinish, bool kPlain>
 void depthwise_sliding(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel,
                        const Finisher& finisher) {
-  const int64_t left = call.y.pixel - panel.channel;
-  RowPairs t{packed,
-             call,
-             panel.channel,
-             0,
-             0,
-             packed.data + panel.constants,
-             packed.data + panel.weights,
-             call.scratch,
-             ~uint64_t{0} >> (64 - std::min<int64_t>(64, left)),
-             finisher};
-  const int rows = std::max(2, kWords / kLine / call.y.width / 2 * 2);
-  for (t.row = call.row; t.row < call.row_end; t.row = t.row_end) {
-    t.row_end = std::min(t.row + rows, call.row_end);
+  const Map &x = call.x, &y = call.y;
+  RowPairs t;
+  t.width = y.width;
+  t.pixel = x.pixel;
+  t.edge = call.padding_row + panel.channel;
+  t.constants = packed.data + panel.constants;
+  t.weights = packed.data + panel.weights;
+  t.words = call.scratch;
+  t.bytes = ~uint64_t{0} >> (64 - std::min<int64_t>(64, y.pixel - panel.channel));
+  t.finisher = finisher;
+  const int most = std::max(2, kKept / y.width / 2 * 2);
+  for (int row = call.row; row < call.row_end; row += most) {
+    const int rows = std::min(most, call.row_end - row);
+    t.rows = (rows + 1) / 2 * 2;
+    for (int i = 0; i < t.rows + 2; ++i) {
+      const int r = row - call.top + i;
+      t.x[i] = (r >= 0 && r < x.height ? x.row(r) : call.padding_row) + panel.channel;
+    }
+    // a second row that is not wanted is written to the first, before it
+    for (int i = 0; i < t.rows; ++i) t.y[i] = y.row(row + std::min(i, rows - 1)) + panel.channel;
     sliding_half<0, kFinish, kPlain>(t);
     sliding_half<1, kFinish, kPlain>(t);
   }
