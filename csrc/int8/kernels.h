@@ -126,6 +126,8 @@ struct DepthwiseCall {
   int row = 0, row_end = 0;
   int panel = 0, panel_end = 0;
   uint8_t* scratch = nullptr;  // kDepthwiseScratch bytes
+
+  const uint8_t* input_row(int y) const { return y >= 0 && y < x.height ? x.row(y) : padding_row; }
 };
 constexpr int kDepthwiseScratch = 64 << 10;
 
@@ -156,6 +158,8 @@ const Kernels& kernels(Isa isa);
 extern const Kernels kScalar, kAvx2, kAvx512Vnni;
 void pack_depthwise_vnni(const ConvSpec& spec, Packed* packed);
 void depthwise_vnni(const Packed& packed, const DepthwiseCall& call);
+void depthwise_sliding_vnni(const Packed& packed, const DepthwiseCall& call,
+                            const Packed::Panel& panel);
 const Kernels& amx_kernels();  // kAvx512Vnni, with products on tiles
 
 // The most multiply-adds a second that vpdpbusd, and vfmadd231ps, reach on registers; need AVX-512
