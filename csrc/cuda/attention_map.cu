@@ -508,7 +508,7 @@ __global__ void __launch_bounds__(32 * kWarps,
     Sums<E>& x = sums[i];
     x.merge(1);
     x.merge(2);
-    const bool any = x.sum_p > 0;  // a key
+    const bool any = x.sum_p != 0;  // a key, or NaN
     const float log_p = logf(x.sum_p), log_q = logf(x.sum_q);
     const float lse_p = any ? x.top_p * kNatural<E> + log_p : 0,
                 lse_q = any ? x.top_q * kNatural<E> + log_q : 0;
