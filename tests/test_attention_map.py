@@ -244,6 +244,13 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda or "VITKD_EMULATED" in os.environ
 
 
+def on_tensor_cores(x: Maps) -> bool:
+    return on_gpu(x.q_s) and x.q_s.dtype in (HALF, BFLOAT)
+
+
+POWER = 4  # roundings that the one instruction for a power of two is off by, beside tensor cores
+
+
 class Unavoidable(NamedTuple):
     """How far d_q and d_k may move, whoever computes in float32: see `unavoidable_errors`."""
 
@@ -259,9 +266,11 @@ def unavoidable_errors(
 
     least: a score's gradient is a difference (math/attention_map.h), and both of its terms are
     rounded; a probability below the smallest normal number is 0. Tensor cores multiply numbers of
-    16 bits: for these, the difference is rounded once more on a GPU.
+    16 bits: beside them, the difference is rounded once more, and probabilities come from a faster
+    instruction.
     saved: the three numbers of a row from which a backward works are rounded, and with a
-    log-sum-exp all probabilities of its row move.
+    log-sum-exp all probabilities of its row move. Beside tensor cores it is held times log2(e):
+    there it is rounded when it is divided by that, and when it is multiplied again.
     """
     q_s, k_s, q_t, k_t = (y.detach().double() for y in x)
     keep = 1.0 if key_mask is None else key_mask[:, None, None].double()
@@ -289,10 +298,12 @@ def unavoidable_errors(
     a, b = terms()
     tiny = limits.smallest_normal * (1 + (log_q - log_p).abs())
     least = unit * (a.abs() + b.abs()) + tiny * keep
-    if on_gpu(x.q_s) and x.q_s.dtype in (HALF, BFLOAT):
+    if on_tensor_cores(x):
+        least = least + POWER * unit * 2 * (log_q.exp() + log_p.exp()) * keep
         least = least + torch.finfo(x.q_s.dtype).eps / 2 * (a - b).abs()
     saved = unit * b.abs() * (kind != reference.KL)
-    for moved in (terms(unit * lse_s), terms(0.0, unit * lse_t)):
+    of_lse = unit * (3 if on_tensor_cores(x) else 1)
+    for moved in (terms(of_lse * lse_s), terms(0.0, of_lse * lse_t)):
         saved = saved + ((moved[0] - moved[1]) - (a - b)).abs()
     factor = (weight * temperature * scale_s).abs().unsqueeze(-1)
     return Unavoidable(
@@ -332,6 +343,8 @@ def check(
     scale = 2 * precision / torch.finfo(FLOAT).eps
     if os.environ.get("VITKD_FAST_ISA") == "scalar":
         scale *= math.sqrt(2)  # it rounds products and sums, torch's FMAs only sums
+    if on_tensor_cores(x):
+        scale *= 2  # they cut sums off, by up to one in the last place, where others round
     double = Maps(*(y.detach().double() for y in x))
     arguments = operation_options(double, reduction="none", **options)
     rows, stats = reference.attention_map_fwd(*double, *arguments)
@@ -355,7 +368,10 @@ def check(
         assert given.loss.device == x.q_s.device
         at_least = 1.0 if reduction == "none" else share[reduction] * rows.numel()
         size = want.abs().clamp(min=at_least)
-        assert_within((of_loss + precision / 2) * size, given.loss, want, f"{reduction}: loss")
+        rounding = precision / 2
+        if on_tensor_cores(x):
+            rounding *= 2 * POWER  # of squares
+        assert_within((of_loss + rounding) * size, given.loss, want, f"{reduction}: loss")
 
         grads = reference.attention_map_bwd(weight, *double, stats, *arguments)
         limits = torch.finfo(x.q_s.dtype)
@@ -813,7 +829,8 @@ def test_extreme_attention_to_one_key(
     loss, *grads = loss_and_grads(apart, kind=kind, reduction="none")
     if kind in ("js", "mse"):
         assert_close(loss, torch.full_like(loss, math.log(2) if kind == "js" else 2.0))
-        assert all((grad == 0).all() for grad in grads)
+        # a probability of 1 comes from a rounded log-sum-exp where scores are held times log2(e)
+        assert on_tensor_cores(x) or all((grad == 0).all() for grad in grads)
 
 
 @every_device
@@ -879,7 +896,11 @@ def test_extreme_nan_stays(
             assert given.loss.isnan()
             given, want = given[1:], want[1:]
         for y, z in zip(given, want, strict=True):
-            assert torch.equal(y.isnan(), z.isnan())
+            off = y.isnan() != z.isnan()
+            if on_gpu(x.q_s) and math.isinf(bad):
+                # a product of two parts of float32 may be inf with the other sign
+                off[0, 0] &= z[0, 0].isnan()
+            assert not off.any()
 
 
 # autograd

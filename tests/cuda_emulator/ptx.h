@@ -176,8 +176,14 @@ inline uint32_t round_tf32(float x) {
   return (__float_as_uint(x) + 0x1000) & ~0x1fffu;
 }
 
+// right for integers, else as wrong as PTX allows: by up to 2^-22, as the bits of x would have it
 inline float exp2_approx(float x) {
-  const float y = std::exp2(x);
+  if (std::fabs(x) < 0x1p-126f) x = 0;
+  float y = std::exp2(x);
+  if (x != std::floor(x)) {
+    const uint32_t mixed = __float_as_uint(x) * 2654435761u;
+    y *= static_cast<float>(1 + (mixed / 2147483648.0 - 1) * 0x1p-22);
+  }
   return y < 0x1p-126f ? 0 : y;
 }
 
