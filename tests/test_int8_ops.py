@@ -23,6 +23,8 @@ from torch import Tensor
 
 from vitkd_fast import _ops, int8, reference
 
+from .cuda_tools import GPU, needs_gpu_or_emulator
+
 ROOT = Path(__file__).parents[1]
 OPS = torch.ops.vitkd_fast
 every_device = pytest.mark.parametrize(
@@ -699,7 +701,7 @@ def test_offsets_beyond_int32(channels: int) -> None:
         assert (y[1:-1] == y[1]).all()
 
 
-@pytest.mark.gpu
+@needs_gpu_or_emulator
 class TestSanitize:
     """Every way through the kernels once, small enough for compute-sanitizer."""
 
@@ -709,7 +711,7 @@ class TestSanitize:
             x, weight = random_bytes(2, 7, 9, channels), random_weights(kernel, kernel, channels)
             for padding in paddings((7, 9), kernel, stride):
                 arguments = dwconv_arguments(x, weight, stride=(stride, stride), padding=padding)
-                check("int8_dwconv", *arguments, device="cuda")
+                check("int8_dwconv", *arguments, device=GPU)
 
     @pytest.mark.parametrize("channels", [3, 4, 8, 16, 33, 96, 1280])
     def test_pwconv(self, channels: int) -> None:
@@ -717,4 +719,4 @@ class TestSanitize:
             arguments = pwconv_arguments(
                 random_bytes(pixels, channels), random_weights(out, channels)
             )
-            check("int8_pwconv", *arguments, device="cuda")
+            check("int8_pwconv", *arguments, device=GPU)

@@ -25,6 +25,8 @@ from vitkd_fast import _ops, int8, reference
 from vitkd_fast.functional import kd_loss
 from vitkd_fast.nn import KDLoss
 
+from .cuda_tools import GPU, needs_gpu_or_emulator
+
 ROOT = Path(__file__).parents[1]
 OPS = torch.ops.vitkd_fast
 REDUCTIONS = {"mean": reference.MEAN, "sum": reference.SUM, "none": reference.NONE}
@@ -515,9 +517,9 @@ def test_temperature_in_any_form_matches(device: str) -> None:
     assert torch.equal(rows, loss_and_grad(student, teacher, temperature=wide, reduction="none")[0])
     for i, temperature in enumerate(temperatures):
         for form in (temperature, temperature.item()):
-            row, grad = loss_and_grad(student[i], teacher[i], temperature=form, reduction="none")
-            assert torch.equal(row, rows[i])
-            assert torch.equal(grad, grads[i])
+            alone, alike = loss_and_grad(student, teacher, temperature=form, reduction="none")
+            assert torch.equal(alone[i], rows[i])
+            assert torch.equal(alike[i], grads[i])
 
 
 @every_device
@@ -1682,7 +1684,7 @@ def test_temperature_that_is_not_positive_gives_nan_on_a_gpu() -> None:
     assert loss.isnan().tolist() == [False, True, True, True]
 
 
-@pytest.mark.gpu
+@needs_gpu_or_emulator
 class TestSanitize:
     """Every way through the kernels once, small enough for compute-sanitizer."""
 
@@ -1697,7 +1699,7 @@ class TestSanitize:
     def test_values(
         self, dtype: torch.dtype, shape: tuple[int, ...], class_dim: int, name: str
     ) -> None:
-        student, teacher = pair(*shape, dtype=dtype, device="cuda")
+        student, teacher = pair(*shape, dtype=dtype, device=GPU)
         options = options_for(name, student, class_dim)
         for reduction in REDUCTIONS:
             loss, grad = loss_and_grad(student, teacher, reduction=reduction, **options)
@@ -1707,7 +1709,7 @@ class TestSanitize:
     @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
     def test_layouts(self, layout: str) -> None:
         """Strided and unaligned tensors, whose ends no load may pass."""
-        new = partial(draw, dtype=HALF, device="cuda")
+        new = partial(draw, dtype=HALF, device=GPU)
         student, teacher = DENSE_LAYOUTS[layout](new), DENSE_LAYOUTS["contiguous"](new)
         for reduction in ("mean", "none"):
             loss, grad = loss_and_grad(student, teacher, class_dim=1, reduction=reduction)
@@ -1716,13 +1718,13 @@ class TestSanitize:
 
     @pytest.mark.parametrize("offset", [1, 3, 7])
     def test_unaligned_rows(self, offset: int) -> None:
-        student, teacher = (draw(4 * 1001 + offset, dtype=HALF, device="cuda") for _ in range(2))
+        student, teacher = (draw(4 * 1001 + offset, dtype=HALF, device=GPU) for _ in range(2))
         student, teacher = (x[offset:].view(4, 1001) for x in (student, teacher))
         loss, grad = loss_and_grad(student, teacher)
         assert loss.isfinite()
         assert grad.isfinite().all()
 
     def test_empty(self) -> None:
-        loss, grad = loss_and_grad(*pair(0, 10, device="cuda"))
+        loss, grad = loss_and_grad(*pair(0, 10, device=GPU))
         assert loss == 0
         assert grad.shape == (0, 10)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitkd_fast import int8, reference
 from vitkd_fast.functional import at_loss, feature_loss, nst_loss, relations, rkd_loss
 
+from .cuda_tools import GPU, needs_gpu_or_emulator
 from .triton_tools import (
     INTERPRETED,
     assert_nothing_is_spilled,
@@ -349,10 +350,11 @@ def test_rkd_matches(batch: int, weights: tuple[float, float], device: str) -> N
             assert_near(grad, want_grad, 64 if shift == 0 else 512)
 
 
+@every_device
 @pytest.mark.parametrize("batch", [1, 5, 40])
-def test_rkd_operation_matches_its_reference(batch: int) -> None:
+def test_rkd_operation_matches_its_reference(batch: int, device: str) -> None:
     """Float64 too has a kernel."""
-    x, t = draw(batch, 9, dtype=DOUBLE), draw(batch, 30, dtype=DOUBLE)
+    x, t = (draw(batch, dim, dtype=DOUBLE, device=device) for dim in (9, 30))
     grams = [(a - a.mean(0)) @ (a - a.mean(0)).T for a in (x, t)]
     want = reference.rkd_fwd_grad(*grams, 25.0, 50.0)
     for dtype in (DOUBLE, FLOAT):
@@ -487,9 +489,10 @@ def test_gradcheck_of_the_projection(kind: str, reduction: str) -> None:
         assert [x.grad is not None for x in leaves] == list(needed)
 
 
+@every_device
 @pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
-    grams = [a @ a.T for a in (draw(9, 5, dtype=dtype), draw(9, 6, dtype=dtype))]
+def test_opcheck(dtype: torch.dtype, device: str) -> None:
+    grams = [a @ a.T for a in (draw(9, dim, dtype=dtype, device=device) for dim in (5, 6))]
     torch.library.opcheck(OPS.rkd_fwd_grad.default, (*grams, 25.0, 50.0))
 
 
@@ -603,12 +606,13 @@ def test_nothing_large_is_made(name: str) -> None:
 # compilers
 
 
+@every_device
 @every_loss
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
-def test_compile(name: str, dtype: torch.dtype) -> None:
+def test_compile(name: str, dtype: torch.dtype, device: str) -> None:
     torch.compiler.reset()
-    x, t = draw(4, 5, 4, 4, dtype=dtype), draw(4, 17, 7, dtype=dtype)[:, 1:]
-    weight = draw(7, 5, dtype=dtype)
+    new = partial(draw, dtype=dtype, device=device)
+    x, t, weight = new(4, 5, 4, 4), new(4, 17, 7)[:, 1:], new(7, 5)
     loss = partial(LOSSES[name], weight=weight) if name in KINDS else LOSSES[name]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     want = loss_and_grad(loss, x, t)
@@ -632,13 +636,14 @@ def test_compile_with_dynamic_shapes(name: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
 
 
-def test_compile_with_inductor() -> None:
+@every_device
+def test_compile_with_inductor(device: str) -> None:
     def losses(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
         total = at_loss(x, t) + nst_loss(x, t) + feature_loss(x, t, w)
         return total + rkd_loss(x.flatten(1), t.flatten(1))
 
     torch.compiler.reset()
-    x, t, w = draw(4, 5, 4, 4), draw(4, 16, 7), draw(7, 5)
+    x, t, w = (draw(*shape, device=device) for shape in ((4, 5, 4, 4), (4, 16, 7), (7, 5)))
     want = loss_and_grad(partial(losses, w=w), x, t)
     given = loss_and_grad(torch.compile(partial(losses, w=w), fullgraph=True), x, t)
     for a, b in zip(given, want, strict=True):
@@ -733,6 +738,74 @@ def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
 
 def test_reference_backend(tmp_path: Path) -> None:
     run_tests(tmp_path, RKD, VITKD_FAST_BACKEND="reference")
+
+
+# what only a GPU has
+
+
+def on_gpu(name: str) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
+    """A loss, its projection already on the GPU, and a student and a teacher for it."""
+    loss = LOSSES[name]
+    if name in KINDS:
+        loss = partial(loss, weight=draw(17, 12, device="cuda"))
+    return loss, draw(16, 12, 7, 7, device="cuda"), draw(16, 17, 7, 7, device="cuda")
+
+
+@pytest.mark.gpu
+@every_loss
+def test_cuda_graph(name: str) -> None:
+    """Forward and backward replayed, while student and teacher change."""
+    loss, x, t = on_gpu(name)
+    leaf = x.requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        value = loss(leaf, t)
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for _ in range(3):
+        with torch.no_grad():
+            leaf.copy_(draw(*x.shape))
+            t.copy_(draw(*t.shape))
+        graph.replay()
+        given = [y.clone() for y in results]
+        for y, want in zip(given, step(), strict=True):
+            assert_near(y, want.double(), 64)
+
+
+@pytest.mark.gpu
+@every_loss
+def test_no_host_synchronisation(name: str) -> None:
+    loss, x, t = on_gpu(name)
+    loss_and_grad(loss, x, t)  # compiles, loads and allocates what may synchronise the first time
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_and_grad(loss, x, t)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@needs_gpu_or_emulator
+class TestSanitize:
+    """Every way through rkd's kernels once, small enough for compute-sanitizer."""
+
+    @pytest.mark.parametrize("weights", [(25.0, 50.0), (1.0, 0.0), (0.0, 2.0)], ids=str)
+    @pytest.mark.parametrize("batch", [1, 16, 17, 40])
+    @pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
+    def test_rkd(self, dtype: torch.dtype, batch: int, weights: tuple[float, float]) -> None:
+        grams = [a @ a.T for a in (draw(batch, dim, dtype=dtype, device=GPU) for dim in (5, 6))]
+        for result in OPS.rkd_fwd_grad(*grams, *weights):
+            assert result.isfinite().all()
 
 
 # Triton, interpreted and compiled without a GPU

@@ -50,9 +50,9 @@ struct Bf16 {
 };
 
 // float32, rounded to tf32; or (kExact) as the sum of two tf32, of whose four products three count.
-// Those are added up apart and then to the rest in the usual way: tensor cores cut off what a sum
-// of many cannot spare. a . b and b . a are the same to the last bit, so that d_q and d_k see the
-// scores that the forward saw.
+// Products are added up apart and then to the rest in the usual way: tensor cores cut off what a
+// sum of many cannot spare. a . b and b . a are the same to the last bit, so that d_q and d_k see
+// the scores that the forward saw.
 template <bool kExact>
 struct Wide {
   using T = float;
@@ -65,12 +65,14 @@ struct Wide {
   }
   static __device__ void multiply(float (&acc)[4], Quad a, uint32_t b0, uint32_t b1) {
     const uint32_t big[4] = {high(a[0]), high(a[1]), high(a[2]), high(a[3])};
-    if constexpr (!kExact) return multiply_tf32(acc, big, high(b0), high(b1));
-    float sum[4] = {}, other[4] = {};
-    multiply_tf32(sum, {low(a[0]), low(a[1]), low(a[2]), low(a[3])}, high(b0), high(b1));
-    multiply_tf32(other, big, low(b0), low(b1));
+    float sum[4] = {};
+    if constexpr (kExact) {
+      float other[4] = {};
+      multiply_tf32(sum, {low(a[0]), low(a[1]), low(a[2]), low(a[3])}, high(b0), high(b1));
+      multiply_tf32(other, big, low(b0), low(b1));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += other[i];
+      for (int i = 0; i < 4; ++i) sum[i] += other[i];
+    }
     multiply_tf32(sum, big, high(b0), high(b1));
 #pragma unroll
     for (int i = 0; i < 4; ++i) acc[i] += sum[i];

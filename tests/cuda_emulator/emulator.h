@@ -1,15 +1,13 @@
-// CUDA's programming model on one CPU core, to run csrc/cuda/*.cu where there is no GPU: each thread
-// of a block is a fiber with a stack of its own, and blocks run one after the other. What hardware
-// leaves open differs from launch to launch: the order of threads, and when a cp.async arrives
-// (at once, or as late as its wait allows), so that what needs a missing barrier comes out
+// CUDA's programming model on one CPU core, to run csrc/cuda/*.cu where there is no GPU: each
+// thread of a block is a fiber with a stack of its own, and blocks run one after the other. What
+// hardware leaves open differs from launch to launch: the order of threads, and when a cp.async
+// arrives (at once, or as late as its wait allows), so that what needs a missing barrier comes out
 // differently. Shared memory starts as NaN. A barrier or a warp's instruction that not all threads
 // reach ends the process and says so. Not emulated: speed, caches, streams (all is synchronous),
 // and threads of different blocks that run at the same time.
 #pragma once
 
-#include <setjmp.h>
 #include <torch/csrc/stable/macros.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <bit>
@@ -24,6 +22,7 @@
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <string>
 #include <tuple>
 #include <typeindex>
 #include <vector>
@@ -84,37 +83,42 @@ struct Thread {
   bool done = false;
   const int64_t* gate = nullptr;  // runs on when this is no longer `closed`
   int64_t closed = 0;
-  std::vector<Copy> copies;     // of the group that is still open
+  std::vector<Copy> copies;  // of the group that is still open
   std::vector<std::vector<Copy>> groups;
-  jmp_buf at;
-  ucontext_t context;
   std::unique_ptr<char[]> stack;
+  void* top = nullptr;  // of its stack, while it waits
 };
 
 struct Block {
   uint3 index;
   dim3 size, grid;
   std::vector<char> dynamic;
-  std::map<std::tuple<int, std::type_index>, std::vector<char>> variables;
+  std::map<std::tuple<std::string, int, std::type_index>, std::vector<char>> variables;
   std::vector<Warp> warps;
   int64_t barriers = 0;
   int live = 0, waiting = 0;
-  bool late = false;  // copies arrive as late as they may
+  bool late = false;    // copies arrive as late as they may
+  bool uneven = false;  // some warps are far ahead of others
   const std::function<void()>* kernel = nullptr;
 };
 
 inline Block block;
 inline std::vector<std::unique_ptr<Thread>> threads;
 inline Thread* self = nullptr;
-inline jmp_buf scheduler;
-inline int multiprocessors = 132;
+inline void* scheduler = nullptr;  // top of its stack, while a thread runs
+inline int multiprocessors = 4;    // few, so that blocks take several tiles each
 inline std::mutex one_at_a_time;
 inline std::mt19937 chance{0};
 inline std::map<const void*, int> shared_limits;
 
-inline void to_scheduler() {
-  if (_setjmp(self->at) == 0) _longjmp(scheduler, 1);
+// Leaves one stack for another: keeps on it what a call has to, and takes up what is kept there.
+[[gnu::naked, gnu::noinline]] inline void switch_stacks(void** from, void* to) {
+  asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15;"
+      "mov %rsp, (%rdi); mov %rsi, %rsp;"
+      "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
 }
+
+inline void to_scheduler() { switch_stacks(&self->top, scheduler); }
 
 inline void wait_for(const int64_t& gate, int64_t closed) {
   self->gate = &gate;
@@ -164,7 +168,8 @@ Brought<T> meet(const char* what, const T& mine) {
   if (meeting.arrived == 0) {
     meeting.what = what;
   } else if (std::strcmp(meeting.what, what) != 0) {
-    std::fprintf(stderr, "CUDA emulator: lanes of a warp are at %s and at %s\n", meeting.what, what);
+    std::fprintf(stderr, "CUDA emulator: lanes of a warp are at %s and at %s\n", meeting.what,
+                 what);
     std::abort();
   }
   std::memcpy(meeting.brought[self->lane], &mine, sizeof(T));
@@ -178,7 +183,8 @@ Brought<T> meet(const char* what, const T& mine) {
   return {&meeting};
 }
 
-// Runs every thread of the block until it waits, again and again, in an order of `order`.
+// Runs every thread of the block until it waits, again and again, in the given order; some warps,
+// drawn by chance, wait longer.
 inline void run_block(const std::vector<int>& order) {
   for (Warp& warp : block.warps) warp = {};
   for (const int i : order) {
@@ -192,29 +198,28 @@ inline void run_block(const std::vector<int>& order) {
   block.waiting = 0;
   while (block.live > 0) {
     bool moved = false;
+    const unsigned left_out = block.uneven ? chance() : 0;
     for (const int i : order) {
       self = threads[i].get();
+      if (left_out >> (i / kWarp) & 1) continue;
       if (self->done || (self->gate && *self->gate == self->closed)) continue;
       self->gate = nullptr;
       moved = true;
-      if (_setjmp(scheduler) == 0) _longjmp(self->at, 1);
+      switch_stacks(&scheduler, self->top);
     }
-    if (!moved) fail("threads wait for others that have ended or wait elsewhere");
+    if (!moved && left_out == 0) fail("threads wait for others that have ended or wait elsewhere");
   }
 }
 
 inline void make_threads(size_t count) {
   while (threads.size() < count) {
-    auto& t = *threads.emplace_back(std::make_unique<Thread>());
+    Thread& t = *threads.emplace_back(std::make_unique<Thread>());
     t.stack = std::make_unique_for_overwrite<char[]>(kStack);
-    getcontext(&t.context);
-    t.context.uc_stack = {.ss_sp = t.stack.get(), .ss_flags = 0, .ss_size = kStack};
-    makecontext(&t.context, [] {
-      if (_setjmp(self->at) == 0) _longjmp(scheduler, 1);
-      fiber();
-    }, 0);
-    self = &t;
-    if (_setjmp(scheduler) == 0) setcontext(&t.context);
+    const auto end = reinterpret_cast<uintptr_t>(t.stack.get() + kStack) / 16 * 16;
+    // as if fiber() had been called, and six registers been kept since
+    auto** const top = reinterpret_cast<void**>(end) - 8;
+    top[6] = reinterpret_cast<void*>(&fiber);
+    t.top = top;
   }
 }
 
@@ -222,7 +227,8 @@ inline void run_grid(const dim3& grid, const dim3& size, size_t shared, const vo
                      const std::function<void()>& call) {
   const std::lock_guard lock(one_at_a_time);
   const int count = static_cast<int>(size.x * size.y * size.z);
-  if (count == 0 || count > 1024 || count % kWarp != 0) fail("a block is not of 32 to 1024 threads");
+  if (count == 0 || count > 1024 || count % kWarp != 0)
+    fail("a block is not of 32 to 1024 threads");
   if (uint64_t{grid.x} * grid.y * grid.z == 0 || grid.y > 65535) fail("a grid that CUDA refuses");
   const auto limit = shared_limits.find(kernel);
   if (static_cast<int>(shared) > (limit == shared_limits.end() ? kSharedDefault : limit->second)) {
@@ -248,6 +254,7 @@ inline void run_grid(const dim3& grid, const dim3& size, size_t shared, const vo
         block.dynamic.assign(shared + 16, '\xff');
         block.variables.clear();
         block.late = chance() % 2;
+        block.uneven = chance() % 2;
         const unsigned kind = chance() % 3;
         if (kind == 0) std::sort(order.begin(), order.end());
         if (kind == 1) std::sort(order.begin(), order.end(), std::greater{});
@@ -258,19 +265,19 @@ inline void run_grid(const dim3& grid, const dim3& size, size_t shared, const vo
   }
 }
 
-// kernel<<<grid, size, shared, stream>>>(arguments...) is written start(kernel, grid, ...)(...)
+// kernel<<<grid, size, shared, stream>>>(arguments...) is written launch(kernel, grid, ...)(...)
 template <class... Parameters>
-auto start(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared, const void*) {
+auto launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared, const void*) {
   return [=](Parameters... arguments) {
     run_grid(grid, size, shared, reinterpret_cast<const void*>(kernel),
              [&] { kernel(arguments...); });
   };
 }
 
-// __shared__ T name is written T& name = shared_variable<T>(a number of its own)
+// __shared__ T name is written auto& name = shared_variable<T>(file, a number of its own there)
 template <class T>
-T& shared_variable(int id) {
-  std::vector<char>& bytes = block.variables[{id, typeid(T)}];
+T& shared_variable(const char* file, int number) {
+  std::vector<char>& bytes = block.variables[{file, number, typeid(T)}];
   if (bytes.empty()) bytes.assign(sizeof(T) + 64, '\xff');
   const auto address = reinterpret_cast<uintptr_t>(bytes.data());
   return *reinterpret_cast<T*>((address + 63) / 64 * 64);
@@ -311,8 +318,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors
-                                                   : emulator::kSharedLimit;
+  *value =
+      which == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors : emulator::kSharedLimit;
   return cudaSuccess;
 }
 template <class Kernel>

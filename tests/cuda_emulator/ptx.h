@@ -148,8 +148,8 @@ inline void multiply_tf32(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, 
   each_sum<8>("mma tf32", a, b0, b1, [&](int i, const uint32_t* x, const uint32_t* y) {
     double terms[8];
     for (int k = 0; k < 8; ++k) {
-      terms[k] = static_cast<double>(__uint_as_float(x[k] & ~0x1fffu)) *
-                 __uint_as_float(y[k] & ~0x1fffu);
+      terms[k] =
+          static_cast<double>(__uint_as_float(x[k] & ~0x1fffu)) * __uint_as_float(y[k] & ~0x1fffu);
     }
     acc[i] = cut_off_sum(acc[i], terms, 8);
   });
@@ -161,7 +161,9 @@ inline uint32_t round_bf16(float x) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-inline uint32_t pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
+inline uint32_t pack_bf16(float low, float high) {
+  return round_bf16(low) | round_bf16(high) << 16;
+}
 
 inline uint32_t pack_f16(float low, float high) {
   const auto bits = [](float x) {
