@@ -25,7 +25,8 @@ endif
 OLDEST := .venv-oldest
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install demo test test-all test-oldest fuzz wheel bench gpu gpu-sanitize lint format clean
+.PHONY: help install demo test test-all test-oldest fuzz wheel bench gpu gpu-test gpu-bench \
+  gpu-sanitize lint format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -61,14 +62,18 @@ bench: install  ## the CPU benches, and README's tables and plot from them
 	$(PY) benches/tables.py
 	$(PY) benches/bench_attention_map.py
 
-gpu gpu-sanitize: export VITKD_FAST_CUDA ?= 1
-gpu gpu-sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0
-gpu gpu-sanitize: export PIP_BREAK_SYSTEM_PACKAGES ?= 1
+gpu gpu-test gpu-bench gpu-sanitize: export VITKD_FAST_CUDA ?= 1
+gpu gpu-test gpu-bench gpu-sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0
+gpu gpu-test gpu-bench gpu-sanitize: export PIP_BREAK_SYSTEM_PACKAGES ?= 1
 
-gpu: install  ## the GPU tests and benches; VENV= PYTHON=python3 on a machine that has torch
+gpu: gpu-test gpu-bench  ## the GPU tests, then its benches; VENV= PYTHON=python3 where torch is there
+
+gpu-test: install  ## the GPU tests alone
 	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU')"
 	$(BIN)/pytest -m gpu
-	gpu=$$($(PY) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())") && \
+
+gpu-bench: install  ## the GPU benches alone: benches/results/h200.json, or another GPU's
+	gpu=$$($(PY) -c "import torch; print(torch.cuda.get_device_name().lower().removeprefix('nvidia ').replace(' ', '-'))") && \
 	  $(BIN)/pytest benches -m gpu --benchmark-json=benches/results/$$gpu.json
 
 gpu-sanitize: export PATH := $(PATH):/usr/local/cuda/bin

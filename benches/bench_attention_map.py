@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitkd_fast import _int8, functional
+from vitkd_fast import _int8, functional, reference
 
 FOLDER = Path(__file__).parent
-KINDS = ("kl", "reverse_kl", "js", "mse")
+KINDS = ("kl", "reverse_kl", "js", "mse")  # in the order of the operations' `kind`
 CPU = (8, 6, 196, 64)
 GPU = (256, 12, 196, 64)
 
@@ -129,7 +129,7 @@ def bench_forward_backward(race, benchmark, capsys, kind, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def bench_gpu(race, capsys, device, kind, dtype):
+def bench_gpu(race, triton_launcher, capsys, device, kind, dtype):
     tensors = draw(GPU, dtype, device)
     detached = [x.detach() for x in tensors]
     square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
@@ -142,6 +142,14 @@ def bench_gpu(race, capsys, device, kind, dtype):
         "torch.compile forward": lambda: forward(*detached, kind=kind),
         "bf16 matmul": lambda: square @ square,
     }
+    if launch := triton_launcher("attention_map", "attention_map_fwd_grad"):
+        scale, options = GPU[-1] ** -0.5, (1.0, KINDS.index(kind), reference.MEAN)
+
+        def triton():
+            loss, *triton.grads = launch(*detached, scale, scale, *options)
+            return loss
+
+        contenders["Triton"] = triton
     memory = ("vitkd_fast", "torch.compile", "eager")
     check = checker(tensors, 0.03 if dtype == torch.bfloat16 else 1e-3, kind=kind)
     table = race(contenders, check=check, memory=memory)

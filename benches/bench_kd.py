@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitkd_fast import functional
+from vitkd_fast import functional, reference
 
 T = 4.0
 SHAPES = [
@@ -102,7 +102,7 @@ def checker(student, teacher, labels, ce_weight):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("where", DEVICES)
-def bench_forward_backward(race, device, where, shape, dtype, ce_weight):
+def bench_forward_backward(race, triton_launcher, device, where, shape, dtype, ce_weight):
     student, teacher, labels = logits(shape, dtype, device)
     compiled = compiled_kd()
     data, out = student.detach(), torch.empty_like(student)
@@ -121,6 +121,14 @@ def bench_forward_backward(race, device, where, shape, dtype, ce_weight):
         "torch.add, out=": lambda: torch.add(data, teacher, out=out),
         "copy": lambda: out.copy_(data),
     }
+    if launch := triton_launcher("kd", "kd_fwd_grad"):
+
+        def triton():
+            mean = reference.MEAN
+            loss, student.grad = launch(data, teacher, T, 1.0, 1, mean, labels, ce_weight=ce_weight)
+            return loss
+
+        contenders["Triton"] = triton
     if device.type == "cuda" and not ce_weight and len(shape) == 2 and (liger := liger_kd()):
         contenders["liger"] = step(liger, student, teacher)
     if device.type == "cuda" and shape[0] == 256:

@@ -1,12 +1,12 @@
 """at_loss, feature_loss, nst_loss and rkd_loss beside their public forms, eager and compiled.
 
-Forward and backward, one thread. The public forms are what repositories have: a ViT's tokens are
-permuted and copied into a map, and pairs, triplets and kernel matrices are materialised. Memory is
-the peak of what torch's CPU allocator holds beyond what was there before (the profiler's events:
-the extension allocates there too, up to a few numbers per sample), gradients included.
-The roof is counted: bytes for at_loss beside a copy, else multiply-adds beside torch's own sgemm.
-rkd_loss does 16 vector instructions per register of triplets, n^2 (n - 1) / 2 of them, and three
-products [n, n, dim].
+Forward and backward; on the CPU by one thread. The public forms are what repositories have: a ViT's
+tokens are permuted and copied into a map, and pairs, triplets and kernel matrices are materialised.
+Memory is the peak of what torch's allocator holds beyond what was there before (on the CPU, the
+profiler's events: the extension allocates there too, up to a few numbers per sample), gradients
+included. The roof is counted: bytes for at_loss beside a copy, else multiply-adds beside torch's
+own sgemm. rkd_loss does 16 vector instructions per register of triplets, n^2 (n - 1) / 2 of them,
+and three products [n, n, dim].
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def public_rkd(x_s, x_t):
     def distances(e):
         square = e.pow(2).sum(1)
         d = (square.unsqueeze(1) + square.unsqueeze(0) - 2 * e @ e.t()).clamp(min=1e-12).sqrt()
-        d = d * (1 - torch.eye(len(e)))
+        d = d * (1 - torch.eye(len(e), device=e.device))
         return d / (d.sum() / (len(e) * (len(e) - 1)))
 
     def cosines(e):
@@ -168,16 +168,18 @@ FORMS = [(name, form) for name in CASES if name != "rkd" for form in ("nchw", "c
 
 
 @pytest.mark.parametrize(("name", "form"), [*FORMS, ("rkd", "embeddings")])
-def bench_forward_backward(race, capsys, name, form):
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def bench_forward_backward(race, capsys, device, where, name, form):
     ours, public, exact, flops = CASES[name]
     if name == "rkd":
-        inputs, constants = [draw(N, DIM)], [draw(N, DIM + 1)[:, 1:]]
+        inputs, constants = [draw(N, DIM)], [draw(N, DIM + 1)]
     else:
-        inputs, constants = [draw(*FEATURES)], [draw(BATCH, POSITIONS + 1, C_T)[:, 1:]]
+        inputs, constants = [draw(*FEATURES)], [draw(BATCH, POSITIONS + 1, C_T)]
         if form == "channels_last":
             inputs[0] = inputs[0].to(memory_format=torch.channels_last)
         if name not in ("at", "nst"):
             inputs.append(draw(C_T, C_S) / C_S**0.5)
+    inputs, constants = [x.to(device) for x in inputs], [constants[0].to(device)[:, 1:]]
     for x in inputs:
         x.requires_grad_()
     contenders = {
@@ -188,13 +190,15 @@ def bench_forward_backward(race, capsys, name, form):
     if name == "nst":
         contenders["eager, bmm"] = step(bmm_nst, inputs, constants)
     student, teacher = inputs[0].numel() * 4, constants[0].numel() * 4
-    square = draw(1024, 1024)
+    side = 1024 if device.type == "cpu" else 8192
+    square = draw(side, side).to(device)
     if flops:
         contenders["sgemm"] = lambda: square @ square
         roof = {}
     else:
         # the student twice, the teacher once, the gradient once
-        source, out = constants[0].contiguous(), torch.empty(constants[0].shape)
+        source = constants[0].contiguous()
+        out = torch.empty_like(source)
         contenders["copy"] = lambda: out.copy_(source)
         roof = {"moved": 3 * student + teacher, "roof": "copy", "roof_moved": 2 * teacher}
     table = race(
@@ -206,7 +210,7 @@ def bench_forward_backward(race, capsys, name, form):
     )
     mine = table["vitkd_fast"]
     if flops:
-        rate = 2 * 1024**3 / table["sgemm"]["median_us"]
+        rate = 2 * side**3 / table["sgemm"]["median_us"]
         mine["percent_of_sgemm"] = 100 * flops / mine["median_us"] / rate
     lines = []
     for other in contenders:

@@ -9,6 +9,8 @@ table (median, 20th and 80th percentile, GB/s, share of the measured roof) is pr
 from __future__ import annotations
 
 import gc
+import importlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -100,6 +102,21 @@ def peak_bytes(run: Contender, device: torch.device) -> int:
 def peak(device) -> Callable[[Contender], int]:
     """peak(run): `peak_bytes` on this bench's device."""
     return lambda run: peak_bytes(run, device)
+
+
+@pytest.fixture
+def triton_launcher(device) -> Callable[[str, str], Callable | None]:
+    """triton_launcher(stem, op): what launches an operation's Triton kernel; None on a CPU.
+
+    For benches to race it with the C++ kernel, which the dispatcher prefers.
+    """
+
+    def launcher(stem: str, op: str) -> Callable | None:
+        if device.type == "cpu" or not importlib.util.find_spec("triton"):
+            return None
+        return getattr(importlib.import_module(f"vitkd_fast.kernels.{stem}"), op)
+
+    return launcher
 
 
 @pytest.fixture
