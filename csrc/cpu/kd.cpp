@@ -49,6 +49,7 @@ void run_scalar(const Call<A>& c, Pass pass, int64_t begin, int64_t end) {
     }
     const A temperature = c.temperature[row];
     const A inv_t = 1 / temperature;
+    const Exp<A> exp{inv_t};
     const Target<A> target = c.target_of(row);
     Stats<A> stats;
     if (pass == Pass::kBackward) {
@@ -65,8 +66,9 @@ void run_scalar(const Call<A>& c, Pass pass, int64_t begin, int64_t end) {
         part.max_s = sums.max_s;
         part.max_t = sums.max_t;
         for (int64_t i = from; i < std::min(from + 16, classes); ++i) {
-          ce ? add_class<true>(part, student(i), teacher(i), inv_t)
-             : add_class<false>(part, student(i), teacher(i), inv_t);
+          ce ? add_class<true>(part, student(i), teacher(i), exp)
+             : add_class<false>(part, student(i), teacher(i), exp);
+          part.count += 1;
         }
         sums = merge(sums, part, inv_t);
       }
@@ -77,8 +79,8 @@ void run_scalar(const Call<A>& c, Pass pass, int64_t begin, int64_t end) {
     const GradFactors<A> f =
         grad_factors(share * c.grad_loss[row], c.weights, target.lam, temperature, classes);
     for (int64_t i = 0; i < classes; ++i) {
-      A x = ce ? grad_class<true>(f, stats, student(i), teacher(i), inv_t)
-               : grad_class<false>(f, stats, student(i), teacher(i), inv_t);
+      A x = ce ? grad_class<true>(f, stats, student(i), teacher(i), exp)
+               : grad_class<false>(f, stats, student(i), teacher(i), exp);
       if (ce && i == target.a) x -= f.at_a;
       if (ce && i == target.b) x -= f.at_b;
       g[i * c.grad.class_stride] = static_cast<S>(x);

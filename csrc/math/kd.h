@@ -47,6 +47,15 @@ struct Sums {
   A count = 0;
 };
 
+// What add_class and grad_class take exponentials by: of d / T and of d, the second argument being
+// subtracted before. A backend may have a faster one.
+template <class A>
+struct Exp {
+  A inv_t;
+  VITKD_HD A at_t(A d, A log = 0) const { return std::exp(d * inv_t - log); }
+  VITKD_HD A at_1(A d, A log = 0) const { return std::exp(d - log); }
+};
+
 // exp(v) * (v - u) for one class, from d_t = t - max_t and d_s alike: 0 where the teacher is
 // masked, +inf where only the student is, even if exp(v) has underflowed. The difference comes
 // before 1/T: equal logits then give 0 also where a compiler fuses multiply and subtract.
@@ -97,20 +106,19 @@ VITKD_HD Sums<A> merge(const Sums<A>& a, const Sums<A>& b, A inv_t) {
   return x;
 }
 
-// Adds one class to sums whose maxima already cover it.
-template <bool kCe, class A>
-VITKD_HD void add_class(Sums<A>& x, A s, A t, A inv_t) {
+// Adds one class to sums whose maxima already cover it; who calls it counts the classes.
+template <bool kCe, class A, class E>
+VITKD_HD void add_class(Sums<A>& x, A s, A t, const E& exp) {
   const A d_s = s - x.max_s;
   const A d_t = t - x.max_t;
-  const A exp_v = std::exp(d_t * inv_t);
-  x.sum_s += std::exp(d_s * inv_t);
+  const A exp_v = exp.at_t(d_t);
+  x.sum_s += exp.at_t(d_s);
   x.sum_t += exp_v;
-  x.dot += dot_term(exp_v, d_s, d_t, inv_t);
+  x.dot += dot_term(exp_v, d_s, d_t, exp.inv_t);
   if (kCe) {
-    x.sum_1 += std::exp(d_s);
+    x.sum_1 += exp.at_1(d_s);
     x.total_s += d_s;
   }
-  x.count += 1;
 }
 
 // What backward needs of a row: lse(s/T) = max_s/T + log_s, lse(t/T) = max_t/T + log_t,
@@ -179,11 +187,11 @@ VITKD_HD GradFactors<A> grad_factors(A grad_share, const Weights<A>& w, A lam, A
 }
 
 // The gradient at one class, the target's classes not yet subtracted.
-template <bool kCe, class A>
-VITKD_HD A grad_class(const GradFactors<A>& f, const Stats<A>& st, A s, A t, A inv_t) {
+template <bool kCe, class A, class E>
+VITKD_HD A grad_class(const GradFactors<A>& f, const Stats<A>& st, A s, A t, const E& exp) {
   const A d = s - st.max_s;
-  A g = f.kd * (std::exp(d * inv_t - st.log_s) - std::exp((t - st.max_t) * inv_t - st.log_t));
-  if (kCe) g += f.ce * std::exp(d - st.log_1) - f.uniform;
+  A g = f.kd * (exp.at_t(d, st.log_s) - exp.at_t(t - st.max_t, st.log_t));
+  if (kCe) g += f.ce * exp.at_1(d, st.log_1) - f.uniform;
   return g;
 }
 
