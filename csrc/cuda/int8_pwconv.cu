@@ -5,11 +5,11 @@
 // multiplied; weights that do not fit are streamed along. Rows are 16 bytes longer than their
 // content, so that ldmatrix meets no bank conflict; outputs are dealt to tensor-core columns such
 // that a thread ends up with neighbouring ones. Bytes leave through shared memory in 16-byte
-// stores. Counted: pixels * (C_in + C_out) bytes of memory, where an H200 moves 20.7 per
+// stores. Counted: pixels * (C_in + C_out) bytes of memory, where an H200 copies 16.4 per
 // multiprocessor and clock; 13 instructions per output up to 64 inputs (7.4 to requantise), so 10
-// outputs a clock; some 2500 multiply-adds a clock. Memory is the roof where C_in > C_out, but for
-// the deepest layers (960 to 160: arithmetic); instructions are where C_out is several times C_in
-// (24 to 144: 55% of memory).
+// outputs a clock; some 2500 multiply-adds a clock. Memory is the roof where C_in > C_out (960
+// to 160: arithmetic is near); instructions are where C_out is several times C_in (24 to 144: 70%
+// of memory).
 #include <cuda_runtime.h>
 
 #include "../int8_call.h"
