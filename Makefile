@@ -23,7 +23,7 @@ PACKAGE := -e .[dev]
 endif
 
 OLDEST := .venv-oldest
-CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help install demo test test-all test-oldest fuzz wheel bench gpu gpu-test gpu-bench \
   gpu-sanitize lint format clean

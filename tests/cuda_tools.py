@@ -55,14 +55,21 @@ def rewritten(text: str) -> str:
     return text
 
 
-def build_emulated(folder: Path, *flags: str) -> Path:
-    """Compiles every kernel for the emulator, and returns the library."""
-    for file in (f for f in CSRC.rglob("*") if f.suffix in (".h", ".cu")):
-        to = folder / file.relative_to(CSRC)
+def build_emulated(
+    folder: Path, *flags: str, only: str = "*", change: Callable[[str], str] = str
+) -> Path:
+    """Compiles the kernels for the emulator, and returns the library.
+
+    Args:
+        only: the stem of one file, instead of all.
+        change: what is done to the kernels' text.
+    """
+    for file in (*CSRC.rglob("*.h"), *CSRC.glob(f"cuda/{only}.cu")):
+        kernels = file.suffix == ".cu"
+        to = (folder / file.relative_to(CSRC)).with_suffix(".cpp" if kernels else ".h")
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.with_suffix(".cpp" if file.suffix == ".cu" else ".h").write_text(
-            rewritten(file.read_text())
-        )
+        text = file.read_text()
+        to.write_text(rewritten(change(text) if kernels else text))
     (folder / "cuda" / "ptx.h").unlink()  # the emulator's stands for it
 
     def compile_one(file: Path) -> Path:
@@ -82,7 +89,11 @@ def build_emulated(folder: Path, *flags: str) -> Path:
 
 
 if __name__ == "__main__":
-    import vitkd_fast.functional  # noqa: F401
+    from vitkd_fast import _ops
 
-    torch.ops.load_library(os.environ["VITKD_EMULATED"])
+    emulated = Path(os.environ["VITKD_EMULATED"])
+    torch.ops.load_library(emulated)
+    served = [torch._C._dispatch_dump(f"vitkd_fast::{op.name}") for op in _ops.OPERATIONS]
+    if not any(f"CPU: registered at {emulated.parent}" in by for by in served):
+        sys.exit(f"{emulated} serves no operation")
     sys.exit(pytest.main(sys.argv[1:]))

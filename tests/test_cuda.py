@@ -44,7 +44,7 @@ def test_no_register_spills() -> None:
 if platform.machine() != "x86_64":
     pytest.skip("the emulator switches stacks in x86-64 assembly", allow_module_level=True)
 
-SANITIZERS = ["address", "undefined"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    flags = ["-fsanitize=" + ",".join(SANITIZERS), "-fno-sanitize=vptr"]
-    return build_emulated(tmp_path_factory.mktemp("sanitized"), *flags, "-fno-sanitize-recover=all")
+    return build_emulated(tmp_path_factory.mktemp("sanitized"), *SANITIZERS)
 
 
 def run_emulated(
@@ -64,8 +63,18 @@ def run_emulated(
 ) -> None:  # fmt: skip
     run_tests(
         cwd, [cuda_tools.__file__], str(Path(__file__).with_name(f"test_{stem}.py")), "-k", chosen,
-        "-m", marked, VITKD_EMULATED=str(library), **environment,
+        "-m", marked, "-s", VITKD_EMULATED=str(library), **environment,
     )  # fmt: skip
+
+
+def sanitizers() -> dict[str, str]:
+    """The environment in which a library with sanitizers can be loaded."""
+    libraries = [
+        subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
+        for name in ("asan", "ubsan")
+    ]
+    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options}
 
 
 # forms of every kind of test that are quick there
@@ -104,11 +113,34 @@ def test_all_values(stem: str, emulated: Path, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_under_sanitizers(stem: str, chosen: str, sanitized: Path, tmp_path: Path) -> None:
     """No byte beside an array is touched, and every thread meets the others where it must."""
-    libraries = [
-        subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
-        for name in ("asan", "ubsan")
-    ]
-    run_emulated(
-        sanitized, tmp_path, stem, chosen, LD_PRELOAD=" ".join(libraries),
-        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
-    )  # fmt: skip
+    run_emulated(sanitized, tmp_path, stem, chosen, **sanitizers())
+
+
+MISTAKES = {
+    "no barrier": ("kd", "x;\n  __syncthreads();\n  x =", "x;\n  x =", "bitwise and 70000"),
+    "no barrier between uses": ("rkd", "  __syncthreads();  // of what", "  // of what", "bitwise"),
+    "no barrier between walks":
+        ("attention_map", "    __syncthreads();  // an earlier", "    // an earlier",
+         "bitwise and 150 and js"),
+    "no wait": ("attention_map", "      wait_for_all_but<0>();\n", "", "bitwise and 150 and js"),
+    "wait for too little":
+        ("int8_pwconv", "but<kStages - 2>", "but<kStages - 1>", "pwconv_forms_match"),
+    "a row too many": ("attention_map", "first + r < x.tokens ?", "first + r <= x.tokens ?",
+                       "Sanitize and 65"),
+    "a column too many": ("int8_dwconv", "<= c.width", "<= c.width + 1", "Sanitize"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_found(mistake: str, tmp_path: Path) -> None:
+    stem, right, wrong, chosen = MISTAKES[mistake]
+
+    def change(text: str) -> str:
+        assert text.count(right) == 1
+        return text.replace(right, wrong)
+
+    library = build_emulated(tmp_path, *SANITIZERS, only=stem, change=change)
+    tests = "relations" if stem == "rkd" else stem.replace("dwconv", "ops").replace("pwconv", "ops")
+    with pytest.raises(AssertionError, match=r"FAILED|AddressSanitizer|CUDA emulator"):
+        run_emulated(library, tmp_path, tests, chosen, **sanitizers())

@@ -48,8 +48,8 @@ constexpr size_t kStack = 256 << 10;
 constexpr int kSharedLimit = 227 << 10;  // bytes that a block may ask for, on an H200
 constexpr int kSharedDefault = 48 << 10;
 
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "CUDA emulator: %s\n", what);
+[[noreturn]] inline void fail(const std::string& what) {
+  std::fprintf(stderr, "CUDA emulator: %s\n", what.c_str());
   std::abort();
 }
 
@@ -168,9 +168,7 @@ Brought<T> meet(const char* what, const T& mine) {
   if (meeting.arrived == 0) {
     meeting.what = what;
   } else if (std::strcmp(meeting.what, what) != 0) {
-    std::fprintf(stderr, "CUDA emulator: lanes of a warp are at %s and at %s\n", meeting.what,
-                 what);
-    std::abort();
+    fail(std::string("lanes of a warp are at ") + meeting.what + " and at " + what);
   }
   std::memcpy(meeting.brought[self->lane], &mine, sizeof(T));
   meeting.arrived |= 1u << self->lane;

@@ -72,18 +72,19 @@ struct Fragments {
   uint32_t a[4], b[2];
 };
 
-// Calls set(i, row, column, terms) for the four sums of a lane, where terms(step) gives the words
-// of a and b that meet: kWords of them along the row, a word of `a` being in a[j] of lane l as the
-// PTX manual draws it (rows l / 4 and l / 4 + 8, words l % 4 and l % 4 + 4).
-template <int kWords, class Add>
+// Calls add(i, x, y) for the four sums acc[i] of a lane, with the 8 words of a's row and of b's
+// column that meet. As the PTX manual draws it for each of these products, lane l has words l % 4
+// and l % 4
+// + 4 of rows l / 4 and l / 4 + 8 of a, the same words of column l / 4 of b, and the sums of these
+// rows in columns 2 (l % 4) and the next.
+template <class Add>
 void each_sum(const char* what, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Add&& add) {
-  static_assert(kWords == 8);
   const auto all = emulator::meet(what, Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
   const int lane = emulator::self->lane;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    uint32_t x[kWords], y[kWords];
-    for (int w = 0; w < kWords; ++w) {
+    uint32_t x[8], y[8];
+    for (int w = 0; w < 8; ++w) {
       x[w] = all[row % 8 * 4 + w % 4].a[row / 8 + w / 4 * 2];
       y[w] = all[column * 4 + w % 4].b[w / 4];
     }
@@ -92,7 +93,7 @@ void each_sum(const char* what, const uint32_t (&a)[4], uint32_t b0, uint32_t b1
 }
 
 inline void multiply(int32_t (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  each_sum<8>("mma u8 s8", a, b0, b1, [&](int i, const uint32_t* x, const uint32_t* y) {
+  each_sum("mma u8 s8", a, b0, b1, [&](int i, const uint32_t* x, const uint32_t* y) {
     for (int w = 0; w < 8; ++w) acc[i] = dot4(x[w], y[w], acc[i]);
   });
 }
@@ -121,7 +122,7 @@ inline float cut_off_sum(float acc, const double* terms, int count) {
 template <class Value>
 void multiply_pairs(const char* what, float (&acc)[4], const uint32_t (&a)[4], uint32_t b0,
                     uint32_t b1, Value&& value) {
-  each_sum<8>(what, a, b0, b1, [&](int i, const uint32_t* x, const uint32_t* y) {
+  each_sum(what, a, b0, b1, [&](int i, const uint32_t* x, const uint32_t* y) {
     double terms[16];
     for (int k = 0; k < 16; ++k) {
       const int shift = k % 2 * 16;
@@ -142,10 +143,9 @@ inline void multiply_f16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, u
                  [](uint16_t x) { return static_cast<float>(std::bit_cast<_Float16>(x)); });
 }
 
-// a [16, 8] has the words that the other products would have 0 to 3 of in a[0], a[1], 4 to 7 in
-// a[2], a[3]: one tf32 each, of which the lower 13 bits are not looked at
+// a word is one tf32, of which the lower 13 bits are not looked at
 inline void multiply_tf32(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  each_sum<8>("mma tf32", a, b0, b1, [&](int i, const uint32_t* x, const uint32_t* y) {
+  each_sum("mma tf32", a, b0, b1, [&](int i, const uint32_t* x, const uint32_t* y) {
     double terms[8];
     for (int k = 0; k < 8; ++k) {
       terms[k] =
