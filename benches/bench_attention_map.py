@@ -127,8 +127,11 @@ def bench_forward_backward(race, benchmark, capsys, kind, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, torch.bfloat16) for kind in KINDS), ("kl", torch.float32)],
+    ids=[*KINDS, "kl-fp32"],
+)
 def bench_gpu(race, triton_launcher, capsys, device, kind, dtype):
     tensors = draw(GPU, dtype, device)
     detached = [x.detach() for x in tensors]

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from vitkd_fast import functional, reference
 
 T = 4.0
+ON_CPU = [(256, 1000), (4096, 1000), (1024, 21841), (640, 65536), (8, 150, 128, 128)]
+ON_GPU = [(256, 1000), (4096, 1000), (4096, 21841), (8, 150, 128, 128)]
 SHAPES = [
-    pytest.param((256, 1000), id="256x1000"),
-    pytest.param((4096, 1000), id="4096x1000"),
-    pytest.param((1024, 21841), id="1024x21841"),
-    pytest.param((4096, 21841), id="4096x21841", marks=pytest.mark.gpu),
-    pytest.param((640, 65536), id="640x65536"),
-    pytest.param((8, 150, 128, 128), id="8x150x128x128"),
+    pytest.param(where, shape, id=f"{where}-" + "x".join(map(str, shape)), marks=marks)
+    for where, shapes, marks in (("cpu", ON_CPU, ()), ("cuda", ON_GPU, pytest.mark.gpu))
+    for shape in shapes
 ]
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -100,8 +99,7 @@ def checker(student, teacher, labels, ce_weight):
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5], ids=["kd", "kd+ce"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize(("where", "shape"), SHAPES)
 def bench_forward_backward(race, triton_launcher, device, where, shape, dtype, ce_weight):
     student, teacher, labels = logits(shape, dtype, device)
     compiled = compiled_kd()
@@ -145,8 +143,7 @@ def bench_forward_backward(race, triton_launcher, device, where, shape, dtype, c
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize(("where", "shape"), SHAPES)
 def bench_forward(race, device, where, shape, dtype):
     student, teacher, labels = logits(shape, dtype, device)
     student.requires_grad_(False)
