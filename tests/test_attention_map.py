@@ -25,7 +25,7 @@ from torch.testing import assert_close
 from vitkd_fast import _ops, int8, reference
 from vitkd_fast.functional import attention_map_loss, relation_loss
 
-from .cuda_tools import EMULATED, GPU, needs_gpu_or_emulator
+from .cuda_tools import EMULATED, GPU, captured, needs_gpu_or_emulator
 from .triton_tools import run_tests
 
 ROOT = Path(__file__).parents[1]
@@ -1750,15 +1750,7 @@ def test_cuda_graph(kind: str, dtype: torch.dtype, reduction: str) -> None:
         loss = attention_map_loss(*x, kind=kind, reduction=reduction, key_mask=mask)
         return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = captured(step)
 
     for i in range(3):
         with torch.no_grad():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vitkd_fast import _ops, int8, reference
 
-from .cuda_tools import GPU, needs_gpu_or_emulator
+from .cuda_tools import GPU, captured, needs_gpu_or_emulator
 
 ROOT = Path(__file__).parents[1]
 OPS = torch.ops.vitkd_fast
@@ -633,15 +633,7 @@ def test_cuda_graph() -> None:
     """Replayed, while the pixels change."""
     both = layers("cuda")
     x = random_bytes(4, 9, 8, 16).cuda()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            two_layers(x, *both)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = two_layers(x, *both)
+    graph, y = captured(lambda: two_layers(x, *both))
     for _ in range(3):
         x.copy_(random_bytes(*x.shape))
         graph.replay()

@@ -25,7 +25,7 @@ from vitkd_fast import _ops, int8, reference
 from vitkd_fast.functional import kd_loss
 from vitkd_fast.nn import KDLoss
 
-from .cuda_tools import GPU, needs_gpu_or_emulator
+from .cuda_tools import GPU, captured, needs_gpu_or_emulator
 
 ROOT = Path(__file__).parents[1]
 OPS = torch.ops.vitkd_fast
@@ -1523,15 +1523,7 @@ def test_cuda_graph(
         loss = kd_loss(student, teacher, class_dim=class_dim, reduction=reduction, **options)
         return loss.detach(), torch.autograd.grad(loss.sum(), student)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, grad = step()
+    graph, (loss, grad) = captured(step)
 
     for i, (new_temperature, new_lam) in enumerate([(4.0, 0.3), (0.5, 0.9), (20.0, 0.0)]):
         with torch.no_grad():

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitkd_fast import int8, reference
 from vitkd_fast.functional import at_loss, feature_loss, nst_loss, relations, rkd_loss
 
-from .cuda_tools import GPU, needs_gpu_or_emulator
+from .cuda_tools import GPU, captured, needs_gpu_or_emulator
 from .triton_tools import (
     INTERPRETED,
     assert_nothing_is_spilled,
@@ -762,15 +762,7 @@ def test_cuda_graph(name: str) -> None:
         value = loss(leaf, t)
         return value.detach(), torch.autograd.grad(value, leaf)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = captured(step)
     for _ in range(3):
         with torch.no_grad():
             leaf.copy_(draw(*x.shape))
