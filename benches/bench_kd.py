@@ -12,6 +12,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_tools import captured
 
 from vitkd_fast import functional, reference
 
@@ -167,14 +168,7 @@ def bench_forward(race, device, where, shape, dtype):
 
 def graphed(step):
     """The step as a CUDA graph: what remains without launch overhead."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value = step()
+    graph, value = captured(step)
 
     def replay():
         graph.replay()

@@ -63,7 +63,7 @@ def run_emulated(
 ) -> None:  # fmt: skip
     run_tests(
         cwd, [cuda_tools.__file__], str(Path(__file__).with_name(f"test_{stem}.py")), "-k", chosen,
-        "-m", marked, "-s", VITKD_EMULATED=str(library), **environment,
+        "-m", marked, "-s", "-p", "no:faulthandler", VITKD_EMULATED=str(library), **environment,
     )  # fmt: skip
 
 
@@ -125,6 +125,8 @@ MISTAKES = {
     "no wait": ("attention_map", "      wait_for_all_but<0>();\n", "", "bitwise and 150 and js"),
     "wait for too little":
         ("int8_pwconv", "but<kStages - 2>", "but<kStages - 1>", "pwconv_forms_match"),
+    "a lane too few": ("rkd", "step /= 2) x +=", "step /= 2) if (threadIdx.x % 32 != 5) x +=",
+                       "bitwise and rkd"),
     "a row too many": ("attention_map", "first + r < x.tokens ?", "first + r <= x.tokens ?",
                        "Sanitize and 65"),
     "a column too many": ("int8_dwconv", "<= c.width", "<= c.width + 1", "Sanitize"),

@@ -194,9 +194,10 @@ inline void run_block(const std::vector<int>& order) {
   }
   block.live = static_cast<int>(order.size());
   block.waiting = 0;
+  bool moved = true;
   while (block.live > 0) {
-    bool moved = false;
-    const unsigned left_out = block.uneven ? chance() : 0;
+    const unsigned left_out = block.uneven && moved ? chance() : 0;
+    moved = false;
     for (const int i : order) {
       self = threads[i].get();
       if (left_out >> (i / kWarp) & 1) continue;
