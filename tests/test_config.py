@@ -64,6 +64,23 @@ def test_number(number: str) -> None:
     assert changed(f"student.model='{number}'").student.model == number
 
 
+def test_only_numbers_are_read_as_numbers() -> None:
+    """YAML 1.1 makes 8 of 010, a date of 2026-01-31, and False of no."""
+    assert changed("run.epochs=010").run.epochs == 10
+    for text in ("2026-01-31", "no", "on", "1:30:00", "0b1", "1_0"):
+        assert changed(f"run.folder={text}").run.folder == text
+    options = changed("student.options={a: &x {b: 1}, c: {<<: *x, d: null}}").student.options
+    assert options == {"a": {"b": 1}, "c": {"b": 1, "d": None}}
+
+
+def test_losses_that_are_not_named() -> None:
+    student, images = "student.model=mobilenetv2_050", "data.train=pictures"
+    alone = load(None, [student, images]).losses
+    assert alone == Losses(ce=CE())
+    taught = load(None, [student, images, "teacher.model=vit_tiny_patch16_224"]).losses
+    assert taught == Losses(kd=KD(temperature=4))
+
+
 def test_schedule() -> None:
     ce = changed("losses.ce.weight={start: 1, end: 0.5, until: 0.5}").losses.ce
     assert ce is not None
@@ -102,7 +119,13 @@ def test_alone_keeps_the_smoothing() -> None:
         ("losses.ce.weight={start: 1, end: 1, until: 0}", "losses.ce.weight.until: 0"),
         ("losses.ce={label_smoothing: 2}", "losses.ce.label_smoothing: 2"),
         ("losses.kd={temperature: 0}", "losses.kd.temperature: 0"),
-        ("data.train=2012", r"data.train: 2012 \(int\)"),
+        ("data.train=2012", r"data.train: 2012 \(int\) given; .* string; quote it"),
+        ("run.alone=no", r"run.alone: 'no' \(str\)"),
+        ("run.epochs=1:30", r"run.epochs: '1:30' \(str\)"),
+        ("run.epochs=1_000", r"run.epochs: '1_000' \(str\)"),
+        ("run.epochs=0x10", r"run.epochs: '0x10' \(str\)"),
+        ("losses.kd={temperature: 2, temperature: 4}", "losses.kd: no YAML: key 'temperature' sta"),
+        ("run.epochs=!!int x", "run.epochs: no YAML: "),
         ("data=null", r"data: None \(NoneType\) given; input should be a valid dictionary$"),
         ("data.holdout=1", "data.holdout: 1"),
         ("run.seeds=[]", "run.seeds: "),

@@ -39,9 +39,21 @@ class Calibration(str, Enum):
     minmax = "minmax"
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"vitkd_fast {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
 ) -> None:
     # declared here for the help text; main reads it, which is where errors arrive
     del debug
@@ -60,6 +72,13 @@ def distill(
         bool, typer.Option("--resume", help="Go on with the run in run.folder.")
     ] = False,
     skip_bad: SkipBad = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Train nothing: say what data and models there are, and what a run costs.",
+        ),
+    ] = False,
 ) -> None:
     """Train a student with and without its teacher, compare them, and write a report.
 
@@ -78,7 +97,21 @@ def distill(
     source = overrides.pop(0) if overrides and "=" not in overrides[0] else None
     if skip_bad:
         overrides.append("data.skip_bad=true")
-    _run(config.load(source, overrides), resume)
+    _run(config.load(source, overrides), resume, dry_run)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that ship with the package: teacher, student, losses and epochs.
+
+    Example: vitkd recipes
+    """
+    from .distill import config
+
+    names = config.recipes()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:{width}}  {config.about(name)}")
 
 
 @app.command("eval")
@@ -321,12 +354,12 @@ def _is_int8(model: str) -> bool:
         return False
 
 
-def _run(config, resume: bool) -> None:  # type: ignore[no-untyped-def]
+def _run(config, resume: bool, dry_run: bool = False) -> None:  # type: ignore[no-untyped-def]
     from .distill import report
     from .distill.experiment import distill
 
-    results = distill(config, resume=resume)
-    if os.environ.get("RANK", "0") != "0":  # torchrun's: the first process speaks
+    results = distill(config, resume=resume, dry_run=dry_run)
+    if dry_run or os.environ.get("RANK", "0") != "0":  # torchrun's: the first process speaks
         return
     print(report.table(results))
     print(results["verdict"])
@@ -345,3 +378,7 @@ def main() -> None:
             why += '; pip install "vitkd-fast[distill]" brings what training needs'
         print(f"vitkd: {type(error).__name__}: {why} (traceback: vitkd --debug)", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
+
+
+if __name__ == "__main__":
+    main()

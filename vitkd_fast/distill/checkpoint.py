@@ -5,10 +5,11 @@ Random numbers are a function of (seed, step, rank) and need no place here (data
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -118,7 +119,28 @@ def check_folder(folder: Path, need: int) -> None:
         probe.unlink()
     except OSError as error:
         raise CheckpointError(f"run.folder: {folder} cannot be written: {error}") from error
-    if (free := shutil.disk_usage(folder).free) < need:
+    if (left := free(folder)) < need:
         raise CheckpointError(
-            f"run.folder: {folder} has {free >> 20} MiB left, and checkpoints take {need >> 20} MiB"
+            f"run.folder: {folder} has {left >> 20} MiB left, and checkpoints take {need >> 20} MiB"
         )
+
+
+def free(folder: Path) -> int:
+    """Bytes that are free where a folder is, or would be."""
+    there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+    return shutil.disk_usage(there).free
+
+
+def lock(folder: Path) -> IO[str]:
+    """Keeps other processes out of a run's folder for as long as the file returned is open.
+
+    Raises:
+        CheckpointError: another process is in it.
+    """
+    file = open(folder / ".lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise CheckpointError(f"run.folder: {folder} is in use by another process") from error
+    return file

@@ -134,6 +134,16 @@ class Config(Section):
     int8: Int8 = Int8()
     run: Run = Run()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_losses(cls, tree: Any) -> Any:
+        """Without `losses`: kd at temperature 4 with a teacher, else the cross-entropy."""
+        if not isinstance(tree, dict) or "losses" in tree:
+            return tree
+        teacher = tree.get("teacher")
+        taught = isinstance(teacher, dict) and teacher.get("model")
+        return {**tree, "losses": {"kd": {"temperature": 4.0}} if taught else {"ce": {}}}
+
     @model_validator(mode="after")
     def _whole(self) -> Config:
         if not self.student.model:
@@ -173,18 +183,51 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: 1e-3 is a number, which YAML 1.1 reads as a string."""
+    """YAML 1.2's core schema, in which nothing but a number looks like one.
+
+    YAML 1.1 reads no and on as booleans, 1:30 as 90, 010 as 8, 1_000 as 1000, 2026-01-31 as a date
+    and 1e-3 as a string. A key that stands twice is an error.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice[0]!r} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
+for _tag, _pattern, _first in (
+    ("merge", r"<<", ["<"]),
+    ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    (
+        "float",
+        r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"{_pattern}$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def recipes() -> list[str]:
     """The names of the recipes that ship with the package."""
     folder = resources.files("vitkd_fast") / "recipes"
     return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def about(recipe: str) -> str:
+    """A recipe's teacher, student, losses and length, in a line."""
+    tree = _read(recipe)
+    return (
+        f"{tree['teacher']['model']} -> {tree['student']['model']}; losses: "
+        f"{', '.join(tree['losses'])}; {tree['run']['epochs']} epochs"
+    )
 
 
 def load(source: str | Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -248,7 +291,7 @@ def validate(tree: dict[str, Any]) -> Config:
 def _parse(text: str, name: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a tag that its value does not fit
         raise ConfigError(f"{name}: no YAML: {' '.join(str(error).split())}") from error
 
 
@@ -265,8 +308,9 @@ def _explain(error: Any) -> str:
     key = ".".join([*path, last])
     if error["type"] != "extra_forbidden":
         given = f"{error['input']!r} ({type(error['input']).__name__})"
+        quote = "; quote it: \"'...'\"" if error["type"] == "string_type" else ""
         # pydantic adds "or instance of" one of our classes
-        return f"{key}: {given} given; {error['msg'].split(' or instance')[0].lower()}"
+        return f"{key}: {given} given; {error['msg'].split(' or instance')[0].lower()}{quote}"
     # without the path, which would make all names alike
     valid = {name: ".".join([*path, name]) for name in _fields(Config, path)}
     if close := difflib.get_close_matches(last, valid, n=1, cutoff=0.5):

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..functional import Labels
 from .config import Augmentation, Config, ConfigError, Data
-from .sources import UNREADABLE, DataError, Source, Splits, count
+from .sources import UNREADABLE, DataError, Part, Source, Splits, count, spread
 
 
 def seed_all(*key: int) -> None:
@@ -356,3 +356,19 @@ def val_loader(config: Config, splits: Splits) -> Loader:
     section = config.data
     transform = eval_transform(section.image_size, section.crop_pct, section.interpolation)
     return Loader(splits.val, transform, section, seed=None)
+
+
+def sample(config: Config, source: Any, images: int, ranks: int = 1) -> Iterator[Batch]:
+    """Batches of at least `images` of a source on each of the ranks, evenly spread where they have
+    indices, prepared as in validation; fewer where there are fewer."""
+    section = config.data
+    if not isinstance(source, IterableDataset):
+        # a loader gives each of several processes its share
+        source = Part(source, spread(len(source), images * ranks))
+    transform = eval_transform(section.image_size, section.crop_pct, section.interpolation)
+    seen = 0
+    for batch in Loader(source, transform, section, seed=None).epoch():
+        yield batch
+        seen += len(batch.labels)
+        if seen >= images:
+            break

@@ -246,6 +246,15 @@ def _seconds(predictor: Predictor, pictures: Tensor) -> float:
     return float(np.median(times))
 
 
+def count_macs(model: nn.Module, image_size: int) -> int:
+    """MACs (flops / 2) of one image: convolutions, matrix products, attention."""
+    # a copy without storage: nothing is computed, and the model's mode and statistics stay
+    meta = copy.deepcopy(model).to("meta", torch.float32).eval()
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        meta(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return counter.get_total_flops() // 2
+
+
 @torch.inference_mode()
 def cost(
     predictor: Predictor,
@@ -271,10 +280,6 @@ def cost(
     """
     if image_size < 1 or batch < 1:
         raise ValueError(f"cost: image_size {image_size}, batch {batch}; accepted are 1 and more")
-    # a copy without storage: nothing is computed, and the model's mode and statistics stay
-    meta = copy.deepcopy(model).to("meta", torch.float32).eval()
-    with FlopCounterMode(display=False) as counter:
-        meta(torch.empty(1, 3, image_size, image_size, device="meta"))
     size = (batch, 3, image_size, image_size)
     pictures = torch.randint(256, size, dtype=torch.uint8, device=device)
     # as a loader gives them
@@ -282,7 +287,7 @@ def cost(
     stored = [*model.parameters(), *model.buffers()]
     return Cost(
         parameters=sum(x.numel() for x in model.parameters()),
-        macs=counter.get_total_flops() // 2,
+        macs=count_macs(model, image_size),
         bytes=file.stat().st_size if file else sum(x.nbytes for x in stored),
         latency_ms=1e3 * _seconds(predictor, pictures[:1]),
         images_per_s=batch / _seconds(predictor, pictures),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import copy
 import functools
 import io
+import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -18,12 +21,13 @@ from torch import Tensor, nn
 
 from .. import int8, models
 from .._files import replacing
-from . import checkpoint, data, evaluate, journal, quantized, report, sources
+from . import checkpoint, data, evaluate, identity, journal, quantized, report, sources
 from .config import Config, ConfigError, Model, Optimizer
 from .loop import Learner, Place, Trainer, build_optimizer, cpu_capabilities
 from .losses import Losses
 
 _THUMBNAILS = 24
+_SIGNIFICANT = 0.05
 # what may differ when a run goes on: where things are, and how they are computed
 _MAY_CHANGE = {
     "data": {"root", "train", "val", "workers", "skip_bad"},
@@ -34,7 +38,7 @@ _MAY_CHANGE = {
 }
 
 
-def distill(config: Config, *, resume: bool = False) -> dict[str, Any]:
+def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Trains, evaluates and reports what `config` says; the results are report.json's.
 
     Under torchrun every process calls this, and the first one writes.
@@ -42,6 +46,7 @@ def distill(config: Config, *, resume: bool = False) -> dict[str, Any]:
     Args:
         config: from `config.load`.
         resume: go on in a folder that holds a run; what is done there is not done again.
+        dry_run: say what there is and what it would cost, and return {}; nothing is written.
 
     Raises:
         ConfigError, DataError, CheckpointError: what cannot be run, before any training where it
@@ -50,7 +55,8 @@ def distill(config: Config, *, resume: bool = False) -> dict[str, Any]:
     """
     place = Place.of(config)
     try:
-        return _Experiment(config, place, resume).run()
+        experiment = _Experiment(config, place, resume)
+        return experiment.estimate() if dry_run else experiment.run()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -61,12 +67,17 @@ class _Experiment:
         """Finds out what can be known before any training; writes nothing."""
         self.config, self.place, self.resume = config, place, resume
         self.folder = Path(config.run.folder)
-        self._check_folder()
+        self.warnings: list[str] = []
+        resumes = self._check_folder()
         self.splits = sources.open_data(config.data, config.student.options.get("num_classes"))
         self.classes = self.splits.classes
+        self.fingerprint = identity.fingerprint(self.splits)
+        if resumes and (begun := self.folder / "data.json").exists():
+            identity.check_resumed(json.loads(begun.read_text()), self.fingerprint)
         self.teacher = self._create_teacher() if config.teacher.model else None
         student = self._create(config.student, len(self.classes))
         self._try("student", student)
+        self._try_batch("student", student)
         build_optimizer(student, config.optimizer)
         self._try_losses(student)
         data.loaders(config, self.splits, 0, config.optimizer.accumulate)
@@ -75,17 +86,21 @@ class _Experiment:
         self.role = "distilled" if self.teacher else "alone"
         self.notes: list[str] = []
 
-    def _check_folder(self) -> None:
-        """Refuses another run's folder."""
+    def _check_folder(self) -> bool:
+        """Whether the folder holds a run to go on with; refuses another's.
+
+        What failed before it saved anything is no run.
+        """
         file = self.folder / "config.yaml"
-        if not file.exists():
-            return
+        if not file.exists() or not any(self.folder.glob("*/*.safetensors")):
+            return False
         if not self.resume:
             raise ConfigError(
                 f"run.folder: {self.folder} holds a run; --resume goes on with it, or name another"
             )
         if keys := _differing(yaml.safe_load(file.read_text()), self.config.model_dump()):
             raise ConfigError(f"--resume: {self.folder} was begun with another {', '.join(keys)}")
+        return True
 
     def _create(self, model: Model, num_classes: int | None) -> nn.Module:
         options = {k: v for k, v in model.options.items() if k != "num_classes"}
@@ -110,6 +125,25 @@ class _Experiment:
                 f"{name}.model: cannot read pictures of data.image_size {size}: {why}"
             ) from error
 
+    def _try_batch(self, name: str, model: nn.Module) -> None:
+        """Finds out whether the model can be trained on batches of the run's size."""
+        size = self.config.data.image_size
+        if self.config.data.batch_size == 1:
+            trained = models.predictor(copy.deepcopy(model).train())
+            try:
+                with torch.no_grad():
+                    trained(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+            except ValueError as error:  # a batch norm without a second value
+                raise ConfigError(
+                    f"data.batch_size: 1 given; {name}.model has batch norms that take 2 or more"
+                ) from error
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if (momentum := max((m.momentum or 0.0 for m in norms), default=0.0)) > 0.5:
+            self.warnings.append(
+                f"{name}.model: its batch norms have momentum {momentum:g}, so that their running "
+                "statistics are the last batch's; usual is 0.1"
+            )
+
     def _try_losses(self, student: nn.Module) -> None:
         """Finds out whether the losses get what they ask of student and teacher."""
         ask = models.predictor(self.teacher).eval() if self.teacher else None
@@ -127,11 +161,15 @@ class _Experiment:
         section, classes = self.config.teacher, len(self.classes)
         data.seed_all(0)
         if Path(section.model).is_file():
-            teacher = models.load(section.model).model
+            loaded = models.load(section.model)
+            identity.check_classes(f"teacher.model: {section.model}", loaded.classes, self.classes)
+            teacher = loaded.model
+            self.origin = section.model
         else:
             # weights of timm's keep timm's classes, so that a mismatch is seen
             own = section.options.get("num_classes", classes if section.checkpoint else None)
             teacher = self._create(section, classes if section.epochs else own)
+            self.origin = section.checkpoint or section.model
         if (found := getattr(teacher, "num_classes", classes)) != classes:
             raise ConfigError(
                 f"teacher.model: {section.model} answers in {found} classes, and the pictures have "
@@ -191,8 +229,14 @@ class _Experiment:
             dist.barrier()  # every rank has looked at the folder
         if self.place.rank == 0:
             checkpoint.check_folder(self.folder, 1 << 20)
+            self.lock = checkpoint.lock(self.folder)
             with replacing(self.folder / "config.yaml") as part:
                 part.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+            with replacing(self.folder / "data.json") as part:
+                part.write_text(json.dumps(self.fingerprint))
+        self._describe()
+        if self.teacher and not config.teacher.epochs:
+            self._score_teacher()
         if self.teacher and config.teacher.epochs:
             self.teacher = self._train(
                 "teacher",
@@ -204,13 +248,10 @@ class _Experiment:
                 config.teacher.epochs,
                 seed=0,
             )
+            self._score_teacher()
         students: dict[str, dict[int, nn.Module]] = {}
-        roles: dict[str, tuple[nn.Module | None, Losses]] = {}
-        if config.run.alone and self.teacher:
-            roles["alone"] = None, config.losses.alone()
-        roles[self.role] = self.teacher, config.losses
         for seed in config.run.seeds:
-            for role, (teacher, losses) in roles.items():
+            for role, (teacher, losses) in self._roles().items():
                 data.seed_all(seed)
                 student = self._create(config.student, len(self.classes))
                 students.setdefault(role, {})[seed] = self._train(
@@ -241,6 +282,89 @@ class _Experiment:
         results = self._results(students, engines, evaluations)
         report.write(results, self.folder)
         return results
+
+    def _say(self, line: str) -> None:
+        if self.place.rank == 0:
+            print(line, flush=True)
+
+    def _describe(self) -> None:
+        """Says what there is before anything is trained."""
+        splits = self.splits
+        train, val = sources.count(splits.train), sources.count(splits.val)
+        self._say(
+            f"data: {train} training images, {val} for validation, {len(self.classes)} classes"
+        )
+        counted = sources.labels(splits.train)
+        if counted is not None:
+            self._say(f"classes (training images): {identity.count_classes(counted, self.classes)}")
+        for line in self.warnings:
+            self._say(f"warning: {line}")
+
+    def _score_teacher(self) -> None:
+        """Says what the teacher knows of the images; refuses one given that knows nothing."""
+        config, classes = self.config, len(self.classes)
+        assert self.teacher is not None
+        right, images = identity.score(
+            config, self._predictor(self.teacher), self.splits, self.place.device
+        )
+        self._say(
+            f"teacher: {config.teacher.model}: top-1 {right / images:.1%} of {images} validation "
+            f"images (guessing: {1 / classes:.1%}); weights: {self.origin}"
+        )
+        if not identity.is_no_teacher(right, images, classes):
+            return
+        pixels = self._pixels(self.teacher)
+        why = (
+            f"teacher.model: {config.teacher.model} gets {right} of {images} validation images "
+            f"right, where guessing gets {images / classes:.0f}"
+        )
+        if config.teacher.epochs:
+            self._say(f"warning: {why}: it has hardly learned; try more teacher.epochs")
+        else:
+            raise ConfigError(
+                f"{why}: it cannot teach these classes. Check its weights ({self.origin}), that "
+                f"its classes are the images' in this order, and its mean {pixels.mean} and std "
+                f"{pixels.std}"
+            )
+
+    def estimate(self) -> dict[str, Any]:
+        """Says what a run would be: data, models, the teacher's score, a step's cost, disk."""
+        config, size = self.config, self.config.data.image_size
+        self._describe()
+        if self.teacher and not config.teacher.epochs:
+            self._score_teacher()
+        data.seed_all(0)
+        student = self._create(config.student, len(self.classes))
+        for name, model in (("teacher", self.teacher), ("student", student)):
+            if model:
+                parameters = sum(x.numel() for x in model.parameters())
+                macs = evaluate.count_macs(model, size)
+                self._say(f"{name}: {parameters:,} parameters, {macs / 1e6:.4g} MMACs an image")
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                config, student, self.teacher, config.losses, config.optimizer, config.run.epochs,
+                self.splits, Path(folder), seed=config.run.seeds[0], title="dry run",
+                place=self.place, save_model=lambda *_: None,
+            )  # fmt: skip
+            seconds = trainer.seconds_per_step()
+        runs = len(config.run.seeds)
+        compared = " and as often without the teacher" if "alone" in self._roles() else ""
+        self._say(
+            f"a step: {seconds:.3g} s; {trainer.total:,} steps for each of {runs} seeds: "
+            f"{seconds * trainer.total * runs / 3600:.2g} h{compared}"
+        )
+        need = trainer.disk * runs * len(self._roles())
+        free = checkpoint.free(self.folder)
+        self._say(f"disk: {need / 1e6:,.0f} MB at most in {self.folder}, {free / 1e6:,.0f} MB free")
+        return {}
+
+    def _roles(self) -> dict[str, tuple[nn.Module | None, Losses]]:
+        """What each seed trains: the teacher it learns from, and its losses."""
+        roles: dict[str, tuple[nn.Module | None, Losses]] = {}
+        if self.config.run.alone and self.teacher:
+            roles["alone"] = None, self.config.losses.alone()
+        roles[self.role] = self.teacher, self.config.losses
+        return roles
 
     def _engines(self, trained: dict[int, nn.Module]) -> list[int8.Session]:
         """The students in the int8 engine, of the same files on every rank; [] where it cannot."""
@@ -463,7 +587,7 @@ def _compare(evaluations: dict[str, list[evaluate.Evaluation]]) -> dict[str, Any
 
 
 def _verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
-    """One sentence: more than two standard errors over at least three seeds count."""
+    """One sentence: p < 0.05, of a paired t-test over at least three seeds, counts."""
     if comparison is None:
         if not compared:
             return "One way of training only: run.alone=true and a teacher compare two."
@@ -474,8 +598,9 @@ def _verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
     if errors is not None:
         size += f", {errors:+.1f} standard errors"
     size += f", p = {comparison['p']:.2g}, over {seeds} seeds"
-    # equal differences in every seed have no standard error
-    clear = seeds >= 3 and (abs(errors) > 2 if errors is not None else points != 0)
+    # equal differences in every seed have no standard error, and p is 0 or 1
+    clear = seeds >= 3 and comparison["p"] < _SIGNIFICANT
+    size += f"; it takes p below {_SIGNIFICANT} over 3 seeds or more"
     if clear and points > 0:
         return f"Distilled beats alone: {size}."
     if clear:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import itertools
 import math
 import os
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -43,6 +45,10 @@ class NonFiniteError(RuntimeError):
 
 class Stopped(RuntimeError):
     """A signal ended the run, which is saved."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number  # of the command line, as of a process that the signal ended
 
 
 @dataclass(frozen=True)
@@ -328,9 +334,10 @@ class Trainer:
         # signals are agreed on here, so that no rank waits for its device
         self._control: Any = dist.new_group(backend="gloo") if place.ranks > 1 else None
 
-        state = sum(p.numel() * p.element_size() for p in self.parameters)
+        # at most: weights, moments, average; old and new
+        self.disk = 8 * sum(p.numel() * p.element_size() for p in self.parameters)
         if place.rank == 0:
-            checkpoint.check_folder(folder, 8 * state)  # weights, moments, average; old and new
+            checkpoint.check_folder(folder, self.disk)
         self.path = folder / "checkpoint.safetensors"
         if resume and self.path.exists():
             info = checkpoint.restore(self.path, self._modules(), self.optimizer)
@@ -370,6 +377,17 @@ class Trainer:
         self.scheduler.step_update(self.step)
         if self.ema:
             self.ema.update(self.model, step=self.step)
+
+    def seconds_per_step(self, steps: int = 3) -> float:
+        """The median of a few steps, after one that warms up; the student is trained by them."""
+        times = []
+        batches = itertools.chain.from_iterable(map(self.loader.epoch, itertools.count()))
+        for _ in range(steps + 1):
+            start = time.monotonic()
+            self.update(batches)
+            self._check()  # waits for the device
+            times.append(time.monotonic() - start)
+        return statistics.median(times[1:])
 
     def run(self) -> nn.Module:
         """Trains to the end and returns the trained weights: their average, where one is kept.
@@ -443,7 +461,8 @@ class Trainer:
             self._save()
             raise Stopped(
                 f"{self.title}: stopped by {signal.Signals(number).name} after step {self.step} of "
-                f"{self.total}; --resume goes on"
+                f"{self.total}; --resume goes on",
+                number,
             )
 
     def _share_buffers(self) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from .. import int8
 from ..int8.calibrate import Calibration
 from ..models import Pixels
-from . import data, sources
+from . import data
 from .config import Config
 
 
@@ -23,17 +22,12 @@ def calibration_pictures(config: Config, train: Any, ranks: int = 1) -> Tensor:
     Raises:
         DataError: naming a file that cannot be read.
     """
-    section, wanted = config.data, config.int8.pictures
-    if not isinstance(train, IterableDataset):
-        # a loader gives each of several processes its share
-        train = sources.Part(train, sources.spread(len(train), wanted * ranks))
-    transform = data.eval_transform(section.image_size, section.crop_pct, section.interpolation)
-    batches, seen = [], 0
-    for batch in data.Loader(train, transform, section, seed=None).epoch():
-        batches.append(batch.images.permute(0, 2, 3, 1).clone())  # a worker lends its memory
-        seen += len(batch.labels)
-        if seen >= wanted:
-            break
+    wanted = config.int8.pictures
+    # a copy: a worker lends its memory
+    batches = [
+        batch.images.permute(0, 2, 3, 1).clone()
+        for batch in data.sample(config, train, wanted, ranks)
+    ]
     return torch.cat(batches)[:wanted]
 
 

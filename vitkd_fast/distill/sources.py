@@ -254,24 +254,33 @@ def _open_named(config: Data, classes: int | None) -> Splits:
 
 def _hold_out(source: Source, config: Data, skipped: list[str]) -> Splits:
     """Keeps a share of every class for validation, always the same pictures."""
-    if isinstance(source, Timm):
-        labels = [label for _, label in source.dataset.reader.samples]
-    else:
-        labels = [source.read(i)[1] for i in range(len(source))]
+    found = labels(source)
+    assert found is not None  # of folders and digits
     groups: dict[int, list[int]] = defaultdict(list)
-    for i, label in enumerate(labels):
+    for i, label in enumerate(found):
         groups[label].append(i)
     shuffled = random.Random(0)
     kept = set()
     for group in groups.values():
         shuffled.shuffle(group)
         kept.update(group[: round(config.holdout * len(group))])
-    if not 0 < len(kept) < len(labels):
+    if not 0 < len(kept) < len(found):
         raise DataError(
-            f"data.holdout: {config.holdout} of {len(labels)} pictures leaves none on one side"
+            f"data.holdout: {config.holdout} of {len(found)} pictures leaves none on one side"
         )
-    train = Part(source, [i for i in range(len(labels)) if i not in kept])
+    train = Part(source, [i for i in range(len(found)) if i not in kept])
     return Splits(train, Part(source, sorted(kept)), source.classes, skipped)
+
+
+def labels(source: Any) -> list[int] | None:
+    """The label of each picture, where that takes no reading of pictures."""
+    if isinstance(source, Part):
+        known = labels(source.source)
+        return known and [known[i] for i in source.index]
+    if isinstance(source, Digits):
+        return [int(label) for label in source.labels]
+    samples = getattr(getattr(getattr(source, "dataset", None), "reader", None), "samples", None)
+    return samples and [int(label) for _, label in samples]
 
 
 def count(source: Any) -> int:

@@ -1,0 +1,137 @@
+"""Whether models and images belong together: classes, what a run was begun with, a teacher's score.
+
+Teacher, student, a resumed run, `vitkd eval` and an int8 file are all compared here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import scipy.stats  # type: ignore[import-untyped]
+import torch
+from torch.utils.data import IterableDataset
+
+from .. import models
+from ..pictures import DataError
+from . import data, evaluate, sources
+from .config import Config
+
+# of validation, evenly spread: what a teacher is scored on before it teaches
+SCORED_IMAGES = 256
+
+
+def class_indices(key: str, known: Sequence[str], given: Sequence[str]) -> dict[str, int]:
+    """The index of each class of the images among a model's classes.
+
+    Args:
+        key: names the model in an error.
+        known: the model's class names; the ids of WordNet count too where they are ImageNet's, and
+            whole numbers count as indices. Names that are nothing but 0, 1, ... say nothing, and
+            as many classes, of whatever names, are these in their order.
+        given: the images' class names, all or some of the model's, in their order.
+
+    Raises:
+        DataError: a class that the model does not have; names the difference.
+    """
+    numbers = [str(i) for i in range(len(known))]
+    for names in models.class_names(known):
+        if set(given) <= set(names):
+            return {name: names.index(name) for name in given}
+    if all(name.isdecimal() and int(name) < len(known) for name in given):
+        return {name: int(name) for name in given}
+    if list(known) == numbers and len(given) == len(known):
+        return {name: i for i, name in enumerate(given)}
+    raise DataError(f"{key}: {_difference(known, given)}")
+
+
+def check_classes(key: str, known: Sequence[str], given: Sequence[str]) -> None:
+    """Raises DataError unless a model's classes are the images', in the same order."""
+    if len(known) != len(given):
+        raise DataError(
+            f"{key}: has {len(known)} classes, and the images have {len(given)}; "
+            f"{_difference(known, given)}"
+        )
+    if list(class_indices(key, known, given).values()) != list(range(len(given))):
+        raise DataError(
+            f"{key}: its classes are the images' in another order: {_few(known)}, and "
+            f"{_few(given)} in the images"
+        )
+
+
+def _difference(known: Sequence[str], given: Sequence[str]) -> str:
+    missing = [name for name in given if name not in set(known)]
+    unused = [name for name in known if name not in set(given)]
+    return f"classes of the images that it lacks: {_few(missing)}; its others: {_few(unused)}"
+
+
+def _few(names: Sequence[str], most: int = 10) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
+
+
+def fingerprint(splits: sources.Splits) -> dict[str, Any]:
+    """What tells a run's images from others: classes, counts, and the files' names below the root.
+
+    The folder may move; the pixels are not read.
+    """
+    parts = {"train": splits.train, "val": splits.val}
+    return {"classes": list(splits.classes)} | {k: _names(x) for k, x in parts.items()}
+
+
+def _names(source: Any) -> dict[str, Any]:
+    images = sources.count(source)
+    if isinstance(source, IterableDataset):
+        return {"images": images}
+    names = [source.name(i) for i in range(len(source))]
+    root = os.path.commonpath(names) if names and os.path.isabs(names[0]) else ""
+    digest = hashlib.sha256("\n".join(name.removeprefix(root) for name in names).encode())
+    return {"images": images, "names": digest.hexdigest()}
+
+
+def check_resumed(begun: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises DataError unless a run goes on with the images it was begun with."""
+    if begun["classes"] != now["classes"]:
+        raise DataError(
+            f"--resume: the run was begun with the classes {_few(begun['classes'])}; the images "
+            f"have {_few(now['classes'])}"
+        )
+    for part in ("train", "val"):
+        before, after = begun[part], now[part]
+        if before != after:
+            what = "files of other names"
+            if before["images"] != after["images"]:
+                what = f"{after['images']}"
+            raise DataError(
+                f"--resume: the run was begun with {before['images']} images in data.{part}, and "
+                f"there are {what} now; order and schedule would not be the run's"
+            )
+
+
+def score(config: Config, predictor: Any, splits: sources.Splits, device: Any) -> tuple[int, int]:
+    """How many of some validation images a predictor gets right, and of how many."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    share = -(-SCORED_IMAGES // ranks)
+    found = evaluate.evaluate(
+        predictor,
+        ((x.images, x.labels) for x in data.sample(config, splits.val, share, ranks)),
+        classes=len(splits.classes),
+        device=device,
+    )
+    images = int(found.confusion.sum())
+    return round(found.metrics["top1"] * images), images
+
+
+def is_no_teacher(right: int, images: int, classes: int) -> bool:
+    """Whether a top-1 of chance + 10% of what is left above it can be ruled out (p < 0.05)."""
+    least = 1 / classes + 0.1 * (1 - 1 / classes)
+    return bool(scipy.stats.binom.cdf(right, images, least) < 0.05)
+
+
+def count_classes(labels: Iterable[int], classes: Sequence[str]) -> str:
+    """The classes with their counts, for people."""
+    counts = torch.bincount(torch.tensor(list(labels), dtype=torch.int64), minlength=len(classes))
+    pairs = [f"{name} ({n})" for name, n in zip(classes, counts.tolist(), strict=True)]
+    return _few(pairs, 20)
