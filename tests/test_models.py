@@ -294,11 +294,11 @@ def test_create_errors(tmp_path: Path) -> None:
         create(name, image_size=64, options={"dept": 3})
     with pytest.raises(ValueError, match="'img_size'"):
         create(name, options={"img_size": 64})
-    with pytest.raises(ValueError, match=r"checkpoint no\.pth .* does not fit .*FileNotFound"):
+    with pytest.raises(ValueError, match=r"checkpoint no\.pth: no such file"):
         create(name, checkpoint="no.pth")
     torch.save(create(name, num_classes=4).state_dict(), file := tmp_path / "four.pth")
     for classes in (3, None):
-        fits_not = rf"four\.pth with num_classes={classes} does not fit {name}: .*classifier"
+        fits_not = rf"four\.pth has 4 classes, and {name} with num_classes={classes} .*classifier"
         with pytest.raises(ValueError, match=fits_not):
             create(name, num_classes=classes, checkpoint=file)
     with pytest.raises(ValueError, match=r"four\.pth .* not fit mobilenetv2_050: .*blocks\.3\.2"):
@@ -306,7 +306,7 @@ def test_create_errors(tmp_path: Path) -> None:
     for content in (b"", b"not a model", file.read_bytes()[:5000]):
         for suffix in (".pth", ".safetensors"):
             (damaged := tmp_path / f"damaged{suffix}").write_bytes(content)
-            with pytest.raises(ValueError, match=rf"damaged{suffix} .*does not fit {name}: \S"):
+            with pytest.raises(ValueError, match=rf"damaged{suffix} is (damaged|empty)"):
                 create(name, num_classes=4, checkpoint=damaged)
 
 
@@ -377,7 +377,7 @@ def test_save_and_load_errors(tmp_path: Path, student: nn.Module) -> None:
     whole = file.read_bytes()
     for content in (b"", whole[:4], whole[:500], whole[:-1], b"GIF89a" * 9):
         (damaged := tmp_path / "damaged.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match=r"damaged\.safetensors is damaged or"):
+        with pytest.raises(ValueError, match=r"source .*damaged\.safetensors is (damaged|empty)"):
             load(damaged)
     safetensors.torch.save_file(student.state_dict(), bare := tmp_path / "bare.safetensors")
     torch.save(student.state_dict(), torchs := tmp_path / "bare.pth")
@@ -386,7 +386,7 @@ def test_save_and_load_errors(tmp_path: Path, student: nn.Module) -> None:
             load(path)
     metadata = {"vitkd_fast": json.dumps({"version": 99})}
     safetensors.torch.save_file(student.state_dict(), bare, metadata)
-    with pytest.raises(ValueError, match=r"bare\.safetensors has format 99, not 1"):
+    with pytest.raises(ValueError, match=r"bare\.safetensors .* cannot be read: format 99, not 1"):
         load(bare)
     with pytest.raises(FileNotFoundError, match=r"source gone\.safetensors is not a file"):
         load("gone.safetensors")

@@ -12,8 +12,8 @@ import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,14 +22,15 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from timm.data.config import resolve_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models import beit, clean_state_dict, eva, swin_transformer, swin_transformer_v2
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
+from . import weights
 from ._files import replacing
 
 _METADATA, _VERSION = "vitkd_fast", 1
@@ -102,29 +103,136 @@ def predictor(
     return nn.Sequential(Normalize(pixels.mean, pixels.std, dtype), model)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a model's weights come from, and what came with them; of a trained one, what began."""
+
+    weights: str = "random"  # or "timm's NAME", the hub's name, "checkpoint PATH", "file PATH"
+    new_head: str = ""  # why the classifier is random; "" where it came with the weights
+    classes: tuple[str, ...] | None = None  # in the order of the logits; None: unknown
+    # None where nothing came with the weights: then `Pixels.of` tells what timm's name stands for
+    pixels: Pixels | None = None
+    note: str = ""  # what of the file was left out
+    # what `create` added to the options; `save` keeps them
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Origin:
+        """A model's by `create` or `load`; of another's, nothing is known: "unknown"."""
+        return getattr(unwrap_model(model), "origin", cls("unknown"))
+
+    @property
+    def answers(self) -> bool:
+        """Whether the logits mean something before any training."""
+        return self.weights != "random" and not self.new_head
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (self.weights, self.new_head, self.note)))
+
+
 def create(
     name: str,
     *,
     num_classes: int | None = None,
     pretrained: bool = False,
     checkpoint: str | Path = "",
+    new_head: bool = False,
     image_size: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Builds a timm model, in training mode.
+    """Builds a timm model, in training mode; `Origin.of` it says where its weights come from.
 
     Args:
-        name: timm's ("mobilenetv4_conv_small"), "hf-hub:org/model" or "local-dir:path".
+        name: timm's ("mobilenetv4_conv_small"), "hf-hub:org/model" or "local-dir:path", which
+            come with their weights.
         num_classes: of the classifier; None keeps the model's own.
-        pretrained: loads timm's weights.
+        pretrained: loads timm's weights, with a new classifier where num_classes is another.
         checkpoint: a file of weights to load instead, which timm resamples to the image size:
-            .safetensors or a torch.save of them, bare or under state_dict_ema, state_dict, model.
+            .safetensors or a torch.save of them, bare or in a checkpoint of timm's or Lightning's;
+            torchvision's MobileNet V2 and V3 too.
+        new_head: a checkpoint of another number of classes gets a new classifier; else an error.
         image_size: that a transformer is built for; convnets only remember it for `Pixels.of`.
         options: further arguments of timm.create_model, such as drop_path_rate.
 
     Raises:
-        ValueError: an unknown name or option, or a checkpoint that is missing, damaged, or unfit.
+        ValueError: an unknown name or option, or weights that are missing, damaged, or unfit.
     """
+    _check_name(name)
+    given, options = _read(name, checkpoint), dict(options or {})
+    if num_classes is None:
+        num_classes = options.pop("num_classes", None)
+    what = f"checkpoint {checkpoint}" if checkpoint else name
+    # what a hub holds is named for its weights
+    pretrained = not given and (pretrained or ":" in name)
+    added: dict[str, Any] = {}
+    if given and given.torchvision == "MobileNetV3" and "bn_eps" not in options:
+        added = {"bn_eps": 0.001}  # torchvision's; timm's is 1e-5
+    build = partial(_build, name, image_size=image_size, options=options | added)
+    load = partial(build, given=given, pretrained=pretrained)
+    found = None  # classes of the weights, where the model's are others
+    try:
+        try:
+            model = load(num_classes)
+        except RuntimeError as error:
+            found = weights.Misfit.of(error).classes
+            if not num_classes or found is None or (checkpoint and not new_head):
+                raise
+            model = build(num_classes)
+            try:
+                _copy_body(load(found), model)
+            except RuntimeError:
+                raise error from None
+    except Exception as error:
+        text = str(error)
+        ours = any(key in text for key in added)
+        if isinstance(error, TypeError) and "keyword argument" in text and not ours:
+            why = f"options {options} does not fit {name}: {error}"
+        elif given or pretrained:
+            why = f"{what} {_why_unfit(name, num_classes, given, error)}"
+        else:
+            raise
+        raise ValueError(f"models.create: {why}") from error
+    if given:
+        for key, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(f"models.create: {what} has NaN or Inf in {key}")
+    if pretrained and found is None and model.pretrained_cfg["num_classes"] != model.num_classes:
+        found = model.pretrained_cfg["num_classes"]  # timm made a new classifier
+    origin = _origin(model, name, what, checkpoint, given, pretrained)
+    if found is not None:
+        new = f"new classifier: {model.num_classes} classes for {found}"
+        origin = replace(origin, new_head=new, classes=None)
+    model.origin = replace(origin, options=added)
+    return model
+
+
+def _origin(
+    model: Any,
+    name: str,
+    what: str,
+    checkpoint: str | Path,
+    given: weights.Weights | None,
+    pretrained: bool,
+) -> Origin:
+    """Of a classifier that came with the weights; tells timm the pixels that did."""
+    if not (given or pretrained):
+        return Origin()
+    if given and checkpoint:
+        about = _about(given)
+        if not about:
+            return Origin(what, note=given.note)
+        _tell(model, about.pixels)
+        return Origin(what, classes=about.classes, pixels=about.pixels, note=given.note)
+    if ":" not in name:
+        config = model.pretrained_cfg
+        what = "timm's " + ".".join(filter(None, (config["architecture"], config.get("tag"))))
+    pixels = None
+    with suppress(ValueError):  # not square
+        pixels = Pixels.of(model)
+    return Origin(what, classes=_class_names(model, guess=":" not in name), pixels=pixels)
+
+
+def _check_name(name: str) -> None:
     names = timm.list_models(include_tags="." in name)
     if ":" not in name and name not in names:
         near = ", ".join(difflib.get_close_matches(name, names, 5, cutoff=0))
@@ -132,36 +240,128 @@ def create(
             f"models.create: name is {name!r}; accepted are hf-hub:org/model, local-dir:path and "
             f"timm's names, of which the nearest are {near}"
         )
+
+
+def _read(name: str, checkpoint: str | Path) -> weights.Weights | None:
+    """The weights in a checkpoint, else in a folder that is the model's name."""
+    try:
+        if checkpoint:
+            given = weights.read(Path(checkpoint))
+            _about(given)  # another version's is refused here
+            return given
+        if name.startswith("local-dir:"):
+            return weights.read(weights.in_folder(Path(name.removeprefix("local-dir:"))))
+    except ValueError as error:
+        label = "checkpoint" if checkpoint else "name local-dir:"
+        raise ValueError(f"models.create: {label} {error}") from error
+    return None
+
+
+def _build(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    given: weights.Weights | None = None,
+    pretrained: bool = False,
+    image_size: int | None,
+    options: Mapping[str, Any],
+) -> Any:
+    """timm's model with weights that are `given`, timm's own, or random.
+
+    Raises RuntimeError where weights do not fit to the last tensor, but of timm's own weights, of
+    which timm drops the classifier.
+    """
     sizes = {"num_classes": num_classes, "img_size": image_size}
     sizes = {key: value for key, value in sizes.items() if value is not None}
     overlay: dict[str, Any] = {}
-    if checkpoint:
-        # as timm's own weights, whose head timm drops unless it has the classes stated here
-        overlay = {"source": "", "file": str(checkpoint), "custom_load": False}
-        overlay |= {} if num_classes is None else {"num_classes": num_classes}
-    wanted = pretrained or bool(checkpoint)
-    build: Any = partial(timm.create_model, name, wanted, pretrained_cfg_overlay=overlay)
+    if num_classes is not None and (given or ":" in name):
+        # timm takes any weights for a model, unless it has the classes stated here
+        overlay = {"num_classes": num_classes}
+    if given and not given.torchvision:
+        overlay |= {"source": "", "state_dict": given.state, "custom_load": False}
+        pretrained = True
+    build: Any = partial(timm.create_model, name, pretrained, pretrained_cfg_overlay=overlay)
     try:
-        try:
-            model = build(**sizes, **(options or {}))
-        except TypeError as error:
-            if "unexpected keyword argument 'img_size'" not in str(error):
-                raise
-            sizes.pop("img_size", None)
-            model = build(**sizes, **(options or {}))
-    except Exception as error:
-        if isinstance(error, TypeError) and "keyword argument" in str(error):
-            given = f"options {dict(options or {})}"
-        elif checkpoint:
-            given = f"checkpoint {checkpoint} with num_classes={num_classes}"
-        else:
+        model = build(**sizes, **options)
+    except TypeError as error:
+        if "unexpected keyword argument 'img_size'" not in str(error):
             raise
-        # it may list hundreds of keys
-        reason = textwrap.shorten(str(error) or repr(error), 500, placeholder=" ...")
-        raise ValueError(f"models.create: {given} does not fit {name}: {reason}") from error
+        sizes.pop("img_size", None)
+        model = build(**sizes, **options)
+    model.pretrained_cfg.pop("state_dict", None)
+    if given and given.torchvision:
+        model.load_state_dict(weights.of_torchvision(given, model))
     if image_size is not None:
         model.pretrained_cfg["input_size"] = (3, image_size, image_size)
     return model
+
+
+def _copy_body(source: nn.Module, model: Any) -> None:
+    """Copies all but the classifier."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    new = {k: v for k, v in model.state_dict().items() if k.startswith(heads)}
+    model.load_state_dict(source.state_dict() | new)
+
+
+def _why_unfit(
+    name: str, num_classes: int | None, given: weights.Weights | None, error: Exception
+) -> str:
+    misfit = weights.Misfit.of(error)
+    # it may list hundreds of keys
+    reason = str(misfit) or textwrap.shorten(str(error) or repr(error), 300, placeholder=" ...")
+    if given and misfit.classes:
+        return f"has {misfit.classes} classes, and {name} with {num_classes=} others: {reason}"
+    if given:
+        return f"does not fit {name}: {given.foreign}{reason}"
+    if isinstance(error, KeyError):
+        return f"is no model of timm's: its config.json has no {reason}"
+    return f"has no weights that can be loaded: {reason}"
+
+
+def _class_names(model: Any, guess: bool) -> tuple[str, ...] | None:
+    """The names in a hub's config, else ImageNet's where timm's weights have as many classes."""
+    names: Any = model.pretrained_cfg.get("label_names") or ()
+    if isinstance(names, Mapping):  # by index, which JSON makes a string
+        names = [names.get(str(i), names.get(i)) for i in range(len(names))]
+    # transformers' placeholders are no names
+    if names and len(names) == model.num_classes and None not in names and names[0] != "LABEL_0":
+        return tuple(map(str, names))
+    subset = infer_imagenet_subset(model) if guess else None
+    return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None
+
+
+def _tell(model: Any, pixels: Pixels) -> None:
+    """Lets timm, and so `Pixels.of`, know how the weights want their images, but for the size."""
+    told = asdict(pixels)
+    del told["image_size"]
+    model.pretrained_cfg.update(told)
+
+
+class _About(NamedTuple):
+    """What `save` writes beside the weights."""
+
+    version: int
+    name: str
+    options: dict[str, Any]
+    num_classes: int
+    pixels: Pixels
+    classes: tuple[str, ...]
+
+
+def _about(file: weights.Weights) -> _About | None:
+    """None: the file is not by `save`."""
+    if _METADATA not in file.metadata:
+        return None
+    try:
+        about = json.loads(file.metadata[_METADATA])
+        if about["version"] != _VERSION:
+            raise ValueError(f"format {about['version']}, not {_VERSION}")
+        pixels = about["pixels"]
+        pixels = Pixels(**{**pixels, "mean": tuple(pixels["mean"]), "std": tuple(pixels["std"])})
+        return _About(**{**about, "pixels": pixels, "classes": tuple(about["classes"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file.file} has metadata that cannot be read: {error}") from error
 
 
 class Loaded(NamedTuple):
@@ -188,16 +388,19 @@ def save(
     weights may come from inside DistributedDataParallel or torch.compile. Raises ValueError for
     another suffix or number of names. Where writing fails, an older file is as it was.
     """
-    path, state = Path(path), model_or_state_dict
+    path, state, options = Path(path), model_or_state_dict, dict(options or {})
     if path.suffix != ".safetensors":
         raise ValueError(f"models.save: path is {path}; accepted are names in .safetensors")
     if len(classes) != num_classes:
         raise ValueError(f"models.save: classes has {len(classes)}, num_classes is {num_classes}")
-    state = clean_state_dict(dict(state.state_dict() if isinstance(state, nn.Module) else state))
+    if isinstance(state, nn.Module):
+        options = {**Origin.of(state).options, **options}
+        state = state.state_dict()
+    state = clean_state_dict(dict(state))
     # safetensors takes neither shared memory nor channels-last weights
     layout = torch.contiguous_format
     tensors = {key: t.detach().cpu().clone(memory_format=layout) for key, t in state.items()}
-    about = {"version": _VERSION, "name": name, "options": dict(options or {}),
+    about = {"version": _VERSION, "name": name, "options": options,
              "num_classes": num_classes, "pixels": asdict(pixels),
              "classes": list(classes)}  # fmt: skip
     with replacing(path) as beside:
@@ -210,36 +413,41 @@ def load(source: str | Path, *, options: Mapping[str, Any] | None = None) -> Loa
     `source` is a file by `save`, or a name for `create`; `options` go before the saved ones.
 
     Raises:
-        ValueError: an unknown name or option, a damaged file, or one that is not by `save`.
+        ValueError: an unknown name or option, one that does not suit the saved weights, a damaged
+            file, or one that is not by `save`.
         FileNotFoundError: the file does not exist.
-        RuntimeError: the options do not suit the saved weights.
     """
     if not Path(source).is_file():
         if Path(source).suffix in (".safetensors", ".pth", ".pt"):
             raise FileNotFoundError(f"models.load: source {source} is not a file")
+        if Path(source).is_dir():
+            raise ValueError(f"models.load: source {source} is a folder; accepted is a file in it")
         model: Any = create(str(source), pretrained=True, options=options)
-        subset = infer_imagenet_subset(model)
-        ids = map(str, range(model.num_classes))
-        classes = ImageNetInfo(subset).label_descriptions() if subset else ids
-        return Loaded(model.eval(), Pixels.of(model), tuple(classes))
+        classes = Origin.of(model).classes or _class_names(model, guess=True)
+        classes = classes or tuple(map(str, range(model.num_classes)))
+        return Loaded(model.eval(), Pixels.of(model), classes)
     try:
-        with safe_open(source, "pt") as file:
-            about = json.loads((file.metadata() or {})[_METADATA])
-            state = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, KeyError, ValueError) as error:
+        file = weights.read(Path(source))
+        about = _about(file)
+    except ValueError as error:
+        raise ValueError(f"models.load: source {error}") from error
+    if about is None:
         raise ValueError(
-            f"models.load: source {source} is damaged or not by models.save ({error}); weights "
-            "alone need timm's name: models.create(name, checkpoint=...)"
-        ) from error
-    if about["version"] != _VERSION:
-        raise ValueError(f"models.load: {source} has format {about['version']}, not {_VERSION}")
-    saved = about["pixels"]
-    pixels = Pixels(**{**saved, "mean": tuple(saved["mean"]), "std": tuple(saved["std"])})
-    options = {**about["options"], "num_classes": about["num_classes"], **(options or {})}
-    size = None if "img_size" in options else pixels.image_size
-    model = create(about["name"], image_size=size, options=options)
-    model.load_state_dict(state)
-    return Loaded(model.eval(), pixels, tuple(about["classes"]))
+            f"models.load: source {source} is not by models.save; weights alone need timm's name: "
+            "models.create(name, checkpoint=...)"
+        )
+    options = {**about.options, "num_classes": about.num_classes, **(options or {})}
+    size = None if "img_size" in options else about.pixels.image_size
+    _check_name(about.name)
+    model = _build(about.name, image_size=size, options=options)
+    try:
+        model.load_state_dict(file.state)
+    except RuntimeError as error:
+        why = weights.Misfit.of(error) or error
+        raise ValueError(f"models.load: source {source} does not fit {options=}: {why}") from error
+    _tell(model, about.pixels)
+    model.origin = Origin(f"file {source}", classes=about.classes, pixels=about.pixels)
+    return Loaded(model.eval(), about.pixels, about.classes)
 
 
 def class_names(classes: Sequence[str]) -> list[list[str]]:
