@@ -175,6 +175,26 @@ def test_torchvision_with_a_new_head_and_where_it_does_not_fit(tmp_path: Path, x
     assert kept.bn1.eps == 1e-5 and Origin.of(kept).options == {}
 
 
+@pytest.mark.parametrize("old", [False, True])
+@torch.no_grad()
+def test_torchvisions_vit(old: bool, tmp_path: Path) -> None:
+    peer = torchvision.models.VisionTransformer(32, 8, 2, 3, 48, 192, num_classes=7).eval()
+    for parameter in peer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    state = peer.state_dict()
+    if old:  # the keys of MLPBlock's version 1
+        rename = {".mlp.0.": ".mlp.linear_1.", ".mlp.3.": ".mlp.linear_2."}
+        for new, name in rename.items():
+            state = {key.replace(new, name): value for key, value in state.items()}
+    torch.save(state, file := tmp_path / "vit.pth")
+    options = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    ours = create(
+        "vit_tiny_patch16_224", num_classes=7, checkpoint=file, image_size=32, options=options
+    )
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours.eval()(x), peer(x), rtol=0, atol=1e-5 * peer(x).abs().max())
+
+
 # --- what is refused
 
 
@@ -299,11 +319,19 @@ def test_transformers(tmp_path: Path) -> None:
     file.rename(folder / "model.safetensors")
     config = {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
     (folder / "config.json").write_text(json.dumps(config))
-    says = r"config\.json is of transformers \(vit\) and names no architecture"
-    with pytest.raises(ValueError, match=f"models.create: name local-dir: .*{says}"):
+    for arguments in ({"name": f"local-dir:{folder}"}, {"name": NAME, "checkpoint": folder}):
+        with pytest.raises(ValueError, match=r"vit is a model of transformers \(vit\); accepted"):
+            create(**arguments)
+    # what TimmWrapperForImageClassification saves
+    config = {"architecture": NAME, "model_args": None, "model_type": "timm_wrapper"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=f"vit is transformers' wrapper of timm's {NAME}; accepted"
+    ):
         create(f"local-dir:{folder}")
-    with pytest.raises(ValueError, match=f"models.create: checkpoint .*{says}"):
-        create(NAME, checkpoint=folder)
+    wrapped = {f"timm_model.{k}": v for k, v in timm.create_model(NAME).state_dict().items()}
+    safetensors.torch.save_file(wrapped, folder / "model.safetensors")
+    assert Origin.of(create(NAME, checkpoint=folder / "model.safetensors")).answers
 
 
 # --- another number of classes
@@ -458,8 +486,11 @@ def test_local_folders_that_are_bad(model: nn.Module, tmp_path: Path) -> None:
     says("hub has no weights; accepted are model.safetensors, ")
     torch.save(model.state_dict(), folder / "weights.bin")
     assert same(create(f"local-dir:{folder}"), model)
-    (folder / "config.json").write_text("{")
-    says("hub has no config.json that can be read: ")
+    for content in ("{", "[1]", "1"):
+        (folder / "config.json").write_text(content)
+        says("hub has no config.json that can be read: ")
+    (folder / "config.json").write_text("{}")
+    says("hub is a model of another library; accepted are timm's")
     (folder / "config.json").write_text('{"architecture": "mobilenet_v9"}')
     with pytest.raises(ValueError, match=r"Unknown model .mobilenet_v9"):
         create(f"local-dir:{folder}")

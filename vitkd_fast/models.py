@@ -149,7 +149,7 @@ def create(
         pretrained: loads timm's weights, with a new classifier where num_classes is another.
         checkpoint: a file of weights to load instead, which timm resamples to the image size:
             .safetensors or a torch.save of them, bare or in a checkpoint of timm's or Lightning's;
-            torchvision's MobileNet V2 and V3 too.
+            torchvision's MobileNet V2 and V3 and ViT too.
         new_head: a checkpoint of another number of classes gets a new classifier; else an error.
         image_size: that a transformer is built for; convnets only remember it for `Pixels.of`.
         options: further arguments of timm.create_model, such as drop_path_rate.
@@ -185,7 +185,7 @@ def create(
     except Exception as error:
         text = str(error)
         ours = any(key in text for key in added)
-        if isinstance(error, TypeError) and "keyword argument" in text and not ours:
+        if options and isinstance(error, TypeError) and "keyword argument" in text and not ours:
             why = f"options {options} does not fit {name}: {error}"
         elif given or pretrained:
             why = f"{what} {_why_unfit(name, num_classes, given, error)}"
@@ -420,7 +420,7 @@ def load(source: str | Path, *, options: Mapping[str, Any] | None = None) -> Loa
     if not Path(source).is_file():
         if Path(source).suffix in (".safetensors", ".pth", ".pt"):
             raise FileNotFoundError(f"models.load: source {source} is not a file")
-        if Path(source).is_dir():
+        if Path(source).is_dir() and not timm.is_model(str(source)):
             raise ValueError(f"models.load: source {source} is a folder; accepted is a file in it")
         model: Any = create(str(source), pretrained=True, options=options)
         classes = Origin.of(model).classes or _class_names(model, guess=True)

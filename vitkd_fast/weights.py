@@ -1,8 +1,8 @@
 """Weights from a file, whoever wrote it: a state dict of tensors, and never code that is run.
 
-Read are safetensors and torch.save's files, old and new, by timm, torch, Lightning and torchvision;
-what else a file may be (a Git LFS pointer, a whole pickled model, ...) is said in one line, which
-starts with the file's name. Nothing here knows a model but `of_torchvision`, which is given one.
+Read are safetensors and torch.save's files, old and new, by timm, torch, Lightning and torchvision
+(MobileNet V2 and V3, ViT). What else a file may be (a Git LFS pointer, a whole pickled model, ...)
+is said in one line, which starts with the file's name. No model is known here but as an argument.
 """
 
 from __future__ import annotations
@@ -35,6 +35,19 @@ _TORCHVISION = {
     "features.1.conv.0.0.weight": "MobileNetV2",
     "features.1.block.0.0.weight": "MobileNetV3",
 }
+_VIT = (
+    (r"^class_token$", "cls_token"),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^heads\.head\.", "head."),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
+    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+)
 
 
 @dataclass
@@ -109,29 +122,30 @@ def read(file: Path) -> Weights:
             f"{file} holds {has}; accepted is a state dict, bare or under {', '.join(_NESTS)}"
         )
     state, note = _without_prefixes(dict(content))
+    if "encoder.layers.encoder_layer_0.ln_1.weight" in state:
+        state = {_vit_key(key): value for key, value in state.items()}
     return Weights(file, state, metadata, note)
 
 
 def in_folder(folder: Path) -> Path:
     """The file with the weights of a folder as timm's hub has it; ValueError says what it is."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        config = dict(json.loads((folder / "config.json").read_text("utf-8")))
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} has no config.json that can be read: {error}") from error
-    check_config(config)
+    kind, architecture = config.get("model_type"), config.get("architecture")
+    if architecture and kind and "pretrained_cfg" not in config:
+        raise ValueError(
+            f"{folder} is transformers' wrapper of timm's {architecture}; accepted is that name, "
+            "with the file of weights as its checkpoint"
+        )
+    if not architecture and "pretrained_cfg" not in config:
+        whose = f"transformers ({kind})" if kind else "another library"
+        raise ValueError(f"{folder} is a model of {whose}; accepted are timm's")
     for pattern in _IN_FOLDERS:
         for file in sorted(folder.glob(pattern)):
             return file
     raise ValueError(f"{folder} has no weights; accepted are {', '.join(_IN_FOLDERS)}")
-
-
-def check_config(config: Any) -> None:
-    """Says of a hub's config.json that it is not timm's."""
-    if isinstance(config, dict) and ("architecture" in config or "pretrained_cfg" in config):
-        return
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    whose = f"is of transformers ({kind})" if kind else "is not of timm"
-    raise ValueError(f"config.json {whose} and names no architecture; accepted are timm's models")
 
 
 def of_torchvision(weights: Weights, model: nn.Module) -> dict[str, Tensor]:
@@ -152,6 +166,13 @@ def of_torchvision(weights: Weights, model: nn.Module) -> dict[str, Tensor]:
         same = tensor.numel() == state[ours].numel()
         state[ours] = tensor.reshape(state[ours].shape) if same else tensor
     return state
+
+
+def _vit_key(key: str) -> str:
+    """timm's key for one of torchvision's vision transformer."""
+    for theirs, ours in _VIT:
+        key = re.sub(theirs, ours, key)
+    return key
 
 
 def _place(key: str) -> tuple[bool, list[tuple[int, str]], int]:
