@@ -269,7 +269,11 @@ def test_distill_without_a_teacher_trains_alone(pictures: Path, tmp_path: Path, 
         (["teacher.options.img_size=64"], 2, "teacher.model: cannot read pictures of data.image_"),
         (["optimizer.accumulate=100"], 1, "are fewer than an update takes: 1600"),
         (["student.model=mobilenetv2_10"], 1, "mobilenetv2_100"),
-        (["teacher.epochs=0"], 2, "answers in 1000 classes, and the pictures have 10"),
+        (
+            ["teacher.epochs=0"],
+            2,
+            "would teach with random weights (random); name its weights by t",
+        ),
         (["run.folder=/proc/nowhere/run"], 1, "run.folder: /proc/nowhere/run cannot be written"),
         (["data.batch_size=1000"], 1, "150 training pictures are fewer than an update takes: 1000"),
     ],
@@ -366,6 +370,73 @@ def test_what_is_printed_before_the_first_step(
     assert "classes (training images): 0 (14), 1 (16)" in said
     top1 = report.read(run_folder)["models"][0]["mean"]["top1"]
     assert f"teacher: {file}: top-1 {top1:.1%} of 50 validation images (guessing: 10.0%)" in said
+
+
+@pytest.fixture
+def named(pictures: Path, tmp_path: Path) -> Path:
+    """The pictures with classes that are called c0 to c9."""
+    shutil.copytree(pictures, tmp_path / "named")
+    for folder in (tmp_path / "named").glob("*/*"):
+        folder.rename(folder.with_name(f"c{folder.name}"))
+    return tmp_path / "named"
+
+
+def saved_teacher(file: Path, classes: list[str]) -> Path:
+    options = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    name, half = "vit_tiny_patch16_224", (0.5, 0.5, 0.5)
+    count = len(classes)
+    model = models.create(name, num_classes=count, image_size=32, options=options)
+    pixels = models.Pixels(32, half, half, "bicubic", 0.875)
+    models.save(
+        file, model, name=name, options=options, num_classes=count, pixels=pixels, classes=classes
+    )
+    return file
+
+
+@pytest.mark.parametrize(
+    ("classes", "code", "error"),
+    [
+        ([f"c{i}" for i in range(9)] + ["zebra"], 1, "images that it lacks: c9; its others: zebra"),
+        ([f"c{i}" for i in reversed(range(10))], 1, "its classes are the images' in another order"),
+        (["c0", "c1"], 2, "has 2 classes, and the images have 10"),
+    ],
+)
+def test_a_teacher_of_other_classes_is_refused(
+    named: Path, tmp_path: Path, vitkd, classes: list[str], code: int, error: str
+) -> None:
+    file = saved_teacher(tmp_path / "teacher.safetensors", classes)
+    given = [x for x in arguments(named, tmp_path / "run") if not x.startswith("teacher.")]
+    result = vitkd("distill", *given, f"teacher.model={file}")
+    assert (result.code, result.out) == (code, "")
+    assert f"teacher.model: {'file ' if code == 1 else ''}{file}" in result.err
+    assert error in result.err
+
+
+def test_a_run_goes_on_with_its_own_images_only(
+    pictures: Path, run_folder: Path, named: Path, tmp_path: Path, vitkd
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    result = vitkd("distill", *arguments(named, copy), "--resume")
+    assert result.code == 1
+    assert (
+        "--resume: the run was begun with the classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9;" in result.err
+    )
+
+
+def test_a_student_begins_with_weights_of_other_classes(named: Path, tmp_path: Path, vitkd) -> None:
+    """Its classifier is new, which is said: for another number of classes, and for other names."""
+    given = [x for x in arguments(named, tmp_path / "run") if not x.startswith(("teacher.", "los"))]
+    for classes in (["a", "b", "c"], [f"x{i}" for i in range(10)]):
+        file, pixels = tmp_path / "start.safetensors", models.Pixels.of(models.create("resnet18"))
+        model = models.create("mobilenetv2_035", num_classes=len(classes))
+        models.save(
+            file, model, name="mobilenetv2_035", options={}, num_classes=len(classes),
+            pixels=pixels, classes=classes,
+        )  # fmt: skip
+        result = vitkd("distill", *given, f"student.checkpoint={file}", "--dry-run")
+        assert result.code == 0, result.err
+        assert f"student: mobilenetv2_035: weights: checkpoint {file}; new classifier" in result.out
 
 
 def test_a_trained_file_teaches(pictures: Path, run_folder: Path, tmp_path: Path, vitkd) -> None:

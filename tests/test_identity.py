@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from timm.data import ImageNetInfo
 
+from vitkd_fast import models
 from vitkd_fast.distill import identity, sources
 from vitkd_fast.distill.config import Data
 from vitkd_fast.pictures import DataError
@@ -39,15 +40,39 @@ def test_other_classes_are_named() -> None:
         DataError, match=r"^m: classes of the images that it lacks: zebra; its.*ant$"
     ):
         identity.class_indices("m", ANIMALS, ["bee", "cat", "zebra"])
+
+
+def test_a_files_classes_are_the_images_in_their_order() -> None:
+    file = models.Origin("file m.safetensors", classes=tuple(ANIMALS))
+    identity.check_classes("m", file, ANIMALS)
+    assert identity.same_classes(file, ANIMALS)
     with pytest.raises(
         DataError, match=r"^m: its classes are the images' in another order: ant, b"
     ):
-        identity.check_classes("m", ANIMALS, ["bee", "ant", "cat"])
-    with pytest.raises(
-        DataError, match=r"^m: has 3 classes, and the images have 2; .*none; .*cat$"
-    ):
-        identity.check_classes("m", ANIMALS, ["ant", "bee"])
-    identity.check_classes("m", ANIMALS, ANIMALS)
+        identity.check_classes("m", file, ["bee", "ant", "cat"])
+    with pytest.raises(DataError, match=r"^m: classes of the images that it lacks: zebra;"):
+        identity.check_classes("m", file, ["ant", "bee", "zebra"])
+    assert not identity.same_classes(file, ["ant", "bee", "zebra"])
+
+
+def test_timms_names_for_imagenet_are_one_of_many() -> None:
+    timm = models.Origin("timm's vit", classes=tuple(ImageNetInfo().label_descriptions()))
+    ids = ImageNetInfo().label_names()
+    identity.check_classes("m", timm, ids)
+    identity.check_classes("m", timm, [f"class {i}" for i in range(1000)])
+    with pytest.raises(DataError, match="in another order"):
+        identity.check_classes("m", timm, ids[::-1])
+
+
+def test_what_the_weights_were_not_trained_on_is_said() -> None:
+    half = (0.5, 0.5, 0.5)
+    own = models.Pixels(224, half, half, "bicubic", 0.9)
+    used = models.Pixels(32, half, half, "bicubic", 1.0)
+    assert identity.differences("teacher", models.Origin("file a", pixels=own), used) == [
+        "teacher: file a wants image_size 224, and data.image_size is 32",
+        "teacher: file a wants crop_pct 0.9, and data.crop_pct is 1.0",
+    ]
+    assert identity.differences("teacher", models.Origin(), used) == []
 
 
 def folder(root: Path, classes: list[str], images: int) -> Path:

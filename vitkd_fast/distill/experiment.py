@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import functools
 import io
 import json
@@ -75,7 +76,8 @@ class _Experiment:
         if resumes and (begun := self.folder / "data.json").exists():
             identity.check_resumed(json.loads(begun.read_text()), self.fingerprint)
         self.teacher = self._create_teacher() if config.teacher.model else None
-        student = self._create(config.student, len(self.classes))
+        student = self._create_student()
+        self.student = models.Origin.of(student)
         self._try("student", student)
         self._try_batch("student", student)
         build_optimizer(student, config.optimizer)
@@ -102,13 +104,16 @@ class _Experiment:
             raise ConfigError(f"--resume: {self.folder} was begun with another {', '.join(keys)}")
         return True
 
-    def _create(self, model: Model, num_classes: int | None) -> nn.Module:
+    def _create(
+        self, model: Model, num_classes: int | None, *, new_head: bool = False
+    ) -> nn.Module:
         options = {k: v for k, v in model.options.items() if k != "num_classes"}
         return models.create(
             model.model,
             num_classes=num_classes,
             pretrained=model.pretrained,
             checkpoint=model.checkpoint,
+            new_head=new_head,
             image_size=None if "img_size" in options else self.config.data.image_size,
             options=options,
         )
@@ -124,6 +129,17 @@ class _Experiment:
             raise ConfigError(
                 f"{name}.model: cannot read pictures of data.image_size {size}: {why}"
             ) from error
+
+    def _create_student(self) -> nn.Module:
+        """Before its training; with a new classifier where its weights are of other classes."""
+        student: Any = self._create(self.config.student, len(self.classes), new_head=True)
+        origin = models.Origin.of(student)
+        if origin.classes and not identity.same_classes(origin, self.classes):
+            student.reset_classifier(len(self.classes))
+            student.origin = dataclasses.replace(
+                origin, classes=None, new_head="new classifier: its classes are others"
+            )
+        return student
 
     def _try_batch(self, name: str, model: nn.Module) -> None:
         """Finds out whether the model can be trained on batches of the run's size."""
@@ -161,21 +177,32 @@ class _Experiment:
         section, classes = self.config.teacher, len(self.classes)
         data.seed_all(0)
         if Path(section.model).is_file():
-            loaded = models.load(section.model)
-            identity.check_classes(f"teacher.model: {section.model}", loaded.classes, self.classes)
-            teacher = loaded.model
-            self.origin = section.model
+            teacher = models.load(section.model).model
         else:
             # weights of timm's keep timm's classes, so that a mismatch is seen
             own = section.options.get("num_classes", classes if section.checkpoint else None)
-            teacher = self._create(section, classes if section.epochs else own)
-            self.origin = section.checkpoint or section.model
-        if (found := getattr(teacher, "num_classes", classes)) != classes:
-            raise ConfigError(
-                f"teacher.model: {section.model} answers in {found} classes, and the pictures have "
-                f"{classes}; name one trained on them, or let teacher.epochs train it first"
+            teacher = self._create(
+                section, classes if section.epochs else own, new_head=section.epochs > 0
             )
+        origin = models.Origin.of(teacher)
+        if not section.epochs:
+            if not origin.answers:
+                raise ConfigError(
+                    f"teacher.model: {section.model} would teach with random weights ({origin}); "
+                    "name its weights by teacher.checkpoint or teacher.pretrained=true, or train "
+                    "it first by teacher.epochs"
+                )
+            if (found := getattr(teacher, "num_classes", classes)) != classes:
+                raise ConfigError(
+                    f"teacher.model: {section.model} has {found} classes, and the images have "
+                    f"{classes}; name one trained on them, or let teacher.epochs train it first"
+                )
+            if origin.classes:
+                identity.check_classes(f"teacher.model: {origin}", origin, self.classes)
+        self.warnings += identity.differences("teacher", origin, self._pixels(teacher))
         self._try("teacher", teacher)
+        if section.epochs:
+            self._try_batch("teacher", teacher)
         return teacher
 
     def _train(
@@ -253,7 +280,7 @@ class _Experiment:
         for seed in config.run.seeds:
             for role, (teacher, losses) in self._roles().items():
                 data.seed_all(seed)
-                student = self._create(config.student, len(self.classes))
+                student = self._create_student()
                 students.setdefault(role, {})[seed] = self._train(
                     f"{role}-{seed}",
                     config.student,
@@ -297,6 +324,7 @@ class _Experiment:
         counted = sources.labels(splits.train)
         if counted is not None:
             self._say(f"classes (training images): {identity.count_classes(counted, self.classes)}")
+        self._say(f"student: {self.config.student.model}: weights: {self.student}")
         for line in self.warnings:
             self._say(f"warning: {line}")
 
@@ -304,12 +332,13 @@ class _Experiment:
         """Says what the teacher knows of the images; refuses one given that knows nothing."""
         config, classes = self.config, len(self.classes)
         assert self.teacher is not None
+        origin = models.Origin.of(self.teacher)
         right, images = identity.score(
             config, self._predictor(self.teacher), self.splits, self.place.device
         )
         self._say(
             f"teacher: {config.teacher.model}: top-1 {right / images:.1%} of {images} validation "
-            f"images (guessing: {1 / classes:.1%}); weights: {self.origin}"
+            f"images (guessing: {1 / classes:.1%}); weights: {origin}"
         )
         if not identity.is_no_teacher(right, images, classes):
             return
@@ -322,7 +351,7 @@ class _Experiment:
             self._say(f"warning: {why}: it has hardly learned; try more teacher.epochs")
         else:
             raise ConfigError(
-                f"{why}: it cannot teach these classes. Check its weights ({self.origin}), that "
+                f"{why}: it cannot teach these classes. Check its weights ({origin}), that "
                 f"its classes are the images' in this order, and its mean {pixels.mean} and std "
                 f"{pixels.std}"
             )
@@ -334,7 +363,7 @@ class _Experiment:
         if self.teacher and not config.teacher.epochs:
             self._score_teacher()
         data.seed_all(0)
-        student = self._create(config.student, len(self.classes))
+        student = self._create_student()
         for name, model in (("teacher", self.teacher), ("student", student)):
             if model:
                 parameters = sum(x.numel() for x in model.parameters())

@@ -47,18 +47,47 @@ def class_indices(key: str, known: Sequence[str], given: Sequence[str]) -> dict[
     raise DataError(f"{key}: {_difference(known, given)}")
 
 
-def check_classes(key: str, known: Sequence[str], given: Sequence[str]) -> None:
-    """Raises DataError unless a model's classes are the images', in the same order."""
-    if len(known) != len(given):
-        raise DataError(
-            f"{key}: has {len(known)} classes, and the images have {len(given)}; "
-            f"{_difference(known, given)}"
-        )
-    if list(class_indices(key, known, given).values()) != list(range(len(given))):
+def check_classes(key: str, origin: models.Origin, given: Sequence[str]) -> None:
+    """Raises DataError where a model's classes are known not to be the images', in their order.
+
+    timm's names for ImageNet are one of many: only a file of ours must have the images'.
+    """
+    known = origin.classes or ()
+    try:
+        indices = class_indices(key, known, given)
+    except DataError:
+        if origin.weights.startswith(("file ", "checkpoint ")):
+            raise
+        return
+    if list(indices.values()) != list(range(len(known))):
         raise DataError(
             f"{key}: its classes are the images' in another order: {_few(known)}, and "
             f"{_few(given)} in the images"
         )
+
+
+def same_classes(origin: models.Origin, given: Sequence[str]) -> bool:
+    """Whether a model's classes may be the images', in their order."""
+    try:
+        check_classes("", origin, given)
+    except DataError:
+        return False
+    return True
+
+
+def differences(key: str, origin: models.Origin, used: models.Pixels) -> list[str]:
+    """What the images of a run are that a model's weights were not trained on; mean and std are
+    the model's own."""
+    own = origin.pixels
+    pairs = [] if own is None else [
+        (name, getattr(own, name), getattr(used, name))
+        for name in ("image_size", "crop_pct", "interpolation")
+    ]  # fmt: skip
+    return [
+        f"{key}: {origin} wants {name} {wanted}, and data.{name} is {given}"
+        for name, wanted, given in pairs
+        if wanted != given
+    ]
 
 
 def _difference(known: Sequence[str], given: Sequence[str]) -> str:
