@@ -17,9 +17,10 @@ import torch
 import yaml
 from PIL import Image
 from timm.data import ImageNetInfo
+from timm.data.transforms_factory import create_transform
 
 from vitkd_fast import cli, int8, models
-from vitkd_fast.distill import checkpoint, config, data, evaluate, experiment, report, sources
+from vitkd_fast.distill import checkpoint, config, evaluate, experiment, report, sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -541,10 +542,11 @@ def test_eval_skips_bad_files_and_counts_them(
     model = run_folder / "distilled-0" / "best.safetensors"
     result = vitkd("eval", model, copy)
     assert result.code == 1
-    assert "notes.txt" in result.err
+    assert f"{victim} cannot be read" in result.err
     result = vitkd("eval", model, copy, "--skip-bad")
     assert result.code == 0, result.err
-    assert "49 pictures, 2 skipped" in result.out
+    assert "49 pictures, 1 skipped" in result.out
+    assert result.err == "DIR: files that are no images, ignored: 1 (1 .txt)\n"
 
 
 def test_real_weights_read_real_pictures(request, tmp_path: Path, vitkd) -> None:
@@ -589,7 +591,12 @@ def test_predict_prints_names_and_probabilities(pictures: Path, run_folder: Path
     loaded = models.load(run_folder / "distilled-0" / "best.safetensors")
     for file, line in zip(files, lines, strict=True):
         pixels = loaded.pixels
-        transform = data.eval_transform(pixels.image_size, pixels.crop_pct, pixels.interpolation)
+        transform = create_transform(
+            pixels.image_size,
+            use_prefetcher=True,
+            crop_pct=pixels.crop_pct,
+            interpolation=pixels.interpolation,
+        )
         picture = torch.as_tensor(transform(Image.open(file).convert("RGB")))[None]
         with torch.inference_mode():
             x = (picture / 255 - torch.tensor(pixels.mean).view(3, 1, 1)) / torch.tensor(

@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
+from timm.data.transforms_factory import create_transform
 
 from vitkd_fast import int8, models
 from vitkd_fast.distill import config, sources
-from vitkd_fast.distill import data as distill_data
 from vitkd_fast.distill import quantized as quantized_run
-from vitkd_fast.pictures import DataError, prepare, read
+from vitkd_fast.pictures import DataError, list_pictures, prepare, read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +62,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def timms(size: int, crop_pct: float, interpolation: str):
+    """timm's validation transform: what the pixels are compared with."""
+    return create_transform(
+        size, use_prefetcher=True, crop_pct=crop_pct, interpolation=interpolation
+    )
+
+
 def pixels_of(transform, file: Path) -> np.ndarray:
     """By a transform of training: [H, W, 3]."""
     return np.asarray(transform(Image.open(file).convert("RGB"))).transpose(1, 2, 0)
@@ -69,7 +76,7 @@ def pixels_of(transform, file: Path) -> np.ndarray:
 
 def expected(model: Path, files: list[Path], size: int = 32, **options) -> bytes:
     """The bytes that quantize should write."""
-    transform = distill_data.eval_transform(size, PIXELS.crop_pct, PIXELS.interpolation)
+    transform = timms(size, PIXELS.crop_pct, PIXELS.interpolation)
     images = [pixels_of(transform, file) for file in files]
     loaded = models.load(model)
     made = int8.quantize(
@@ -91,7 +98,7 @@ def expected(model: Path, files: list[Path], size: int = 32, **options) -> bytes
 def quantized(model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `vitkd quantize` makes it, under a name that does not say int8."""
     file = tmp_path_factory.mktemp("int8") / "student.safetensors"
-    file.write_bytes(expected(model, sources.list_pictures(pictures)))
+    file.write_bytes(expected(model, list_pictures(pictures)))
     return file
 
 
@@ -102,7 +109,7 @@ def quantized(model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize(("size", "crop_pct"), [(32, 0.875), (33, 1.0), (24, 0.9), (48, 1.25)])
 def test_pixels_are_those_of_training(size: int, crop_pct: float, interpolation: str) -> None:
     pixels = models.Pixels(size, HALF, HALF, interpolation, crop_pct)
-    transform = distill_data.eval_transform(size, crop_pct, interpolation)
+    transform = timms(size, crop_pct, interpolation)
     generator = np.random.default_rng(0)
     for height, width in ((50, 50), (41, 77), (90, 37), (17, 16), (33, 60), (8, 80)):
         array = generator.integers(256, size=(height, width, 3), dtype=np.uint8)
@@ -118,7 +125,7 @@ def test_pixels_are_those_of_training(size: int, crop_pct: float, interpolation:
 def test_a_picture_in_any_mode(tmp_path: Path) -> None:
     for mode, name in (("L", "a.png"), ("RGBA", "b.png"), ("P", "c.png"), ("CMYK", "d.jpg")):
         Image.effect_noise((40, 30), 90).convert(mode).save(tmp_path / name)
-        transform = distill_data.eval_transform(32, 0.875, "bicubic")
+        transform = timms(32, 0.875, "bicubic")
         wanted = pixels_of(transform, tmp_path / name)
         assert np.array_equal(read(tmp_path / name, PIXELS), wanted), mode
 
@@ -139,9 +146,7 @@ def test_list_pictures(pictures: Path, tmp_path: Path) -> None:
     for name in ("10.png", "9.JPG", "b/2.jpeg", "b/notes.txt", ".hidden.png", ".h/1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert sources.list_pictures(tmp_path) == [
-        tmp_path / name for name in ("9.JPG", "10.png", "b/2.jpeg")
-    ]
+    assert list_pictures(tmp_path) == [tmp_path / name for name in ("9.JPG", "10.png", "b/2.jpeg")]
 
 
 # calibration in a run
@@ -197,7 +202,7 @@ def test_quantize_writes_what_the_function_makes(
     file = tmp_path / "student.int8.safetensors"
     result = vitkd("quantize", model, "--images", pictures, "-o", file, "--count", 20, *flags)
     assert result.code == 0, result.err
-    files = sources.list_pictures(pictures)
+    files = list_pictures(pictures)
     assert file.read_bytes() == expected(model, files[::3], size, **options)
     assert list(tmp_path.iterdir()) == [file]
     lines = result.out.splitlines()
@@ -216,7 +221,7 @@ def test_a_flat_folder_will_do(model: Path, pictures: Path, tmp_path: Path, vitk
     file = tmp_path / "student.safetensors"
     result = vitkd("quantize", model, "--images", tmp_path / "flat", "-o", file)
     assert result.code == 0, result.err
-    assert file.read_bytes() == expected(model, sources.list_pictures(pictures / "3"))
+    assert file.read_bytes() == expected(model, list_pictures(pictures / "3"))
 
 
 def test_quantize_skips_bad_pictures_and_counts_them(
@@ -294,7 +299,7 @@ def test_eval_is_of_the_engines_answers(quantized: Path, pictures: Path, vitkd) 
     printed = dict(line.split() for line in outputs[0].out.splitlines()[1:])
     assert outputs[0].out.startswith("60 pictures, 0 skipped\n")
     assert outputs[1].out == outputs[0].out
-    files = sources.list_pictures(pictures)
+    files = list_pictures(pictures)
     logits = int8.load(quantized)(np.stack([read(file, PIXELS) for file in files]))
     labels = np.array([int(file.parent.name) for file in files])
     assert printed["top1"] == f"{(logits.argmax(1) == labels).mean():.4f}"
@@ -309,7 +314,7 @@ def test_eval_knows_wordnet_ids() -> None:
 
 
 def test_predict_is_of_the_engines_answers(quantized: Path, pictures: Path, vitkd) -> None:
-    files = sources.list_pictures(pictures)[:5]
+    files = list_pictures(pictures)[:5]
     result = vitkd("predict", quantized, *files, "--top", 2)
     assert result.code == 0, result.err
     assert vitkd("predict", quantized, *files, "--top", 2, "--threads", 2).out == result.out

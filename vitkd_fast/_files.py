@@ -1,8 +1,9 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and paths in the home folder."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,3 +20,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def home(path: str) -> str:
+    """`~` as the home folder, which a shell leaves alone behind `key=`; timm's local-dir:~ too."""
+    return re.sub(r"^(local-dir:)?(~.*)", lambda x: (x[1] or "") + os.path.expanduser(x[2]), path)

@@ -9,6 +9,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from ._files import home
+
 app = typer.Typer(
     help="Distil vision transformers into MobileNets, and run them in int8.",
     no_args_is_help=True,
@@ -136,7 +138,9 @@ def evaluate(
 
     device = "cuda" if torch.cuda.is_available() and not _is_int8(model) else "cpu"
     logits, pixels, classes = _open(model, threads, device)
-    source, bad = sources.open_folder(folder, models.class_names(classes), skip_bad)
+    source, bad, notes, _ = sources.open_folder(folder, models.class_names(classes), skip_bad)
+    for note in notes:
+        print(note, file=sys.stderr)
     transform = data.eval_transform(pixels.image_size, pixels.crop_pct, pixels.interpolation)
     section = config.Data(batch_size=batch_size, workers=workers, skip_bad=skip_bad)
     loader = data.Loader(source, transform, section, seed=None)
@@ -154,7 +158,7 @@ def evaluate(
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(help=MODEL_OR_INT8)],
-    images: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="Answers per picture.")] = 3,
     threads: Threads = None,
 ) -> None:
@@ -166,8 +170,13 @@ def predict(
 
     from . import pictures
 
+    files: list[str | Path] = []
+    for given in images:
+        if "://" in given and not Path(given).exists():
+            raise pictures.DataError(f"{given} is a URL; download it, and name the file")
+        files += pictures.list_pictures(given) if Path(given).is_dir() else [given]
     logits, pixels, names = _open(model, threads)
-    for file in images:
+    for file in files:
         answers = np.asarray(logits(pictures.read(file, pixels)[None]), np.float64)[0]
         odds = np.exp(answers - answers.max())
         best = np.argsort(-odds, kind="stable")[:top]
@@ -214,7 +223,7 @@ def quantize(
     from . import int8, models, pictures
     from .distill import sources
 
-    files = sources.list_pictures(images)
+    files = pictures.list_pictures(images)
     loaded = models.load(model)
     pixels = replace(loaded.pixels, image_size=image_size or loaded.pixels.image_size)
     chosen, bad = [], 0
@@ -366,9 +375,18 @@ def _run(config, resume: bool, dry_run: bool = False) -> None:  # type: ignore[n
     print(f"report: {config.run.folder}/report.html")
 
 
+def _at_home(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    if argument.startswith("-") and equals:
+        return f"{option}={home(value)}"
+    return home(argument)
+
+
 def main() -> None:
     """Runs the command line; an error becomes one line on stderr and exit code 1."""
     try:
+        # the shell leaves ~ alone behind --option=
+        sys.argv[1:] = map(_at_home, sys.argv[1:])
         app()
     except Exception as error:
         if "--debug" in sys.argv:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from .._files import home
 from ..int8.calibrate import Calibration
 from .losses import Losses, Section
 
+PathText = Annotated[str, AfterValidator(home)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -30,9 +32,9 @@ class Data(Section):
 
     # "" for a folder of class folders; "digits"; timm's torch/..., hfds/..., wds/...
     dataset: str = ""
-    root: str = ""  # where a named dataset lies; train and val are then its splits
-    train: str = ""
-    val: str = ""
+    root: PathText = ""  # where a named dataset lies; train and val are then its splits
+    train: PathText = ""
+    val: PathText = ""
     holdout: float = Field(0.1, gt=0, lt=1)
     image_size: int = Field(224, ge=8)
     crop_pct: float = Field(0.875, gt=0, le=1)  # of the resized picture, in validation
@@ -45,9 +47,9 @@ class Data(Section):
 class Model(Section):
     """A timm name or hf-hub:org/name, and where its weights come from."""
 
-    model: str = ""
+    model: PathText = ""
     pretrained: bool = False
-    checkpoint: str = ""
+    checkpoint: PathText = ""
     options: dict[str, Any] = Field({})  # further arguments of timm.create_model
 
 
@@ -107,7 +109,7 @@ class Int8(Section):
 class Run(Section):
     """How long, where and how; nothing here changes what is learnt, but epochs, steps and seeds."""
 
-    folder: str = "runs/distill"
+    folder: PathText = "runs/distill"
     epochs: int = Field(300, ge=1)
     max_steps: int | None = Field(None, ge=1)  # the end after so many updates, schedules included
     seeds: list[Seed] = Field([0], min_length=1)
@@ -260,7 +262,7 @@ def load(source: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 def _read(name: str) -> dict[str, Any]:
     if name.endswith((".yaml", ".yml")):
         try:
-            text = Path(name).read_text()
+            text = Path(home(name)).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{name}: cannot be read: {error}") from error
     elif name in recipes():

@@ -18,14 +18,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..functional import Labels
+from ..pictures import UNREADABLE, DataError, prepare, to_rgb, unreadable
 from .config import Augmentation, Config, ConfigError, Data
-from .sources import UNREADABLE, DataError, Part, Source, Splits, count, spread
+from .sources import Part, Source, Splits, count, spread
 
 
 def seed_all(*key: int) -> None:
@@ -96,14 +98,17 @@ def train_transform(data: Data, augmentation: Augmentation) -> Any:
 
 
 def eval_transform(image_size: int, crop_pct: float, interpolation: str) -> Any:
-    """timm's validation transform (resize, then crop the centre), up to a uint8 array [3, H, W]."""
-    return create_transform(
-        image_size, use_prefetcher=True, crop_pct=crop_pct, interpolation=interpolation
-    )
+    """`pictures.prepare`, which is timm's validation transform, up to a uint8 array [3, H, W]."""
+    return _Prepare(image_size, crop_pct, interpolation)
 
 
-def _failure(name: str, error: Exception) -> DataError:
-    return DataError(f"{name} cannot be read: {' '.join(str(error).split())}")
+class _Prepare(NamedTuple):
+    image_size: int
+    crop_pct: float
+    interpolation: str
+
+    def __call__(self, image: Image.Image) -> Any:
+        return prepare(image, self).transpose(2, 0, 1)
 
 
 class _Indexed(Dataset):
@@ -131,7 +136,7 @@ class _Indexed(Dataset):
             except UNREADABLE as error:
                 if not self.skip_bad:
                     # as a value: a worker's exception arrives as another one, traceback and all
-                    return _failure(self.source.name(index), error)
+                    return unreadable(self.source.name(index), error)
             skipped.append(self.source.name(index))
             if self.seed is None:
                 return None, None, index, skipped
@@ -161,6 +166,11 @@ class _Streamed(IterableDataset):
         self.dataset.reader.ds = None
         self.dataset.reader.worker_seed = _draw(self.seed or 0, int(self.epoch), self.rank)
         for i, (image, label) in enumerate(self.dataset):
+            try:
+                image = to_rgb(image)
+            except UNREADABLE as error:
+                yield unreadable(f"image {i} of worker {worker}", error)
+                return
             if self.seed is None:
                 picture = self.transform(image)
             else:

@@ -86,7 +86,10 @@ class _Experiment:
         self.skipped = set(self.splits.skipped)
         # whose weights become int8, and whose answers the report shows
         self.role = "distilled" if self.teacher else "alone"
-        self.notes: list[str] = []
+        self.notes = list(self.splits.notes)
+        if place.rank == 0:
+            for note in self.notes:
+                print(note, flush=True)
 
     def _check_folder(self) -> bool:
         """Whether the folder holds a run to go on with; refuses another's.

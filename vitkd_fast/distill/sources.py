@@ -1,23 +1,25 @@
-"""Datasets before any transform: folders, digits, and timm's torch/..., hfds/... and wds/..."""
+"""Data sets before any transform: folders, digits, and timm's torch/..., hfds/... and wds/..."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections import defaultdict
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset
 
-from ..pictures import UNREADABLE as UNREADABLE
+from .. import pictures
 from ..pictures import DataError as DataError
+from ..pictures import open_rgb, to_rgb
 from .config import Data
+
+# what a folder of whole data sets holds, where one of them is asked for
+_SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 class Source(Protocol):
@@ -45,18 +47,38 @@ class Digits:
         return len(self.labels)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]).convert("RGB"), int(self.labels[index])
+        return to_rgb(Image.fromarray(self.images[index])), int(self.labels[index])
 
     def name(self, index: int) -> str:
         return f"digits/{index}"
 
 
+class Folder:
+    """Images in the folders of their classes: the first level below a root, as in torchvision."""
+
+    def __init__(self, files: list[str], labels: list[int], classes: list[str]) -> None:
+        self.files = files
+        self.labels = labels
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return open_rgb(self.files[index]), self.labels[index]
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+
 class Timm:
-    """One of timm's datasets whose pictures have an index: folders, torch/... and hfds/..."""
+    """One of timm's datasets whose images have an index: torch/... and hfds/..."""
 
     def __init__(self, dataset: Any, classes: list[str]) -> None:
         self.dataset = dataset
         self.classes = classes
+        if hasattr(dataset, "loader"):  # torchvision's folders
+            dataset.loader = open_rgb
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -64,16 +86,16 @@ class Timm:
     def read(self, index: int) -> tuple[Image.Image, int]:
         # past timm's ImageDataset, which replaces what it cannot read without a word of which
         image, label = getattr(self.dataset, "reader", self.dataset)[index]
-        if not isinstance(image, Image.Image):
-            with image:
-                return Image.open(image).convert("RGB"), int(label)
-        return image.convert("RGB"), int(label)
+        if isinstance(image, Image.Image):
+            return to_rgb(image), int(label)
+        with image:
+            return open_rgb(image), int(label)
 
     def name(self, index: int) -> str:
         if hasattr(self.dataset, "samples"):  # torchvision's folders
             return str(self.dataset.samples[index][0])
         reader = getattr(self.dataset, "reader", None)
-        return reader.filename(index, absolute=True) if reader else f"picture {index}"
+        return reader.filename(index, absolute=True) if reader else f"image {index}"
 
 
 class Part:
@@ -95,39 +117,60 @@ class Part:
 
 
 class Splits(NamedTuple):
-    """Training and validation pictures; a dataset that streams is timm's, and has no indices."""
+    """Training and validation images; a dataset that streams is timm's, and has no indices."""
 
     train: Any  # Source, or an IterableDataset
     val: Any
     classes: list[str]
-    skipped: list[str]  # files and folders that hold no picture
+    skipped: list[str]  # what `skip_bad` left out: class folders without images, images outside
+    notes: list[str]  # a sentence each on what is worth a look, such as ignored files
 
 
 def open_data(config: Data, classes: int | None = None) -> Splits:
-    """Opens the training and validation pictures that a configuration names.
+    """Opens the training and validation images that a configuration names.
 
     Args:
         config: with `dataset` empty, `train` and `val` are folders that hold one folder per class.
         classes: how many there are, for a dataset that does not say so itself.
 
     Raises:
-        DataError: naming what is missing, empty or no picture (with `skip_bad`, files are left out
-            and listed).
+        DataError: naming what is missing, empty or in both parts (with `skip_bad`, what belongs to
+            no class is left out and listed).
     """
     if config.dataset == "digits":
-        return _hold_out(Digits(), config, [])
+        return _hold_out(Digits(), config, [], [])
     if config.dataset:
         return _open_named(config, classes)
-    train, skipped = _open_folder(config.train, "data.train", config.skip_bad, None)
+    train = _open_folder(config.train, "data.train", config.skip_bad, None)
+    if len(train.source.classes) == 1:
+        raise DataError(
+            f"data.train: {config.train} holds one class, {train.source.classes[0]!r}; "
+            "accepted are two and more"
+        )
     if not config.val:
-        return _hold_out(train, config, skipped)
-    known = {name: i for i, name in enumerate(train.classes)}
-    val, more = _open_folder(config.val, "data.val", config.skip_bad, known)
-    return Splits(train, val, train.classes, skipped + more)
+        return _hold_out(train.source, config, train.bad, train.notes)
+    known = {name: i for i, name in enumerate(train.source.classes)}
+    val = _open_folder(config.val, "data.val", config.skip_bad, known)
+    if both := train.real & val.real:
+        raise DataError(
+            f"data.val: {len(both)} of its {len(val.real)} images are in data.train too, such as "
+            f"{min(both)}; without data.val, data.holdout keeps some from training"
+        )
+    notes = train.notes + val.notes + _absent(val.source.labels, train.source.classes, "data.val")
+    return Splits(train.source, val.source, train.source.classes, train.bad + val.bad, notes)
 
 
-def open_folder(path: str, names: list[list[str]], skip_bad: bool) -> tuple[Timm, list[str]]:
-    """The pictures of a folder for a trained model, and the files that were left out.
+class Opened(NamedTuple):
+    """A folder of class folders."""
+
+    source: Folder
+    bad: list[str]  # what belongs to no class and was left out
+    notes: list[str]
+    real: set[str]  # the real paths of its images
+
+
+def open_folder(path: str, names: list[list[str]], skip_bad: bool) -> Opened:
+    """The images of a folder for a trained model.
 
     Args:
         path: a folder with a folder for each class.
@@ -138,8 +181,7 @@ def open_folder(path: str, names: list[list[str]], skip_bad: bool) -> tuple[Timm
     Raises:
         DataError: as `open_data` does, and for a folder whose name is no class.
     """
-    folders = [x.name for x in Path(path).iterdir() if x.is_dir()] if Path(path).is_dir() else []
-    folders = sorted((x for x in folders if not x.startswith(".")), key=natural_key)
+    folders = _class_folders(path, "DIR")
     for known in names:
         if set(folders) <= set(known):
             break
@@ -148,69 +190,93 @@ def open_folder(path: str, names: list[list[str]], skip_bad: bool) -> tuple[Timm
     return _open_folder(path, "DIR", skip_bad, {name: i for i, name in enumerate(known)})
 
 
-def list_pictures(path: str | Path) -> list[Path]:
-    """The picture files anywhere under a folder, in natural order, hidden ones left out.
-
-    Raises:
-        DataError: no folder, or no picture in it.
-    """
-    if not Path(path).is_dir():
-        raise DataError(f"{path} is no folder")
-    extensions = get_img_extensions(as_set=True)
-    found = []
-    for folder, subfolders, files in os.walk(path, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [os.path.join(folder, file) for file in files if not file.startswith(".")]
-    found = [file for file in found if Path(file).suffix.lower() in extensions]
-    if not found:
-        raise DataError(f"{path} holds no pictures ({', '.join(sorted(extensions))})")
-    return [Path(file) for file in sorted(found, key=natural_key)]
-
-
 def spread(size: int, count: int) -> list[int]:
     """Up to `count` of the indices below `size`, evenly spread: i size // count."""
     count = min(size, count)
     return [i * size // count for i in range(count)]
 
 
-def _open_folder(
-    path: str, key: str, skip_bad: bool, known: dict[str, int] | None
-) -> tuple[Timm, list[str]]:
-    root = Path(path)
-    if not root.is_dir():
+def _class_folders(path: str, key: str) -> list[str]:
+    """The names of the folders in a folder, in natural order."""
+    if not os.path.isdir(path):
         raise DataError(f"{key}: {path} is no folder")
-    extensions = get_img_extensions(as_set=True)
-    found, bad = set(), []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files = [file for file in files if not file.startswith(".")]
-        pictures = {file for file in files if Path(file).suffix.lower() in extensions}
-        at_root = Path(folder) == root
-        bad += [
-            f"{Path(folder) / file} is no picture in a class's folder"
-            for file in sorted(files)
-            if at_root or file not in pictures
-        ]
-        if pictures and not at_root:
-            found.add(Path(folder).name)
-        elif not subfolders:
-            bad.append(f"class folder {folder} holds no picture")
+    real = os.path.realpath(path)
+    return [
+        name
+        for name in sorted(os.listdir(path), key=pictures.natural_key)
+        if os.path.isdir(file := os.path.join(path, name))
+        and pictures.is_ours(name)
+        and not pictures.is_above(os.path.realpath(file), real)
+    ]
+
+
+def _open_folder(path: str, key: str, skip_bad: bool, known: dict[str, int] | None) -> Opened:
+    folders = _class_folders(path, key)
+    found = {name: pictures.find(os.path.join(path, name)) for name in folders}
+    ignored = sum((x.ignored for x in found.values()), Counter[str]())
+    bad = [
+        f"class folder {os.path.join(path, name)} holds no image"
+        for name in folders
+        if not found[name].files
+    ]
+    loose = 0
+    for name in sorted(os.listdir(path), key=pictures.natural_key):
+        file = os.path.join(path, name)
+        if not (os.path.exists(file) or name.startswith(".")):
+            bad.append(f"{file} is a broken link")
+        elif os.path.isdir(file):
+            continue
+        elif pictures.is_image(name):
+            bad.append(f"image {file} lies in no class folder")
+            loose += 1
+        else:
+            ignored[pictures.ending(name)] += 1
+    found = {name: x for name, x in found.items() if x.files}
+    if not found:
+        raise DataError(
+            f"{key}: {path} holds {loose} images and no class folder with images; put the images "
+            "of each class into a folder of its name"
+            if loose
+            else f"{key}: {path} holds no class folder with images "
+            f"({', '.join(pictures.EXTENSIONS)})"
+        )
     if bad and not skip_bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise DataError(f"{key}: {bad[0]}{more}; --skip-bad goes on without")
-    if not found:
-        raise DataError(
-            f"{key}: {path} holds no class folders with pictures ({', '.join(sorted(extensions))})"
-        )
     if known is None:
-        known = {name: i for i, name in enumerate(sorted(found, key=natural_key))}
-    elif unknown := sorted(found - known.keys()):
-        raise DataError(f"{key}: {path} has a class {unknown[0]!r} that the model does not know")
-    dataset = create_dataset("", root=path, search_split=False, class_map=known)
-    # timm takes hidden pictures too, and ._1.jpg is none
-    at = len(os.path.join(path, "")) - 1
-    dataset.reader.samples = [x for x in dataset.reader.samples if f"{os.sep}." not in x[0][at:]]
-    return Timm(dataset, list(known)), bad
+        if {name.lower() for name in found} <= _SPLITS:
+            raise DataError(
+                f"{key}: {path} holds {', '.join(found)}, which are no classes; name the folder "
+                f"of one, such as {os.path.join(path, next(iter(found)))}"
+            )
+        known = {name: i for i, name in enumerate(found)}
+    elif unknown := [name for name in found if name not in known]:
+        who = "data.train" if key == "data.val" else "the model"
+        raise DataError(f"{key}: {path} has a class {unknown[0]!r} that {who} does not know")
+    of: dict[str, str] = {}  # each image's path, by its real one
+    for x in found.values():
+        if twice := x.files.keys() & of:
+            one = min(twice)
+            raise DataError(f"{key}: {of[one]} and {x.files[one]} are one file in two classes")
+        of |= x.files
+    labels = [known[name] for name, x in found.items() for _ in x.files]
+    # every class's images in natural order, and the classes in theirs
+    source = Folder(list(of.values()), labels, list(known))
+    notes = []
+    if ignored:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common(5))
+        notes.append(f"{key}: files that are no images, ignored: {ignored.total():,} ({kinds})")
+    return Opened(source, bad, notes, set(of))
+
+
+def _absent(labels: Iterable[int], classes: list[str], key: str) -> list[str]:
+    """A sentence on classes without an image."""
+    seen = set(labels)
+    if not (absent := [name for i, name in enumerate(classes) if i not in seen]):
+        return []
+    more = ", ..." if len(absent) > 3 else ""
+    named = ", ".join(map(repr, absent[:3]))
+    return [f"{key}: {len(absent)} of {len(classes)} classes have no image: {named}{more}"]
 
 
 def _open_named(config: Data, classes: int | None) -> Splits:
@@ -228,6 +294,8 @@ def _open_named(config: Data, classes: int | None) -> Splits:
                 split=split or default,
                 is_training=default == "train",
                 batch_size=config.batch_size,
+                # TensorFlow has decoded its own; of others Pillow's mode is wanted, for `to_rgb`
+                input_img_mode="RGB" if config.dataset.startswith("tfds/") else "",
             )
         except Exception as error:  # every kind that timm and the datasets' libraries raise
             raise DataError(
@@ -249,38 +317,40 @@ def _open_named(config: Data, classes: int | None) -> Splits:
             "how many there are: {num_classes: ...}"
         )
     wrapped = [x if isinstance(x, IterableDataset) else Timm(x, names) for x in (train, val)]
-    return Splits(wrapped[0], wrapped[1], names, [])
+    return Splits(wrapped[0], wrapped[1], names, [], [])
 
 
-def _hold_out(source: Source, config: Data, skipped: list[str]) -> Splits:
-    """Keeps a share of every class for validation, always the same pictures."""
-    found = labels(source)
-    assert found is not None  # of folders and digits
+def _hold_out(
+    source: Digits | Folder, config: Data, skipped: list[str], notes: list[str]
+) -> Splits:
+    """Keeps a share of every class for validation, always the same images."""
     groups: dict[int, list[int]] = defaultdict(list)
-    for i, label in enumerate(found):
+    for i, label in enumerate(source.labels):
         groups[label].append(i)
     shuffled = random.Random(0)
     kept = set()
     for group in groups.values():
         shuffled.shuffle(group)
         kept.update(group[: round(config.holdout * len(group))])
-    if not 0 < len(kept) < len(found):
+    size = len(source)
+    if not 0 < len(kept) < size:
         raise DataError(
-            f"data.holdout: {config.holdout} of {len(found)} pictures leaves none on one side"
+            f"data.holdout: {config.holdout} of {size} pictures leaves none on one side"
         )
-    train = Part(source, [i for i in range(len(found)) if i not in kept])
-    return Splits(train, Part(source, sorted(kept)), source.classes, skipped)
+    parts = [[i for i in range(size) if i not in kept], sorted(kept)]
+    for part, name in zip(parts, ("training", "validation"), strict=True):
+        key = f"data.holdout: {config.holdout}: in {name}"
+        notes = notes + _absent((source.labels[i] for i in part), source.classes, key)
+    train, val = (Part(source, part) for part in parts)
+    return Splits(train, val, source.classes, skipped, notes)
 
 
 def labels(source: Any) -> list[int] | None:
-    """The label of each picture, where that takes no reading of pictures."""
+    """The label of each image, where that takes no reading of images."""
     if isinstance(source, Part):
         known = labels(source.source)
         return known and [known[i] for i in source.index]
-    if isinstance(source, Digits):
-        return [int(label) for label in source.labels]
-    samples = getattr(getattr(getattr(source, "dataset", None), "reader", None), "samples", None)
-    return samples and [int(label) for _, label in samples]
+    return getattr(source, "labels", None)
 
 
 def count(source: Any) -> int:
