@@ -167,3 +167,17 @@ def test_error_of_files(tmp_path: Path, text: str | bytes) -> None:
             load(name)
     with pytest.raises(ConfigError, match=r"digit: no recipe .*; the nearest is digits"):
         load("digit")
+
+
+def test_a_path_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("student: {checkpoint: ~/s.safetensors}")
+    keys = "data.root data.train data.val teacher.checkpoint teacher.model run.folder".split()
+    given = [*LEAST, "losses.kd.temperature=2", *(f"{key}=~/x y" for key in keys)]
+    made = config.load("~/mine.yaml", given).model_dump()
+    for key in keys:
+        section, name = key.split(".")
+        assert made[section][name] == f"{tmp_path}/x y", key
+    assert made["student"]["checkpoint"] == f"{tmp_path}/s.safetensors"
+    made = config.load(None, [*LEAST, "student.model=local-dir:~/x", "data.val=a/~"])
+    assert (made.student.model, made.data.val) == (f"local-dir:{tmp_path}/x", "a/~")

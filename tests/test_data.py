@@ -1,5 +1,7 @@
 """Pictures: what a batch holds, what it depends on, and what is said of files that are none."""
 
+import io
+import itertools
 import json
 import random
 from pathlib import Path
@@ -9,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from timm.data.mixup import Mixup
 
 from vitkd_fast.distill.config import Augmentation, Config, validate
-from vitkd_fast.distill.data import Batch, Loader, Mixer, loaders
+from vitkd_fast.distill.data import Batch, Loader, Mixer, eval_transform, loaders
 from vitkd_fast.distill.losses import CE, KD, Seen
 from vitkd_fast.distill.sources import DataError, open_data, open_folder
 from vitkd_fast.models import Tapped
+from vitkd_fast.pictures import EXTENSIONS, open_rgb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STRONG = {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5"}
@@ -74,10 +78,11 @@ def test_batches(tmp_path: Path, workers: int) -> None:
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
-    one = picture(tmp_path / "a" / "0.png").read_bytes()
-    for i in range(1, 10):
-        (tmp_path / "a" / f"{i}.png").write_bytes(one)
-    data: dict[str, Any] = {"train": tmp_path, "val": tmp_path, "batch_size": 2}
+    one = picture(tmp_path / "val" / "a" / "0.png").read_bytes()
+    for file in [tmp_path / "train" / x / f"{i}.png" for x in "ab" for i in range(5)]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(one)
+    data: dict[str, Any] = {"train": tmp_path / "train", "val": tmp_path / "val", "batch_size": 2}
     loader, workers = opened(**data)[0], opened(**data, workers=2)[0]
     first = drawn(loader.epoch(3))
     assert len(set(first.values())) == 10
@@ -190,31 +195,70 @@ def test_hfds(tmp_path: Path) -> None:
     assert sorted(source.read(i)[1] for i in range(10)) == [0] * 5 + [1] * 5
 
 
+def test_every_source_opens_an_image_alike(tmp_path: Path) -> None:
+    """Of 16 bits and turned on its side: where a library converts by itself, both go wrong."""
+    webdataset = pytest.importorskip("webdataset")
+    pytest.importorskip("datasets")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16))
+    for split, name in itertools.product(("train", "validation"), "ab"):
+        (tmp_path / "p" / split / name).mkdir(parents=True)
+        deep.save(tmp_path / "p" / split / name / f"{split}.png", exif=exif)
+    one = tmp_path / "p" / "train" / "a" / "train.png"
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as shard:
+        shard.write({"__key__": "0", "png": one.read_bytes(), "cls": 0})
+    split = {"name": "", "num_samples": 1, "filenames": ["0.tar"], "shard_lengths": []}
+    splits = {"splits": {"train": split, "validation": split}}
+    (tmp_path / "_info.json").write_text(json.dumps(splits))
+    expected = open_rgb(one)
+    assert expected.size == (30, 40) and len(np.unique(expected)) == 256
+    pixels = torch.as_tensor(eval_transform(16, 0.875, "bicubic")(expected))
+    sources: dict[str, dict[str, Any]] = {
+        "": {"train": tmp_path / "p" / "train", "val": tmp_path / "p" / "validation"},
+        "torch/image_folder": {"root": tmp_path / "p"},
+        f"hfds/{tmp_path}/p": {"root": tmp_path / "cache"},
+        "wds/x": {"root": tmp_path},
+    }
+    for name, data in sources.items():
+        (_, val) = opened(dataset=name, **data, batch_size=1, classes=2)
+        batches = list(val.epoch())
+        assert len(batches) == (1 if name == "wds/x" else 2), name
+        assert all(torch.equal(x.images[0], pixels) for x in batches), name
+
+
 def test_pictures_become_rgb(tmp_path: Path) -> None:
     modes = "RGB", "L", "P", "RGBA", "CMYK", "1", "LA"
     for i, mode in enumerate(modes):
-        picture(tmp_path / "a" / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}", mode)
-    images = torch.cat([x.images for x in opened(train=tmp_path, val=tmp_path)[1].epoch()])
+        picture(tmp_path / "val" / "a" / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}", mode)
+    data = {"train": folder(tmp_path / "train", "a b"), "val": tmp_path / "val"}
+    images = torch.cat([x.images for x in opened(**data)[1].epoch()])
     grey = [bool((x[0] == x[1]).all() and (x[1] == x[2]).all()) for x in images]
     assert images.shape[1] == 3 and grey == [mode in ("L", "1", "LA") for mode in modes]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_pictures(tmp_path: Path, workers: int) -> None:
-    data = {"train": folder(tmp_path, each=10), "val": tmp_path, "workers": workers}
-    bad = [tmp_path / "cat" / "2.jpg", tmp_path / "dog" / "1.jpg"]
-    bad[0].write_bytes(bad[0].read_bytes()[:-200])
-    bad[1].write_text("no picture")
-    for loader in opened(**data):
-        with pytest.raises(DataError, match=f"^({bad[0]}|{bad[1]}) cannot be read: ") as error:
+    data = {"train": folder(tmp_path / "train", each=10), "val": tmp_path / "val"}
+    data |= {"workers": workers}
+    names = "cat/2.jpg", "dog/1.jpg"
+    for root in (tmp_path / "train", tmp_path / "val"):
+        folder(root, each=10)
+        bad = [root / name for name in names]
+        bad[0].write_bytes(bad[0].read_bytes()[:-200])
+        bad[1].write_text("no picture")
+    for loader, root in zip(opened(**data), ("train", "val"), strict=True):
+        whole = f"^{tmp_path}/{root}/({'|'.join(names)}) cannot be read: "
+        with pytest.raises(DataError, match=whole) as error:
             list(loader.epoch())
         assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
     train, val = opened(**data, skip_bad=True)
     assert [len(x.labels) for x in train.epoch()] == [4] * 5
     name = open_data(config(**data).data).val.name
     assert list(drawn(val.epoch())) == [i for i in range(20) if Path(name(i)) not in bad]
-    assert train.skipped == val.skipped == set(map(str, bad))
-    for file in list(tmp_path.glob("*/*")):
+    assert train.skipped == {str(tmp_path / "train" / x) for x in names}
+    assert val.skipped == {str(tmp_path / "val" / x) for x in names}
+    for file in list(tmp_path.glob("*/*/*")):
         file.write_text("no picture")
     for loader in opened(**data, skip_bad=True):
         with pytest.raises(DataError, match="not one of 20 pictures can be read"):
@@ -224,12 +268,12 @@ def test_unreadable_pictures(tmp_path: Path, workers: int) -> None:
     assert len(drawn(opened(**data, skip_bad=True)[1].epoch())) == 1
 
 
-@pytest.mark.parametrize("stray", ["notes.txt", "cat/notes.txt", "0.png", "ant/.hidden"])
-def test_folders_with_more_than_pictures(tmp_path: Path, stray: str) -> None:
-    file = folder(tmp_path) / stray
+@pytest.mark.parametrize("odd", ["0.png", "ant/.hidden", "ant/notes.txt", "link"])
+def test_what_belongs_to_no_class(tmp_path: Path, odd: str) -> None:
+    file = folder(tmp_path) / odd
     file.parent.mkdir(exist_ok=True)
-    file.write_text("")
-    named = str(file.parent if file.name == ".hidden" else file)
+    file.write_text("") if odd != "link" else file.symlink_to("nowhere")
+    named = str(file if file.parent == tmp_path else file.parent)
     with pytest.raises(DataError, match=rf"^data.train: .*{named}\b.*--skip-bad"):
         open_data(config(train=tmp_path).data)
     splits = open_data(config(train=tmp_path, skip_bad=True, holdout=0.2).data)
@@ -238,26 +282,109 @@ def test_folders_with_more_than_pictures(tmp_path: Path, stray: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["p", "p/", ".hidden/p"])
-def test_hidden_files_are_ignored(tmp_path: Path, place: str) -> None:
+def test_what_is_no_image_is_ignored(tmp_path: Path, place: str) -> None:
     root = folder(tmp_path / place)
     _ = picture(root / "cat/.ipynb_checkpoints/1.jpg"), picture(root / ".git/cat/1.jpg")
-    for name in (".DS_Store", "cat/.DS_Store", "cat/._1.jpg", ".git/cat/2.jpg"):
+    _ = picture(root / "__MACOSX/cat/1.jpg")
+    for name in (".DS_Store", "cat/.DS_Store", "cat/._1.jpg", "notes.txt", "dog/Thumbs.db"):
         (root / name).write_text("no picture")
-    splits = open_data(config(train=f"{tmp_path}/{place}", val=root).data)
-    assert splits.classes == ["cat", "dog"] and len(splits.train) == 10 and not splits.skipped
+    splits = open_data(config(train=f"{tmp_path}/{place}", holdout=0.2).data)
+    assert splits.classes == ["cat", "dog"] and len(splits.train) + len(splits.val) == 10
+    assert not splits.skipped
+    ignored = "files that are no images, ignored: 5 (3 hidden, 1 .db, 1 .txt)"
+    assert splits.notes == [f"data.train: {ignored}"]
+
+
+def test_the_first_level_is_the_class(tmp_path: Path) -> None:
+    root = folder(tmp_path / "p", "cat/batch1 cat/batch2 dog/batch1 dog/batch2/more", 3)
+    source = open_folder(str(root), [["cat", "dog"]], False).source
+    assert len(source) == 12 and source.classes == ["cat", "dog"]
+    for i in range(12):
+        assert Path(source.name(i)).relative_to(root).parts[0] == source.classes[source.read(i)[1]]
+    assert torchvision.datasets.ImageFolder(root).class_to_idx == {"cat": 0, "dog": 1}
+    root = folder(tmp_path / "q", "cat Cat 01 1 b10 b9")
+    assert open_data(config(train=root, holdout=0.2).data).classes == "01 1 b9 b10 Cat cat".split()
+
+
+def test_every_ending_trains(tmp_path: Path) -> None:
+    for i, ending in enumerate(EXTENSIONS * 2):
+        buffer = io.BytesIO()
+        image = Image.fromarray(np.random.randint(0, 256, (30, 40, 3), dtype=np.uint8))
+        image.save(buffer, Image.registered_extensions()[ending])
+        file = tmp_path / "p" / "ab"[i % 2] / f"{i}{ending.upper() if i % 3 else ending}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(buffer.getvalue())
+    splits = open_data(config(train=tmp_path / "p", holdout=0.25).data)
+    assert len(splits.train) + len(splits.val) == 2 * len(EXTENSIONS) and not splits.notes
+    assert sum(len(x.labels) for x in opened(train=tmp_path / "p", holdout=0.5)[1].epoch()) == 12
+
+
+def test_links_lead_to_each_image_once(tmp_path: Path) -> None:
+    root = folder(tmp_path / "p", "ant bee")
+    for link, target in {
+        "ant/loop": "..",
+        "bee/all": root,
+        "ant/top": "../../..",
+        "me": ".",
+    }.items():
+        (root / link).symlink_to(target)
+    (root / "ant" / "again.jpg").symlink_to(next((root / "ant").glob("*.jpg")))
+    (root / "cow").symlink_to(folder(tmp_path / "pool", "x") / "x")
+    splits = open_data(config(train=root, holdout=0.4).data)
+    assert splits.classes == ["ant", "bee", "cow"]
+    parts = [{Path(x.name(i)).resolve() for i in range(len(x))} for x in (splits.train, splits.val)]
+    assert not parts[0] & parts[1] and [len(x) for x in parts] == [9, 6]
+    (root / "dog").symlink_to("cow")
+    with pytest.raises(DataError, match=rf"{root}/cow/.* and {root}/dog/.* are one file in two cl"):
+        open_data(config(train=root).data)
+
+
+def test_folders_that_hold_no_classes(tmp_path: Path) -> None:
+    flat, one = picture(tmp_path / "flat" / "1.png").parent, folder(tmp_path / "one", "cat")
+    folder(tmp_path / "splits" / "train"), folder(tmp_path / "splits" / "Val")
+    for root, message in {
+        flat: "holds 1 images and no class folder with images; put the images of each",
+        one: "holds one class, 'cat'; accepted are two and more",
+        tmp_path / "splits": f"holds train, Val, which are no classes; .* {tmp_path}/splits/train$",
+        tmp_path / "none": "is no folder",
+    }.items():
+        with pytest.raises(DataError, match=f"^data.train: {root} {message}"):
+            open_data(config(train=root).data)
+    with pytest.raises(DataError, match=f"^DIR: {flat} holds 1 images"):
+        open_folder(str(flat), [["cat", "dog"]], False)
+
+
+def test_classes_without_validation_are_named(tmp_path: Path) -> None:
+    train, val = folder(tmp_path / "train", "a b c d e"), folder(tmp_path / "val", "c")
+    notes = ["data.val: 4 of 5 classes have no image: 'a', 'b', 'd', ..."]
+    assert open_data(config(train=train, val=val).data).notes == notes
+    _ = [picture(train / "c" / f"more{i}.png") for i in range(5)]
+    notes = ["data.holdout: 0.1: in validation: 4 of 5 classes have no image: 'a', 'b', 'd', ..."]
+    assert open_data(config(train=train, holdout=0.1).data).notes == notes
+
+
+def test_validation_is_no_training(tmp_path: Path) -> None:
+    train, val = folder(tmp_path / "train"), folder(tmp_path / "val")
+    open_data(config(train=train, val=val).data)
+    shared = next((train / "cat").iterdir())
+    (val / "cat" / "shared.png").symlink_to(shared)
+    with pytest.raises(DataError, match=f"^data.val: 1 of its 11 images .* such as {shared}; "):
+        open_data(config(train=train, val=val).data)
+    with pytest.raises(DataError, match=r"^data.val: 10 of its 10 images are in data.train too"):
+        open_data(config(train=train, val=train).data)
 
 
 def test_validation_and_its_errors(tmp_path: Path) -> None:
     train, val = folder(tmp_path / "train", "c1 c2 c10"), folder(tmp_path / "val", "c10")
-    _, source, classes, _ = open_data(config(train=train, val=val).data)
+    _, source, classes, *_ = open_data(config(train=train, val=val).data)
     assert classes == ["c1", "c2", "c10"] and source.read(0)[1] == 2
     with pytest.raises(DataError, match=r"15 training pictures are fewer .* takes: 16"):
         opened(train=train, val=val, batch_size=16)
     folder(val, "c3"), (tmp_path / "empty").mkdir()
-    for name, message in {"val": "class 'c3'", "none": "no folder", "empty": "no picture"}.items():
+    for name, message in {"val": "class 'c3'", "none": "no folder", "empty": "no class"}.items():
         with pytest.raises(DataError, match=f"data.val: .*{name}.*{message}"):
             open_data(config(train=train, val=tmp_path / name).data)
-    with pytest.raises(DataError, match="empty holds no class folders"):
+    with pytest.raises(DataError, match="empty holds no class folder"):
         open_data(config(train=tmp_path / "empty", skip_bad=True).data)
 
 
@@ -266,9 +393,9 @@ def test_open_folder(tmp_path: Path) -> None:
     for classes, expected in (("n1 n3", {0, 2}), ("hen", {2}), ("a b10 b9", {0, 1, 2})):
         root = folder(tmp_path / classes, classes)
         for skip_bad in (False, True):
-            source, bad = open_folder(str(root), names, skip_bad)
+            source, bad, notes, _ = open_folder(str(root), names, skip_bad)
             assert {source.read(i)[1] for i in range(len(source))} == expected
-            assert bad == [f"{root}/notes.txt is no picture in a class's folder"] * skip_bad
+            assert not bad and len(notes) == skip_bad
             (root / "notes.txt").write_text("")
     assert source.classes == ["a", "b9", "b10"]
     with pytest.raises(DataError, match="class 'a' that the model does not know"):

@@ -260,7 +260,7 @@ def test_what_cannot_be_quantized(
     }
     failed = {
         (model, tmp_path / "none", out): f"DataError: {tmp_path}/none is no folder",
-        (model, tmp_path / "empty", out): f"DataError: {tmp_path}/empty holds no pictures",
+        (model, tmp_path / "empty", out): f"DataError: {tmp_path}/empty holds no images",
         (model, tmp_path / "bad", out, "--skip-bad"): "not one of 1 pictures can be read",
         (tmp_path / "none.safetensors", pictures, out): "none.safetensors is not a file",
     }
@@ -324,16 +324,51 @@ def test_predict_is_of_the_engines_answers(quantized: Path, pictures: Path, vitk
         assert line == f"{file}: {i[0]} {100 * p[0]:.1f}%, {i[1]} {100 * p[1]:.1f}%"
 
 
+def test_predict_takes_folders(quantized: Path, pictures: Path, tmp_path: Path, vitkd) -> None:
+    for i, file in enumerate(list_pictures(pictures)[:12]):
+        (tmp_path / "in" / "deep").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "in" / ("deep" if i % 2 else "") / f"{i}.png")
+    (tmp_path / "in" / "notes.txt").write_text("no image, and not taken for one")
+    (tmp_path / "none").mkdir()
+    files = [tmp_path / "in" / f"{i}.png" for i in range(0, 12, 2)]
+    files += [tmp_path / "in" / "deep" / f"{i}.png" for i in range(1, 12, 2)]
+    given = (files[3], tmp_path / "in", files[0])
+    result = vitkd("predict", quantized, *given)
+    assert result.code == 0, result.err
+    assert result.out == vitkd("predict", quantized, files[3], *files, files[0]).out
+    assert [line.split(":")[0] for line in result.out.splitlines()][1:-1] == list(map(str, files))
+    for wrong, why in {
+        "https://example.com/cat.jpg": "is a URL; download it, and name the file",
+        f"{tmp_path}/none": "holds no images",
+        f"{tmp_path}/cat.jpg": "cannot be read",
+    }.items():
+        result = vitkd("predict", quantized, wrong)
+        assert (result.code, result.out) == (1, "") and len(result.err.splitlines()) == 1
+        assert f"DataError: {wrong} {why}" in result.err
+
+
+def test_a_path_in_the_home_folder(
+    quantized: Path, pictures: Path, tmp_path: Path, vitkd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves ~ alone behind --option=."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(quantized, tmp_path / "student.safetensors")
+    shutil.copytree(pictures / "1", tmp_path / "in")
+    given = ("predict", "~/student.safetensors", "~/in")
+    assert vitkd(*given).out == vitkd("predict", quantized, tmp_path / "in").out != ""
+    result = vitkd("quantize", "~/student.safetensors", "--images=~/in", "-o", "~/out.safetensors")
+    assert "MODEL: " + str(tmp_path / "student.safetensors") + " is int8 already" in result.err
+
+
 def test_predict_needs_no_torch(quantized: Path, pictures: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from vitkd_fast.cli import app; app(standalone_mode=False);"
         "print('torch' in sys.modules, 'timm' in sys.modules)"
     )
-    picture = next((pictures / "1").iterdir())
-    command = [sys.executable, "-c", code, "predict", str(quantized), str(picture)]
+    command = [sys.executable, "-c", code, "predict", str(quantized), str(pictures / "1")]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines()[1] == "False False"
+    assert result.stdout.splitlines()[-1] == "False False"
 
 
 def test_profile(quantized: Path, vitkd) -> None:
