@@ -413,6 +413,13 @@ def test_a_teacher_of_other_classes_is_refused(
     assert error in result.err
 
 
+def test_eval_matches_classes_by_name(named: Path, tmp_path: Path, vitkd) -> None:
+    file = saved_teacher(tmp_path / "m.safetensors", [f"c{i}" for i in range(9)] + ["zebra"])
+    result = vitkd("eval", file, named / "val")
+    assert result.code == 1
+    assert f"{file}: classes of the images that it lacks: c9; its others: zebra" in result.err
+
+
 def test_a_run_goes_on_with_its_own_images_only(
     pictures: Path, run_folder: Path, named: Path, tmp_path: Path, vitkd
 ) -> None:

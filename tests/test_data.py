@@ -18,7 +18,7 @@ from timm.data.mixup import Mixup
 from vitkd_fast.distill.config import Augmentation, Config, validate
 from vitkd_fast.distill.data import Batch, Loader, Mixer, eval_transform, loaders
 from vitkd_fast.distill.losses import CE, KD, Seen
-from vitkd_fast.distill.sources import DataError, open_data, open_folder
+from vitkd_fast.distill.sources import DataError, class_folders, open_data, open_folder
 from vitkd_fast.models import Tapped
 from vitkd_fast.pictures import EXTENSIONS, open_rgb
 
@@ -297,7 +297,7 @@ def test_what_is_no_image_is_ignored(tmp_path: Path, place: str) -> None:
 
 def test_the_first_level_is_the_class(tmp_path: Path) -> None:
     root = folder(tmp_path / "p", "cat/batch1 cat/batch2 dog/batch1 dog/batch2/more", 3)
-    source = open_folder(str(root), [["cat", "dog"]], False).source
+    source = open_folder(str(root), {"cat": 0, "dog": 1}, False).source
     assert len(source) == 12 and source.classes == ["cat", "dog"]
     for i in range(12):
         assert Path(source.name(i)).relative_to(root).parts[0] == source.classes[source.read(i)[1]]
@@ -351,7 +351,7 @@ def test_folders_that_hold_no_classes(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"^data.train: {root} {message}"):
             open_data(config(train=root).data)
     with pytest.raises(DataError, match=f"^DIR: {flat} holds 1 images"):
-        open_folder(str(flat), [["cat", "dog"]], False)
+        open_folder(str(flat), {"cat": 0, "dog": 1}, False)
 
 
 def test_classes_without_validation_are_named(tmp_path: Path) -> None:
@@ -389,17 +389,18 @@ def test_validation_and_its_errors(tmp_path: Path) -> None:
 
 
 def test_open_folder(tmp_path: Path) -> None:
-    names = [["tench", "cock", "hen"], ["n3", "n2", "n1"]]
-    for classes, expected in (("n1 n3", {0, 2}), ("hen", {2}), ("a b10 b9", {0, 1, 2})):
-        root = folder(tmp_path / classes, classes)
-        for skip_bad in (False, True):
-            source, bad, notes, _ = open_folder(str(root), names, skip_bad)
-            assert {source.read(i)[1] for i in range(len(source))} == expected
-            assert not bad and len(notes) == skip_bad
-            (root / "notes.txt").write_text("")
-    assert source.classes == ["a", "b9", "b10"]
+    known = {"tench": 0, "cock": 1, "hen": 2}
+    root = folder(tmp_path / "p", "hen tench")
+    assert class_folders(str(root)) == ["hen", "tench"]
+    for skip_bad in (False, True):
+        source, bad, notes, _ = open_folder(str(root), known, skip_bad)
+        assert {source.read(i)[1] for i in range(len(source))} == {0, 2}
+        assert not bad and len(notes) == skip_bad
+        (root / "notes.txt").write_text("")
     with pytest.raises(DataError, match="class 'a' that the model does not know"):
-        open_folder(str(folder(tmp_path / "x", "a hen")), names, False)
+        open_folder(str(folder(tmp_path / "x", "a hen")), known, False)
+    with pytest.raises(DataError, match="no folder"):
+        class_folders(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])

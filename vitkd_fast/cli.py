@@ -133,12 +133,12 @@ def evaluate(
     """
     import torch
 
-    from . import models
-    from .distill import config, data, evaluate, sources
+    from .distill import config, data, evaluate, identity, sources
 
     device = "cuda" if torch.cuda.is_available() and not _is_int8(model) else "cpu"
     logits, pixels, classes = _open(model, threads, device)
-    source, bad, notes, _ = sources.open_folder(folder, models.class_names(classes), skip_bad)
+    known = identity.class_indices(model, classes, sources.class_folders(folder))
+    source, bad, notes, _ = sources.open_folder(folder, known, skip_bad)
     for note in notes:
         print(note, file=sys.stderr)
     transform = data.eval_transform(pixels.image_size, pixels.crop_pct, pixels.interpolation)

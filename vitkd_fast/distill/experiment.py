@@ -328,7 +328,7 @@ class _Experiment:
         if counted is not None:
             self._say(f"classes (training images): {identity.count_classes(counted, self.classes)}")
         self._say(f"student: {self.config.student.model}: weights: {self.student}")
-        for line in self.warnings:
+        for line in [*self.splits.notes, *self.warnings]:
             self._say(f"warning: {line}")
 
     def _score_teacher(self) -> None:

@@ -169,25 +169,17 @@ class Opened(NamedTuple):
     real: set[str]  # the real paths of its images
 
 
-def open_folder(path: str, names: list[list[str]], skip_bad: bool) -> Opened:
+def open_folder(path: str, known: dict[str, int], skip_bad: bool) -> Opened:
     """The images of a folder for a trained model.
 
     Args:
         path: a folder with a folder for each class.
-        names: what the model's classes may be called, such as words and WordNet ids; the first
-            list that holds every folder's name counts. As many folders as classes, of whatever
-            names, are the classes in their natural order.
+        known: the model's index of each class, such as `identity.class_indices` finds.
 
     Raises:
         DataError: as `open_data` does, and for a folder whose name is no class.
     """
-    folders = _class_folders(path, "DIR")
-    for known in names:
-        if set(folders) <= set(known):
-            break
-    else:
-        known = folders if len(folders) == len(names[0]) else names[0]
-    return _open_folder(path, "DIR", skip_bad, {name: i for i, name in enumerate(known)})
+    return _open_folder(path, "DIR", skip_bad, known)
 
 
 def spread(size: int, count: int) -> list[int]:
@@ -196,8 +188,8 @@ def spread(size: int, count: int) -> list[int]:
     return [i * size // count for i in range(count)]
 
 
-def _class_folders(path: str, key: str) -> list[str]:
-    """The names of the folders in a folder, in natural order."""
+def class_folders(path: str, key: str = "DIR") -> list[str]:
+    """The names of the folders in a folder, in natural order; DataError where there is none."""
     if not os.path.isdir(path):
         raise DataError(f"{key}: {path} is no folder")
     real = os.path.realpath(path)
@@ -211,7 +203,7 @@ def _class_folders(path: str, key: str) -> list[str]:
 
 
 def _open_folder(path: str, key: str, skip_bad: bool, known: dict[str, int] | None) -> Opened:
-    folders = _class_folders(path, key)
+    folders = class_folders(path, key)
     found = {name: pictures.find(os.path.join(path, name)) for name in folders}
     ignored = sum((x.ignored for x in found.values()), Counter[str]())
     bad = [
@@ -350,7 +342,8 @@ def labels(source: Any) -> list[int] | None:
     if isinstance(source, Part):
         known = labels(source.source)
         return known and [known[i] for i in source.index]
-    return getattr(source, "labels", None)
+    known = getattr(source, "labels", None)
+    return None if known is None else [int(label) for label in known]
 
 
 def count(source: Any) -> int:
