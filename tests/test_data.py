@@ -195,16 +195,19 @@ def test_hfds(tmp_path: Path) -> None:
     assert sorted(source.read(i)[1] for i in range(10)) == [0] * 5 + [1] * 5
 
 
-def test_every_source_opens_an_image_alike(tmp_path: Path) -> None:
-    """Of 16 bits and turned on its side: where a library converts by itself, both go wrong."""
+@pytest.mark.parametrize("mode", ["I;16", "RGB"])
+def test_every_source_opens_an_image_alike(tmp_path: Path, mode: str) -> None:
+    """Turned on its side, and of 16 bits: where a library converts by itself, both go wrong."""
     webdataset = pytest.importorskip("webdataset")
     pytest.importorskip("datasets")
     exif = Image.Exif()
     exif[0x0112] = 6
-    deep = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16))
+    image = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16))
+    if mode == "RGB":
+        image = Image.fromarray(np.random.randint(0, 256, (30, 40, 3), dtype=np.uint8))
     for split, name in itertools.product(("train", "validation"), "ab"):
         (tmp_path / "p" / split / name).mkdir(parents=True)
-        deep.save(tmp_path / "p" / split / name / f"{split}.png", exif=exif)
+        image.save(tmp_path / "p" / split / name / f"{split}.png", exif=exif)
     one = tmp_path / "p" / "train" / "a" / "train.png"
     with webdataset.TarWriter(str(tmp_path / "0.tar")) as shard:
         shard.write({"__key__": "0", "png": one.read_bytes(), "cls": 0})

@@ -161,6 +161,7 @@ def test_of_many_frames_the_first_counts(ending: str, tmp_path: Path) -> None:
     assert np.abs(grey(tmp_path / f"a.{ending}").astype(int) - 40).max() <= 2
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_every_ending_is_read_and_whole_files_alone(tmp_path: Path) -> None:
     for ending in pictures.EXTENSIONS:
         buffer = io.BytesIO()

@@ -22,7 +22,7 @@ app = typer.Typer(
 MODEL = "A .safetensors file of `vitkd distill`, or the name of a timm model."
 MODEL_OR_INT8 = MODEL[:-1] + ", or a file of `vitkd quantize`."
 SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave out files that are no pictures, and count them.")
+    bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and count them.")
 ]
 Threads = Annotated[
     int | None,

@@ -115,7 +115,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever broken metadata makes Pillow raise: the pixels are whole
         turn = None
-    return rgb if turn is None else rgb.transpose(turn)
+    upright = rgb if turn is None else rgb.transpose(turn)
+    upright.info = {}  # or a second call would turn it again
+    return upright
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

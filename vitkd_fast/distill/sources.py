@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -166,7 +166,7 @@ class Opened(NamedTuple):
     source: Folder
     bad: list[str]  # what belongs to no class and was left out
     notes: list[str]
-    real: set[str]  # the real paths of its images
+    real: KeysView[str]  # the real paths of its images
 
 
 def open_folder(path: str, known: dict[str, int], skip_bad: bool) -> Opened:
@@ -202,36 +202,38 @@ def class_folders(path: str, key: str = "DIR") -> list[str]:
     ]
 
 
-def _open_folder(path: str, key: str, skip_bad: bool, known: dict[str, int] | None) -> Opened:
-    folders = class_folders(path, key)
-    found = {name: pictures.find(os.path.join(path, name)) for name in folders}
-    ignored = sum((x.ignored for x in found.values()), Counter[str]())
-    bad = [
-        f"class folder {os.path.join(path, name)} holds no image"
-        for name in folders
-        if not found[name].files
-    ]
-    loose = 0
+def _outside(path: str) -> tuple[list[str], list[str], Counter[str]]:
+    """What lies beside the class folders: images, broken links, and how many other files."""
+    images, broken, others = [], [], Counter[str]()
     for name in sorted(os.listdir(path), key=pictures.natural_key):
         file = os.path.join(path, name)
-        if not (os.path.exists(file) or name.startswith(".")):
-            bad.append(f"{file} is a broken link")
-        elif os.path.isdir(file):
+        if os.path.isdir(file):
             continue
+        if not (os.path.exists(file) or name.startswith(".")):
+            broken.append(file)
         elif pictures.is_image(name):
-            bad.append(f"image {file} lies in no class folder")
-            loose += 1
+            images.append(file)
         else:
-            ignored[pictures.ending(name)] += 1
-    found = {name: x for name, x in found.items() if x.files}
-    if not found:
+            others[pictures.ending(name)] += 1
+    return images, broken, others
+
+
+def _open_folder(path: str, key: str, skip_bad: bool, known: dict[str, int] | None) -> Opened:
+    every = {x: pictures.find(os.path.join(path, x)) for x in class_folders(path, key)}
+    found = {name: x for name, x in every.items() if x.files}
+    images, broken, others = _outside(path)
+    ignored = sum((x.ignored for x in every.values()), others)
+    if not found and images:
         raise DataError(
-            f"{key}: {path} holds {loose} images and no class folder with images; put the images "
-            "of each class into a folder of its name"
-            if loose
-            else f"{key}: {path} holds no class folder with images "
-            f"({', '.join(pictures.EXTENSIONS)})"
+            f"{key}: {path} holds {len(images)} images and no class folder with images; put the "
+            "images of each class into a folder of its name"
         )
+    if not found:
+        endings = ", ".join(pictures.EXTENSIONS)
+        raise DataError(f"{key}: {path} holds no class folder with images ({endings})")
+    bad = [f"class folder {os.path.join(path, x)} holds no image" for x in every if x not in found]
+    bad += [f"{file} is a broken link" for file in broken]
+    bad += [f"image {file} lies in no class folder" for file in images]
     if bad and not skip_bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise DataError(f"{key}: {bad[0]}{more}; --skip-bad goes on without")
@@ -256,9 +258,10 @@ def _open_folder(path: str, key: str, skip_bad: bool, known: dict[str, int] | No
     source = Folder(list(of.values()), labels, list(known))
     notes = []
     if ignored:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common(5))
+        most = sorted(ignored.items(), key=lambda kind: (-kind[1], kind[0]))[:5]
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in most)
         notes.append(f"{key}: files that are no images, ignored: {ignored.total():,} ({kinds})")
-    return Opened(source, bad, notes, set(of))
+    return Opened(source, bad, notes, of.keys())
 
 
 def _absent(labels: Iterable[int], classes: list[str], key: str) -> list[str]:
