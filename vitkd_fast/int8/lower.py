@@ -8,7 +8,9 @@ a rule, so the graph is right at other sizes too. `forward` runs the nodes: the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,9 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from ._aten import arguments, find_gate, is_copy, is_global_pool, is_vector, module, op, pair, shape
+from ._aten import (
+    arguments,
+    find_gate,
+    is_copy,
+    is_global_pool,
+    is_vector,
+    module,
+    op,
+    pair,
+    shape,
+    simplify,
+    variable,
+)
 from .graph import Padding, padding_of
 
 Activation = Literal["relu", "relu6", "hardswish"]
@@ -32,13 +46,17 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class FloatNode:
-    """One operation on float maps; inputs are indices of earlier nodes, -1 is the picture."""
+    """One operation on float maps; inputs are indices of earlier nodes, -1 is the picture.
 
-    op: Literal["conv", "add", "squeeze_excite", "pool"]
+    x * weight + bias on the picture, where the model normalises it itself, is the first node.
+    """
+
+    op: Literal["normalize", "conv", "add", "squeeze_excite", "pool"]
     name: str  # of the module that it came from
     inputs: tuple[int, ...]
     # conv: linear layers are 1x1 convolutions of a 1x1 map; the last node is the classifier
-    weight: Tensor | None = None  # float64 [C_out, C_in / groups, kh, kw], batch norm folded in
+    # float64 [C_out, C_in / groups, kh, kw], batch norm folded in; of a normalize [3, 1, 1, 1]
+    weight: Tensor | None = None
     bias: Tensor | None = None  # float64 [C_out]
     stride: tuple[int, int] = (1, 1)
     padding: Padding = (0, 0, 0, 0)
@@ -55,30 +73,75 @@ class FloatNode:
 def lower(model: nn.Module, image_size: int) -> tuple[FloatNode, ...]:
     """The nodes with forward(nodes, x) = model(x), up to rounding, for pictures [N, 3, H, W].
 
-    The model is traced at [2, 3, image_size, image_size] and left as it is. Padding is as in the
-    model at every size; only what the model itself computes from the size, outside of timm's
-    Conv2dSame, is fixed to image_size. Weights are float64 copies on the CPU.
+    The model is traced at [2, 3, image_size, image_size] and left as it is. Of several outputs the
+    first, or the one under "logits", counts. Padding is as in the model at every size; only what
+    the model itself computes from the size, outside of timm's Conv2dSame, is fixed to image_size.
+    Weights are float64 copies on the CPU.
 
     Raises:
-        ValueError: the model is in training mode, or image_size is not positive.
+        ValueError: the model is no module, or in training mode, or image_size is not positive.
         UnsupportedError: the model cannot be exported, holds an operation that the engine does
             not have, or does not end in a linear classifier; names the module and the operation.
     """
+    # of torch.compile; an exported module is a graph whose eval() only raises
+    model = getattr(model, "_orig_mod", model)
+    exported = isinstance(model, GraphModule) and "eval" in vars(model)
+    if exported or not isinstance(model, nn.Module):
+        kind = "a module of torch.export" if exported else f"of type {type(model).__name__}"
+        raise ValueError(
+            f"quantize: model is {kind}; accepted: the torch.nn.Module itself, before any export"
+        )
     if model.training:
-        raise ValueError("lower: model is in training mode; accepted: model.eval()")
+        raise ValueError("quantize: model is in training mode; accepted: model.eval()")
     if image_size < 1:
-        raise ValueError(f"lower: image_size is {image_size}; accepted: a positive number")
+        raise ValueError(f"quantize: image_size is {image_size}; accepted: a positive number")
     like = next(model.parameters(), torch.empty(0))
     picture = like.new_zeros(2, 3, image_size, image_size, requires_grad=False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _normalize_without_branches():
             program = torch.export.export(model, (picture,), strict=False)
     except Exception as error:  # any: the model's own code runs here
-        raise UnsupportedError(
-            f"lower: torch.export of {type(model).__name__} on a picture {list(picture.shape)} "
-            f"fails: {error}"
-        ) from error
+        raise UnsupportedError(f"quantize: {_why_not_exported(model, picture, error)}") from error
     return _Lowering(program).run()
+
+
+@contextmanager
+def _normalize_without_branches() -> Iterator[None]:
+    """torchvision's normalize looks at the values of std, which torch.export refuses."""
+    functional: Any = sys.modules.get("torchvision.transforms.functional")
+    if functional is None:
+        yield
+        return
+
+    def normalize(tensor: Tensor, mean: Any, std: Any, inplace: bool = False) -> Tensor:
+        mean, std = (torch.as_tensor(x).to(tensor).view(-1, 1, 1) for x in (mean, std))
+        return (tensor - mean) / std
+
+    kept, functional.normalize = functional.normalize, normalize
+    try:
+        yield
+    finally:
+        functional.normalize = kept
+
+
+@torch.no_grad()
+def _why_not_exported(model: nn.Module, picture: Tensor, error: Exception) -> str:
+    """Of a model that fails on any picture, or returns no tensors, this; else what export says."""
+    given = f"{type(model).__name__} on images {list(picture.shape)}"
+    try:
+        output = model(picture)
+    except Exception as own:  # any: the model's own code runs here
+        return f"{given} fails: {_line(own)}"
+    if not isinstance(output, Tensor | tuple | list | Mapping):
+        return (
+            f"{type(model).__name__} returns {type(output).__name__}; accepted: logits as a tensor "
+            "[N, classes]"
+        )
+    return f"torch.export of {given} fails: {_line(error)}; {_FAMILIES}"
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 @torch.no_grad()
@@ -127,6 +190,8 @@ def _compute(node: FloatNode, inputs: list[Tensor]) -> Tensor:
         assert value is not None
         return value.to(x.device, torch.float32)
 
+    if node.op == "normalize":
+        return x * constant(node.weight)[:, 0] + constant(node.bias)[:, None, None]
     if node.op == "add":
         return x + inputs[1]
     if node.op == "pool":
@@ -150,6 +215,11 @@ def _compute(node: FloatNode, inputs: list[Tensor]) -> Tensor:
 _SQUEEZE_EXCITE = (
     "squeeze-excite (mean, 1x1, relu or hardswish, 1x1, hardsigmoid, mul by the mean's input)"
 )
+_FAMILIES = (
+    "the int8 engine runs MobileNets (timm's mobilenetv1*, mobilenetv2*, mobilenetv3* and "
+    "mobilenetv4_conv*, torchvision's mobilenet_v2 and mobilenet_v3_*) and what is made of the "
+    "same operations"
+)
 _SAME_MODULE = "timm.layers.conv2d_same.Conv2dSame"
 
 
@@ -158,6 +228,7 @@ class _Lowering:
 
     def __init__(self, program: ExportedProgram) -> None:
         self.graph = program.graph
+        self.structure = program.call_spec.out_spec  # of what the model returns
         self.nodes: list[FloatNode] = []
         self.constants: dict[Node, Tensor] = {}
         # what a map is: the node that makes it, and the zeros (top, left, bottom, right) around it
@@ -178,13 +249,15 @@ class _Lowering:
             "conv2d": self._conv,
             "linear": self._linear,
             "avg_pool2d": self._average,
-            "batch_norm": self._batch_norm,
+            "batch_norm": self._channelwise,
             "relu": self._activate,
             "relu6": self._activate,
-            "hardtanh": self._activate,
             "hardswish": self._activate,
+            "hardsigmoid": self._hard_sigmoid,
+            **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max", "hardtanh"), self._clamp),
             "add": self._add,
-            "mul": self._squeeze_excite,
+            "mul": self._multiply,
+            **dict.fromkeys(("sub", "rsub", "div", "addcmul"), self._channelwise),
             "mean": self._pool,
             "adaptive_avg_pool2d": self._pool,
             "pad": self._pad,
@@ -193,14 +266,24 @@ class _Lowering:
 
     def run(self) -> tuple[FloatNode, ...]:
         (output,) = self.graph.find_nodes(op="output")
-        results = [shape(result) for result in output.args[0]]
+        returned = self._logits(output)
         self._clean()
-        self.gates = {node: gate for node in self.graph.nodes if (gate := find_gate(node))}
-        inside = {node for gate in self.gates.values() for node in gate}
-        written: set[Any] = set()
+        simplify(self.graph)
+        (logits,) = output.args[0]
         for node in self.graph.nodes:
-            if node.op in ("placeholder", "output") or node in self.constants:
-                continue
+            if gate := find_gate(node, self.constants):
+                self.gates[node] = gate
+        inside = {node for gate in self.gates.values() for node in gate}
+        calls = [
+            node
+            for node in self.graph.nodes
+            if node.op not in ("placeholder", "get_attr", "output") and node not in self.constants
+        ]
+        for node in calls:  # what can never run is told before what stands in the wrong place
+            if op(node) not in self.lowerings:
+                raise _unknown(node)
+        written: set[Any] = set()
+        for node in calls:
             # export gives later readers what is written in place, but not those through a view
             if not written.isdisjoint(node.all_input_nodes):
                 raise _unsupported(node, "it reads a map after another operation wrote to it")
@@ -208,20 +291,37 @@ class _Lowering:
                 written.add(node.args[0])
             if node in inside:
                 continue
-            if op(node) not in self.lowerings:
-                more = f"and {_SQUEEZE_EXCITE}"
-                raise _unsupported(node, f"accepted: {', '.join(self.lowerings)}, {more}")
             self.lowerings[op(node)](node, arguments(node))
         last = self.nodes[-1] if self.nodes else None
-        ends = self.maps.get(output.args[0][0]) == (len(self.nodes) - 1, (0, 0, 0, 0))
-        classifies = last is not None and ends and _is_classifier(last)
-        if not classifies or len(results) != 1 or len(results[0]) != 2:
+        ends = self.maps.get(logits) == (len(self.nodes) - 1, (0, 0, 0, 0))
+        if last is None or not ends or not _is_classifier(last) or len(returned) != 2:
             raise UnsupportedError(
-                f"lower: {last.name if last else 'the model'}: the model ends here and returns "
-                f"{', '.join(map(str, results))}; accepted: one output [N, classes], of a linear "
-                "layer or a 1x1 convolution"
+                f"quantize: {last.name if last else 'the model'}: the model ends here and returns "
+                f"{returned}; accepted: logits [N, classes], of a linear layer or a 1x1 "
+                "convolution"
+            )
+        if self.nodes[0].op == "normalize" and sum(-1 in node.inputs for node in self.nodes) > 1:
+            raise UnsupportedError(
+                "quantize: the model reads its input normalised and as it is; accepted: only one"
             )
         return tuple(self.nodes)
+
+    def _logits(self, output: Node) -> tuple[int, ...]:
+        """Makes the logits the only output; their shape."""
+        found: Any = self.structure.unflatten(output.args[0])
+        given = type(found).__name__
+        if isinstance(found, Mapping):
+            given = f"{given} of {', '.join(map(str, found))}"
+            found = found.get("logits")
+        elif isinstance(found, tuple | list) and found:
+            found = found[0]
+        if not shape(found):
+            raise UnsupportedError(
+                f"quantize: the model returns {given}; accepted: logits as a tensor [N, classes], "
+                "as the first of a tuple or list, or under 'logits' in a dict"
+            )
+        output.args = ((found,),)
+        return shape(found)
 
     def _clean(self) -> None:
         """Drops what changes no value and computes what depends on weights alone."""
@@ -270,14 +370,12 @@ class _Lowering:
     def _map(self, node: Node, value: Any) -> int:
         """The index of the node that makes a map read by what is no convolution."""
         index, zeros = self._padded(node, value)
-        if index < 0 or any(zeros):
+        if index < 0 or any(zeros) or self.nodes[index].op == "normalize":
             raise _unsupported(node, "only a convolution reads the picture or a padded map")
         return index
 
-    def _foldable(self, node: Node) -> int:
+    def _foldable(self, node: Node, source: Node) -> int:
         """The conv or add before a batch norm or an activation, if nothing else reads it."""
-        source = node.args[0]
-        assert isinstance(source, Node)
         index = self._map(node, source)
         if self.nodes[index].op not in ("conv", "add") or self.nodes[index].activation:
             raise _unsupported(node, "accepted after: a convolution or an addition")
@@ -339,36 +437,95 @@ class _Lowering:
             groups=channels,
         )
 
-    def _batch_norm(self, node: Node, args: dict[str, Any]) -> None:
-        if args["training"]:
-            raise _unsupported(node, "it uses the statistics of the batch: training, or none kept")
-        index = self._foldable(node)
+    def _channelwise(self, node: Node, args: dict[str, Any]) -> None:
+        """Folds x * scale + shift in the convolution before it, or in the picture's normalize."""
+        source = variable(node, self.constants)
+        if source is None:
+            raise _unsupported(node, "accepted: a map and constants")
+        scale, shift = self._scale_and_shift(node, args)
+        index, zeros = self._padded(node, source)
+        ours = index >= 0 and self.nodes[index].op == "normalize" and len(source.users) == 1
+        if index < 0:
+            if any(zeros):
+                raise _unsupported(node, "accepted before the padding of the picture, not after")
+            three = torch.ones(3, dtype=torch.float64)
+            weight, bias = (scale * three)[:, None, None, None], shift * three
+            self._append(node, op="normalize", inputs=(-1,), weight=weight, bias=bias)
+            return
+        if ours and not any(zeros):
+            self.maps[node] = (index, zeros)
+        else:
+            index = self._foldable(node, source)
         conv = self.nodes[index]
         if conv.weight is None or conv.bias is None:
             raise _unsupported(node, "accepted after: a convolution")
-        mean = self._constant(node, args["running_mean"])
-        variance = self._constant(node, args["running_var"])
-        scale = (variance + args["eps"]).rsqrt()
-        if args["weight"] is not None:
-            scale = scale * self._constant(node, args["weight"])
-        bias = (conv.bias - mean) * scale
-        if args["bias"] is not None:
-            bias = bias + self._constant(node, args["bias"])
-        weight = conv.weight * scale[:, None, None, None]
-        self.nodes[index] = replace(conv, weight=weight, bias=bias)
+        weight = conv.weight * scale.view(-1, 1, 1, 1)
+        self.nodes[index] = replace(conv, weight=weight, bias=conv.bias * scale + shift)
+
+    def _scale_and_shift(self, node: Node, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Of x * scale + shift, float64 [1] or [C]."""
+
+        def constant(name: str) -> Tensor:
+            return self._channels(node, args[name])
+
+        one, name = torch.ones(1, dtype=torch.float64), op(node)
+        if name == "batch_norm":
+            if args["training"]:
+                why = "it uses the statistics of the batch: training, or none kept"
+                raise _unsupported(node, why)
+            scale = (constant("running_var") + args["eps"]).rsqrt()
+            scale = scale if args["weight"] is None else scale * constant("weight")
+            shift = -constant("running_mean") * scale
+            return scale, shift if args["bias"] is None else shift + constant("bias")
+        if name == "addcmul":
+            factor = "tensor2" if args["tensor1"] in self.maps else "tensor1"
+            return constant(factor) * args["value"], constant("self")
+        first = args["self"] in self.maps
+        other = constant("other" if first else "self")
+        if name == "mul":
+            return other, 0 * one
+        if name == "div":
+            if not first or args.get("rounding_mode"):
+                raise _unsupported(node, "accepted: a map divided by a constant, not rounded")
+            return 1 / other, 0 * one
+        # a + alpha * b, a - alpha * b, b - alpha * a
+        a, b = {"add": (1, 1), "sub": (1, -1), "rsub": (-1, 1)}[name]
+        if name == "rsub":
+            a *= args["alpha"]
+        else:
+            b *= args["alpha"]
+        return (a * one, b * other) if first else (b * one, a * other)
+
+    def _channels(self, node: Node, value: Any) -> Tensor:
+        """A constant as float64 [1] or [C]."""
+        if isinstance(value, int | float):
+            return torch.tensor([value], dtype=torch.float64)
+        constant, rank = self._constant(node, value), len(shape(node))
+        if op(node) == "batch_norm":
+            return constant
+        sizes = (*[1] * (rank - constant.ndim), *constant.shape)
+        if len(sizes) != rank or constant.numel() not in (1, sizes[1] if rank > 1 else 1):
+            given = f"a constant of {tuple(constant.shape)} with {shape(node)}"
+            raise _unsupported(node, f"{given}; accepted: one number, or one for each channel")
+        return constant.flatten()
+
+    def _hard_sigmoid(self, node: Node, args: dict[str, Any]) -> None:
+        raise _unsupported(node, f"accepted in: {_SQUEEZE_EXCITE}")
+
+    def _clamp(self, node: Node, args: dict[str, Any]) -> None:
+        bounds = ", ".join(f"{k} {v}" for k, v in args.items() if k != "self")
+        raise _unsupported(node, f"{bounds}; accepted: min 0, with max 6 or none")
 
     def _activate(self, node: Node, args: dict[str, Any]) -> None:
         activation: Any = op(node)
-        if activation == "hardtanh":
-            activation = "relu6"
-            if (args["min_val"], args["max_val"]) != (0, 6):
-                raise _unsupported(node, f"{args['min_val']}..{args['max_val']}; accepted: 0..6")
-        index = self._foldable(node)
+        index = self._foldable(node, args["self"])
         if activation == "hardswish" and self.nodes[index].op == "add":
             raise _unsupported(node, "accepted after: a convolution")
         self.nodes[index] = replace(self.nodes[index], activation=activation)
 
     def _add(self, node: Node, args: dict[str, Any]) -> None:
+        if variable(node, self.constants) is not None or not isinstance(args["other"], Node):
+            return self._channelwise(node, args)
         sides = (args["self"], args["other"])
         if not all(isinstance(side, Node) for side in sides) or args["alpha"] != 1:
             raise _unsupported(node, "accepted: two maps, alpha 1")
@@ -392,16 +549,30 @@ class _Lowering:
             zeros = _sum(zeros, (top, left, bottom, right))
         self.maps[node] = (index, zeros)
 
-    def _squeeze_excite(self, node: Node, args: dict[str, Any]) -> None:
-        if node not in self.gates:
-            raise _unsupported(node, f"accepted in: {_SQUEEZE_EXCITE}")
-        _, second, inside, first, mean = self.gates[node]
-        fields: dict[str, Any] = {"hidden": op(inside)}
-        for number, layer in (("1", first), ("2", second)):
-            weight, fields["b" + number] = self._affine(layer, arguments(layer))
-            if (*weight.shape[1:], 1, 1)[:3] != (shape(layer.args[0])[1], 1, 1):
-                raise _unsupported(layer, "accepted in a squeeze-excite: a 1x1 kernel, 1 group")
-            fields["w" + number] = weight.flatten(1)
+    def _multiply(self, node: Node, args: dict[str, Any]) -> None:
+        if node in self.gates:
+            return self._squeeze_excite(node)
+        if variable(node, self.constants) is None:
+            raise _unsupported(node, f"accepted of two maps in: {_SQUEEZE_EXCITE}")
+        return self._channelwise(node, args)
+
+    def _squeeze_excite(self, node: Node) -> None:
+        fields: dict[str, Any] = {}
+        number = "0"
+        mean, *chain, _ = reversed(self.gates[node])
+        for part in chain:
+            if op(part) in ("conv2d", "linear"):
+                number = "2" if number == "1" else "1"
+                weight, fields["b" + number] = self._affine(part, arguments(part))
+                if (*weight.shape[1:], 1, 1)[:3] != (shape(part.args[0])[1], 1, 1):
+                    raise _unsupported(part, "accepted in a squeeze-excite: a 1x1 kernel, 1 group")
+                fields["w" + number] = weight.flatten(1)
+            elif op(part) in ("relu", "hardswish"):
+                fields["hidden"] = op(part)
+            else:
+                scale, shift = self._scale_and_shift(part, arguments(part))
+                fields["w" + number] = fields["w" + number] * scale[:, None]
+                fields["b" + number] = fields["b" + number] * scale + shift
         self._append(node, op="squeeze_excite", inputs=(self._map(node, mean.args[0]),), **fields)
 
 
@@ -422,5 +593,15 @@ def _sum(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int, int, int]:
 def _unsupported(node: Node, why: str) -> UnsupportedError:
     path, kind = module(node)
     return UnsupportedError(
-        f"lower: {path or 'the model'} ({kind or 'module not known'}): {node.target}: {why}"
+        f"quantize: {path or 'the model'} ({kind or 'module not known'}): {node.target}: {why}"
     )
+
+
+def _unknown(node: Node) -> UnsupportedError:
+    """Of an operation that the engine does not have, whatever its arguments."""
+    if str(node.target).startswith("wrap_with_"):
+        what = "torch.autocast" if "autocast" in str(node.target) else "a change of gradient mode"
+        return _unsupported(
+            node, f"{what} inside forward; accepted: a forward without, as around the call"
+        )
+    return _unsupported(node, f"not an operation of the int8 engine; {_FAMILIES}")
