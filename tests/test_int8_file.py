@@ -272,10 +272,14 @@ def replaced(old: str, new: str) -> Callable[[dict, dict, bytes], bytes]:
 
 DELETED = object()
 HOSTILE = {
-    "no metadata": (lambda h, d, s: framed(json.dumps(h).encode(), s), "__metadata__ is missing"),
+    "no metadata": (lambda h, d, s: framed(json.dumps(h).encode(), s), "it is a float model"),
     "other metadata": (
         lambda h, d, s: framed(json.dumps({"__metadata__": {"format": "pt"}} | h).encode(), s),
-        "__metadata__: 'format' is unknown|__metadata__: format is unknown",
+        "it is a float model; make an int8 file of it with `vitkd quantize`",
+    ),
+    "metadata a list": (
+        lambda h, d, s: framed(json.dumps({"__metadata__": []} | h).encode(), s),
+        "__metadata__ is missing or no JSON object",
     ),
     "header is a list": (lambda h, d, s: framed(b"[]"), "the header is missing or no JSON object"),
     "header too long": (lambda h, d, s: struct.pack("<Q", 1 << 60) + b"{}      ", "length"),
@@ -354,7 +358,21 @@ FIELDS: dict[str, tuple[Callable[[], Graph], str]] = {
     "padding_bytes two": (lambda: replace(small_graph(), padding_bytes=(0, 0)), "a tuple of 3"),
     "mean": (lambda: replace(small_graph(), mean=(0.5, 0.5, float("nan"))), "mean is nan"),
     "mean int": (lambda: replace(small_graph(), mean=(0, 0.5, 0.5)), "mean is 0; .* a float"),
-    "std": (lambda: replace(small_graph(), std=(1.0, 1.0, 0.0)), "std is 0.0; .* a positive"),
+    "std": (lambda: replace(small_graph(), std=(1.0, 1.0, 0.0)), r"std is \(1.0, 1.0, 0.0\); "),
+    "mean in 0..255": (
+        lambda: replace(small_graph(), mean=(127.5, 127.5, 127.5)),
+        "mean is .*for pixels in 0..255. divide by 255",
+    ),
+    "mean negative": (lambda: replace(small_graph(), mean=(-0.5, 0.5, 0.5)), "mean is .* 0 to 1"),
+    "std in 0..255": (
+        lambda: replace(small_graph(), std=(58.4, 57.1, 57.4)),
+        "std is .*for pixels in 0..255. divide by 255",
+    ),
+    "crop_pct in percent": (
+        lambda: replace(small_graph(), crop_pct=87.5),
+        "crop_pct is 87.5; accepted: 0.1 to 2.* a percentage. divide by 100",
+    ),
+    "crop_pct tiny": (lambda: replace(small_graph(), crop_pct=1e-9), "crop_pct is 1e-09; acc"),
     "crop_pct": (lambda: replace(small_graph(), crop_pct=-1.0), "crop_pct is -1.0"),
     "interpolation": (lambda: replace(small_graph(), interpolation="cubic"), "accepted: nearest"),
     "classes": (lambda: replace(small_graph(), classes=("a",)), "1 classes and 2 logits"),

@@ -2,7 +2,6 @@
 
 import copy
 import weakref
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 
-from vitkd_fast.int8.lower import FloatNode, UnsupportedError, forward, lower  # noqa: E402
+from int8_models import Call, check, conv, create, network, randomised  # noqa: E402
+
+from vitkd_fast.int8.lower import UnsupportedError, forward, lower  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,34 +25,6 @@ mobilenetv4_conv_blur_medium torchvision/mobilenet_v3_small
 """.split()
 ALL = [name for pattern in PATTERNS for name in timm.list_models(pattern)]
 ALL += [f"torchvision/mobilenet_{name}" for name in ("v2", "v3_large", "v3_small")]
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """In evaluation, with batch norms that are far from the identity."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            with torch.no_grad():
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 2)
-                if module.affine:
-                    module.weight.uniform_(0.5, 1.5)
-                    module.bias.normal_(0, 0.3)
-    return model.eval()
-
-
-def create(name: str) -> nn.Module:
-    if name.startswith("torchvision/"):
-        return randomised(torchvision.models.get_model(name.split("/")[1], weights=None))
-    return randomised(timm.create_model(name))
-
-
-def check(model: nn.Module, nodes: tuple[FloatNode, ...], *sizes: int) -> None:
-    for size in sizes:
-        x = torch.randn(2, 3, size, size)
-        with torch.no_grad():
-            expected = model(x)
-        error = (forward(nodes, x) - expected).abs().max() / expected.abs().max()
-        assert error < 5e-5, size
 
 
 @pytest.mark.parametrize(
@@ -233,31 +206,6 @@ def test_pictures_of_another_shape() -> None:
     nodes = lower(create("mobilenetv3_small_050"), 64)
     with pytest.raises(ValueError, match=r"x is \[2, 64, 64, 3\]; accepted: \[N, 3, H, W\]"):
         forward(nodes, torch.zeros(2, 64, 64, 3))
-
-
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], *modules: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        self.modules_ = nn.ModuleList(modules)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.modules_)
-
-
-def network(*middle: nn.Module) -> nn.Module:
-    """A small network with a middle that keeps 8 channels."""
-    return nn.Sequential(nn.Conv2d(3, 8, 3), *middle, nn.AdaptiveAvgPool2d(1), *head()).eval()
-
-
-def head() -> tuple[nn.Module, ...]:
-    return nn.Flatten(), nn.Linear(8, 5)
-
-
-def conv(**options: int | str) -> nn.Module:
-    return nn.Conv2d(8, 8, 3, **options)
 
 
 def write_through_view(x: Tensor, layer: nn.Module) -> Tensor:

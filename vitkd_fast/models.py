@@ -30,7 +30,7 @@ from timm.models import beit, clean_state_dict, eva, swin_transformer, swin_tran
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from . import weights
+from . import _preprocessing, weights
 from ._files import replacing
 
 _METADATA, _VERSION = "vitkd_fast", 1
@@ -48,6 +48,12 @@ class Pixels:
     std: tuple[float, float, float]
     interpolation: str
     crop_pct: float  # evaluation resizes to image_size / crop_pct and keeps the centre
+
+    def __post_init__(self) -> None:
+        try:
+            _preprocessing.check(self.mean, self.std, self.crop_pct)
+        except ValueError as error:
+            raise ValueError(f"Pixels: {error}") from None
 
     @classmethod
     def of(cls, model: nn.Module) -> Pixels:

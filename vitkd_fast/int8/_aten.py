@@ -103,13 +103,14 @@ def _times_its_own(node: Node, source: Callable[[Node], Any]) -> Any:
 
 
 def _become(node: Node, name: str, source: Any) -> None:
-    """Makes a node another operation, of one input, and erases what was between them."""
+    """Makes a node another operation, of one input, and erases what was between them.
+
+    What wrote to its source no longer does: nothing else may read the source of an activation.
+    """
     dropped: list[Any] = [node]
     for step in dropped:
         dropped += [x for x in step.all_input_nodes if x is not source and _read_once(x)]
-    # what wrote to its source still does: no view of the source may be read later
-    writes = any(x.target._schema.is_mutable and x.args[0] is source for x in dropped)
-    node.target = getattr(torch.ops.aten, name + "_" * writes).default
+    node.target = getattr(torch.ops.aten, name).default
     node.args, node.kwargs = (source,), {}
     for x in dropped[1:]:
         node.graph.erase_node(x)

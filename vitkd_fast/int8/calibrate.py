@@ -1,12 +1,14 @@
 """From the values of a float map to the range that its 256 levels should cover.
 
 A histogram's bins double in width when a value falls outside of them, so one pass over the
-pictures is enough. The range is the one of least expected squared error, rounding and clipping
-counted, or between percentiles, or all that was seen.
+pictures is enough; widths are powers of two, so that the order of the pictures changes no count.
+The range is the one of least expected squared error, rounding and clipping counted, or between
+percentiles, or all that was seen.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -55,23 +57,22 @@ class Histogram:
         """Counts x, [N, C, H, W]; of large maps some rows and columns.
 
         Raises:
-            ValueError: x has values that are not finite.
+            ValueError: x holds NaN or Inf.
         """
         least, most = float(x.amin()), float(x.amax())
         largest = max(-least, most)
         if not largest < float("inf"):
-            raise ValueError("its float values are not finite")
+            raise ValueError("its float values hold NaN or Inf")
         self.least, self.most = min(self.least, least), max(self.most, most)
         if self.width == 0 and largest > 0:
-            self.width = largest / _HALF
-        while largest > self.width * _HALF:
+            self.width = 2.0 ** math.frexp(largest)[1] / _HALF
+        while largest > 0 and largest >= self.width * _HALF:
             self.width *= 2
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = np.pad(merged, _HALF // 2)
         rows, columns = (max(size // _PIXELS, 1) for size in x.shape[2:])
-        limit = self.width * _HALF or 1.0
-        counts = torch.histc(x[:, :, ::rows, ::columns].float(), 2 * _HALF, -limit, limit)
-        self.counts += counts.double().cpu().numpy()
+        bins = (x[:, :, ::rows, ::columns].double() / (self.width or 1.0)).floor_().int() + _HALF
+        self.counts += torch.bincount(bins.flatten(), minlength=2 * _HALF).cpu().numpy()
 
     def range(self, calibration: Calibration) -> Scale:
         """The scale and zero point of the values counted; 0 has its own level."""

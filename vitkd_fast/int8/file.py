@@ -18,6 +18,7 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
+from .. import _preprocessing
 from .._files import replacing
 from .graph import (
     NODES,
@@ -127,19 +128,7 @@ def validate(graph: Graph) -> None:
     Raises:
         FileError: names what is wrong and the node.
     """
-    _integer("image_size", graph.image_size, 1, _MOST_IMAGE)
-    for value in _tuple("padding_bytes", graph.padding_bytes, 3):
-        _integer("padding_bytes", value, 0, 255)
-    for value in _tuple("mean", graph.mean, 3):
-        _constant("mean", value)
-    for value in _tuple("std", graph.std, 3):
-        _constant("std", value, positive=True)
-    _constant("crop_pct", graph.crop_pct, positive=True)
-    if graph.interpolation not in _INTERPOLATIONS:
-        accepted = ", ".join(_INTERPOLATIONS)
-        _fail(f"interpolation is {_show(graph.interpolation)}; accepted: {accepted}")
-    for value in _tuple("classes", graph.classes):
-        _string("a class", value)
+    validate_preparation(graph)
     _tuple("nodes", graph.nodes)
     if not 1 <= len(graph.nodes) <= _MOST_NODES:
         _fail(f"there are {len(graph.nodes)} nodes; accepted: 1 to {_MOST_NODES}")
@@ -151,6 +140,31 @@ def validate(graph: Graph) -> None:
             raise FileError(f"node {index} ({_show(getattr(node, 'name', ''))}): {error}") from None
     if graph.classes and len(graph.classes) != shapes[-1][2]:
         _fail(f"there are {len(graph.classes)} classes and {shapes[-1][2]} logits")
+
+
+def validate_preparation(graph: Graph) -> None:
+    """Checks what prepares an image, and the classes' names: all but the nodes.
+
+    Raises:
+        FileError: names what is wrong.
+    """
+    _integer("image_size", graph.image_size, 1, _MOST_IMAGE)
+    for value in _tuple("padding_bytes", graph.padding_bytes, 3):
+        _integer("padding_bytes", value, 0, 255)
+    for value in _tuple("mean", graph.mean, 3):
+        _constant("mean", value)
+    for value in _tuple("std", graph.std, 3):
+        _constant("std", value)
+    _constant("crop_pct", graph.crop_pct)
+    try:
+        _preprocessing.check(graph.mean, graph.std, graph.crop_pct)
+    except ValueError as error:
+        raise FileError(str(error)) from None
+    if graph.interpolation not in _INTERPOLATIONS:
+        accepted = ", ".join(_INTERPOLATIONS)
+        _fail(f"interpolation is {_show(graph.interpolation)}; accepted: {accepted}")
+    for value in _tuple("classes", graph.classes):
+        _string("a class", value)
 
 
 def _keys(node: Node | type[Node]) -> list[str]:
@@ -167,7 +181,10 @@ def _parse(data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
     if len(data) < 8 or not 0 < length <= min(_MOST_HEADER, len(data) - 8) or length % 8:
         _fail("this is no safetensors file of an int8 graph: its header's length is wrong")
     header = _object("the header", _json(data[8 : 8 + length]))
-    metadata = _object("__metadata__", header.pop("__metadata__", None), {_KEY})
+    metadata = header.pop("__metadata__", {})
+    if isinstance(metadata, dict) and _KEY not in metadata:
+        _fail("it is a float model; make an int8 file of it with `vitkd quantize`")
+    metadata = _object("__metadata__", metadata, {_KEY})
     if not isinstance(metadata[_KEY], str):
         _fail(f"{_KEY} is no string")
     document = _object(_KEY, _json(metadata[_KEY].encode(errors="surrogatepass")))

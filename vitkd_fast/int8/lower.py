@@ -477,10 +477,11 @@ class _Lowering:
             scale = scale if args["weight"] is None else scale * constant("weight")
             shift = -constant("running_mean") * scale
             return scale, shift if args["bias"] is None else shift + constant("bias")
+        x = variable(node, self.constants)
         if name == "addcmul":
-            factor = "tensor2" if args["tensor1"] in self.maps else "tensor1"
+            factor = "tensor2" if args["tensor1"] is x else "tensor1"
             return constant(factor) * args["value"], constant("self")
-        first = args["self"] in self.maps
+        first = args["self"] is x
         other = constant("other" if first else "self")
         if name == "mul":
             return other, 0 * one

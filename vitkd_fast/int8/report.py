@@ -29,6 +29,7 @@ class Report:
     agreement: float  # share of pictures with the same top-1 class
     sqnr: float  # dB, of the logits
     pictures: int
+    warnings: tuple[str, ...] = ()  # what is amiss with the calibration, a sentence each
 
     def __str__(self) -> str:
         rows = [f"{'layer':44} {'op':14} {'range':>20} {'SQNR dB':>8} {'clipped':>8}"]
@@ -41,7 +42,7 @@ class Report:
             f"top-1 agreement with the float model {self.agreement:.2%} of {self.pictures} "
             f"pictures, logit SQNR {self.sqnr:.1f} dB"
         )
-        return "\n".join(rows)
+        return "\n".join([*rows, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 class QuantizedModel:
