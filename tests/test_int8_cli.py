@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
@@ -404,12 +405,50 @@ def test_a_damaged_file_is_named(quantized: Path, pictures: Path, tmp_path: Path
             assert len(result.err.splitlines()) == 1
 
 
-def test_profile_of_what_is_no_int8_file(model: Path, tmp_path: Path, vitkd) -> None:
-    for file, kind in ((model, "FileError"), (tmp_path / "none.safetensors", "FileNotFoundError")):
-        result = vitkd("profile", file)
-        assert result.code == 1
-        assert f"vitkd: {kind}: " in result.err and file.name in result.err
-        assert len(result.err.splitlines()) == 1
+@pytest.mark.parametrize("name", ["model", "bare", "none", "text"])
+def test_profile_of_what_is_no_int8_file(name: str, model: Path, tmp_path: Path, vitkd) -> None:
+    file = model if name == "model" else tmp_path / f"{name}.safetensors"
+    kind, sentence = (
+        "FileError",
+        "it is a float model; make an int8 file of it with `vitkd quantize`",
+    )
+    if name == "bare":  # as timm writes them
+        safetensors.torch.save_file({"weight": torch.zeros(2, 2)}, file)
+    elif name == "text":
+        file.write_text("weights")
+        sentence = "this is no safetensors file of an int8 graph"
+    elif name == "none":
+        kind, sentence = "FileNotFoundError", "No such file"
+    result = vitkd("profile", file)
+    assert result.code == 1 and len(result.err.splitlines()) == 1
+    assert f"vitkd: {kind}: " in result.err and file.name in result.err
+    assert sentence in result.err
+
+
+def test_quantize_a_vision_transformer(pictures: Path, tmp_path: Path, vitkd) -> None:
+    """One sentence: where, what, and which models there are."""
+    options = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    file = tmp_path / "vit.safetensors"
+    models.save(
+        file,
+        models.create("vit_tiny_patch16_224", num_classes=10, options=options),
+        name="vit_tiny_patch16_224",
+        options=options,
+        num_classes=10,
+        pixels=PIXELS,
+        classes=[str(i) for i in range(10)],
+    )
+    result = vitkd("quantize", file, "--images", pictures, "-o", tmp_path / "int8.safetensors")
+    assert result.code == 1 and len(result.err.splitlines()) == 1
+    for part in ("patch_embed (timm.", "aten.flatten", "MobileNets (timm's mobilenetv1*, "):
+        assert part in result.err
+
+
+def test_quantize_with_few_images(model: Path, pictures: Path, tmp_path: Path, vitkd) -> None:
+    output = tmp_path / "int8.safetensors"
+    result = vitkd("quantize", model, "--images", pictures, "-o", output, "--count", 5)
+    assert result.code == 0, result.err
+    assert "warning: calibrated on 5 images; 100 to 500 are recommended" in result.out
 
 
 # README, and real weights
@@ -418,24 +457,35 @@ def test_profile_of_what_is_no_int8_file(model: Path, tmp_path: Path, vitkd) -> 
 def test_readmes_snippets_run(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, vitkd
 ) -> None:
+    """Each class of PNG and of JPEG files calibrates; where the int8 file runs, torch does not."""
     section = (ROOT / "README.md").read_text().split("\n## Run it in int8\n")[1].split("\n## ")[0]
     python = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     shell = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
-    assert len(python) == 1 and len(shell) == 1
+    assert len(python) == 2 and len(shell) == 1
     (tmp_path / "runs/first/distilled-0").mkdir(parents=True)
     shutil.copy(model, tmp_path / "runs/first/distilled-0/best.safetensors")
     for split in ("train", "val"):
         shutil.copytree(pictures, tmp_path / "pictures" / split)
-    shutil.copy(next((pictures / "1").iterdir()), tmp_path / "cat.jpg")
+    for i, file in enumerate(sorted((tmp_path / "pictures/train").rglob("*.png"))):
+        suffix = (".png", ".jpg", ".JPEG")[i % 3]
+        Image.open(file).convert("RGB").save(file.with_suffix(suffix))
+        if suffix != ".png":
+            file.unlink()
+    Image.open(next((pictures / "1").iterdir())).convert("RGB").save(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     for command in shell[0].replace("\\\n", "").splitlines():
         program, *arguments = command.split("#")[0].split()
         assert program == "vitkd"
         result = vitkd(*arguments)
         assert result.code == 0, result.err
-    exec(compile(python[0], "README.md", "exec"), {})
-    out = capsys.readouterr().out
-    assert out.strip()
+    names: dict[str, object] = {}
+    exec(compile(python[0], "README.md", "exec"), names)
+    assert "100 to 500 are recommended" in capsys.readouterr().out
+    assert np.shape(names["images"]) == (60, 32, 32, 3)
+    code = python[1] + "\nimport sys\nassert 'torch' not in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[0] in {str(i) for i in range(10)}
 
 
 @pytest.mark.slow

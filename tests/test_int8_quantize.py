@@ -3,8 +3,8 @@
 import copy
 import io
 import json
+import re
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import pytest
 import torch
 from int8_graphs import random_images
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 timm = pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+
+from int8_models import MEAN, PIXELS, STD, Block, logits_of, normalised, sqnr  # noqa: E402
 
 from vitkd_fast.int8 import file, load, quantize, reference  # noqa: E402
 from vitkd_fast.int8.calibrate import Histogram, Scale  # noqa: E402
@@ -23,50 +26,6 @@ from vitkd_fast.int8.graph import Add, Array, Classifier, Conv, Depthwise, Graph
 from vitkd_fast.int8.report import QuantizedModel  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PIXELS: dict[str, Any] = {"mean": MEAN, "std": STD}
-
-
-def normalised(images: Array, mean: Any = MEAN, std: Any = STD) -> Tensor:
-    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, images: Array) -> Array:
-    return model(normalised(images)).numpy()
-
-
-def sqnr(signal: Array, other: Array) -> float:
-    noise = np.square(signal - other, dtype=np.float64).sum()
-    return float(10 * np.log10(np.square(signal, dtype=np.float64).sum() / noise))
-
-
-class Block(nn.Module):
-    """Every kind of node but squeeze-excite, in 8 to 12 channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
-        self.expand = nn.Conv2d(8, 12, 1)
-        self.depthwise = nn.Conv2d(12, 12, 3, 1, 1, groups=12)
-        self.project = nn.Conv2d(12, 8, 1)
-        self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, 1, 1)
-        self.side = nn.Conv2d(8, 8, 3, 1, 1, groups=8)
-        self.head, self.fc = nn.Conv2d(8, 16, 1), nn.Linear(16, 5)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-                nn.init.normal_(module.bias, 0, 0.3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        relu, relu6, hardswish = nn.functional.relu, nn.functional.relu6, nn.functional.hardswish
-        x = relu6(self.stem(x))
-        x = x + self.project(hardswish(self.depthwise(relu(self.expand(x)))))
-        x = relu(self.left(x) + self.right(x))
-        x = x + self.side(x)
-        return self.fc(hardswish(self.head(x.mean((2, 3), keepdim=True))).flatten(1))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +96,7 @@ def test_report(quantized_block: QuantizedModel, tmp_path: Path) -> None:
     assert all(layer.sqnr > 20 and layer.lo <= 0 < layer.hi for layer in report.layers)
     assert all(0 <= layer.clipped < 0.05 for layer in report.layers)
     text = str(report)
-    assert len(text.splitlines()) == len(names) + 2
+    assert len(text.splitlines()) == len(names) + 2 + len(report.warnings)
     assert all(name in text for name in names)
     assert "100.00% of 24 pictures" in text and f"logit SQNR {report.sqnr:.1f} dB" in text
     assert repr(quantized_block) == (
@@ -170,61 +129,6 @@ def test_the_model_is_left_as_it_is(block: nn.Module) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_images_are_read_once_in_any_form(block: nn.Module) -> None:
-    reads = 0
-
-    def batches() -> Iterator[Any]:
-        nonlocal reads
-        for begin in range(0, 24, 7):
-            reads += 1
-            yield IMAGES[begin : begin + 7]
-
-    expected = file.dump(quantize(block, IMAGES, **PIXELS).graph)
-    assert file.dump(quantize(block, batches(), **PIXELS).graph) == expected
-    assert reads == 4
-    tensors = [torch.from_numpy(IMAGES[:20]), IMAGES[20:20], IMAGES[20:]]
-    assert file.dump(quantize(block, tensors, image_size=16, **PIXELS).graph) == expected
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        ([], r"holds no pictures \(no batches\)"),
-        ([IMAGES[:0]], r"holds no pictures \(\[0, 16, 16, 3\]\)"),
-        ([IMAGES.astype(np.float32)], r"batch 0 of images is float32 \[24, 16, 16, 3\]"),
-        ([IMAGES.transpose(0, 3, 1, 2)], r"uint8 \[24, 3, 16, 16\]; accepted: uint8 batches"),
-        ([torch.zeros(1, 3, 16, 16, dtype=torch.uint8)], r"torch.uint8 \[1, 3, 16, 16\]"),
-        ([torch.zeros(1, 16, 16, 3)], r"torch.float32 \[1, 16, 16, 3\]"),
-        ([IMAGES, IMAGES[:, :8, :8]], r"batch 1 .* \[24, 8, 8, 3\], the first \[24, 16, 16, 3\]"),
-        ([IMAGES[:, :8]], r"\[24, 8, 16, 3\]"),
-        (list(IMAGES), r"uint8 \[16, 16, 3\]"),
-        ([(IMAGES, 0)], "batch 0 of images is a tuple"),
-    ],
-)
-def test_refused_images(block: nn.Module, images: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        quantize(block, images, **PIXELS)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"calibration": "entropy"}, "calibration is 'entropy'; accepted: mse, percentile, minmax"),
-        ({"mean": None}, "mean is None and the model has no pretrained_cfg"),
-        ({"std": None}, "std is None and"),
-        ({"std": (1, 1, 0)}, r"std is \(1, 1, 0\)"),
-        ({"mean": (0.5, 0.5)}, r"mean is \(0.5, 0.5\)"),
-        ({"mean": (0.5, 0.5, float("nan"))}, "mean is "),
-        ({"image_size": 32}, r"\[24, 16, 16, 3\] and image_size is 32"),
-        ({"classes": ["a"]}, "1 classes and 5 logits"),
-        ({"interpolation": "cubic"}, "interpolation is cubic"),
-    ],
-)
-def test_refused_arguments(block: nn.Module, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        quantize(block, [IMAGES], **(PIXELS | arguments))
-
-
 def test_a_model_in_training_is_refused() -> None:
     with pytest.raises(ValueError, match="training"):
         quantize(Block().train(), [IMAGES], **PIXELS)
@@ -234,22 +138,34 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     model = Block().eval()
     with torch.no_grad():
         model.expand.weight[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="quantize: expand: its float values are not finite"):
+    with pytest.raises(ValueError, match="quantize: expand: its float values hold NaN or Inf; "):
         quantize(model, [IMAGES], **PIXELS)
 
 
-def test_the_model_says_how_it_wants_pictures(block: nn.Module) -> None:
+def test_maps_that_explode_are_refused() -> None:
+    """Each a little more than the one before: the first that is too large is named."""
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv4_conv_small_050", num_classes=10).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 8)
+    with pytest.raises(ValueError, match=r"accepted: up to 1048576; look at .* batch-norm") as e:
+        quantize(model, [random_images(0, (4, 32, 32, 3))], **PIXELS)
+    found = re.search(r"quantize: (\S+): .* from (\S+) to (\S+);", str(e.value))
+    assert found and found[1] in dict(model.named_modules())
+    assert 2**20 < max(-float(found[2]), float(found[3])) < 2**24
+
+
+def test_sums_that_are_too_large_are_refused(block: nn.Module) -> None:
+    """The map is small, but only because large weights cancel."""
     model = copy.deepcopy(block)
-    model.pretrained_cfg = {
-        "mean": (0.5, 0.25, 0.0), "std": (1.0, 0.5, 0.25), "crop_pct": 0.9,
-        "interpolation": "bicubic",
-    }  # fmt: skip
-    graph = quantize(model, [IMAGES[:2]]).graph
-    assert (graph.mean, graph.std) == ((0.5, 0.25, 0.0), (1.0, 0.5, 0.25))
-    assert (graph.crop_pct, graph.interpolation) == (0.9, "bicubic")
-    assert graph.padding_bytes == (128, 64, 0)
-    graph = quantize(model, [IMAGES[:2]], crop_pct=1.0, interpolation="nearest").graph
-    assert (graph.crop_pct, graph.interpolation) == (1.0, "nearest")
+    with torch.no_grad():
+        model.fc.weight[:, 0::2] = 2e8
+        model.fc.weight[:, 1::2] = -2e8
+        model.head.weight[1::2] = model.head.weight[0::2]
+        model.head.bias[1::2] = model.head.bias[0::2]
+    with pytest.raises(ValueError, match=r"quantize: node 10 \(fc\): channel 0: .*; look at the"):
+        quantize(model, [IMAGES], **PIXELS)
 
 
 @pytest.mark.parametrize("calibration", ["mse", "percentile", "minmax"])
@@ -379,7 +295,7 @@ def test_ranges_of_special_maps() -> None:
         assert positive.range(calibration).zero_point == 0  # type: ignore[arg-type]
         assert negative.range(calibration).zero_point == 255  # type: ignore[arg-type]
     for value in (torch.nan, torch.inf):
-        with pytest.raises(ValueError, match="not finite"):
+        with pytest.raises(ValueError, match="NaN or Inf"):
             Histogram().add(torch.full((1, 1, 1, 1), value))
 
 

@@ -257,6 +257,38 @@ def test_pixels() -> None:
         Pixels.of(create("vit_tiny_patch16_224", options={**VIT, "img_size": (64, 32)}))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": (123.7, 116.3, 103.5)}, "Pixels: mean is .*, 103.5.; .* divide by 255"),
+        ({"std": (58.4, 57.1, 57.4)}, "Pixels: std is .*; .* divide by 255"),
+        (
+            {"std": (0.5, 0.5, 0.0)},
+            r"Pixels: std is \(0.5, 0.5, 0.0\); accepted: three numbers, over",
+        ),
+        (
+            {"mean": (0.5, float("nan"), 0.5)},
+            "Pixels: mean is .*nan.* accepted: three numbers, 0 to",
+        ),
+        ({"mean": (0.5,)}, r"Pixels: mean is \(0.5,\); accepted: three numbers"),
+        ({"crop_pct": 87.5}, "Pixels: crop_pct is 87.5; .* divide by 100"),
+        ({"crop_pct": 0.0}, "Pixels: crop_pct is 0.0; accepted: 0.1 to 2"),
+    ],
+)
+def test_pixels_out_of_bounds(change: dict[str, Any], message: str) -> None:
+    half = (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match=message):
+        Pixels(**{"image_size": 64, "mean": half, "std": half, "interpolation": "bicubic",
+                  "crop_pct": 0.9, **change})  # fmt: skip
+
+
+def test_timms_models_are_in_bounds() -> None:
+    for name in timm.list_pretrained():
+        config = timm.get_pretrained_cfg(name)
+        for crop_pct in {config.crop_pct, config.test_crop_pct or config.crop_pct}:
+            Pixels(64, config.mean, config.std, config.interpolation, crop_pct)
+
+
 def same(a: nn.Module, b: nn.Module) -> bool:
     a_state, b_state = a.state_dict(), b.state_dict()
     return list(a_state) == list(b_state) and all(a_state[k].equal(b_state[k]) for k in a_state)

@@ -63,4 +63,6 @@ def save(
         f"logit SQNR {found.sqnr:.1f} dB: {file}",
         flush=True,
     )
+    for warning in found.warnings:
+        print(f"{file.parent.name}: warning: {warning}", flush=True)
     return file.read_bytes()

@@ -469,10 +469,10 @@ def _own_normalisation(node: FloatNode) -> dict[str, _Three]:
     if np.all(weight > 0):
         for pixel in (1, 255):
             mean, std = -bias / weight / pixel, 1 / weight / pixel
-            # 0 and 1, but for rounding
+            # a float32's digits: 0.5 of 0.49999997, 0 of -1e-9
             found: dict[str, _Three] = {}
             for name, x in (("mean", mean), ("std", std)):
-                red, green, blue = np.where(abs(x - x.round()) < 1e-6, x.round() + 0.0, x).tolist()
+                red, green, blue = (round(float(f"{value:.6g}"), 8) + 0.0 for value in x)
                 found[name] = red, green, blue
             with suppress(ValueError):
                 _preprocessing.check(found["mean"], found["std"], 1.0)
