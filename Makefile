@@ -23,9 +23,12 @@ PACKAGE := -e .[dev]
 endif
 
 OLDEST := .venv-oldest
+# what test-triton runs with, from the one of torch 2.11 on, and which of the tests
+TRITONS ?= 3.6 3.7 3.8 3.9
+TRITON_TESTS ?= triton
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install demo test test-all test-oldest fuzz wheel bench gpu gpu-test gpu-bench \
+.PHONY: help install demo test test-all test-oldest test-triton fuzz wheel bench gpu gpu-test gpu-bench \
   gpu-sanitize lint format clean
 
 help:
@@ -47,6 +50,16 @@ test-oldest: wheel $(OLDEST)/ready  ## the wheel, built with the newest torch, i
 	$(OLDEST)/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
 	cd $(OLDEST) && bin/vitkd show
 	cd $(OLDEST) && bin/pytest -m "not slow" -c ../pyproject.toml $(addprefix ../,$(wildcard tests/test_kd*.py))
+
+# only Triton itself is another one, before the installed one on the path: torch and the rest serve all
+test-triton: install $(TRITONS:%=.venv-triton-%/ready)  ## the Triton tests with every Triton from 3.6 to 3.9
+	@failed=; for version in $(TRITONS); do \
+	  export PYTHONPATH="$(CURDIR)/.venv-triton-$$version$(PYTHONPATH:%=:%)"; \
+	  echo "Triton $$version: pytest -m '$(TRITON_TESTS)'"; \
+	  $(PY) -c "import triton as t; assert t.__version__.startswith('$$version.'), t" && \
+	    $(BIN)/pytest -m "$(TRITON_TESTS)" || failed="$$failed $$version"; \
+	done; \
+	test -z "$$failed" || { echo "make test-triton: tests fail with Triton$$failed" >&2; exit 1; }
 
 fuzz: install  ## 10,000 damaged int8 files and graphs, the engine under both sanitizers
 	$(PY) tests/fuzz_int8.py --files 10000 --sanitize
@@ -122,4 +135,10 @@ endif
 $(OLDEST)/ready:
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet "torch==2.11.*" numpy typer pytest
+	@touch $@
+
+.venv-triton-%/ready: | $(STAMP)
+	rm -rf $(@D)
+	$(PY) -m pip install --quiet --no-deps --target $(@D) "triton==$*.*" || \
+	  { echo "make test-triton: pip finds no Triton $* for this machine" >&2; exit 1; }
 	@touch $@

@@ -68,11 +68,11 @@ def _tokens(x, first, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.conste
 
 @triton.jit
 def _whole(x, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
-    # all of dim, or None where one block does not hold it
+    # all of dim, where one block holds it. else nothing, which Triton 3.6 cannot return as None
     if DIM <= BLOCK_D:
         return _tokens(x, 0, DIM, BLOCK_D, ALIGN)
     else:
-        return None
+        return 0
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _scores(
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # [tokens of x, tokens of y]
-    if whole_x is not None:
+    if DIM <= BLOCK_D:
         score = tl.dot(whole_x, tl.trans(whole_y), input_precision=PRECISION)
     else:
         score = tl.zeros([x[1].shape[0], y[1].shape[0]], tl.float32)
@@ -370,7 +370,7 @@ def _attention_map_bwd_kernel(
             x_t, y_t, whole_x_t, _whole(y_t, DIM_T, BLOCK_T, ALIGN_T), keep, factor_t,
             DIM_T, BLOCK_T, ALIGN_T, PRECISION,
         ) - lse_t  # fmt: skip
-        if whole_y_s is None:
+        if DIM_S > BLOCK_S:
             whole_y_s = _tokens(y_s, first_d, DIM_S, BLOCK_OUT, ALIGN_S)
         q = tl.exp(log_q)
         _, w = _terms(log_p, log_q, tl.exp(log_p), q, KIND)

@@ -37,7 +37,7 @@ def _lengths(gram, norm_a, norm_b):
     TINY: tl.constexpr = _TINY_64 if gram.dtype == tl.float64 else _TINY_32
     total = norm_a + norm_b
     squared = total - 2 * gram
-    same = squared < tl.maximum(SAME * total, TINY)
+    same = squared < tl.maximum(total * SAME, TINY)
     if gram.dtype == tl.float64:
         length = tl.sqrt(tl.where(same, 1.0, squared))
     else:
@@ -233,14 +233,16 @@ def rkd_fwd_grad(
     sums, parts = gram_s.new_empty((4, n)), gram_s.new_empty((tiles, tiles))
     weights = distance_weight / n**2, angle_weight / n**3
     terms = {"HAS_DISTANCE": distance_weight != 0, "HAS_ANGLE": angle_weight != 0, "ROW": _ROW}
+    # without a bound, ptxas of some versions would rather spill than take a few registers more
+    bound = {"maxnreg": 168 if gram_s.dtype == torch.float64 else 80}
     with torch.cuda.device_of(gram_s):
         if distance_weight != 0:
             options = {"ROW": _ROW, "enable_fp_fusion": False}
             _rkd_mean_kernel[(n,)](sums, gram_s, gram_t, n, **options)
-            _rkd_distance_kernel[(n,)](sums, gram_s, gram_t, n, **options)
+            _rkd_distance_kernel[(n,)](sums, gram_s, gram_t, n, **options, **bound)
         _rkd_pairs_kernel[(tiles, tiles)](
             parts, grad, gram_s, gram_t, sums, n, *weights, **terms, BLOCK=_BLOCK,
-            num_warps=4, enable_fp_fusion=False,
+            num_warps=4, enable_fp_fusion=False, **bound,
         )  # fmt: skip
         _rkd_finish_kernel[(n,)](
             loss, grad, parts, sums, n, tiles * tiles, *weights, **terms, enable_fp_fusion=False

@@ -1713,7 +1713,9 @@ def test_reference_backend(tmp_path: Path) -> None:
     run_matches(tmp_path, "not gpu", VITKD_FAST_BACKEND="reference")
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
+@pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("triton", marks=pytest.mark.triton), "cuda"]
+)
 @pytest.mark.gpu
 def test_backends_on_a_gpu(backend: str, tmp_path: Path) -> None:
     """Each that this build has, also those that another one usually stands in for."""

@@ -27,6 +27,7 @@ from .triton_tools import (
 )
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.triton
 
 KINDS = {
     "kl": reference.KL,

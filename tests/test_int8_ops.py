@@ -608,7 +608,9 @@ def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
     assert_matches_again(tmp_path, "not gpu", VITKD_FAST_ISA=isa)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
+@pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("triton", marks=pytest.mark.triton), "cuda"]
+)
 @pytest.mark.gpu
 def test_backends_on_a_gpu(backend: str, tmp_path: Path) -> None:
     """Each that this build has, also those that another one usually stands in for."""

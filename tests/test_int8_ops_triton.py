@@ -17,7 +17,10 @@ from .triton_tools import (
 )
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+]
 
 SHARED = str(Path(__file__).with_name("test_int8_ops.py"))
 # milliseconds per program and tap: the small forms

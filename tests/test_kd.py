@@ -1463,7 +1463,9 @@ def test_reference_backend(tmp_path: Path) -> None:
     assert_matches_again(tmp_path, "not gpu", VITKD_FAST_BACKEND="reference")
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
+@pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("triton", marks=pytest.mark.triton), "cuda"]
+)
 @pytest.mark.gpu
 def test_backends_on_a_gpu(backend: str, tmp_path: Path) -> None:
     """Each that this build has, also those that another one usually stands in for."""
@@ -1652,6 +1654,7 @@ def test_label_out_of_range_asserts_on_the_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.triton
 def test_label_out_of_range_gives_nan_in_triton(tmp_path: Path) -> None:
     if _ops.backends()["kd_fwd"]["CUDA"] != "Triton":
         pytest.skip("CUDA tensors are not served by Triton")

@@ -20,6 +20,7 @@ from .triton_tools import (
 )
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.triton
 
 SHARED = str(Path(__file__).with_name("test_kd.py"))
 

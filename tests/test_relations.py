@@ -803,6 +803,7 @@ class TestSanitize:
 # Triton, interpreted and compiled without a GPU
 
 
+@pytest.mark.triton
 def test_triton_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     quick = "(operation_matches and not 40) or (rkd_matches and 17-weights0)"
@@ -810,16 +811,20 @@ def test_triton_in_the_interpreter(tmp_path: Path) -> None:
     run_in_interpreter(tmp_path, __file__, "-m", "not gpu", "-k", quick)
 
 
+@pytest.mark.triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)
 @pytest.mark.parametrize("n", [256, 1024])
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
+@pytest.mark.parametrize("weights", [(25.0, 50.0), (1.0, 0.0), (0.0, 2.0)], ids=str)
 def test_triton_compiles_without_spills(
-    n: int, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    weights: tuple[float, float], dtype: torch.dtype, n: int, capability: int,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
     pytest.importorskip("triton")
     compiled = compile_only(monkeypatch, capability, "rkd")
     from vitkd_fast.kernels import rkd
 
-    gram = torch.empty(n, n, device="meta")
-    rkd.rkd_fwd_grad(gram, gram, 25.0, 50.0)
+    gram = torch.empty(n, n, dtype=dtype, device="meta")
+    rkd.rkd_fwd_grad(gram, gram, *weights)
     assert_nothing_is_spilled(compiled, tmp_path)
