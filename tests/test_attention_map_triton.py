@@ -194,7 +194,8 @@ def saved_numbers_error(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """How far results can move when a row's three saved numbers are rounded to float32.
 
-    A log-sum-exp that moves by x moves its softmax by x times itself, and its logarithm by x.
+    A log-sum-exp that moves by x moves its softmax by x times itself, and its logarithm by x. So
+    does a score: the one that is formed again, by a product of another shape, is rounded by itself.
     """
     q_s, k_s, q_t, k_t = (x.double() for x in tensors)
     log_q, lse_s = _softmaxed(q_s, k_s, scale_s / temperature, mask, DOUBLE)
@@ -205,6 +206,8 @@ def saved_numbers_error(
     centre = q * (0 if kind == reference.KL else w.sum(-1, keepdim=True).abs())
     unit = torch.finfo(FLOAT).eps / 2
     apart = (lse_s.abs() + lse_t.abs()).unsqueeze(-1)
+    apart = apart + (q_s @ k_s.mT * (scale_s / temperature)).abs()
+    apart = apart + (q_t @ k_t.mT * (scale_t / temperature)).abs()
     loss = unit * temperature**2 * (apart * (terms.abs() + p + q)).sum(-1)
     moved = apart * (w.abs() + centre + p + q) + centre
     share = (grad.double().abs() * temperature * abs(scale_s)).expand(lse_s.shape)
