@@ -121,7 +121,10 @@ def triton_launcher(device) -> Callable[[str, str], Callable | None]:
 
 @pytest.fixture
 def race(benchmark, device, capsys):
-    """race(contenders, check=..., moved=bytes, roof=name of the one that moves `roof_moved`)."""
+    """race(contenders, check=..., moved=bytes, roof=name of the one that moves `roof_moved`).
+
+    timed: the seconds of one call of a contender; without it, `calls` calls by the wall clock.
+    """
 
     def run(
         contenders: dict[str, Contender],
@@ -133,10 +136,11 @@ def race(benchmark, device, capsys):
         memory: tuple[str, ...] = (),
         rounds: int = 11,
         calls: int = 1,
+        timed: Callable[[Contender], float] | None = None,
     ) -> dict[str, dict[str, float]]:
         for name, contender in contenders.items():
             check(name, contender)
-        timed = _timer(device, calls)
+        timed = timed or _timer(device, calls)
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for i in range(rounds + 2):
             for name, contender in contenders.items():

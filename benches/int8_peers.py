@@ -1,11 +1,11 @@
 """The int8 engines that ours is measured beside, each quantised the best way that it offers.
 
-`PEERS` maps a name to an Engine: `convert` makes its file from a float model, `open` a Peer from
-the file. `peer(peer.prepare(pictures))` are logits; `prepare` turns uint8 pictures [N, H, W, 3]
-into what the engine takes best and is never timed. Files are kept in build/int8-peers/, made again
-when weights, pictures, versions or this module change. As a script: the memory that a process holds
-with an engine in it, `python benches/int8_peers.py ENGINE FILE`; so torch is imported to convert
-alone.
+`PEERS` maps a name, the engine's and its variant's, to an Engine: `convert` makes its file from a
+float model, `open` a Peer from the file. `peer(peer.prepare(pictures))` are logits; `prepare` turns
+uint8 pictures [N, H, W, 3] into what the engine takes best and is never timed. `peer.layers()`
+says in what type its convolutions and matrix products really run. Files are kept in
+build/int8-peers/, made again when weights, pictures, versions or this module change. torch is
+imported to convert alone, so that a process with a peer in it is as small as the peer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
-import sys
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,10 @@ def smooth_pictures(count: int, size: int = 224) -> Array:
 
 
 def random_network(name: str, pictures: Array) -> Network:
-    """Random weights; batch norms hold the statistics of the pictures, so that ranges are sane."""
+    """Random weights; batch norms hold the statistics of the pictures, so that ranges are sane.
+
+    Biases are random, too: NNCF, for one, takes other layers of a squeeze-excite where they are 0.
+    """
     import timm
     import torch
 
@@ -94,6 +98,8 @@ def random_network(name: str, pictures: Array) -> Network:
             torch.nn.init.uniform_(module.weight, 0.7, 1.3)
             torch.nn.init.normal_(module.bias, 0, 0.2)
             module.momentum = None  # the mean over all that is seen
+        elif getattr(module, "bias", None) is not None:
+            torch.nn.init.normal_(module.bias, 0, 0.1)
     with torch.no_grad():
         network.module.train()(torch.from_numpy(network.pixels.floats(pictures[:16])))
     network.module.eval()
@@ -115,6 +121,7 @@ class Peer:
 
     prepare: Callable[[Array], Any]
     run: Callable[[Any], Array]
+    layers: Callable[[], Counter[str]]  # convolutions and matrix products by type: int8, float
 
     def __call__(self, prepared: Any) -> Array:
         return self.run(prepared)
@@ -177,8 +184,12 @@ def float_onnx(network: Network) -> Path:
     return _cached(network, "torch onnx", ".onnx", make)
 
 
-def onnxruntime_int8(network: Network) -> Path:
-    """u8 activations from percentiles (better here than its default, the extremes), s8 weights."""
+def onnxruntime_int8(network: Network, prepared: bool) -> Path:
+    """u8 activations from percentiles (better here than its default, the extremes), s8 weights.
+
+    prepared: by quant_pre_process, as its documents advise; it makes another model, and not always
+    a faster one.
+    """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -198,10 +209,13 @@ def onnxruntime_int8(network: Network) -> Path:
     stride = max(n for n in range(1, 26) if count % n == 0)
 
     def make(path: Path) -> None:
-        ready = path.with_name(f"ready-{path.name}")
-        quant_pre_process(str(float_onnx(network)), str(ready))
+        source = ready = path.with_name(f"ready-{path.name}")
+        if prepared:
+            quant_pre_process(str(float_onnx(network)), str(ready))
+        else:
+            source = float_onnx(network)
         quantization.quantize_static(
-            str(ready),
+            str(source),
             str(path),
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
@@ -211,22 +225,35 @@ def onnxruntime_int8(network: Network) -> Path:
             calibrate_method=quantization.CalibrationMethod.Percentile,
             extra_options={"CalibStridedMinMax": stride},
         )
-        ready.unlink()
+        ready.unlink(missing_ok=True)
 
-    return _cached(network, "torch onnx onnxruntime", "-int8.onnx", make)
+    ending = "-prepared.onnx" if prepared else "-int8.onnx"
+    return _cached(network, "torch onnx onnxruntime", ending, make)
 
 
 def open_onnxruntime(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    options.add_free_dimension_override_by_name("batch", batch)
-    # its threads spin while it runs, and not into the turn of the next engine
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    def open_session(optimised: str = "") -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.optimized_model_filepath = optimised
+        options.log_severity_level = 3
+        options.add_free_dimension_override_by_name("batch", batch)
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def layers() -> Counter[str]:
+        import onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            open_session(f"{folder}/optimised.onnx")
+            graph = onnx.load(f"{folder}/optimised.onnx", load_external_data=False).graph
+        types = {"QLinearConv": "int8", "QGemm": "int8", "QLinearMatMul": "int8"}
+        types |= dict.fromkeys(("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"), "float")
+        return Counter(types[node.op_type] for node in graph.node if node.op_type in types)
+
+    session = open_session()
     binding = session.io_binding()
     logits = np.empty((batch, session.get_outputs()[0].shape[1]), np.float32)
     binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
@@ -236,21 +263,29 @@ def open_onnxruntime(path: Path, pixels: Pixels, batch: int, threads: int) -> Pe
         session.run_with_iobinding(binding)
         return logits
 
-    return Peer(lambda p: ort.OrtValue.ortvalue_from_numpy(pixels.floats(p)), run)
+    return Peer(lambda p: ort.OrtValue.ortvalue_from_numpy(pixels.floats(p)), run, layers)
 
 
 def openvino_int8(network: Network) -> Path:
-    """NNCF's mixed preset, for activations other than ReLU, and extremes (better than default)."""
+    """NNCF's mixed preset, for activations other than ReLU, and extremes (better than default).
+
+    A depthwise weight of an ONNX file reaches its convolution through a Reshape. NNCF quantises
+    before that, which keeps the convolution in float, unless constants are folded first.
+    """
     import nncf
     from nncf.quantization import advanced_parameters as advanced
     from nncf.quantization import range_estimator
 
     def make(path: Path) -> None:
         import openvino
+        from openvino import passes
 
         nncf.set_log_level(logging.ERROR)
         model = _openvino_core().read_model(str(float_onnx(network)))
         model.reshape([1, 3, network.pixels.size, network.pixels.size])
+        manager = passes.Manager()
+        manager.register_pass(passes.ConstantFolding())
+        manager.run_passes(model)
         quantized = nncf.quantize(
             model,
             nncf.Dataset(network.pictures, lambda p: network.pixels.floats(p[None])),
@@ -301,7 +336,15 @@ def open_openvino(path: Path, pixels: Pixels, batch: int, threads: int, precisio
         request.infer()
         return logits
 
-    return Peer(openvino.Tensor, run)
+    def layers() -> Counter[str]:
+        found: Counter[str] = Counter()
+        for node in compiled.get_runtime_model().get_ordered_ops():
+            info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
+            if info["layerType"] in ("Convolution", "FullyConnected", "MatMul"):
+                found["int8" if info["runtimePrecision"] in ("i8", "u8") else "float"] += 1
+        return found
+
+    return Peer(openvino.Tensor, run, layers)
 
 
 def litert_int8(network: Network) -> Path | None:
@@ -343,7 +386,15 @@ def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
         logits = interpreter.get_tensor(target["index"]).reshape(batch, -1)[:, 1:]
         return (logits.astype(np.float32) - zero_point) * np.float32(scale)
 
-    return Peer(np.ascontiguousarray, run)
+    def layers() -> Counter[str]:
+        types = {t["index"]: t["dtype"] for t in interpreter.get_tensor_details()}
+        return Counter(
+            "int8" if all(types[i] == np.int8 for i in node["inputs"][:2]) else "float"
+            for node in interpreter._get_ops_details()
+            if node["op_name"] in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+        )
+
+    return Peer(np.ascontiguousarray, run, layers)
 
 
 def torchao_int8(network: Network) -> Path:
@@ -377,10 +428,12 @@ def open_torchao(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
     import torch
     import torch._inductor.config as inductor
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401  its operations
+    from torch._dynamo.utils import counters
 
     torch.set_num_threads(threads)
     model = torch.export.load(path).module()
     torch.compiler.reset()
+    counters.clear()
 
     with torch.no_grad(), inductor.patch(freezing=True):
         compiled = torch.compile(model, dynamic=False)
@@ -390,45 +443,46 @@ def open_torchao(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
         with torch.no_grad():
             return compiled(pictures).numpy()
 
-    return Peer(lambda p: torch.from_numpy(pixels.floats(p)), run)
+    def layers() -> Counter[str]:
+        found = counters["inductor"]
+        return Counter(
+            {
+                kind: sum(found[f"{stem}_weight_{pack}_matcher_count"] for stem in stems)
+                for kind, pack, stems in (
+                    ("int8", "prepack", ("qconv", "qlinear")),
+                    ("float", "pack", ("mkldnn_conv", "mkldnn_linear")),
+                )
+            }
+        )
+
+    return Peer(lambda p: torch.from_numpy(pixels.floats(p)), run, layers)
 
 
 _TO_ONNX = ("onnx", "onnxscript")
+_ORT = ("onnxruntime", *_TO_ONNX)
 _OPENVINO = ("openvino", *_TO_ONNX)
+_RAW = functools.partial(onnxruntime_int8, prepared=False)
+_PREPARED = functools.partial(onnxruntime_int8, prepared=True)
 _F32 = functools.partial(open_openvino, precision="f32")
 _BF16 = functools.partial(open_openvino, precision="bf16")
 PEERS = {
-    "onnxruntime int8": Engine(("onnxruntime", *_TO_ONNX), onnxruntime_int8, open_onnxruntime),
     "openvino int8": Engine((*_OPENVINO, "nncf"), openvino_int8, _F32),
     "openvino int8+bf16": Engine((*_OPENVINO, "nncf"), openvino_int8, _BF16, needs_bf16=True),
+    "openvino bf16": Engine(_OPENVINO, float_onnx, _BF16, needs_bf16=True),
+    "openvino fp32": Engine(_OPENVINO, float_onnx, _F32),
+    "onnxruntime int8": Engine(_ORT, _RAW, open_onnxruntime),
+    "onnxruntime int8 prepared": Engine(_ORT, _PREPARED, open_onnxruntime),
+    "onnxruntime fp32": Engine(_ORT, float_onnx, open_onnxruntime),
     "litert int8": Engine(("ai_edge_litert",), litert_int8, open_litert),
     "torchao int8": Engine(("torchao",), torchao_int8, open_torchao),
-    "onnxruntime fp32": Engine(("onnxruntime", *_TO_ONNX), float_onnx, open_onnxruntime),
-    "openvino fp32": Engine(_OPENVINO, float_onnx, _F32),
-    "openvino bf16": Engine(_OPENVINO, float_onnx, _BF16, needs_bf16=True),
 }
 
 
-def resident_mb() -> float:
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1e3
-
-
-def main(engine: str, file: str) -> None:
-    """Prints the megabytes of this process after one picture."""
-    picture = np.zeros((1, 224, 224, 3), np.uint8)
-    if engine == "vitkd_fast":
-        from vitkd_fast import int8
-
-        session = int8.load(file)
-        session(picture)
-    elif engine != "numpy":
-        peer = PEERS[engine].open(Path(file), Pixels(), 1, 1)
-        peer(peer.prepare(picture))
-    assert "torch" not in sys.modules
-    print(resident_mb())
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def best(times: dict[str, float]) -> dict[str, str]:
+    """The fastest variant of each engine among PEERS, and the fastest of those in float32."""
+    fastest: dict[str, str] = {}
+    for name in sorted(PEERS.keys() & times.keys(), key=times.__getitem__):
+        for group in (name.split()[0], *["float32"] * name.endswith("fp32")):
+            fastest.setdefault(group, name)
+    order = [*dict.fromkeys(name.split()[0] for name in PEERS), "float32"]
+    return {group: fastest[group] for group in order if group in fastest}

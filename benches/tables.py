@@ -13,22 +13,27 @@ MARK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 
 
 def table(results: dict, group: str) -> str:
-    """Markdown: a line per bench, a column per contender, its time over ours."""
+    """Markdown: a line per bench, a column per contender, its time over ours.
+
+    A bench with `best` has a column per key of that, whose value is the contender's name.
+    """
     benches = [b for b in results["benchmarks"] if b["name"].startswith(group)]
-    names = list(dict.fromkeys(n for b in benches for n in b["extra_info"]["race"]))
-    others = [n for n in names if n != "vitkd_fast"]
+    columns = (b["extra_info"].get("best") or b["extra_info"]["race"] for b in benches)
+    others = [name for name in dict.fromkeys(n for c in columns for n in c) if name != "vitkd_fast"]
     rows = [["case", "vitkd_fast", *others]]
     for bench in benches:
-        race = bench["extra_info"]["race"]
+        race, best = bench["extra_info"]["race"], bench["extra_info"].get("best")
         ours = race["vitkd_fast"]
         case = re.sub(r".*\[(?:cpu-|cuda-)?(.*)\]", r"\1", bench["name"])
         mine = f"{ours['median_us'] / 1e3:.3g} ms"
         if "percent_of_copy" in ours:
             mine += f", {ours['percent_of_copy']:.0f}% of copy"
         cells = [case, mine]
-        for name in others:
+        for column in others:
+            name = column if best is None else best.get(column)
             ratio = race[name]["median_us"] / ours["median_us"] if name in race else None
-            cells.append(f"{ratio:.2f}x" if ratio else "")
+            variant = "" if best is None or not name else " " + name.removeprefix(f"{column} ")
+            cells.append(f"{ratio:.2f}x{variant}" if ratio else "")
         rows.append(cells)
     rows.insert(1, ["---"] * len(rows[0]))
     cpu = results["machine_info"]["cpu"]
