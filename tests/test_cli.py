@@ -112,8 +112,10 @@ def test_distill_leaves_a_whole_report(run_folder: Path) -> None:
     }
     assert results["comparison"]["seeds"] == 2
     assert set(results["curves"]) == {
-        f"{role}, seed {seed}" for role in ("alone", "distilled") for seed in (0, 1)
+        "teacher, seed 0",
+        *(f"{role}, seed {seed}" for role in ("alone", "distilled") for seed in (0, 1)),
     }
+    assert all(curve["val"] for curve in results["curves"].values())
     assert sum(map(sum, results["confusion"]["matrix"])) == 50
     assert results["config"] == yaml.safe_load((run_folder / "config.yaml").read_text())
     disagreements = results["disagreements"]
@@ -166,7 +168,15 @@ def test_the_student_becomes_int8(run_folder: Path, pictures: Path, vitkd) -> No
     assert row["mean"]["agreement"] == pytest.approx(distilled["mean"]["agreement"], abs=0.2)
     assert "unchanged" not in distilled["mean"]
     assert "Agreement with itself in float32" in (run_folder / "report.html").read_text()
-    assert any(note.startswith("int8 computes on the CPU") for note in results["notes"])
+    ran = {"device": "CPU", "threads": 1, "runs": f"int8, {int8.isa()[0]}"}
+    assert row["conditions"] == ran
+    assert distilled["conditions"]["runs"] == "PyTorch, float32"
+    assert sum(map(sum, results["int8_confusion"]["matrix"])) == 50
+    recalls = [one["recall"] for one in results["per_class"]["int8"]]
+    images = [one["images"] for one in results["per_class"]["int8"]]
+    assert sum(images) == 100  # of two seeds
+    right = sum(r * n for r, n in zip(recalls, images, strict=True) if n)
+    assert right / 100 == pytest.approx(row["mean"]["top1"])
 
 
 def test_a_student_that_the_engine_lacks_has_no_row(pictures: Path, tmp_path: Path, vitkd) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from vitkd_fast import _timing
+from vitkd_fast._timing import Timing, measure
 from vitkd_fast.distill import evaluate as module
-from vitkd_fast.distill.evaluate import Evaluation, cost, evaluate, paired_test, summarize
+from vitkd_fast.distill.evaluate import (
+    Evaluation,
+    cost,
+    evaluate,
+    paired_test,
+    per_class,
+    summarize,
+)
 
 CLOSE = {"rel": 1e-5, "abs": 1e-6}
 
@@ -220,7 +230,7 @@ def macs(model: nn.Module, size: int) -> int:
 
 
 def test_macs_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(module, "measure", lambda *_, **__: Timing(1.0, 1.0, 1.0, 1.0, 1))
     separable = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
         nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 16, 1),
@@ -251,14 +261,99 @@ def test_cost(tmp_path: Path) -> None:
     assert seen == {(1, 3, 4, 4), (7, 3, 4, 4)}
     assert result.parameters == 48 * 5 + 5 + 10 and result.macs == 240
     assert result.bytes == 4 * (result.parameters + 10) + 8
-    assert 0 < result.latency_ms < 1000 and result.images_per_s > 0
+    assert 0 < result.latency_ms <= result.latency_p90_ms <= result.latency_p99_ms
+    assert 0 < result.latency_cpu_ms < 1000 and result.latency_calls >= 100
+    assert result.images_per_s > 0 and result.batch == 7
     (file := tmp_path / "model").write_bytes(b"12345")
+
+    def measured(call: Callable, synchronize: Callable, calls: int = 100) -> Timing:
+        synchronize()
+        seconds = len(call()) / 10
+        return Timing(seconds, 2 * seconds, None, 3 * seconds, calls)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_seconds", lambda _, x: len(x) / 10)
+        patch.setattr(module, "measure", measured)
         sized = cost(predictor, model, image_size=4, device="cpu", batch=20, file=file)
     assert (sized.bytes, sized.latency_ms, sized.images_per_s) == (5, 100, 10)
+    assert (sized.latency_p90_ms, sized.latency_p99_ms, sized.latency_cpu_ms) == (
+        200,
+        None,
+        1e3 * (3 * 0.1),
+    )
     with pytest.raises(ValueError, match="batch 0"):
         cost(predictor, model, image_size=4, device="cpu", batch=0)
+
+
+def test_one_noisy_moment_is_no_latency() -> None:
+    began, stalled, calls = time.perf_counter(), [], []
+
+    def call() -> None:
+        calls.append(0)
+        # once, past the warm-up, and longer than all that is measured was once
+        if time.perf_counter() - began > 0.3 and not stalled:
+            stalled.append(time.sleep(1.2))
+        time.sleep(1e-3)
+
+    found = measure(call)
+    assert 1e-3 <= found.p50 <= found.p90 and found.p50 < 0.1
+    assert 100 <= found.calls <= len(calls)
+    assert found.cpu < found.p50  # it slept
+
+
+def test_quantiles_of_a_known_series() -> None:
+    waits, used = iter(range(10**9)), []
+
+    def call() -> None:
+        used.append(1.5e-3 * (next(waits) % 10 + 1))
+        time.sleep(used[-1])
+
+    found = measure(call, calls=150)
+    waited = used[-found.calls :]
+    for name, percent in (("p50", 50), ("p90", 90), ("p99", 99)):
+        assert getattr(found, name) >= np.percentile(waited, percent), name
+    assert found.calls >= 150 and found.p50 < found.p90 < found.p99 + 1e-9
+
+
+def test_cpu_time_is_what_a_call_computes() -> None:
+    def call() -> None:
+        start = time.thread_time()
+        while time.thread_time() - start < 2e-3:
+            pass
+
+    found = measure(call)
+    assert 2e-3 <= found.cpu < 4e-3 and found.p50 > 1.9e-3
+
+
+def test_a_slow_call_has_no_p99(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("_WARM_UP", 0.01), ("_ENOUGH", 0.1), ("_LIMIT", 0.3)):
+        monkeypatch.setattr(_timing, name, seconds)
+    found = measure(lambda: time.sleep(0.02), calls=10)
+    assert 10 <= found.calls < 100 and found.p99 is None and found.p90 >= 0.02
+    assert measure(lambda: time.sleep(0.4)).calls == 1
+
+
+def test_figures_of_each_class() -> None:
+    logits, labels = problem(200, 6, scale=1.0)
+    labels = labels.clamp(max=3)
+    logits[:, 5] = -25  # no label, never predicted; class 4 is predicted, and no label
+    result = run(logits, labels)
+    names = list("abcdef")
+    rows = per_class(result.confusion, names)
+    scores = sk.precision_recall_fscore_support(
+        labels, result.student, labels=range(6), zero_division=np.nan
+    )
+    assert [row["class"] for row in rows] == names
+    for row, precision, recall, f1, images in zip(rows, *scores, strict=True):
+        assert row["images"] == images
+        for value, key in ((precision, "precision"), (recall, "recall"), (f1, "f1")):
+            assert row[key] == (None if np.isnan(value) else pytest.approx(value)), (row, key)
+    assert rows[4]["recall"] is None and rows[5]["f1"] is None
+    wrong = (result.confusion - result.confusion.diagonal().diag())[:4]
+    assert [row["confused_with"] for row in rows[:4]] == [names[i] for i in wrong.argmax(1)]
+    assert rows[4]["confused_with"] is rows[5]["confused_with"] is None
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    with pytest.raises(ValueError, match=r"per_class: confusion is \[6, 6\].*\[2, 2\]"):
+        per_class(result.confusion, ["a", "b"])
 
 
 def test_summarize() -> None:

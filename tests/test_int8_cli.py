@@ -308,6 +308,24 @@ def test_eval_is_of_the_engines_answers(quantized: Path, pictures: Path, vitkd) 
     assert float(printed["nll"]) == pytest.approx(nll.item(), abs=1e-4)
 
 
+def test_eval_gives_each_class_in_json(quantized: Path, pictures: Path, vitkd) -> None:
+    result = vitkd("eval", quantized, pictures, "--workers", 0, "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)  # and nothing else on stdout
+    plain = vitkd("eval", quantized, pictures, "--workers", 0).out.splitlines()[1:]
+    assert {k: f"{v:.4f}" for k, v in found["metrics"].items()} == dict(map(str.split, plain))
+    assert (found["model"], found["folder"]) == (str(quantized), str(pictures))
+    assert (found["images"], found["skipped"]) == (60, 0)
+    files = sources.list_pictures(pictures)
+    answers = int8.load(quantized)(np.stack([read(file, PIXELS) for file in files])).argmax(1)
+    labels = np.array([int(file.parent.name) for file in files])
+    for i, row in enumerate(found["classes"]):
+        mine = labels == i
+        assert (row["class"], row["images"]) == (str(i), mine.sum())
+        wanted = (answers[mine] == i).mean() if mine.any() else None
+        assert row["recall"] == (None if wanted is None else pytest.approx(wanted))
+
+
 def test_eval_knows_wordnet_ids() -> None:
     info = ImageNetInfo()
     assert models.class_names(info.label_descriptions())[1] == info.label_names()
@@ -382,12 +400,14 @@ def test_profile(quantized: Path, vitkd) -> None:
     assert [row.split()[1] for row in table[1:-1]] == [layer.name for layer in layers]
     assert table[-1].startswith("all ")
     found = re.fullmatch(
-        r"int8\.Session\(10 classes, 64x64, \w+, 2 threads, .*\): (\S+) ms a call of 3, "
-        r"([\d,]+) pictures/s",
+        r"int8\.Session\(10 classes, 64x64, \w+, 2 threads, .*\), batch 3, ([\d,]+) calls: "
+        r"p50 (\S+) ms, p90 (\S+) ms, p99 (\S+) ms, CPU (\S+) ms, ([\d,]+) images/s",
         last,
     )
     assert found, last
-    assert 3e3 / float(found[1]) == pytest.approx(float(found[2].replace(",", "")), rel=0.01)
+    calls, p50, p90, p99, cpu, rate = (float(x.replace(",", "")) for x in found.groups())
+    assert 3e3 / p50 == pytest.approx(rate, rel=0.01)
+    assert p50 <= p90 <= p99 and cpu > 0 and calls >= 100
 
 
 def test_a_damaged_file_is_named(quantized: Path, pictures: Path, tmp_path: Path, vitkd) -> None:

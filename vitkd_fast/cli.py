@@ -126,6 +126,9 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=0)] = 2,
     skip_bad: SkipBad = False,
     threads: Threads = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with the figures of each class.")
+    ] = False,
 ) -> None:
     """Print the metrics of a model, or of an int8 file, on a folder of pictures.
 
@@ -133,6 +136,7 @@ def evaluate(
     """
     import torch
 
+    from ._files import finite
     from .distill import config, data, evaluate, identity, sources
 
     device = "cuda" if torch.cuda.is_available() and not _is_int8(model) else "cpu"
@@ -150,7 +154,14 @@ def evaluate(
         classes=len(classes),
         device=device,
     )
-    print(f"{len(result.labels)} pictures, {len(bad) + len(loader.skipped)} skipped")
+    skipped = len(bad) + len(loader.skipped)
+    if as_json:
+        found = {"model": model, "folder": folder, "images": len(result.labels), "skipped": skipped}
+        found["metrics"] = result.metrics
+        found["classes"] = evaluate.per_class(result.confusion, classes)
+        print(json.dumps(finite(found), allow_nan=False, ensure_ascii=False, indent=2))
+        return
+    print(f"{len(result.labels)} pictures, {skipped} skipped")
     for name, value in result.metrics.items():
         print(f"{name:15} {value:.4f}")
 
@@ -264,23 +275,22 @@ def profile(
 
     Example: vitkd profile student.int8.safetensors --threads 2 --batch 8
     """
-    import time
-
     import numpy as np
 
     from . import int8
+    from ._timing import measure
 
     session = int8.load(file, threads=threads, image_size=image_size)
     size = session.image_size
     pixels = np.random.default_rng(0).integers(256, size=(batch, size, size, 3), dtype=np.uint8)
     print(session.profile(pixels))
-    times: list[float] = []
-    while sum(times) < 1:
-        start = time.perf_counter()
-        session(pixels)
-        times.append(time.perf_counter() - start)
-    seconds = float(np.median(times))
-    print(f"{session}: {1e3 * seconds:.3g} ms a call of {batch}, {batch / seconds:,.0f} pictures/s")
+    found = measure(lambda: session(pixels))
+    p99 = "n/a" if found.p99 is None else f"{1e3 * found.p99:.3g} ms"
+    print(
+        f"{session}, batch {batch}, {found.calls:,} calls: p50 {1e3 * found.p50:.3g} ms, "
+        f"p90 {1e3 * found.p90:.3g} ms, p99 {p99}, CPU {1e3 * found.cpu:.3g} ms, "
+        f"{batch / found.p50:,.0f} images/s"
+    )
 
 
 @app.command()

@@ -7,10 +7,9 @@ at the end. Class ids are counted there too: torchmetrics' bincount waits for th
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MetricCollection
 
+from .._timing import measure
 from ..functional import kd_loss
 from ..int8 import Session
 
@@ -221,29 +221,57 @@ def evaluate(
     )
 
 
+def per_class(confusion: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Each class's images, recall (its accuracy), precision, 2 p r / (p + r), and worst confusion.
+
+    recall is None for a class without images, precision for one never predicted, f1 for both.
+
+    Args:
+        confusion: `Evaluation.confusion`, or a sum of several.
+        classes: the names.
+
+    Returns:
+        class, images, recall, precision, f1, and confused_with: the class that most of its other
+        images were taken for, or None.
+    """
+    if confusion.shape != (len(classes), len(classes)):
+        raise ValueError(
+            f"per_class: confusion is {list(confusion.shape)}; accepted is [classes, classes], "
+            f"{[len(classes)] * 2}"
+        )
+    right, images, answers = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    worst = (confusion - right.diag()).max(1)
+    parts = (x.tolist() for x in (right, images, answers, worst.values, worst.indices))
+    return [
+        {
+            "class": name,
+            "images": n,
+            "recall": hits / n if n else None,
+            "precision": hits / said if said else None,
+            "f1": 2 * hits / (n + said) if n + said else None,
+            "confused_with": classes[other] if missed else None,
+        }
+        for name, hits, n, said, missed, other in zip(classes, *parts, strict=True)
+    ]
+
+
 @dataclass
 class Cost:
-    """Of the model: parameters, MACs a picture and bytes; of the predictor: its times."""
+    """Of the model: parameters, MACs an image and bytes; of the predictor: its times.
+
+    latency_* are of calls with one image; p99 is None where 100 calls would have taken too long.
+    """
 
     parameters: int
     macs: int
     bytes: int
-    latency_ms: float
+    latency_ms: float  # the median
+    latency_p90_ms: float
+    latency_p99_ms: float | None
+    latency_cpu_ms: float  # CPU time of all threads, the median
+    latency_calls: int
     images_per_s: float
-
-
-def _seconds(predictor: Predictor, pictures: Tensor) -> float:
-    """The median seconds of a call: a quarter second of warm-up, then one second of calls."""
-    synchronize = torch.get_device_module(pictures.device).synchronize
-    for limit in (0.25, 1.0):
-        times: list[float] = []
-        while sum(times) < limit:
-            synchronize()
-            start = time.perf_counter()
-            predictor(pictures)
-            synchronize()
-            times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    batch: int  # of images_per_s
 
 
 def count_macs(model: nn.Module, image_size: int) -> int:
@@ -265,7 +293,9 @@ def cost(
     batch: int = 64,
     file: Path | None = None,
 ) -> Cost:
-    """Parameters, MACs (flops / 2 of one picture), bytes, ms of one picture, pictures/s of a batch.
+    """Parameters, MACs (flops / 2 of one image), bytes, ms of one image, images/s of a batch.
+
+    `_timing.measure` says over how many calls.
 
     Args:
         predictor: what is timed, on uint8 pictures [1 or batch, 3, image_size, image_size].
@@ -285,12 +315,20 @@ def cost(
     # as a loader gives them
     pictures = pictures.contiguous(memory_format=torch.channels_last)
     stored = [*model.parameters(), *model.buffers()]
+    synchronize = torch.get_device_module(pictures.device).synchronize
+    one = measure(lambda: predictor(pictures[:1]), synchronize)
+    many = measure(lambda: predictor(pictures), synchronize, calls=10)
     return Cost(
         parameters=sum(x.numel() for x in model.parameters()),
         macs=count_macs(model, image_size),
         bytes=file.stat().st_size if file else sum(x.nbytes for x in stored),
-        latency_ms=1e3 * _seconds(predictor, pictures[:1]),
-        images_per_s=batch / _seconds(predictor, pictures),
+        latency_ms=1e3 * one.p50,
+        latency_p90_ms=1e3 * one.p90,
+        latency_p99_ms=None if one.p99 is None else 1e3 * one.p99,
+        latency_cpu_ms=1e3 * one.cpu,
+        latency_calls=one.calls,
+        images_per_s=batch / many.p50,
+        batch=batch,
     )
 
 

@@ -448,11 +448,8 @@ class _Experiment:
             rows.append(self._row(role, config.student, model, file, scored, seeds))
         if engines:
             model, file = students[self.role][seeds[0]], self._int8_file(seeds[0])
-            scored, engine = evaluations["int8"], evaluate.engine(engines[0])
+            scored, engine = evaluations["int8"], engines[0]
             rows.append(self._row("int8", config.student, model, file, scored, seeds, engine))
-            self.notes.append(
-                f"int8 computes on the CPU, here on one thread with {engines[0].isa}."
-            )
         comparison = _compare(evaluations)
         first = evaluations[self.role][0]
         return {
@@ -475,6 +472,20 @@ class _Experiment:
             "verdict": _verdict(comparison, config.run.alone and self.teacher is not None),
             "curves": self._curves(list(students)),
             "confusion": {"role": self.role, "seed": seeds[0], "matrix": first.confusion.tolist()},
+            "int8_confusion": {
+                "role": "int8",
+                "seed": seeds[0],
+                "matrix": evaluations["int8"][0].confusion.tolist(),
+            }
+            if engines
+            else None,
+            # of all seeds together
+            "per_class": {
+                role: evaluate.per_class(
+                    torch.stack([one.confusion for one in scored]).sum(0), self.classes
+                )
+                for role, scored in evaluations.items()
+            },
             "disagreements": self._disagreements(first),
             "notes": self._notes(),
         }
@@ -522,11 +533,11 @@ class _Experiment:
         file: Path,
         scored: list[evaluate.Evaluation],
         seeds: list[int],
-        engine: evaluate.Predictor | None = None,
+        engine: int8.Session | None = None,
     ) -> dict[str, Any]:
         """A model's line of the table: what it costs, in the engine or torch, and each score."""
         cost = evaluate.cost(
-            engine or self._predictor(model),
+            evaluate.engine(engine) if engine else self._predictor(model),
             model,
             image_size=self.config.data.image_size,
             device="cpu" if engine else self.place.device,
@@ -541,19 +552,26 @@ class _Experiment:
             "role": role,
             "model": section.model,
             **asdict(cost),
+            "conditions": _conditions(self.place, engine),
             "runs": runs,
             "mean": mean,
             "std": std,
         }
 
     def _curves(self, roles: list[str]) -> dict[str, Any]:
+        folders = {
+            f"{role}, seed {seed}": f"{role}-{seed}"
+            for role in roles
+            for seed in self.config.run.seeds
+        }
+        if self.teacher and self.config.teacher.epochs:
+            folders = {"teacher, seed 0": "teacher"} | folders
         curves: dict[str, Any] = {}
-        for role in roles:
-            for seed in self.config.run.seeds:
-                rows = journal.read(self.folder / f"{role}-{seed}")
-                curves[f"{role}, seed {seed}"] = {
-                    kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "val")
-                }
+        for name, folder in folders.items():
+            rows = journal.read(self.folder / folder)
+            curves[name] = {
+                kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "val")
+            }
         return curves
 
     def _disagreements(self, result: evaluate.Evaluation) -> dict[str, Any] | None:
@@ -651,6 +669,15 @@ def _device_name(place: Place) -> str:
         return f"{torch.cuda.get_device_name(place.device)}, {place.ranks} processes"
     name = cpu_capabilities().get("cpu_name", "CPU")
     return f"{name}, {torch.get_num_threads()} threads, {place.ranks} processes"
+
+
+def _conditions(place: Place, engine: int8.Session | None) -> dict[str, Any]:
+    """Where a model was timed."""
+    if engine:
+        return {"device": "CPU", "threads": engine.threads, "runs": f"int8, {engine.isa}"}
+    if place.device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(place.device), "runs": "PyTorch, float32"}
+    return {"device": "CPU", "threads": torch.get_num_threads(), "runs": "PyTorch, float32"}
 
 
 def _thumbnail(image: Any) -> str:

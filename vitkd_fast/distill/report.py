@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import LogLocator, NullLocator
 
-from .._files import replacing
+from .._files import finite, replacing
 
 VERSION = 1
 _PERCENT = frozenset({"top1", "top5", "precision", "recall", "f1", "agreement", "unchanged"})
-_COSTS = frozenset({"parameters", "macs", "bytes", "latency_ms", "images_per_s"})
+_LATENCIES = ("latency_ms", "latency_p90_ms", "latency_p99_ms", "latency_cpu_ms")
+_COSTS = frozenset({"parameters", "macs", "bytes", "images_per_s", *_LATENCIES})
+_BUSY = 1.5  # a clock so far above the CPU time shows a machine that did other work
+_WEAKEST = 20  # classes that are shown where there are more
 _INK = "#1c2024"  # becomes the page's text colour
 _ACCENT = (11, 95, 165)
 _COLOURS = {"teacher": "#7a828c", "alone": "#d98200", "distilled": "#1a73c0", "int8": "#00937a"}
@@ -38,15 +42,6 @@ _STYLE: dict[Any, Any] = {
     **{"axes.grid": True, "grid.alpha": 0.15, "axes.axisbelow": True, "font.size": 10},
     **{"svg.fonttype": "none", "svg.hashsalt": "vitkd_fast"},  # text as text; same bytes each time
 }
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for every number that JSON lacks: NaN and the infinities."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _show(key: str, value: float | None) -> str:
@@ -80,24 +75,25 @@ def _svg(figure: Figure) -> Markup:
 
 
 def _scatter(models: list[dict]) -> Markup | None:
-    """Top-1 over latency; a circle's area is the model's bytes."""
+    """Top-1 over latency; a circle's area is the model's bytes.
+
+    Names stand in a legend below: beside the circles, which may be anywhere, they would overlap.
+    """
     points: list[Any]  # (model, latency, bytes, top-1) of the models that have them all
     points = [(m, m.get("latency_ms"), m.get("bytes"), m["mean"].get("top1")) for m in models]
     points = [point for point in points if None not in point]
     if not points:
         return None
-    figure = Figure(figsize=(4.8, 3.5), layout="constrained")
+    figure = Figure(figsize=(4.8, 3.9), layout="constrained")
     axes = figure.add_subplot()
     _, times, sizes, heights = zip(*points, strict=True)
     for model, latency, size, top1 in points:
         role, at = model["role"], (latency, 100 * top1)
         colour, area = _COLOURS.get(role, _INK), 1500 * size / max(sizes)
         axes.scatter(*at, s=area, color=colour, alpha=0.35)
-        axes.errorbar(*at, 100 * (model["std"].get("top1") or 0), color=colour, marker="o", ms=3)
-        # alone and distilled differ in height only: one is labelled below, the other above
-        sign, va = (-1, "top") if role in ("alone", "int8") else (1, "bottom")
-        offset, text = (0, sign * (math.sqrt(area) / 2 + 4)), f"{role}\n{_show('bytes', size)}"
-        axes.annotate(text, at, offset, textcoords="offset points", ha="center", va=va)
+        error = 100 * (model["std"].get("top1") or 0)
+        label = f"{role}, {_show('bytes', size)}"
+        axes.errorbar(*at, error, color=colour, marker="o", ms=3, ls="", label=label)
     margin = 45 * max(max(heights) - min(heights), 0.02)
     axes.set(xscale="log", xlabel="latency, ms (log scale)", ylabel="top-1 accuracy, %")
     axes.set(xlim=(min(times) / 2, max(times) * 2))
@@ -105,6 +101,7 @@ def _scatter(models: list[dict]) -> Markup | None:
     axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if 0 <= y <= 100 else "")
+    figure.legend(loc="outside lower center", ncols=2, columnspacing=3)
     return _svg(figure)
 
 
@@ -147,10 +144,63 @@ def _confusion(matrix: list[list[int]], classes: list[str]) -> dict:
     return {"pairs": pairs, "image": image}
 
 
+def _classes(per_class: dict[str, list[dict]], role: str) -> dict:
+    """Rows of a name, each model's recall, and what `role` takes it for; the weakest first."""
+    answers = per_class.get(role) or next(iter(per_class.values()))
+    found = [i for i, row in enumerate(answers) if row["recall"] is not None]
+    found.sort(key=lambda i: answers[i]["recall"])
+    rows = [
+        (
+            answers[i]["class"],
+            [classes[i]["recall"] for classes in per_class.values()],
+            answers[i]["confused_with"],
+        )
+        for i in found[:_WEAKEST]
+    ]
+    return {"roles": list(per_class), "rows": rows, "of": len(answers), "role": role}
+
+
+def _conditions(model: dict) -> str:
+    """How the latency of a model was found, in words."""
+    found = model.get("conditions") or {}
+    threads = found.get("threads")
+    parts = [found.get("runs"), found.get("device")]
+    parts.append(f"{threads} thread{'s' * (threads > 1)}" if threads else None)
+    parts.append(f"{model['latency_calls']:,} calls" if model.get("latency_calls") else None)
+    text = ", ".join(part for part in parts if part)
+    wall, cpu = model.get("latency_ms"), model.get("latency_cpu_ms")
+    if wall and cpu and found.get("device") == "CPU" and wall > _BUSY * cpu:
+        text += "; the machine was busy: trust the CPU time, not the latency"
+    return text
+
+
+def _commands(results: dict) -> list[tuple[str, str]]:
+    """What to do next, and the command for it, with this run's paths."""
+    config = results.get("config") or {}
+    run, data = config.get("run") or {}, config.get("data") or {}
+    roles, seeds = {model["role"] for model in results["models"]}, run.get("seeds")
+    role = "distilled" if "distilled" in roles else "alone"
+    if role not in roles or not run.get("folder") or not seeds:
+        return []
+    train, val = (data.get(key) or f"{key.upper()}_IMAGES" for key in ("train", "val"))
+    folder = Path(run["folder"]) / f"{role}-{seeds[0]}"
+    model, small = str(folder / "last.safetensors"), str(folder / "last.int8.safetensors")
+    found = [
+        ("Classify images", ["vitkd", "predict", model, "IMAGE.jpg"]),
+        ("Each class's figures", ["vitkd", "eval", model, val, "--json"]),
+    ]
+    if "int8" in roles:
+        found.append(("The same in int8", ["vitkd", "eval", small, val, "--json"]))
+        found.append(("Time each layer in int8", ["vitkd", "profile", small]))
+    else:
+        found.append(("Int8", ["vitkd", "quantize", model, "--images", train, "-o", small]))
+    return [(what, shlex.join(command)) for what, command in found]
+
+
 def render(results: dict) -> str:
     """The report as one self-contained HTML page."""
-    results = _finite(results)
-    curves, confusion = results.get("curves") or {}, results.get("confusion")
+    results = finite(results)
+    curves, classes = results.get("curves") or {}, results["data"]["classes"]
     with matplotlib.rc_context(_STYLE):
         pictures = {
             "scatter": _scatter(results["models"]),
@@ -159,10 +209,17 @@ def render(results: dict) -> str:
         }
     source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     template = Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    matrix = _confusion(confusion["matrix"], results["data"]["classes"]) if confusion else None
+    confusions = [
+        {**found, **_confusion(found["matrix"], classes)}
+        for found in (results.get("confusion"), results.get("int8_confusion"))
+        if found
+    ]
+    role = (results.get("confusion") or {}).get("role", "")
+    per_class = _classes(results["per_class"], role) if results.get("per_class") else None
     looks = {"colours": _COLOURS, "accent": _ACCENT, "percent": _PERCENT}
-    shown = {"show": _show, "cell": _cell, "dumps": json.dumps}
-    return template.render(results, pictures=pictures, matrix=matrix, **looks, **shown)
+    shown = {"show": _show, "cell": _cell, "dumps": json.dumps, "conditions": _conditions}
+    made = {"pictures": pictures, "confusions": confusions, "commands": _commands(results)}
+    return template.render({**results, **made, "per_class": per_class}, **looks, **shown)
 
 
 def table(results: dict) -> str:
@@ -170,7 +227,7 @@ def table(results: dict) -> str:
     metrics = {"f1": "f1 %", "nll": "nll", "ece": "ece", "agreement": "agreement %"}
     costs = {"parameters": "parameters", "macs": "MMACs", "bytes": "size", "latency_ms": "ms"}
     rows = [["", "model", "top-1 %", *metrics.values(), *costs.values()]]
-    for model in _finite(results["models"]):
+    for model in finite(results["models"]):
         row = [model["role"], model["model"], _cell(model, "top1")]
         row += [_show(key, model["mean"].get(key)) for key in metrics]
         rows.append(row + [_show(key, model.get(key)) for key in costs])
@@ -192,7 +249,7 @@ def write(results: dict, folder: Path) -> Path:
         The path of report.html.
     """
     page = render(results)
-    data = json.dumps(_finite(results), allow_nan=False)
+    data = json.dumps(finite(results), allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
     with replacing(folder / "report.json") as json_part, replacing(path) as html_part:
