@@ -20,7 +20,7 @@ from timm.data import ImageNetInfo
 from timm.data.transforms_factory import create_transform
 
 from vitkd_fast import cli, int8, models
-from vitkd_fast.distill import checkpoint, config, evaluate, experiment, report, sources
+from vitkd_fast.distill import checkpoint, config, evaluate, report, results, sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -525,7 +525,7 @@ def test_the_verdict_says_what_the_numbers_say(
     comparison = None
     if len(alone) > 1:
         comparison = {"metric": "top1", **evaluate.paired_test(distilled, alone)}
-    assert experiment._verdict(comparison, True).startswith(verdict)
+    assert results.verdict(comparison, True).startswith(verdict)
 
 
 def test_a_truncated_picture_stops_or_is_skipped(pictures: Path, tmp_path: Path, vitkd) -> None:

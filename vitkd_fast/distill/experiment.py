@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import dataclasses
 import functools
-import io
 import json
 import tempfile
 from collections.abc import Iterator
@@ -22,13 +20,11 @@ from torch import Tensor, nn
 
 from .. import int8, models
 from .._files import replacing
-from . import checkpoint, data, evaluate, identity, journal, quantized, report, sources
+from . import checkpoint, data, evaluate, identity, quantized, report, results, sources
 from .config import Config, ConfigError, Model, Optimizer
-from .loop import Learner, Place, Trainer, build_optimizer, cpu_capabilities
+from .loop import Learner, Place, Trainer, build_optimizer
 from .losses import Losses
 
-_THUMBNAILS = 24
-_SIGNIFICANT = 0.05
 # what may differ when a run goes on: where things are, and how they are computed
 _MAY_CHANGE = {
     "data": {"root", "train", "val", "workers", "skip_bad"},
@@ -87,9 +83,6 @@ class _Experiment:
         # whose weights become int8, and whose answers the report shows
         self.role = "distilled" if self.teacher else "alone"
         self.notes = list(self.splits.notes)
-        if place.rank == 0:
-            for note in self.notes:
-                print(note, flush=True)
 
     def _check_folder(self) -> bool:
         """Whether the folder holds a run to go on with; refuses another's.
@@ -309,9 +302,9 @@ class _Experiment:
             ]
         if self.place.rank != 0:
             return {}
-        results = self._results(students, engines, evaluations)
-        report.write(results, self.folder)
-        return results
+        found = self._results(students, engines, evaluations)
+        report.write(found, self.folder)
+        return found
 
     def _say(self, line: str) -> None:
         if self.place.rank == 0:
@@ -328,8 +321,8 @@ class _Experiment:
         if counted is not None:
             self._say(f"classes (training images): {identity.count_classes(counted, self.classes)}")
         self._say(f"student: {self.config.student.model}: weights: {self.student}")
-        for line in [*self.splits.notes, *self.warnings]:
-            self._say(f"warning: {line}")
+        for line in [*self.notes, *(f"warning: {x}" for x in self.warnings)]:
+            self._say(line)
 
     def _score_teacher(self) -> None:
         """Says what the teacher knows of the images; refuses one given that knows nothing."""
@@ -450,8 +443,9 @@ class _Experiment:
             model, file = students[self.role][seeds[0]], self._int8_file(seeds[0])
             scored, engine = evaluations["int8"], engines[0]
             rows.append(self._row("int8", config.student, model, file, scored, seeds, engine))
-        comparison = _compare(evaluations)
-        first = evaluations[self.role][0]
+        comparison = results.compare(evaluations)
+        first, val = evaluations[self.role][0], self.splits.val
+        shows = hasattr(val, "read") and self.place.ranks == 1  # each rank saw its own images
         return {
             "version": report.VERSION,
             "title": self.folder.name,
@@ -460,7 +454,7 @@ class _Experiment:
                 "vitkd_fast": version("vitkd-fast"),
                 "torch": torch.__version__,
                 "timm": version("timm"),
-                "device": _device_name(self.place),
+                "device": results.device_name(self.place),
             },
             "data": {
                 "train": sources.count(self.splits.train),
@@ -469,8 +463,8 @@ class _Experiment:
             },
             "models": rows,
             "comparison": comparison,
-            "verdict": _verdict(comparison, config.run.alone and self.teacher is not None),
-            "curves": self._curves(list(students)),
+            "verdict": results.verdict(comparison, config.run.alone and self.teacher is not None),
+            "curves": results.curves(self._curve_folders(list(students))),
             "confusion": {"role": self.role, "seed": seeds[0], "matrix": first.confusion.tolist()},
             "int8_confusion": {
                 "role": "int8",
@@ -486,7 +480,7 @@ class _Experiment:
                 )
                 for role, scored in evaluations.items()
             },
-            "disagreements": self._disagreements(first),
+            "disagreements": results.disagreements(first, val, self.places) if shows else None,
             "notes": self._notes(),
         }
 
@@ -552,55 +546,20 @@ class _Experiment:
             "role": role,
             "model": section.model,
             **asdict(cost),
-            "conditions": _conditions(self.place, engine),
+            "conditions": results.conditions(self.place, engine),
             "runs": runs,
             "mean": mean,
             "std": std,
         }
 
-    def _curves(self, roles: list[str]) -> dict[str, Any]:
-        folders = {
-            f"{role}, seed {seed}": f"{role}-{seed}"
-            for role in roles
-            for seed in self.config.run.seeds
+    def _curve_folders(self, roles: list[str]) -> dict[str, Path]:
+        """By title; the teacher's too, where the run trains it."""
+        names = {
+            f"{role}, seed {i}": f"{role}-{i}" for role in roles for i in self.config.run.seeds
         }
         if self.teacher and self.config.teacher.epochs:
-            folders = {"teacher, seed 0": "teacher"} | folders
-        curves: dict[str, Any] = {}
-        for name, folder in folders.items():
-            rows = journal.read(self.folder / folder)
-            curves[name] = {
-                kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "val")
-            }
-        return curves
-
-    def _disagreements(self, result: evaluate.Evaluation) -> dict[str, Any] | None:
-        """The pictures that student and teacher read differently, the surest student first."""
-        source = self.splits.val
-        if result.teacher is None or result.teacher_confidence is None:
-            return None
-        if not hasattr(source, "read") or self.place.ranks > 1:
-            return None
-        differ = (result.student != result.teacher).nonzero().flatten()
-        surest = differ[result.confidence[differ].argsort(descending=True)][:_THUMBNAILS]
-        names = self.classes
-        shown = [
-            {
-                "image": _thumbnail(source.read(int(self.places[i]))[0]),
-                "name": source.name(int(self.places[i])),
-                "label": names[int(result.labels[i])],
-                "student": {
-                    "class": names[int(result.student[i])],
-                    "probability": float(result.confidence[i]),
-                },
-                "teacher": {
-                    "class": names[int(result.teacher[i])],
-                    "probability": float(result.teacher_confidence[i]),
-                },
-            }
-            for i in surest.tolist()
-        ]
-        return {"count": len(differ), "of": len(result.labels), "shown": shown}
+            names = {"teacher, seed 0": "teacher"} | names
+        return {title: self.folder / name for title, name in names.items()}
 
     def _notes(self) -> list[str]:
         notes = [
@@ -624,64 +583,3 @@ def _differing(found: Any, wanted: dict[str, Any]) -> list[str]:
         for key, value in section.items()
         if key not in _MAY_CHANGE.get(name, ()) and (found.get(name) or {}).get(key) != value
     ]
-
-
-def _compare(evaluations: dict[str, list[evaluate.Evaluation]]) -> dict[str, Any] | None:
-    if not {"alone", "distilled"} <= evaluations.keys() or len(evaluations["alone"]) < 2:
-        return None
-    top1 = {
-        role: [result.metrics["top1"] for result in evaluations[role]]
-        for role in ("distilled", "alone")
-    }
-    return {"metric": "top1", **evaluate.paired_test(top1["distilled"], top1["alone"])}
-
-
-def _verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
-    """One sentence: p < 0.05, of a paired t-test over at least three seeds, counts."""
-    if comparison is None:
-        if not compared:
-            return "One way of training only: run.alone=true and a teacher compare two."
-        return "One seed says nothing about chance: run.seeds=[0,1,2] compares three."
-    points, errors, seeds = (comparison[key] for key in ("difference", "standard_errors", "seeds"))
-    points *= 100
-    size = f"{points:+.1f} points"
-    if errors is not None:
-        size += f", {errors:+.1f} standard errors"
-    size += f", p = {comparison['p']:.2g}, over {seeds} seeds"
-    # equal differences in every seed have no standard error, and p is 0 or 1
-    clear = seeds >= 3 and comparison["p"] < _SIGNIFICANT
-    size += f"; it takes p below {_SIGNIFICANT} over 3 seeds or more"
-    if clear and points > 0:
-        return f"Distilled beats alone: {size}."
-    if clear:
-        return (
-            f"Distilled is worse than alone: {size}. Try a lower losses.kd.weight, or "
-            "losses.kd.temperature=1."
-        )
-    return (
-        f"Distilled is not shown to beat alone: {size}. More run.seeds would measure it better; "
-        "more run.epochs, stronger augmentation or a better teacher could make it larger."
-    )
-
-
-def _device_name(place: Place) -> str:
-    if place.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(place.device)}, {place.ranks} processes"
-    name = cpu_capabilities().get("cpu_name", "CPU")
-    return f"{name}, {torch.get_num_threads()} threads, {place.ranks} processes"
-
-
-def _conditions(place: Place, engine: int8.Session | None) -> dict[str, Any]:
-    """Where a model was timed."""
-    if engine:
-        return {"device": "CPU", "threads": engine.threads, "runs": f"int8, {engine.isa}"}
-    if place.device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(place.device), "runs": "PyTorch, float32"}
-    return {"device": "CPU", "threads": torch.get_num_threads(), "runs": "PyTorch, float32"}
-
-
-def _thumbnail(image: Any) -> str:
-    image.thumbnail((96, 96))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,123 @@
+"""What a run found, as report.json has it: comparison, verdict, curves, disagreements."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import int8
+from . import evaluate, journal, sources
+from .loop import Place, cpu_capabilities
+
+_THUMBNAILS = 24
+_SIGNIFICANT = 0.05
+
+
+def compare(evaluations: dict[str, list[evaluate.Evaluation]]) -> dict[str, Any] | None:
+    """The paired test of both ways of training; None where there are not two seeds of each."""
+    if not {"alone", "distilled"} <= evaluations.keys() or len(evaluations["alone"]) < 2:
+        return None
+    top1 = {
+        role: [result.metrics["top1"] for result in evaluations[role]]
+        for role in ("distilled", "alone")
+    }
+    return {"metric": "top1", **evaluate.paired_test(top1["distilled"], top1["alone"])}
+
+
+def verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
+    """One sentence: p < 0.05, of a paired t-test over at least three seeds, counts."""
+    if comparison is None:
+        if not compared:
+            return "One way of training only: run.alone=true and a teacher compare two."
+        return "One seed says nothing about chance: run.seeds=[0,1,2] compares three."
+    points, errors, seeds = (comparison[key] for key in ("difference", "standard_errors", "seeds"))
+    points *= 100
+    size = f"{points:+.1f} points"
+    if errors is not None:
+        size += f", {errors:+.1f} standard errors"
+    size += f", p = {comparison['p']:.2g}, over {seeds} seeds"
+    # equal differences in every seed have no standard error, and p is 0 or 1
+    clear = seeds >= 3 and comparison["p"] < _SIGNIFICANT
+    size += f"; it takes p below {_SIGNIFICANT} over 3 seeds or more"
+    if clear and points > 0:
+        return f"Distilled beats alone: {size}."
+    if clear:
+        return (
+            f"Distilled is worse than alone: {size}. Try a lower losses.kd.weight, or "
+            "losses.kd.temperature=1."
+        )
+    return (
+        f"Distilled is not shown to beat alone: {size}. More run.seeds would measure it better; "
+        "more run.epochs, stronger augmentation or a better teacher could make it larger."
+    )
+
+
+def curves(folders: dict[str, Path]) -> dict[str, Any]:
+    """The rows of each training's journal, by kind."""
+    found: dict[str, Any] = {}
+    for name, folder in folders.items():
+        rows = journal.read(folder)
+        found[name] = {
+            kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "val")
+        }
+    return found
+
+
+def disagreements(
+    result: evaluate.Evaluation, source: sources.Source, places: Tensor
+) -> dict[str, Any] | None:
+    """The images that student and teacher read differently, the surest student first.
+
+    `places` are the evaluated images' in the source. None without a teacher.
+    """
+    if result.teacher is None or result.teacher_confidence is None:
+        return None
+    differ = (result.student != result.teacher).nonzero().flatten()
+    surest = differ[result.confidence[differ].argsort(descending=True)][:_THUMBNAILS]
+    names = source.classes
+    shown = [
+        {
+            "image": _thumbnail(source.read(int(places[i]))[0]),
+            "name": source.name(int(places[i])),
+            "label": names[int(result.labels[i])],
+            "student": {
+                "class": names[int(result.student[i])],
+                "probability": float(result.confidence[i]),
+            },
+            "teacher": {
+                "class": names[int(result.teacher[i])],
+                "probability": float(result.teacher_confidence[i]),
+            },
+        }
+        for i in surest.tolist()
+    ]
+    return {"count": len(differ), "of": len(result.labels), "shown": shown}
+
+
+def device_name(place: Place) -> str:
+    """What computes, for people."""
+    if place.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(place.device)}, {place.ranks} processes"
+    name = cpu_capabilities().get("cpu_name", "CPU")
+    return f"{name}, {torch.get_num_threads()} threads, {place.ranks} processes"
+
+
+def conditions(place: Place, engine: int8.Session | None) -> dict[str, Any]:
+    """Where a model was timed."""
+    if engine:
+        return {"device": "CPU", "threads": engine.threads, "runs": f"int8, {engine.isa}"}
+    if place.device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(place.device), "runs": "PyTorch, float32"}
+    return {"device": "CPU", "threads": torch.get_num_threads(), "runs": "PyTorch, float32"}
+
+
+def _thumbnail(image: Any) -> str:
+    image.thumbnail((96, 96))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
