@@ -51,15 +51,17 @@ test-oldest: wheel $(OLDEST)/ready  ## the wheel, built with the newest torch, i
 	cd $(OLDEST) && bin/vitkd show
 	cd $(OLDEST) && bin/pytest -m "not slow" -c ../pyproject.toml $(addprefix ../,$(wildcard tests/test_kd*.py))
 
-# only Triton itself is another one, before the installed one on the path: torch and the rest serve all
-test-triton: install $(TRITONS:%=.venv-triton-%/ready)  ## the Triton tests with every Triton from 3.6 to 3.9
-	@failed=; for version in $(TRITONS); do \
-	  export PYTHONPATH="$(CURDIR)/.venv-triton-$$version$(PYTHONPATH:%=:%)"; \
-	  echo "Triton $$version: pytest -m '$(TRITON_TESTS)'"; \
-	  $(PY) -c "import triton as t; assert t.__version__.startswith('$$version.'), t" && \
-	    $(BIN)/pytest -m "$(TRITON_TESTS)" || failed="$$failed $$version"; \
-	done; \
-	test -z "$$failed" || { echo "make test-triton: tests fail with Triton$$failed" >&2; exit 1; }
+test-triton: $(TRITONS:%=test-triton-%)  ## the Triton tests with every Triton from 3.6 to 3.9
+
+# Triton alone is another one, found before the installed one: torch and the rest serve all versions
+WITH_TRITON = PYTHONPATH="$(CURDIR)/.venv-triton-$*$(PYTHONPATH:%=:%)"
+
+.PHONY: $(TRITONS:%=test-triton-%)
+$(TRITONS:%=test-triton-%): test-triton-%: .venv-triton-%/ready
+	@$(WITH_TRITON) $(PY) -c "import triton; assert triton.__version__.startswith('$*.'), triton"
+	@echo "make test-triton: Triton $*"
+	@$(WITH_TRITON) $(BIN)/pytest -m "$(TRITON_TESTS)" || \
+	  { echo "make test-triton: tests fail with Triton $*" >&2; exit 1; }
 
 fuzz: install  ## 10,000 damaged int8 files and graphs, the engine under both sanitizers
 	$(PY) tests/fuzz_int8.py --files 10000 --sanitize

@@ -509,7 +509,9 @@ class TestCompiled:
         compiled: list[Any], tmp_path: Path,
     ) -> None:  # fmt: skip
         compile_all(*TILES[tokens], dim, dtype, kind, tf32, everything)
-        assert_nothing_is_spilled(compiled, tmp_path)
+        # masks and a gradient per row, on sm_80: 3.7 and later need none
+        stack = {"3.6": 56} if everything and tokens == "stream" else None
+        assert_nothing_is_spilled(compiled, tmp_path, stack)
         for kernel in compiled:
             assert "mma" in kernel.asm["ptx"]
 

@@ -123,13 +123,22 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
     return {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
 
 
-def assert_nothing_is_spilled(kernels: list[Any], folder: Path) -> None:
-    """Nor is a product rounded together with the sum that it goes into."""
+def assert_nothing_is_spilled(
+    kernels: list[Any], folder: Path, stack: dict[str, int] | None = None
+) -> None:
+    """Nor is a product rounded together with the sum that it goes into.
+
+    `stack`: bytes that the compiler of a Triton version may use all the same, {"3.6": 8}.
+    """
+    import triton
+
     assert kernels
+    allowed = (stack or {}).get(triton.__version__.rpartition(".")[0], 0)
     for kernel in kernels:
         used = resources(kernel, folder)
         print(kernel.name, used)
-        assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{kernel.name}: {used}"
+        assert used["STACK"] <= allowed, f"{kernel.name}: {used}"
+        assert used["LOCAL"] == 0, f"{kernel.name}: {used}"
         assert "fma.rn.f32" not in kernel.asm["ptx"], kernel.name
 
 
