@@ -213,9 +213,16 @@ def test_the_order_is_total() -> None:
 
 def test_links_lead_to_each_image_once(tmp_path: Path) -> None:
     root, other = tmp_path / "root", tmp_path / "other"
-    for file in (root / "a" / "1.png", root / "a" / "deep" / "2.png", other / "3.png"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b"")
+    for name in (
+        "root/a/1.png",
+        "root/a/deep/2.png",
+        "root/z.png",
+        "other/3.png",
+        "pool/sub/4.png",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "pool" / "5.png").write_bytes(b"")
     links = {
         root / "a" / "up": "..",
         root / "a" / "deep" / "top": tmp_path,
@@ -223,17 +230,19 @@ def test_links_lead_to_each_image_once(tmp_path: Path) -> None:
         root / "a" / "again.png": "1.png",
         root / "b": "../other",
         root / "c": other,
+        root / "a" / "out": other,
+        root / "a" / "pool": tmp_path / "pool" / "sub",
         other / "back": root,
         other / "here": ".",
+        tmp_path / "pool" / "sub" / "up": "..",
     }
     for link, target in links.items():
         os.symlink(target, link)
-    assert pictures.list_pictures(root) == [
-        root / x for x in ("a/1.png", "a/deep/2.png", "b/3.png")
-    ]
-    # by way of the links too
-    assert len(pictures.list_pictures(root / "c")) == 3
-    assert len(pictures.list_pictures(tmp_path)) == 3
+    once = ["a/1.png", "a/deep/2.png", "a/pool/4.png", "b/3.png", "z.png"]
+    assert pictures.list_pictures(root) == [root / x for x in once]
+    # what is above the folder that was asked for stays out, whatever way leads there
+    once = ["1.png", "deep/2.png", "out/3.png", "pool/4.png"]
+    assert pictures.list_pictures(root / "a") == [root / "a" / x for x in once]
 
 
 def test_what_is_no_image_is_ignored_and_counted(tmp_path: Path) -> None:
