@@ -154,12 +154,7 @@ def prepare(image: Image.Image, wanted: Wanted) -> np.ndarray[Any, np.dtype[np.u
         # the same geometry, of nothing but what the crop keeps
         kept = (max(left, 0), max(top, 0), min(left + size, width), min(top + size, height))
         across, down = image.width / width, image.height / height
-        box = (
-            kept[0] * across,
-            kept[1] * down,
-            min(kept[2] * across, image.width),
-            min(kept[3] * down, image.height),
-        )
+        box = (kept[0] * across, kept[1] * down, kept[2] * across, kept[3] * down)
         image = image.resize((kept[2] - kept[0], kept[3] - kept[1]), filter, box)
         left, top = left - kept[0], top - kept[1]
     # a negative edge is outside: Pillow fills it with black
