@@ -92,3 +92,15 @@ def data() -> Path:
     if not (folder := os.environ.get("VITKD_DATA")):
         pytest.skip("VITKD_DATA is not set: it names the folder with the development data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def emulated_amx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library with attention_map's AMX kernels on the emulator; skips without AVX-512."""
+    from vitkd_fast import int8
+
+    from .amx_tools import build
+
+    if "avx512" not in int8.isa():
+        pytest.skip(f"the emulator of AMX needs AVX-512; this CPU has {', '.join(int8.isa())}")
+    return build(tmp_path_factory.mktemp("emulated_amx"))

@@ -25,6 +25,7 @@ from torch.testing import assert_close
 from vitkd_fast import _ops, int8, reference
 from vitkd_fast.functional import attention_map_loss, relation_loss
 
+from . import amx_tools
 from .cuda_tools import EMULATED, GPU, captured, needs_gpu_or_emulator
 from .triton_tools import run_tests
 
@@ -248,6 +249,12 @@ def on_tensor_cores(x: Maps) -> bool:
     return on_gpu(x.q_s) and x.q_s.dtype in (HALF, BFLOAT)
 
 
+def on_tiles(x: Maps) -> bool:
+    """Of AMX, which are for 16 bits alone."""
+    amx = amx_tools.EMULATED or (int8.isa()[0] == "amx" and not on_gpu(x.q_s))
+    return amx and {x.q_s.dtype, x.q_t.dtype} <= {HALF, BFLOAT}
+
+
 POWER = 4  # roundings that the one instruction for a power of two is off by, beside tensor cores
 
 
@@ -265,9 +272,10 @@ def unavoidable_errors(
     """What is left of an exact computation whose numbers are rounded once. All in float64.
 
     least: a score's gradient is a difference (math/attention_map.h), and both of its terms are
-    rounded; a probability below the smallest normal number is 0. Tensor cores multiply numbers of
-    16 bits: beside them, the difference is rounded once more, and probabilities come from a faster
-    instruction.
+    rounded; a probability below the smallest normal number is 0, in its own term and in the sum of
+    all, which the other terms have as a factor. Tensor cores multiply numbers of 16 bits: beside
+    them, the difference is rounded once more, and probabilities come from a faster instruction.
+    AMX's tiles know no subnormal numbers.
     saved: the three numbers of a row from which a backward works are rounded, and with a
     log-sum-exp all probabilities of its row move. Beside tensor cores it is held times log2(e):
     there it is rounded when it is divided by that, and when it is multiplied again.
@@ -278,7 +286,8 @@ def unavoidable_errors(
         F.log_softmax(q @ k.mT * (scale / temperature) + 1e30 * (keep - 1), -1)
         for q, k, scale in ((q_s, k_s, scale_s), (q_t, k_t, scale_t))
     )
-    limits = torch.finfo(DOUBLE if DOUBLE in (x.q_s.dtype, x.q_t.dtype) else FLOAT)
+    wide = DOUBLE if DOUBLE in (x.q_s.dtype, x.q_t.dtype) else FLOAT
+    limits = torch.finfo(wide)
     unit = limits.eps / 2
     lse_s, lse_t, centre = stats.unsqueeze(-1)
 
@@ -296,8 +305,14 @@ def unavoidable_errors(
         return [w, q * centre]
 
     a, b = terms()
-    tiny = limits.smallest_normal * (1 + (log_q - log_p).abs())
-    least = unit * (a.abs() + b.abs()) + tiny * keep
+    tiny = limits.smallest_normal * (1 + (log_q - log_p).abs()) * keep
+    if kind != reference.KL:
+        tiny = tiny + log_q.exp() * keep * tiny.sum(-1, keepdim=True)
+    least = unit * (a.abs() + b.abs()) + tiny
+    if wide == DOUBLE:
+        # autograd takes a probability from itself, times the sum of all: of the exponential, the
+        # sum and the product each is rounded
+        least = least + 3 * unit * (log_q.exp() + log_p.exp()) * keep
     if on_tensor_cores(x):
         least = least + POWER * unit * 2 * (log_q.exp() + log_p.exp()) * keep
         least = least + torch.finfo(x.q_s.dtype).eps / 2 * (a - b).abs()
@@ -306,8 +321,15 @@ def unavoidable_errors(
     for moved in (terms(of_lse * lse_s), terms(0.0, of_lse * lse_t)):
         saved = saved + ((moved[0] - moved[1]) - (a - b)).abs()
     factor = (weight * temperature * scale_s).abs().unsqueeze(-1)
+    least, saved = least * factor, saved * factor
+    # tiles take a subnormal number for 0: any of a slope's three parts, and of their products
+    parts = 3 * limits.smallest_normal * keep * torch.ones_like(least) * on_tiles(x)
     return Unavoidable(
-        *(((y * factor) @ k_s.abs(), (y * factor).mT @ q_s.abs()) for y in (least, saved))
+        (
+            least @ k_s.abs() + parts @ (1 + k_s.abs()),
+            least.mT @ q_s.abs() + parts.mT @ (1 + q_s.abs()),
+        ),
+        (saved @ k_s.abs(), saved.mT @ q_s.abs()),
     )
 
 
@@ -340,7 +362,8 @@ def check(
     wide = DOUBLE if DOUBLE in (x.q_s.dtype, x.q_t.dtype) else FLOAT
     device = str(x.q_s.device)
     precision = torch.finfo(wide).eps
-    scale = 2 * precision / torch.finfo(FLOAT).eps
+    # of float64, what is compared with has an error of its own
+    scale = (3 if wide == DOUBLE else 2) * precision / torch.finfo(FLOAT).eps
     if os.environ.get("VITKD_FAST_ISA") == "scalar":
         scale *= math.sqrt(2)  # it rounds products and sums, torch's FMAs only sums
     if on_gpu(x.q_s):
@@ -1683,10 +1706,11 @@ def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProc
     )
 
 
+MATCHES = [__file__, "-k", "match or extreme"]
+
+
 def run_matches(cwd: Path, marked: str, **environment: str) -> None:
-    run_tests(
-        cwd, ["-m", "pytest"], __file__, "-k", "match or extreme", "-m", marked, **environment
-    )  # fmt: skip
+    run_tests(cwd, ["-m", "pytest"], *MATCHES, "-m", marked, **environment)
 
 
 every_day = pytest.mark.parametrize(
@@ -1699,13 +1723,21 @@ every_day = pytest.mark.parametrize(
 
 
 @every_day
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, marked: str, tmp_path: Path) -> None:
-    if isa not in int8.isa():
-        pytest.skip(f"{isa} is not among what this CPU has: {', '.join(int8.isa())}")
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "amx"])
+def test_every_instruction_set(
+    isa: str, marked: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """AMX, where the host has none, emulated."""
     if isa == int8.isa()[0] or (isa == "avx512" and int8.isa()[0] == "avx512vnni"):
         pytest.skip(f"the tests above ran on the kernels of {isa}")
-    run_matches(tmp_path, marked, VITKD_FAST_ISA=isa)
+    if isa == "amx":
+        library = request.getfixturevalue("emulated_amx")
+        start = [amx_tools.__file__]
+        run_tests(tmp_path, start, *MATCHES, "-m", marked, VITKD_EMULATED_AMX=str(library))
+    elif isa in int8.isa():
+        run_matches(tmp_path, marked, VITKD_FAST_ISA=isa)
+    else:
+        pytest.skip(f"{isa} is not among what this CPU has: {', '.join(int8.isa())}")
 
 
 @pytest.mark.slow  # every day, test_reference_matches_torch looks at its maths

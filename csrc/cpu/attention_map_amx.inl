@@ -14,17 +14,23 @@ constexpr int kSlopeParts = 3;                 // of a gradient of a score
 
 constexpr int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// x as a sum of parts, each in the upper half of its word; what is not a number has such a part
+// x as a sum of parts, each in the upper half of its word, whose lower half is 0. The first is no
+// larger than the largest bf16, where rounding up would give Inf. What a part cannot hold of a rest
+// that is subnormal is dropped: tiles take such numbers for 0. Inf and NaN have a part that is NaN,
+// or Inf, where there is more than one.
 template <int kParts>
 VITKD_INLINE void split(Vec x, __m512i* part) {
   part[0] = _mm512_castps_si512(x.v);
   if constexpr (kParts > 1) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const __m512 largest = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f7f0000));
+    constexpr int kSmaller = 2;  // of two magnitudes, with the sign of the first
+    part[0] = _mm512_castps_si512(_mm512_range_ps(x.v, largest, kSmaller));
     part[0] = _mm512_and_si512(_mm512_add_epi32(part[0], _mm512_set1_epi32(0x8000)), upper);
-    const __m512 rest = _mm512_sub_ps(x.v, _mm512_castsi512_ps(part[0]));
-    part[1] = _mm512_and_si512(_mm512_castps_si512(rest), upper);
-    if constexpr (kParts > 2) {
-      part[2] = _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(part[1])));
+    __m512 rest = x.v;
+    for (int i = 1; i < kParts; ++i) {
+      rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(part[i - 1]));
+      part[i] = _mm512_and_si512(_mm512_castps_si512(rest), upper);
     }
   }
 }

@@ -9,6 +9,10 @@ constexpr int rows_of(int vectors) {
 
 constexpr int64_t kPanels = -1;
 
+// steps whose products are added up before they are added to c: one long chain of additions loses
+// digits
+constexpr int64_t kChain = 64;
+
 // [rows, steps] x [steps, columns], with any steps through a and b
 struct Product {
   const float* a;
@@ -34,31 +38,33 @@ VITKD_INLINE void tile(const Product& t, const float* a, const float* b, int64_t
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(later + r * t.c_row + v * kLanes, 1);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sums[r][v] = Vec{0.0f};
-    }
-  }
-  for (int64_t step = t.steps; step > 0; --step, a += t.a_step, b += b_step) {
-    Vec row[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = Vec::load(b + v * kLanes);
+  bool add = t.add;
+  for (int64_t left = t.steps; left > 0; left -= kChain, add = true) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec x{a[r * t.a_row]};
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(x, row[v], sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        sums[r][v] = Vec{0.0f};
+      }
     }
-  }
-  // c is added last: one long chain of additions would lose digits
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+    for (int64_t step = std::min(left, kChain); step > 0; --step, a += t.a_step, b += b_step) {
+      Vec row[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      float* const to = c + r * t.c_row + v * kLanes;
-      (t.add ? Vec::load(to) + sums[r][v] : sums[r][v]).store(to);
+      for (int v = 0; v < kVectors; ++v) row[v] = Vec::load(b + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec x{a[r * t.a_row]};
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(x, row[v], sums[r][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        float* const to = c + r * t.c_row + v * kLanes;
+        (add ? Vec::load(to) + sums[r][v] : sums[r][v]).store(to);
+      }
     }
   }
 }

@@ -147,9 +147,13 @@ def _samples_per_tile(samples: int, numbers: int) -> int:
 
 def _energy(x: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     """sum over channels of |x|^p, [batch, positions], of x [batch, channels, positions]."""
-    if torch.compiler.is_compiling() or (x.dtype == dtype and x.stride(1) == 1):
-        return torch.linalg.vector_norm(x.to(dtype), p, 1).pow(p)
-    # torch's norm over a dimension that is strided is six times slower than a product and a sum
+    if torch.compiler.is_compiling():
+        x = x.to(dtype)
+        return (x * x if p == 2 else x.abs().pow(p)).sum(1)
+    # torch's norm over a dimension that is strided is six times slower than a product and a sum,
+    # and powers of other roots lose digits
+    if p in (1, 2) and x.dtype == dtype and x.stride(1) == 1:
+        return torch.linalg.vector_norm(x, p, 1).pow(p)
     out = x.new_empty((x.shape[0], x.shape[2]), dtype=dtype)
     step = _samples_per_tile(x.shape[0], x.shape[1] * x.shape[2])
     for i in range(0, x.shape[0], step):
@@ -354,12 +358,14 @@ def _feature_error(y: Tensor, t: Tensor, kind: str, beta: float) -> tuple[Tensor
         return loss, y.mul_(cosine * by_y * by_y).addcmul_(t, by_t.mul_(by_y), value=-1), 1.0
     y.sub_(t)
     if kind == "mse":
-        return torch.linalg.vector_norm(y).square(), y, 2.0
+        # of rows first: torch's norm of all adds up one long chain, which loses digits
+        rows = torch.linalg.vector_norm(y, dim=-1 if y.stride(-1) == 1 else -2)
+        return rows.square().sum(), y, 2.0
     if beta == 0:
         return y.abs().sum(), y.sign_(), 1.0
     slope = y.clamp(-1, 1) if beta == 1 else (y / beta).clamp_(-1, 1)
     y.sub_(slope, alpha=beta / 2)
-    return torch.dot(y.flatten(), slope.flatten()), slope, 1.0
+    return y.mul_(slope).sum(), slope, 1.0
 
 
 def _form_feature(
@@ -378,7 +384,7 @@ def _form_feature(
     d_x = _empty_grad(x_s, needed[0], dtype)
     d_w = torch.zeros_like(w) if w is not None and needed[1] else None
     d_b = torch.zeros_like(b) if b is not None and needed[2] else None
-    loss = x_s.new_zeros((), dtype=dtype)
+    loss = x_s.new_zeros((), dtype=torch.float64)
     with torch.no_grad(), _exact(x_s):
         for i, j in _tiles(batch, positions, channels):
             x = x_s[i, :, j].mT.to(dtype)  # [samples, positions, channels]
@@ -394,7 +400,7 @@ def _form_feature(
             if d_x is not None:
                 part = d_y * (factor * scale) if w is None else d_y @ (w * (factor * scale))
                 d_x[i, :, j].mT.copy_(part)
-    return loss * scale, [d_x, d_w, d_b]
+    return (loss * scale).to(dtype), [d_x, d_w, d_b]
 
 
 def _tiles(batch: int, positions: int, channels: int) -> list[tuple[slice, slice]]:
