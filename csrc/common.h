@@ -98,6 +98,32 @@ inline std::optional<RowView> row_view(const Tensor& x, int64_t class_dim) {
                  *outer, x.stride(class_dim), *inner};
 }
 
+// Whether x's elements lie one after another, in any order of its dimensions.
+inline bool without_gaps(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    if (x.size(i) != 1) dims.emplace_back(x.stride(i), x.size(i));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t next = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != next) return false;
+    next *= size;
+  }
+  return true;
+}
+
+// Calls f with a tensor like x whose elements lie one after another, for work in place: x itself,
+// or a copy that is copied back.
+template <class F>
+void in_place(const Tensor& x, F&& f) {
+  if (without_gaps(x)) return f(x);
+  const Tensor copy = torch::stable::contiguous(x);
+  f(copy);
+  Tensor to = x;
+  torch::stable::copy_(to, copy);
+}
+
 // x's shape without the class dimension: one number per row.
 inline std::vector<int64_t> rows_shape(const Tensor& x, int64_t class_dim) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

@@ -142,4 +142,20 @@ struct Grad {
   }
 };
 
+// What the forward saved.
+template <class A>
+Tensor checked_stats(const Tensor& stats, const Call<A>& call) {
+  STD_TORCH_CHECK(stats.numel() == 6 * call.shape.rows() && stats.scalar_type() == kDtype<A>,
+                  "kd_bwd: stats holds ", stats.numel(), " numbers; accepted are 6 for each of ",
+                  call.shape.rows(), " rows, in the accumulation type");
+  return torch::stable::contiguous(stats);
+}
+
+template <class A>
+void check_factor(const Tensor& factor) {
+  STD_TORCH_CHECK(factor.numel() == 1 && factor.scalar_type() == kDtype<A>, "kd_scale_: factor is ",
+                  torch::headeronly::toString(factor.scalar_type()), " of ", factor.numel(),
+                  " numbers; accepted is one number in the accumulation type of grad");
+}
+
 }  // namespace vitkd::kd

@@ -1101,23 +1101,8 @@ def test_loss_is_differentiable_once(dtype: torch.dtype, reduction: str, device:
     for function in (lambda loss: loss.sum(), lambda loss: loss.square().sum()):
         loss = function(attention_map_loss(*leaves, *x.teacher, reduction=reduction))
         for grad in torch.autograd.grad(loss, leaves, create_graph=True):
-            with pytest.raises(RuntimeError, match=r"differentiate twice.*once_differentiable"):
+            with pytest.raises(RuntimeError, match="differentiable once"):
                 (loss + grad.float().square().sum()).backward(retain_graph=True)
-
-
-@every_device
-@every_path
-def test_teacher_is_a_constant(dtype: torch.dtype, reduction: str, device: str) -> None:
-    x = maps(*SMALL, dtype=dtype, device=device)
-    weights = [torch.ones_like(y[0, 0, 0]).requires_grad_() for y in x]
-    weighted = [y * weight for y, weight in zip(x, weights, strict=True)]
-    attention_map_loss(*weighted, reduction=reduction).sum().backward()
-    want = loss_and_grads(x, reduction=reduction)[1:]
-    for weight, y, grad in zip(weights[:2], x.student, want, strict=True):
-        assert_close(weight.grad, (y * grad).sum((0, 1, 2)))
-    assert weights[2].grad is None
-    assert weights[3].grad is None
-    assert not attention_map_loss(*x.student, *weighted[2:], reduction=reduction).requires_grad
 
 
 @every_device

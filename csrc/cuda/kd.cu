@@ -655,7 +655,8 @@ Tensor kd_bwd(const Tensor& grad_loss, const Tensor& student, const Tensor& teac
                     setup.call.shape.rows());
     const PerRowHolder<A> grad_rows(grad_loss, 0);
     setup.call.grad_loss = grad_rows.get;
-    setup.call.stats = const_cast<A*>(stats.const_data_ptr<A>());
+    const Tensor saved = checked_stats(stats, setup.call);
+    setup.call.stats = const_cast<A*>(saved.const_data_ptr<A>());
     setup.call.saved_share = true;
     Grad grad = empty_grad(student, class_dim);
     setup.call.grad = grad.view;
@@ -668,13 +669,16 @@ void kd_scale_(const Tensor& grad, const Tensor& factor) {
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   if (grad.numel() == 0) return;
   visit_accumulator(grad, [&]<class A>() {
-    visit_float(grad.scalar_type(), [&]<class T>() {
-      if constexpr (std::is_same_v<T, double> == std::is_same_v<A, double>) {
-        const int64_t blocks = std::min<int64_t>((grad.numel() + 1023) / 1024, 4096);
-        kd_scale_kernel<A, T><<<blocks, 256, 0, current_stream(grad)>>>(
-            grad.mutable_data_ptr<T>(), grad.numel(), factor.const_data_ptr<A>());
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
-      }
+    check_factor<A>(factor);
+    in_place(grad, [&](const Tensor& x) {
+      visit_float(x.scalar_type(), [&]<class T>() {
+        if constexpr (std::is_same_v<T, double> == std::is_same_v<A, double>) {
+          const int64_t blocks = std::min<int64_t>((x.numel() + 1023) / 1024, 4096);
+          kd_scale_kernel<A, T><<<blocks, 256, 0, current_stream(x)>>>(
+              x.mutable_data_ptr<T>(), x.numel(), factor.const_data_ptr<A>());
+          STD_CUDA_KERNEL_LAUNCH_CHECK();
+        }
+      });
     });
   });
 }

@@ -1,4 +1,8 @@
-"""Losses as functions of tensors, differentiable in the student; the teacher is a constant."""
+"""Losses as functions of tensors, differentiable in the student; the teacher is a constant.
+
+A derivative that a loss does not have (the teacher's, a weight's, a second one, one in forward
+mode) is an error where it is asked for, never 0.
+"""
 
 from .attention_map import attention_map_loss as attention_map_loss
 from .attention_map import relation_loss as relation_loss

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from .. import (
     _ops,  # noqa: F401  registers torch.ops.vitkd_fast
@@ -18,17 +18,95 @@ FLOATING = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float6
 REDUCTIONS = {"mean": reference.MEAN, "sum": reference.SUM, "none": reference.NONE}
 
 
+class _Once(torch.autograd.Function):
+    """A gradient, which has none: asking for it raises."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *of: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "vitkd_fast: a loss is differentiable once, and a derivative of its gradient is asked "
+            "for (attention_map_loss and relation_loss have it in float64)"
+        )
+
+
 def differentiable_once(backward: Callable) -> Callable:
-    """once_differentiable without its cost where it has nothing to do.
+    """torch's once_differentiable, which would let a second derivative be 0.
 
-    Under create_graph=True the gradient always asks for a gradient, and so raises where one is
-    taken; torch's own lets it pass as a constant if the incoming gradient is one.
+    That one raises only where the incoming gradient requires grad, and only if the engine has to
+    pass by on its way, which leads from the gradient to no input. Here the gradient depends on what
+    the forward saved, of which one is its input.
     """
-    checked = once_differentiable(backward)
 
-    def run(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return checked(ctx, grad_loss.detach().requires_grad_())
-        return backward(ctx, grad_loss)
+    def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        of = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        return tuple(None if x is None else _Once.apply(x, *of) for x in found)
 
     return run
+
+
+def check_tensors(name: str, given: Mapping[str, Any]) -> None:
+    """Each argument is one tensor: a list of features, or a model's output, is not."""
+    for argument, x in given.items():
+        if isinstance(x, Tensor):
+            continue
+        what, accepted = f"a {type(x).__name__}", "one tensor"
+        if hasattr(x, "logits"):
+            accepted += ", such as its logits"
+        elif isinstance(x, (list, tuple)):
+            what = f"an empty {type(x).__name__}" if not x else f"{what} of {len(x)}"
+            accepted += ", so that the loss is called for each pair"
+            if not x:
+                accepted += (
+                    " (attentions of transformers' models are an empty tuple under sdpa; load the "
+                    "model with attn_implementation='eager')"
+                )
+        raise TypeError(f"{name}: {argument} is {what}; accepted is {accepted}")
+
+
+def check_numbers(name: str, given: Mapping[str, Any]) -> None:
+    """Options that are numbers: a tensor would lose its gradient, and wait for its device."""
+    for argument, x in given.items():
+        if isinstance(x, Tensor):
+            raise TypeError(
+                f"{name}: {argument} is a tensor; accepted is a number, as the loss has no "
+                "derivative there"
+            )
+
+
+def check_derivatives(
+    name: str, given: Mapping[str, Tensor], constants: Container[str], forward_mode: bool = False
+) -> None:
+    """Raises where a derivative is asked for that the loss does not have, which would be 0.
+
+    Args:
+        constants: arguments in which it has none.
+        forward_mode: the others have one in forward mode, too.
+    """
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # a compiler does not see there that something requires grad
+        raise RuntimeError(
+            f"{name}: torch.func inside torch.compile would give a derivative of 0; accepted are "
+            "backward() and torch.autograd.grad"
+        )
+    dual = forward_ad._current_level >= 0
+    for argument, x in given.items():
+        constant = argument in constants
+        if constant and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: {argument} requires grad; accepted are constants, as the loss has no "
+                "derivative there: detach it, or run the teacher under torch.no_grad()"
+            )
+        if dual and (constant or not forward_mode):
+            if forward_ad.unpack_dual(x).tangent is not None:
+                raise RuntimeError(
+                    f"{name}: {argument} has a tangent; the loss has no derivative in forward mode "
+                    "there; accepted are backward() and torch.autograd.grad"
+                )

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import FLOATING, REDUCTIONS, differentiable_once
+from ._common import (
+    FLOATING,
+    REDUCTIONS,
+    check_derivatives,
+    check_numbers,
+    check_tensors,
+    differentiable_once,
+)
 
 _fwd = torch.ops.vitkd_fast.attention_map_fwd.default
 _fwd_grad = torch.ops.vitkd_fast.attention_map_fwd_grad.default
@@ -77,6 +84,8 @@ class _InBackward(torch.autograd.Function):
 
 def _check(name: str, given: dict[str, Tensor]) -> None:
     """Each argument by itself; the first is a student's."""
+    wide = any(x.dtype == torch.float64 for x in given.values())
+    check_derivatives(name, given, {"q_t", "k_t", "x_t"}, forward_mode=wide)
     first, student = next(iter(given.items()))
     for argument, x in given.items():
         if x.dtype not in FLOATING:
@@ -97,6 +106,7 @@ def _check(name: str, given: dict[str, Tensor]) -> None:
 
 def _check_pairs(name: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> None:
     given = {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t}
+    check_tensors(name, given)
     _check(name, given)
     for a, b, dims in (
         ("q_s", "k_s", {0: "batch", 1: "heads", 3: "dim"}),
@@ -132,9 +142,9 @@ def attention_map_loss(
     Makes a student attend where its teacher does (MiniLM: Wang et al., 2020, arXiv:2002.10957; from
     a transformer to a CNN: Liu et al., 2022, arXiv:2207.05273). Scores are formed tile by tile and
     never stored (but in float64): memory grows with tokens * dim, not with tokens^2. The teacher's
-    tensors are constants: treated as detached, and may be inference-mode tensors; they must keep
-    their values until the backward has run. The loss is differentiable once (in float64, as often
-    as wanted).
+    tensors are constants: one that requires grad is an error, unless under torch.no_grad(). They
+    may be inference-mode tensors, and must keep their values until the backward has run. The loss
+    is differentiable once, in reverse mode (in float64, as often as wanted, and in forward mode).
 
     Args:
         q_s: the student's queries, [batch, heads, tokens, dim], float32, float16, bfloat16 or
@@ -158,8 +168,10 @@ def attention_map_loss(
         empty batch gives 0. A row that the mask leaves without keys gives 0 on the GPU.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
-        RuntimeError: a row that the mask leaves without keys, on the CPU.
+        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher
+            that requires grad.
+        RuntimeError: a row that the mask leaves without keys, on the CPU; a second derivative, or
+            one in forward mode.
     """
     _check_pairs("attention_map_loss", q_s, k_s, q_t, k_t)
     return _loss(
@@ -197,6 +209,7 @@ def relation_loss(
         ValueError, TypeError, RuntimeError: as `attention_map_loss`.
     """
     name = "relation_loss"
+    check_tensors(name, {"x_s": x_s, "x_t": x_t})
     for argument, x in (("x_s", x_s), ("x_t", x_t)):
         if x.dim() not in (3, 4) or x.dim() != x_s.dim():
             raise ValueError(
@@ -240,6 +253,9 @@ def _loss(
     key_mask: Tensor | None,
     reduction: str,
 ) -> Tensor:
+    check_numbers(name, {"scale_s": scale_s, "scale_t": scale_t, "temperature": temperature})
+    if key_mask is not None:
+        check_tensors(name, {"key_mask": key_mask})
     if kind not in _KINDS:
         raise ValueError(f"{name}: kind is {kind!r}; accepted are {', '.join(_KINDS)}")
     if reduction not in REDUCTIONS:
@@ -259,7 +275,6 @@ def _loss(
             )
     scale_s = q_s.shape[3] ** -0.5 if scale_s is None else scale_s
     scale_t = q_t.shape[3] ** -0.5 if scale_t is None else scale_t
-    q_t, k_t = (x.detach() if x.requires_grad else x for x in (q_t, k_t))
     maps = (scale_s, scale_t, temperature, _KINDS[kind])
     if k_s is q_s:
         k_s = k_s.view_as(k_s)  # a compiler wants no argument twice

@@ -7,7 +7,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._common import FLOATING, REDUCTIONS, differentiable_once
+from ._common import (
+    FLOATING,
+    REDUCTIONS,
+    check_derivatives,
+    check_numbers,
+    check_tensors,
+    differentiable_once,
+)
 
 Labels: TypeAlias = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
@@ -73,8 +80,7 @@ def _per_row(name: str, x: Tensor, student: Tensor, rows: torch.Size, dtype: tor
         )
     if x.device != student.device:
         raise ValueError(f"kd_loss: {name} is on {x.device} and student on {student.device}")
-    if x.requires_grad:
-        raise ValueError(f"kd_loss: {name} requires grad; accepted are constants")
+    check_derivatives("kd_loss", {name: x}, {name})
     return x.to(dtype)
 
 
@@ -152,13 +158,13 @@ def kd_loss(
 
     Knowledge distillation (Hinton, Vinyals and Dean, 2015, arXiv:1503.02531) with its
     cross-entropy on hard or mixed labels, in one fused pass. A row is what is left of the logits'
-    shape without `class_dim`. Teacher and labels are constants: a teacher that requires grad is
-    treated as detached, and may be an inference-mode tensor; it must keep its values until the
-    backward has run. The loss is differentiable once.
+    shape without `class_dim`. Teacher, labels and weights are constants: one that requires grad is
+    an error, unless under torch.no_grad(). The teacher may be an inference-mode tensor; it must
+    keep its values until the backward has run. The loss is differentiable once, in reverse mode.
 
     Args:
-        student: logits, any shape, float32, float16, bfloat16 or float64. The gradient has its
-            dtype; arithmetic is float32 (float64 where either side is float64).
+        student: logits of 2 classes or more, any shape, float32, float16, bfloat16 or float64. The
+            gradient has its dtype; arithmetic is float32 (float64 where either side is float64).
         teacher: logits of the same shape, of any of these dtypes. Classes may be masked by -inf.
         temperature: T > 0: a float, or a 0-dim or rows-shaped tensor (it stays on the device, and
             may change between replays of a CUDA graph; a value <= 0 gives NaN there, an error on
@@ -183,9 +189,15 @@ def kd_loss(
         teacher is finite.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
-        RuntimeError: a label out of range or a temperature <= 0 inside a tensor, on the CPU.
+        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher,
+            a temperature or a weight that requires grad; one class.
+        RuntimeError: a label out of range or a temperature <= 0 inside a tensor, on the CPU; a
+            second derivative, or one in forward mode.
     """
+    check_tensors("kd_loss", {"student": student, "teacher": teacher})
+    numbers = {"kd_weight": kd_weight, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
+    check_numbers("kd_loss", numbers)
+    check_derivatives("kd_loss", {"student": student, "teacher": teacher}, {"teacher"})
     shape, dtype = student.shape, student.dtype
     if dtype not in FLOATING or teacher.dtype not in FLOATING:
         name, x = ("teacher", teacher) if dtype in FLOATING else ("student", student)
@@ -205,8 +217,14 @@ def kd_loss(
             f"kd_loss: student {list(shape)} and teacher {list(teacher.shape)} differ in "
             f"{'classes' if classes else 'shape'}"
         )
-    if shape[class_dim] == 0:
-        raise ValueError(f"kd_loss: student {list(shape)} has no classes")
+    if shape[class_dim] < 2:
+        if shape[class_dim] == 0:
+            raise ValueError(f"kd_loss: student {list(shape)} has no classes")
+        raise ValueError(
+            f"kd_loss: student {list(shape)} has one class, whose softmax is always 1; accepted "
+            "are 2 or more. A binary head of one logit is taught by torch.nn.functional."
+            "binary_cross_entropy_with_logits(student, teacher.sigmoid())"
+        )
     if teacher.device != student.device:
         raise ValueError(f"kd_loss: student is on {student.device} and teacher on {teacher.device}")
     if reduction not in REDUCTIONS:
@@ -225,8 +243,6 @@ def kd_loss(
         options = (*beside, ce_weight, label_smoothing, ignore_index)
     elif not temperature > 0:
         raise ValueError(f"kd_loss: temperature is {temperature}; accepted are numbers > 0")
-    if teacher.requires_grad:
-        teacher = teacher.detach()
     if not (student.requires_grad and torch.is_grad_enabled()):
         return _kd_fwd(student, teacher, *options)[0]
     # float16 waits for the incoming gradient: the loss scale must come before the rounding.

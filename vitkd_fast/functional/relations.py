@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import FLOATING, REDUCTIONS, differentiable_once
+from ._common import (
+    FLOATING,
+    REDUCTIONS,
+    check_derivatives,
+    check_numbers,
+    check_tensors,
+    differentiable_once,
+)
 
 _rkd_fwd_grad = torch.ops.vitkd_fast.rkd_fwd_grad.default
 _scale_ = torch.ops.vitkd_fast.kd_scale_.default
@@ -36,13 +43,19 @@ def _exact(x: Tensor) -> Any:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _check_float(name: str, argument: str, x: Tensor, like: Tensor, first: str) -> None:
-    if x.dtype not in FLOATING:
-        raise TypeError(
-            f"{name}: {argument} is {x.dtype}; accepted are float32, float16, bfloat16 and float64"
-        )
-    if x.device != like.device:
-        raise ValueError(f"{name}: {first} is on {like.device} and {argument} on {x.device}")
+def _check(name: str, given: dict[str, Any], teacher: str) -> None:
+    """The tensors by themselves; the first is the student's."""
+    check_tensors(name, given)
+    check_derivatives(name, given, {teacher})
+    first, student = next(iter(given.items()))
+    for argument, x in given.items():
+        if x.dtype not in FLOATING:
+            raise TypeError(
+                f"{name}: {argument} is {x.dtype}; accepted are float32, float16, bfloat16 and "
+                "float64"
+            )
+        if x.device != student.device:
+            raise ValueError(f"{name}: {first} is on {student.device} and {argument} on {x.device}")
 
 
 def _check_reduction(name: str, reduction: str, accepted: tuple[str, ...]) -> None:
@@ -199,13 +212,13 @@ class _MapDistance(torch.autograd.Function):
         length = torch.linalg.vector_norm(q, dim=1, keepdim=True).clamp_(min=_UNIT_EPS)
         unit = q / length
         apart = unit - F.normalize(t, eps=_UNIT_EPS)
-        ctx.save_for_backward(unit, apart, length)
+        ctx.save_for_backward(unit, apart, length, q)
         return (apart * apart).sum(1)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        unit, apart, length = ctx.saved_tensors
+        unit, apart, length, _ = ctx.saved_tensors
         # of the length that was divided out, nothing is left
         across = torch.addcmul(apart, unit, (unit * apart).sum(1, keepdim=True), value=-1)
         return across.mul_((2 * grad).unsqueeze(1) / length), None
@@ -224,8 +237,8 @@ def at_loss(
     Attention transfer (Zagoruyko and Komodakis, 2017, arXiv:1612.03928): where a network's
     activations are large. Summed over positions, as in the paper; implementations that take the
     mean over positions too (mdistiller's, weight 1000) give this divided by height * width. The
-    teacher is a constant: treated as detached, and may be an inference-mode tensor. The loss is
-    differentiable once.
+    teacher is a constant: one that requires grad is an error, unless under torch.no_grad(); it may
+    be an inference-mode tensor. The loss is differentiable once, in reverse mode.
 
     Args:
         f_s: the student's features, [batch, channels, height, width] of any memory format, or
@@ -245,16 +258,18 @@ def at_loss(
         0; a map of zeros stays one.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher
+            that requires grad.
+        RuntimeError: a second derivative, or one in forward mode.
     """
     name = "at_loss"
-    _check_float(name, "f_s", f_s, f_s, "f_s")
-    _check_float(name, "f_t", f_t, f_s, "f_s")
+    _check(name, {"f_s": f_s, "f_t": f_t}, "f_t")
     _check_reduction(name, reduction, tuple(REDUCTIONS))
+    check_numbers(name, {"p": p})
     if not p >= 1:
         raise ValueError(f"{name}: p is {p}; accepted are numbers >= 1")
     student = _features(name, "f_s", f_s)
-    f_t, dtype = f_t.detach(), _wide(f_s, f_t)
+    dtype = _wide(f_s, f_t)
     if f_t.dim() == 2:
         if f_t.shape[1] == 0:
             raise ValueError(f"{name}: f_t {list(f_t.shape)} is empty beside its batch")
@@ -323,10 +338,11 @@ def _beside(grad_loss: Tensor, grad: Tensor) -> Tensor:
 
 
 def _empty_grad(x: Tensor, needed: bool, dtype: torch.dtype) -> Tensor | None:
-    """In x's layout. Float16 waits for the loss scale in float32."""
+    """In x's layout. Float16 waits for the loss scale in float32, and all for a float64 one."""
     if not needed:
         return None
-    return torch.empty_like(x, dtype=torch.bfloat16 if x.dtype is torch.bfloat16 else dtype)
+    narrow = x.dtype is torch.bfloat16 and dtype is torch.float32
+    return torch.empty_like(x, dtype=torch.bfloat16 if narrow else dtype)
 
 
 def _formed(form: Any, constants: tuple, *inputs: Tensor | None) -> Tensor:
@@ -450,9 +466,9 @@ def feature_loss(
     FitNet's hint (Romero et al., 2015, arXiv:1412.6550): the student's features, through a 1x1
     projection, beside the teacher's. Rows are projected one tile at a time; a tile's error and
     gradients are formed while it is in cache, and nothing of the projected size is stored.
-    Gradients flow to `f_s`, `weight` and `bias`; the teacher is a constant: treated as detached,
-    and may be an inference-mode tensor, which must keep its values until the backward has run.
-    The loss is differentiable once.
+    Gradients flow to `f_s`, `weight` and `bias`; the teacher is a constant: one that requires grad
+    is an error, unless under torch.no_grad(). It may be an inference-mode tensor, and must keep its
+    values until the backward has run. The loss is differentiable once, in reverse mode.
 
     Args:
         f_s: the student's features, [batch, channels_s, height, width] of any memory format, or
@@ -477,13 +493,15 @@ def feature_loss(
         The loss, 0-dim, float32 (float64 for float64). An empty batch gives 0.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher
+            that requires grad.
+        RuntimeError: a second derivative, or one in forward mode.
     """
     name = "feature_loss"
     given = {"f_s": f_s, "f_t": f_t} | ({} if weight is None else {"weight": weight})
     given |= {} if bias is None else {"bias": bias}
-    for argument, x in given.items():
-        _check_float(name, argument, x, f_s, "f_s")
+    _check(name, given, "f_t")
+    check_numbers(name, {"beta": beta})
     _check_reduction(name, reduction, ("mean", "sum"))
     if kind not in _KINDS:
         raise ValueError(f"{name}: kind is {kind!r}; accepted are {', '.join(_KINDS)}")
@@ -517,7 +535,7 @@ def feature_loss(
     x_s = student.x if new is None else _resized(student.x.to(dtype), student.grid, new)
     if weight is not None:
         weight = weight.flatten(1)
-    constants = (teacher.x.detach(), kind, beta, normalize_teacher, reduction, dtype)
+    constants = (teacher.x, kind, beta, normalize_teacher, reduction, dtype)
     return _formed(_form_feature, constants, x_s, weight, bias)
 
 
@@ -572,8 +590,9 @@ def nst_loss(
     discrepancy between the two sets of channels, each normalised over its positions, under the
     polynomial kernel (x . y)^2, mean k(s, s) + mean k(t, t) - 2 mean k(s, t), by its Gram matrices
     [positions, positions], a few samples at a time, in place of [batch, C_s, C_t, positions]. The
-    teacher is a constant: treated as detached, and may be an inference-mode tensor, which must keep
-    its values until the backward has run. The loss is differentiable once.
+    teacher is a constant: one that requires grad is an error, unless under torch.no_grad(). It may
+    be an inference-mode tensor, and must keep its values until the backward has run. The loss is
+    differentiable once, in reverse mode.
 
     Args:
         f_s: the student's features, [batch, C_s, height, width] of any memory format, or
@@ -591,18 +610,19 @@ def nst_loss(
         0; a channel of zeros stays one.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher
+            that requires grad.
+        RuntimeError: a second derivative, or one in forward mode.
     """
     name = "nst_loss"
-    _check_float(name, "f_s", f_s, f_s, "f_s")
-    _check_float(name, "f_t", f_t, f_s, "f_s")
+    _check(name, {"f_s": f_s, "f_t": f_t}, "f_t")
     _check_reduction(name, reduction, tuple(REDUCTIONS))
     student, teacher = _features(name, "f_s", f_s), _features(name, "f_t", f_t)
     _same_batch(name, f_s, f_t)
     new = _teacher_grid(name, teacher.positions, teacher.grid, teacher_grid, student)
     dtype = _wide(f_s, f_t)
     x_s = student.x if new is None else _resized(student.x.to(dtype), student.grid, new)
-    return _formed(_form_nst, (teacher.x.detach(), reduction, dtype), x_s)
+    return _formed(_form_nst, (teacher.x, reduction, dtype), x_s)
 
 
 # rkd_loss
@@ -664,8 +684,9 @@ def rkd_loss(
     embeddings, over their mean mu, and the cosines of the angles of all triplets. Both are taken
     from Gram matrices, cos_ijk = (G_jk - G_ij - G_ik + G_ii) / (d_ij d_ik): memory is a few
     [batch, batch] in place of [batch, batch, dim] and [batch, batch, batch]. Means are over
-    batch^2 and batch^3, as in the public code. The teacher is a constant: treated as detached, and
-    may be an inference-mode tensor. The loss is differentiable once.
+    batch^2 and batch^3, as in the public code. The teacher is a constant: one that requires
+    grad is an error, unless under torch.no_grad(); it may be an inference-mode tensor. The loss is
+    differentiable once, in reverse mode.
 
     Args:
         x_s: the student's embeddings, [batch, dim_s], float32, float16, bfloat16 or float64. The
@@ -682,14 +703,18 @@ def rkd_loss(
         tell from it. One embedding, and an empty batch, give 0.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher
+            that requires grad.
+        RuntimeError: a second derivative, or one in forward mode.
     """
     name = "rkd_loss"
-    for argument, x in (("x_s", x_s), ("x_t", x_t)):
-        _check_float(name, argument, x, x_s, "x_s")
+    given = {"x_s": x_s, "x_t": x_t}
+    _check(name, given, "x_t")
+    check_numbers(name, {"distance_weight": distance_weight, "angle_weight": angle_weight})
+    for argument, x in given.items():
         if x.dim() != 2 or x.shape[1] == 0:
             raise ValueError(
                 f"{name}: {argument} has shape {list(x.shape)}; accepted is [batch, dim]"
             )
     _same_batch(name, x_s, x_t, "x_s", "x_t")
-    return _RKD.apply(x_s, x_t.detach(), distance_weight, angle_weight)
+    return _RKD.apply(x_s, x_t, distance_weight, angle_weight)
