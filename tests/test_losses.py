@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +24,7 @@ from vitkd_fast.functional import (
 from vitkd_fast.nn import AttentionMapProjection, CrossAttentionProjector, KDLoss
 
 from .test_relations import assert_near
+from .triton_tools import run_tests
 
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Given = dict[str, Tensor]
@@ -114,6 +116,11 @@ def test_autocast_changes_nothing(call: Call, dtype: torch.dtype) -> None:
     for x, y in zip(found, want, strict=True):
         assert x.dtype == y.dtype
         assert torch.equal(x, y)
+
+
+def test_autocast_changes_nothing_in_the_reference_backend(tmp_path: Path) -> None:
+    tests = [__file__, "-k", "autocast and not backend"]
+    run_tests(tmp_path, ["-m", "pytest"], *tests, VITKD_FAST_BACKEND="reference")
 
 
 def test_no_labels_are_the_limit_of_a_cross_entropy_without_weight() -> None:

@@ -8,6 +8,7 @@ forces `reference`, `triton` or `cuda`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -172,11 +173,22 @@ def _backend() -> str:
     return backend
 
 
+def _exactly(function: Callable) -> Callable:
+    """In the dtypes that are written, inside an autocast region too."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return run
+
+
 def _register(backend: str) -> torch.library.Library:
     library = torch.library.Library(_NAMESPACE, "DEF")
     for op in OPERATIONS:
         library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+        library.impl(op.name, _exactly(op.reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_NAMESPACE}::{op.name}", op.fake, lib=library)
     if backend == "reference":
         return library
