@@ -361,16 +361,16 @@ FIELDS: dict[str, tuple[Callable[[], Graph], str]] = {
     "std": (lambda: replace(small_graph(), std=(1.0, 1.0, 0.0)), r"std is \(1.0, 1.0, 0.0\); "),
     "mean in 0..255": (
         lambda: replace(small_graph(), mean=(127.5, 127.5, 127.5)),
-        "mean is .*for pixels in 0..255. divide by 255",
+        "mean is .*divide by 255 what is for",
     ),
     "mean negative": (lambda: replace(small_graph(), mean=(-0.5, 0.5, 0.5)), "mean is .* 0 to 1"),
     "std in 0..255": (
         lambda: replace(small_graph(), std=(58.4, 57.1, 57.4)),
-        "std is .*for pixels in 0..255. divide by 255",
+        "std is .*divide by 255 what is for",
     ),
     "crop_pct in percent": (
         lambda: replace(small_graph(), crop_pct=87.5),
-        "crop_pct is 87.5; accepted: 0.1 to 2.* a percentage. divide by 100",
+        "crop_pct is 87.5; accepted: 0.1 to 2.* divide a percentage by 100",
     ),
     "crop_pct tiny": (lambda: replace(small_graph(), crop_pct=1e-9), "crop_pct is 1e-09; acc"),
     "crop_pct": (lambda: replace(small_graph(), crop_pct=-1.0), "crop_pct is -1.0"),

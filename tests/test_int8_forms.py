@@ -280,9 +280,20 @@ def test_exported_and_compiled_models() -> None:
     for given, kind in ((program, "type ExportedProgram"), (program.module(), "of torch.export")):
         with pytest.raises(ValueError, match=f"model is .*{kind}; accepted: the torch.nn.Module"):
             lower(given, 16)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"0.weight is on the meta device; accepted: loaded"):
+        lower(network().to("meta"), 16)
+    with pytest.raises(ValueError, match=r"model is of type str; accepted: the torch.nn.Module"):
+        lower("mobilenetv2_100", 16)  # type: ignore[arg-type]
     nodes = lower(torch.compile(model, backend="eager"), 16)  # type: ignore[arg-type]
     assert same(nodes, lower(model, 16)) and nodes[0].name == "0"
     assert same(lower(torch.fx.symbolic_trace(model), 16), nodes)
+
+
+def test_a_batch_norm_left_in_training() -> None:
+    model = network(conv(), nn.BatchNorm2d(8))
+    model[2].train()
+    with pytest.raises(UnsupportedError, match=r"2 \(.*BatchNorm2d\): .*; accepted: model.eval"):
+        lower(model, 16)
 
 
 def test_biases_change_no_structure() -> None:

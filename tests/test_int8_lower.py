@@ -244,7 +244,10 @@ def gate_of_another(x: Tensor, layer: nn.Module, first: nn.Module, second: nn.Mo
 @pytest.mark.parametrize(
     ("middle", "message"),
     [
-        ([nn.GELU()], r"quantize: 1 \(.*GELU\): aten.gelu.default: not an .* runs MobileNets \("),
+        (
+            [nn.GELU()],
+            r"quantize: 1 \(.*GELU\): aten.gelu.default: not an .*, which runs MobileNets \(",
+        ),
         ([nn.MaxPool2d(2)], r"1 \(.*MaxPool2d\): aten.max_pool2d"),
         ([nn.ConvTranspose2d(8, 8, 2)], r"1 \(.*\): aten.conv_transpose2d"),
         ([conv(dilation=2)], r"1 \(.*Conv2d\): aten.conv2d.default: dilation is \[2, 2\]"),

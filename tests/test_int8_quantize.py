@@ -149,11 +149,21 @@ def test_maps_that_explode_are_refused() -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.constant_(module.weight, 8)
-    with pytest.raises(ValueError, match=r"accepted: up to 1048576; look at .* batch-norm") as e:
+    with pytest.raises(ValueError, match=r"accepted: up to 2\^20; look at .* batch-norm") as e:
         quantize(model, [random_images(0, (4, 32, 32, 3))], **PIXELS)
     found = re.search(r"quantize: (\S+): .* from (\S+) to (\S+);", str(e.value))
     assert found and found[1] in dict(model.named_modules())
     assert 2**20 < max(-float(found[2]), float(found[3])) < 2**24
+
+
+def test_maps_that_vanish_are_refused(block: nn.Module) -> None:
+    model = copy.deepcopy(block)
+    with torch.no_grad():
+        model.depthwise.weight *= 1e-6
+        model.depthwise.bias *= 1e-6
+    message = "quantize: depthwise: .* from -.*e-0. to .*; accepted: a range over 0.00005, .*; look"
+    with pytest.raises(ValueError, match=message):
+        quantize(model, [IMAGES], **PIXELS)
 
 
 def test_sums_that_are_too_large_are_refused(block: nn.Module) -> None:

@@ -271,7 +271,7 @@ def test_pixels() -> None:
             "Pixels: mean is .*nan.* accepted: three numbers, 0 to",
         ),
         ({"mean": (0.5,)}, r"Pixels: mean is \(0.5,\); accepted: three numbers"),
-        ({"crop_pct": 87.5}, "Pixels: crop_pct is 87.5; .* divide by 100"),
+        ({"crop_pct": 87.5}, "Pixels: crop_pct is 87.5; .* by 100"),
         ({"crop_pct": 0.0}, "Pixels: crop_pct is 0.0; accepted: 0.1 to 2"),
     ],
 )

@@ -20,11 +20,11 @@ def check(mean: Any, std: Any, crop_pct: float) -> None:
         fit = len(value) == 3 and all(0 <= x <= 1 and (name == "mean" or x > 0) for x in value)
         if not fit:
             pixels = any(1 < abs(x) <= 255 for x in value)
-            hint = "; for pixels in 0..255? divide by 255" if pixels else ""
+            hint = "; divide by 255 what is for pixels in 0..255" if pixels else ""
             raise ValueError(
                 f"{name} is {tuple(value)}; accepted: three numbers, {least}, for pixels in "
                 f"[0, 1]{hint}"
             )
     if not 0.1 <= crop_pct <= 2:
-        hint = "; a percentage? divide by 100" if 2 < crop_pct <= 200 else ""
+        hint = "; divide a percentage by 100" if 2 < crop_pct <= 200 else ""
         raise ValueError(f"crop_pct is {crop_pct}; accepted: 0.1 to 2, 1 for no crop{hint}")

@@ -83,16 +83,7 @@ def lower(model: nn.Module, image_size: int) -> tuple[FloatNode, ...]:
         UnsupportedError: the model cannot be exported, holds an operation that the engine does
             not have, or does not end in a linear classifier; names the module and the operation.
     """
-    # of torch.compile; an exported module is a graph whose eval() only raises
-    model = getattr(model, "_orig_mod", model)
-    exported = isinstance(model, GraphModule) and "eval" in vars(model)
-    if exported or not isinstance(model, nn.Module):
-        kind = "a module of torch.export" if exported else f"of type {type(model).__name__}"
-        raise ValueError(
-            f"quantize: model is {kind}; accepted: the torch.nn.Module itself, before any export"
-        )
-    if model.training:
-        raise ValueError("quantize: model is in training mode; accepted: model.eval()")
+    model = checked(model)
     if image_size < 1:
         raise ValueError(f"quantize: image_size is {image_size}; accepted: a positive number")
     like = next(model.parameters(), torch.empty(0))
@@ -103,6 +94,24 @@ def lower(model: nn.Module, image_size: int) -> tuple[FloatNode, ...]:
     except Exception as error:  # any: the model's own code runs here
         raise UnsupportedError(f"quantize: {_why_not_exported(model, picture, error)}") from error
     return _Lowering(program).run()
+
+
+def checked(model: Any) -> nn.Module:
+    """The model, out of torch.compile; ValueError where it is none, or in training mode."""
+    model = getattr(model, "_orig_mod", model)
+    # an exported module is a graph whose eval() only raises
+    exported = isinstance(model, GraphModule) and "eval" in vars(model)
+    if exported or not isinstance(model, nn.Module):
+        kind = "a module of torch.export" if exported else f"of type {type(model).__name__}"
+        raise ValueError(
+            f"quantize: model is {kind}; accepted: the torch.nn.Module itself, before any export"
+        )
+    if model.training:
+        raise ValueError("quantize: model is in training mode; accepted: model.eval()")
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise ValueError(f"quantize: {name} is on the meta device; accepted: loaded weights")
+    return model
 
 
 @contextmanager
@@ -137,7 +146,7 @@ def _why_not_exported(model: nn.Module, picture: Tensor, error: Exception) -> st
             f"{type(model).__name__} returns {type(output).__name__}; accepted: logits as a tensor "
             "[N, classes]"
         )
-    return f"torch.export of {given} fails: {_line(error)}; {_FAMILIES}"
+    return f"torch.export of {given} fails: {_line(error)}; the int8 engine {_RUNS}"
 
 
 def _line(error: Exception) -> str:
@@ -215,8 +224,8 @@ def _compute(node: FloatNode, inputs: list[Tensor]) -> Tensor:
 _SQUEEZE_EXCITE = (
     "squeeze-excite (mean, 1x1, relu or hardswish, 1x1, hardsigmoid, mul by the mean's input)"
 )
-_FAMILIES = (
-    "the int8 engine runs MobileNets (timm's mobilenetv1*, mobilenetv2*, mobilenetv3* and "
+_RUNS = (
+    "runs MobileNets (timm's mobilenetv1*, mobilenetv2*, mobilenetv3* and "
     "mobilenetv4_conv*, torchvision's mobilenet_v2 and mobilenet_v3_*) and what is made of the "
     "same operations"
 )
@@ -337,7 +346,9 @@ class _Lowering:
                 if not isinstance(node.target, torch._ops.OpOverload):
                     raise _unsupported(node, "it is no ATen operation")
                 if node.target._schema.is_mutable:
-                    raise _unsupported(node, "it changes the model")
+                    raise _unsupported(
+                        node, "it changes the model, as in training; accepted: model.eval()"
+                    )
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self.constants.get)
                 with torch.no_grad():
                     self.constants[node] = node.target(*args, **kwargs)
@@ -605,4 +616,4 @@ def _unknown(node: Node) -> UnsupportedError:
         return _unsupported(
             node, f"{what} inside forward; accepted: a forward without, as around the call"
         )
-    return _unsupported(node, f"not an operation of the int8 engine; {_FAMILIES}")
+    return _unsupported(node, f"not an operation of the int8 engine, which {_RUNS}")

@@ -22,7 +22,7 @@ from .. import _preprocessing
 from . import file, simulate
 from .calibrate import CALIBRATIONS, Calibration, Histogram, Scale
 from .graph import Add, Array, Classifier, Conv, Depthwise, Graph, Node, Pool, SqueezeExcite
-from .lower import FloatNode, forward, lower
+from .lower import FloatNode, checked, forward, lower
 from .report import LayerReport, QuantizedModel, Report
 
 __all__ = ["QuantizedModel", "quantize"]
@@ -76,6 +76,7 @@ def quantize(
     if calibration not in CALIBRATIONS:
         accepted = ", ".join(CALIBRATIONS)
         raise ValueError(f"quantize: calibration is {calibration!r}; accepted: {accepted}")
+    model = checked(model)
     known = getattr(model, "pretrained_cfg", None) or {}
     known = known if isinstance(known, Mapping) else {}
     given = {"mean": _three("mean", mean), "std": _three("std", std)}
@@ -204,13 +205,15 @@ class _Quantizer:
         chunks = self.pictures.split(_CHUNK)
         logits = [forward(self.float_nodes, self.normalised(chunk), count) for chunk in chunks]
         for index, histogram in enumerate(histograms):
-            if max(-histogram.least, histogram.most) > _LARGEST:
+            scale, node = histogram.range(self.calibration), self.float_nodes[index]
+            fine = node.activation != "hardswish" or 6 * scale.scale > 1 / _LARGEST
+            if not fine or max(-histogram.least, histogram.most) > _LARGEST:
+                accepted = "up to 2^20" if fine else "a range over 0.00005, after a hard-swish"
                 raise ValueError(
-                    f"quantize: {self.float_nodes[index].name}: its float values are from "
-                    f"{histogram.least:.3g} to {histogram.most:.3g}; accepted: up to "
-                    f"{_LARGEST:.0f}; {_CHECK}"
+                    f"quantize: {node.name}: its float values are from {histogram.least:.3g} to "
+                    f"{histogram.most:.3g}; accepted: {accepted}; {_CHECK}"
                 )
-            self.scales[index] = histogram.range(self.calibration)
+            self.scales[index] = scale
         return torch.cat(logits)
 
     def warnings(self, float_logits: Tensor) -> tuple[str, ...]:
