@@ -34,11 +34,11 @@ orders = {
         text=True,
         check=True,
     ).stdout.strip()
-    for seed in range(8)
+    for seed in range(5)
 }
 theirs = torchvision.datasets.ImageFolder("deep").class_to_idx
 last = create_dataset("", root="deep").reader.class_to_idx
-print("hash seeds 0 to 7: expected one order, observed", *sorted(orders), sep="\n  ")
+print("hash seeds 0 to 4: expected one order, observed", *sorted(orders), sep="\n  ")
 print("sub-folders: expected, as torchvision,", theirs, "observed", last)
 sys.exit(not (len(orders) > 1 and list(theirs) == ["cat", "dog"] and list(last) == ["batch1", "batch2"]))
 P
