@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -390,3 +391,12 @@ def test_damaged_files_and_graphs() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "150 files" in result.stdout and "no finding" in result.stdout
+
+
+def test_more_threads_than_cpus_are_warned_of(graph: Graph) -> None:
+    allowed = len(os.sched_getaffinity(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        int8.load(graph, threads=allowed)
+    with pytest.warns(UserWarning, match=f"threads: {allowed + 1} given, and .* {allowed} CPUs"):
+        int8.load(graph, threads=allowed + 1)

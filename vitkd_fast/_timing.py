@@ -1,8 +1,10 @@
-"""How long a call takes: quantiles over many calls, and CPU time beside them. Without torch."""
+"""How long a call takes, and on how many CPUs it may run. Without torch."""
 
 from __future__ import annotations
 
+import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,3 +55,13 @@ def measure(
     return Timing(
         p50, p90, p99 if len(walls) >= _PERCENTILE else None, float(np.median(cpus)), len(walls)
     )
+
+
+def warn_of_threads(key: str, threads: int) -> None:
+    """Warns of more threads than this process has CPUs: they wait for each other."""
+    # not on every system can a process be kept to some CPUs
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or threads))(0)
+    if threads > len(allowed):
+        warnings.warn(
+            f"{key}: {threads} given, and this process has {len(allowed)} CPUs", stacklevel=3
+        )

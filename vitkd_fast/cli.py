@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -349,8 +350,10 @@ def _open(model: str, threads: int | None, device: str = "cpu") -> _Opened:
     import torch
 
     from . import models
+    from ._timing import warn_of_threads
 
     if threads:
+        warn_of_threads("--threads", threads)
         torch.set_num_threads(threads)
     loaded = models.load(model)
     predictor = models.predictor(loaded.model, loaded.pixels).to(device)
@@ -392,12 +395,18 @@ def _at_home(argument: str) -> str:
     return home(argument)
 
 
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"vitkd: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Runs the command line; an error becomes one line on stderr and exit code 1."""
     try:
         # the shell leaves ~ alone behind --option=
         sys.argv[1:] = map(_at_home, sys.argv[1:])
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            app()
     except Exception as error:
         if "--debug" in sys.argv:
             raise

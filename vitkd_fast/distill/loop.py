@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import models
+from .._timing import warn_of_threads
 from . import checkpoint, data, evaluate, sources
 from .config import Config, ConfigError, Optimizer
 from .journal import Journal
@@ -66,6 +67,7 @@ class Place:
         """This process's; joins the others where there are any."""
         run = config.run
         if run.threads:
+            warn_of_threads("run.threads", run.threads)
             torch.set_num_threads(run.threads)
         name = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
         device = torch.device(name)

@@ -10,6 +10,7 @@ import numpy as np
 
 from vitkd_fast import _int8
 
+from .._timing import warn_of_threads
 from . import file
 from .graph import Graph
 
@@ -73,6 +74,7 @@ class Session:
     ) -> None:
         if not isinstance(threads, int) or not 1 <= threads <= 256:
             raise ValueError(f"int8.load: threads is {threads!r}; accepted are 1 to 256")
+        warn_of_threads("int8.load: threads", threads)
         if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
             raise ValueError(f"int8.load: image_size is {image_size!r}; accepted is 1 or more")
         size = graph.image_size if image_size is None else image_size
