@@ -276,8 +276,9 @@ def _loss(
     scale_s = q_s.shape[3] ** -0.5 if scale_s is None else scale_s
     scale_t = q_t.shape[3] ** -0.5 if scale_t is None else scale_t
     maps = (scale_s, scale_t, temperature, _KINDS[kind])
-    if k_s is q_s:
-        k_s = k_s.view_as(k_s)  # a compiler wants no argument twice
+    # a compiler wants no argument twice
+    k_s = k_s.view_as(k_s) if k_s is q_s else k_s
+    k_t = k_t.view_as(k_t) if k_t is q_t else k_t
     if torch.float64 in (q_s.dtype, q_t.dtype):
         if key_mask is not None and key_mask.is_cpu and not torch.compiler.is_compiling():
             _expect_keys(name, key_mask)
