@@ -1,10 +1,11 @@
-"""attention_map_loss beside its public form, eager and compiled: forward and backward, and memory.
+"""attention_map_loss beside its unfused PyTorch implementation, eager and compiled.
 
-The public form stores each map several times: two score products, two softmaxes, F.kl_div. The roof
-is counted in multiply-adds (four products of [tokens, tokens, dim] per head) beside a loop of FMAs
-on the CPU and a product of bf16 matrices on the GPU, measured in the same run. `bench_memory` holds
-peaks of what torch allocates beyond its inputs; benches/attention_memory.svg, which README shows,
-is drawn from its results by `python benches/bench_attention_map.py`.
+Forward and backward, and memory. The unfused implementation stores each map several times: two
+score products, two softmaxes, F.kl_div. The roof is counted in multiply-adds (four products of
+[tokens, tokens, dim] per head) beside a loop of FMAs on the CPU and a product of bf16 matrices on
+the GPU, measured in the same run. `bench_memory` holds peaks of what torch allocates beyond its
+inputs; benches/attention_memory.svg, which README shows, is drawn from its results by `python
+benches/bench_attention_map.py`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def step(loss, tensors, **options):
 
 
 def checker(tensors, loose, **options):
-    """Refuses a contender whose loss or gradients are wrong, by the public form in float64."""
+    """Refuses a contender whose loss or gradients are wrong, by the unfused one in float64."""
     few = [x.detach()[:2].double() for x in tensors]
     few[0].requires_grad_(), few[1].requires_grad_()
     want = public(*few, **options)
@@ -83,7 +84,7 @@ def checker(tensors, loose, **options):
             return
         assert torch.isfinite(value)
         for given, grad in zip(contender.grads, wanted, strict=True):
-            # each picture's gradient is its own, but for the size of the batch
+            # each image's gradient is its own, but for the size of the batch
             error = (given[:2].double() * batch / 2 - grad).norm() / grad.norm()
             assert error < loose, f"{name}: gradient is wrong by {error:.1e}"
 
@@ -165,10 +166,10 @@ def bench_gpu(race, triton_launcher, capsys, device, kind, dtype):
 
 @pytest.mark.parametrize("tokens", [49, 196, 576, 1024])
 def bench_memory(benchmark, capsys, device, peak, tokens):
-    """12 heads, dim 64, batch 64 (4 above 196 tokens, where the public form would want 16 GB).
+    """12 heads, dim 64, batch 64 (4 above 196 tokens, where the unfused form takes 16 GB).
 
     What forward and backward hold at once, gradients included; and, without them, ours in percent
-    of the public form's. The C++ kernel's scratch is torch's memory, and counted.
+    of the unfused one's. The C++ kernel's scratch is torch's memory, and counted.
     """
     batch = 64 if tokens <= 196 else 4
     tensors = draw((batch, 12, tokens, 64), torch.float32, device)
@@ -196,7 +197,7 @@ def report(capsys, row):
 
 
 def plot() -> None:
-    """Memory per picture by tokens, from the committed results."""
+    """Memory per image by tokens, from the committed results."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -208,7 +209,7 @@ def plot() -> None:
     for name, style in (("eager", "s--"), ("torch.compile", "^-."), ("vitkd_fast", "o-")):
         held = [row["peak_bytes"][name] / row["batch"] / 1e6 for row in rows]
         axes.loglog([row["tokens"] for row in rows], held, style, label=name)
-    axes.set(xlabel="tokens", ylabel="MB per picture, gradients included")
+    axes.set(xlabel="tokens", ylabel="MB per image, gradients included")
     axes.set_xticks(
         [row["tokens"] for row in rows], [str(row["tokens"]) for row in rows], minor=False
     )

@@ -1,11 +1,11 @@
 """The int8 engine beside other engines on the CPU: time, loading, memory, and what rounding costs.
 
-All take turns on the same pictures, each in a process of its own (turns.py; int8_peers.py says how
+All take turns on the same images, each in a process of its own (turns.py; int8_peers.py says how
 each was quantised); those that are not installed are left out and named. One thread is timed by
 CPU time, which other work on the machine does not change, several by the wall clock. Ours must
 first give the bytes of the reference, the others the float model's top answers, and every layer
 that a peer says is int8 must run so. VITKD_DATA names the folder with a
-MobileNetV2 trained on ImageNet and 500 pictures; without it weights are random and pictures are
+MobileNetV2 trained on ImageNet and 500 images; without it weights are random and images are
 noise, which is as slow, and fidelity is not measured. The roof that is printed is a loop of
 vpdpbusd, measured in the same run; what uses AMX may be above it.
 """
@@ -62,34 +62,34 @@ def folder() -> Path | None:
 
 @functools.cache
 def photographs() -> tuple[np.ndarray, np.ndarray]:
-    """500 ImageNet pictures, uint8 [500, 224, 224, 3], in the order of their names; classes."""
+    """500 ImageNet images, uint8 [500, 224, 224, 3], in the order of their names; classes."""
     index = json.loads((folder() / "imagenet_wnid_to_index.json").read_text())
-    pictures, classes = [], []
+    images, classes = [], []
     with zipfile.ZipFile(folder() / "imagenet-sample-a.zip") as archive:
         for name in sorted(n for n in archive.namelist() if n.endswith(".JPEG")):
-            picture = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
-            enlarged = [round(256 * side / min(picture.size)) for side in picture.size]
-            picture = picture.resize(enlarged, Image.Resampling.BICUBIC)
+            image = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
+            enlarged = [round(256 * side / min(image.size)) for side in image.size]
+            image = image.resize(enlarged, Image.Resampling.BICUBIC)
             left, top = ((side - 224) // 2 for side in enlarged)
-            pictures.append(np.asarray(picture.crop((left, top, left + 224, top + 224))))
+            images.append(np.asarray(image.crop((left, top, left + 224, top + 224))))
             classes.append(index[Path(name).name.split("_")[0]])
-    return np.stack(pictures), np.array(classes)
+    return np.stack(images), np.array(classes)
 
 
 @functools.cache
 def network(model: str) -> Network:
     if folder():
-        pictures = photographs()[0][::16]
+        images = photographs()[0][::16]
         if model == "mobilenetv2_100":
-            return int8_peers.trained_network(folder(), pictures)
+            return int8_peers.trained_network(folder(), images)
     else:
-        pictures = int8_peers.smooth_pictures(32)
-    return int8_peers.random_network(model, pictures)
+        images = int8_peers.smooth_images(32)
+    return int8_peers.random_network(model, images)
 
 
 @functools.cache
 def ours(model: str) -> int8.QuantizedModel:
-    return int8.quantize(network(model).module, network(model).pictures, **NORMALISED)
+    return int8.quantize(network(model).module, network(model).images, **NORMALISED)
 
 
 def others(net: Network, capsys, names=tuple(PEERS)) -> dict[str, Path]:
@@ -105,7 +105,7 @@ def others(net: Network, capsys, names=tuple(PEERS)) -> dict[str, Path]:
 
 
 def multiply_adds(graph: Graph) -> int:
-    """Of one picture."""
+    """Of one image."""
     count, sides = 0, {-1: graph.image_size}
     for index, node in enumerate(graph.nodes):
         side = sides[node.inputs[0]]
@@ -133,7 +133,7 @@ def bench_call(race, benchmark, capsys, tmp_path, model, batch, threads, limit):
         pytest.skip(f"this CPU has no {limit}")
     torch.set_num_threads(threads)
     net, graph = network(model), ours(model).graph
-    pictures = np.ascontiguousarray(net.pictures[:batch])
+    images = np.ascontiguousarray(net.images[:batch])
     ours(model).save(path := tmp_path / "ours.safetensors")
     # oneDNN alone can be held to an instruction set, and AVX2 has no bf16
     names = [
@@ -142,7 +142,7 @@ def bench_call(race, benchmark, capsys, tmp_path, model, batch, threads, limit):
         if not limit or (name.startswith("openvino") and not peer.needs_bf16)
     ]
     files = {"vitkd_fast": path} | others(net, capsys, names)
-    want, exact = net.logits(pictures), reference.run(graph, pictures)
+    want, exact = net.logits(images), reference.run(graph, images)
     found, clock = {}, "cpu" if threads == 1 else "wall"
 
     def check(name, contender):
@@ -158,7 +158,7 @@ def bench_call(race, benchmark, capsys, tmp_path, model, batch, threads, limit):
 
     with ExitStack() as stack:
         contenders = {
-            name: stack.enter_context(Contender(name, file, pictures, threads, limit))
+            name: stack.enter_context(Contender(name, file, images, threads, limit))
             for name, file in files.items()
         }
         table = race(
@@ -183,13 +183,13 @@ def bench_call(race, benchmark, capsys, tmp_path, model, batch, threads, limit):
 
 @pytest.mark.parametrize("model", MODELS)
 def bench_layers(benchmark, capsys, model):
-    """Each layer's share of a call on one picture, one thread, beside what it should take.
+    """Each layer's share of a call on one image, one thread, beside what it should take.
 
     Counted is the time of its multiply-adds at the peak of vpdpbusd and of 1.75 instructions per 16
     outputs on two ports, as before a ReLU; tiles (AMX) multiply up to eight times as fast.
     """
-    session, picture = int8.load(ours(model).graph), network(model).pictures[:1]
-    profile = session.profile(picture, rounds=20)
+    session, image = int8.load(ours(model).graph), network(model).images[:1]
+    profile = session.profile(image, rounds=20)
     peak = _int8.vnni_peak(0.3) / 1e9
     rows = {}
     for n in profile.layers:
@@ -201,7 +201,7 @@ def bench_layers(benchmark, capsys, model):
         print(f"\n{model}, vpdpbusd loop {peak:.0f} GMAC/s\n{profile}")
         for name, row in rows.items():
             print(f"{name:44} {row['us']:8.1f} us, counted {row['counted_us']:8.1f}")
-    benchmark.pedantic(lambda: session(picture), rounds=3)
+    benchmark.pedantic(lambda: session(image), rounds=3)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(64, 56), (128, 28), (384, 14)])
@@ -221,12 +221,12 @@ def bench_depthwise(benchmark, capsys, channels, side, kernel):
         builder.conv(None, kernel, padding=(kernel // 2,) * 4, zero_point=0, multiplier=2.0**-9)
     graph = builder.graph(2 * side)
     session = int8.load(graph, isa="avx512vnni")
-    picture = int8_peers.smooth_pictures(1)[:, : 2 * side, : 2 * side].copy()
-    np.testing.assert_array_equal(session(picture), reference.run(graph, picture))
+    image = int8_peers.smooth_images(1)[:, : 2 * side, : 2 * side].copy()
+    np.testing.assert_array_equal(session(image), reference.run(graph, image))
     rates, peaks = [], []
     for _ in range(7):
         for _ in range(100):
-            layers = session.profile(picture, rounds=1).layers[1:9]
+            layers = session.profile(image, rounds=1).layers[1:9]
             rates.append(statistics.median(layer.gmacs for layer in layers))
         peaks.append(_int8.vnni_peak(0.05) / 1e9)
     best, median = (100 * of(rates) / max(peaks) for of in (max, statistics.median))
@@ -234,13 +234,13 @@ def bench_depthwise(benchmark, capsys, channels, side, kernel):
     benchmark.extra_info |= {"gmac_per_s": max(rates), "vpdpbusd_gmac_per_s": max(peaks)}
     with capsys.disabled():
         print(f"\n{benchmark.name}: {best:.1f}% of the peak of vpdpbusd, median {median:.1f}%")
-    benchmark.pedantic(lambda: session.profile(picture), rounds=3)
+    benchmark.pedantic(lambda: session.profile(image), rounds=3)
 
 
 def bench_load(race, capsys, tmp_path):
     """From a file to a session that has not run yet."""
     model = "mobilenetv2_100"
-    net, path, pictures = network(model), tmp_path / "ours.safetensors", network(model).pictures[:1]
+    net, path, images = network(model), tmp_path / "ours.safetensors", network(model).images[:1]
     ours(model).save(path)
     contenders = {"vitkd_fast": lambda: int8.load(path)}
     for name, file in others(net, capsys).items():
@@ -249,21 +249,21 @@ def bench_load(race, capsys, tmp_path):
 
     def check(name, contender):
         if name == "vitkd_fast":
-            exact = reference.run(ours(model).graph, pictures)
-            np.testing.assert_array_equal(contender()(pictures), exact)
+            exact = reference.run(ours(model).graph, images)
+            np.testing.assert_array_equal(contender()(images), exact)
 
     race(contenders, check=check, rounds=20)
 
 
 def bench_memory(benchmark, capsys, tmp_path):
-    """What a process holds (VmRSS) after one picture, MB; `numpy` has loaded no engine."""
+    """What a process holds (VmRSS) after one image, MB; `numpy` has loaded no engine."""
     path, net = tmp_path / "ours.safetensors", network("mobilenetv2_100")
     ours("mobilenetv2_100").save(path)
     files = {"vitkd_fast": path, "numpy": path} | others(net, capsys)
     files.pop("torchao int8", None)  # torch alone holds more than all others
 
     def resident(name: str) -> float:
-        with Contender(name, files[name], net.pictures[:1], threads=1) as contender:
+        with Contender(name, files[name], net.images[:1], threads=1) as contender:
             return contender.resident_mb()
 
     table = benchmark.extra_info["resident_mb"] = {name: resident(name) for name in files}
@@ -276,25 +276,25 @@ def bench_fidelity(benchmark, capsys):
     """Logits beside the float model's; a fold calibrates on a quarter and is tried on the rest.
 
     top-1 and its agreement with the float model's: percent. SQNR: 10 log10(sum ref^2 / sum (y -
-    ref)^2), dB, the mean over pictures and that of all pictures at once.
+    ref)^2), dB, the mean over images and that of all images at once.
     """
     if not folder():
         pytest.skip("VITKD_DATA is not set: it names the folder with the development data")
-    pictures, classes = photographs()
-    want = int8_peers.trained_network(folder(), pictures[:1]).logits(pictures)
+    images, classes = photographs()
+    want = int8_peers.trained_network(folder(), images[:1]).logits(images)
     rows: dict[str, list[list[float]]] = {}
     for fold in range(FOLDS):
-        held = np.arange(len(pictures)) % FOLDS != fold
-        net = int8_peers.trained_network(folder(), pictures[~held])
-        mine = int8.quantize(net.module, net.pictures, **NORMALISED).graph
+        held = np.arange(len(images)) % FOLDS != fold
+        net = int8_peers.trained_network(folder(), images[~held])
+        mine = int8.quantize(net.module, net.images, **NORMALISED).graph
         session = int8.load(mine)
-        logits = {"vitkd_fast": session(pictures[held])}
+        logits = {"vitkd_fast": session(images[held])}
         np.testing.assert_array_equal(
-            logits["vitkd_fast"][:4], reference.run(mine, pictures[held][:4])
+            logits["vitkd_fast"][:4], reference.run(mine, images[held][:4])
         )
         for name, file in others(net, capsys, FAITHFUL).items():
             peer = PEERS[name].open(file, net.pixels, 1, 1)
-            each = [peer(peer.prepare(p[None])).copy() for p in pictures[held]]
+            each = [peer(peer.prepare(p[None])).copy() for p in images[held]]
             logits[name] = np.concatenate(each)
         for name, got in logits.items():
             rows.setdefault(name, []).append(fidelity(got, want[held], classes[held]))
@@ -313,7 +313,7 @@ def bench_fidelity(benchmark, capsys):
             cells = ("  ".join(f"{v:5.2f}" for v in column) for column in zip(*folds, strict=True))
             print(f"  {name:20}" + "".join(f"{cell:>34}" for cell in cells))
             print(f"  {'':20}" + "".join(f"{v:34.2f}" for v in np.mean(folds, 0)))
-    benchmark.pedantic(lambda: session(pictures[:1]), rounds=3)
+    benchmark.pedantic(lambda: session(images[:1]), rounds=3)
 
 
 def fidelity(got: np.ndarray, want: np.ndarray, classes: np.ndarray) -> list[float]:

@@ -30,7 +30,7 @@ POINTWISE = [
 ]  # fmt: skip
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 X_ZERO = 128  # y has none: its range is a ReLU6's
-CHECKED = 4  # pictures whose bytes the CPU forms, too
+CHECKED = 4  # images whose bytes the CPU forms, too
 
 
 def draw(low, high, *shape, dtype, device):
@@ -85,7 +85,7 @@ def contest(race, triton_launcher, device, op, x, weight, options, floats, other
     race(contenders, check=check, moved=moved, roof="copy", roof_moved=2 * x.numel())
 
 
-def pictures(device):
+def batch_of(device):
     return 256 if device.type == "cuda" else 8
 
 
@@ -93,7 +93,7 @@ def pictures(device):
 @pytest.mark.parametrize("where", DEVICES)
 def bench_dwconv(race, triton_launcher, device, where, layer):
     side, channels, kernel, stride = layer
-    x = draw(0, 256, pictures(device), side, side, channels, dtype=torch.uint8, device=device)
+    x = draw(0, 256, batch_of(device), side, side, channels, dtype=torch.uint8, device=device)
     weight = draw(-127, 128, kernel, kernel, channels, dtype=torch.int8, device=device)
     pad = kernel // 2
 
@@ -109,7 +109,7 @@ def bench_dwconv(race, triton_launcher, device, where, layer):
 @pytest.mark.parametrize("where", DEVICES)
 def bench_pwconv(race, triton_launcher, device, where, layer):
     side, channels, out_channels = layer
-    pixels = pictures(device) * side * side
+    pixels = batch_of(device) * side * side
     x = draw(0, 256, pixels, channels, dtype=torch.uint8, device=device)
     weight = draw(-127, 128, out_channels, channels, dtype=torch.int8, device=device)
     others = [("torch._int_mm", int_mm)] if device.type == "cuda" else []

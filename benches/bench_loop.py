@@ -1,11 +1,11 @@
 """A step of the loop beside the same step by timm's LogitDistillationTask: the CIFAR-10 recipe.
 
-On a CPU a picture is read by the cores that the models run on; `in memory` is a step without that.
+On a CPU an image is read by the cores that the models run on; `in memory` is a step without that.
 Both sides get their own batches from the same loader, the same seeds, weights, memory format,
 mixing and optimiser. In float32 both compute the same; `auto` is what the loop chooses by itself:
 on a CPU that is fast in it a teacher in bfloat16, which timm's step would need by hand. `models
 alone` is the teacher's forward and the student's forward and backward: the rest of a step is what
-the loop costs. VITKD_DATA names the folder that holds cifar10-train.zip; without it the pictures
+the loop costs. VITKD_DATA names the folder that holds cifar10-train.zip; without it the images
 are digits.
 """
 
@@ -31,15 +31,15 @@ from timm.task import LogitDistillationTask
 
 from vitkd_fast import models
 from vitkd_fast.distill import config, data, sources
-from vitkd_fast.distill.loop import Place, Trainer
+from vitkd_fast.distill.loop import Runtime, Trainer
 
 T, CE_WEIGHT = 4.0, 0.5
 CHANNELS_LAST = torch.channels_last
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> list[str]:
-    """Overrides that name the pictures: the first 400 of each of CIFAR-10's classes."""
+def image_folders(tmp_path_factory) -> list[str]:
+    """Overrides that name the image_folders: the first 400 of each of CIFAR-10's classes."""
     if not (folder := os.environ.get("VITKD_DATA")):
         return ["data.dataset=digits"]
     root = tmp_path_factory.mktemp("cifar10")
@@ -62,11 +62,11 @@ def endless(loader: data.Loader):
 
 @pytest.mark.parametrize("precision", ["float32", "auto"])
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def bench_step(race, benchmark, device, where, precision, pictures, threads, tmp_path, capsys):
+def bench_step(race, benchmark, device, where, precision, image_folders, threads, tmp_path, capsys):
     recipe = config.load(
         "cifar10",
         [
-            *pictures,
+            *image_folders,
             f"losses.kd={{temperature: {T}, ce_weight: {CE_WEIGHT}}}",
             # a worker would take a core from the models, and both of theirs would wait for it
             f"data.workers={0 if where == 'cpu' else 4}",
@@ -74,7 +74,7 @@ def bench_step(race, benchmark, device, where, precision, pictures, threads, tmp
             f"run.precision={precision}",
         ],
     )
-    splits, place = sources.open_data(recipe.data), Place.of(recipe)
+    splits, runtime = sources.open_data(recipe.data), Runtime.of(recipe)
     torch.manual_seed(0)
     teacher, student = (
         models.create(part.model, num_classes=10, image_size=64, options=part.options)
@@ -83,20 +83,20 @@ def bench_step(race, benchmark, device, where, precision, pictures, threads, tmp
     timm_step, timm_loss = timms(recipe, copy.deepcopy(student), copy.deepcopy(teacher), splits)
     trainer = Trainer(
         recipe, student, teacher, recipe.losses, recipe.optimizer, 60, splits, tmp_path,
-        seed=0, title="bench", place=place, save_model=lambda path, model: None,
+        seed=0, title="bench", runtime=runtime, save_model=lambda path, model: None,
     )  # fmt: skip
     trainer.forward.train()
     batches = endless(trainer.loader)
     others = list(itertools.islice(data.loaders(recipe, splits, 1)[0].epoch(), 4))
     kept = itertools.cycle(others)
-    images = others[0].images.to(place.device)
+    images = others[0].images.to(runtime.device)
     batch = recipe.data.batch_size
-    gradient = torch.randn(batch, 10, device=place.device) / batch
+    gradient = torch.randn(batch, 10, device=runtime.device) / batch
 
     def models_alone():
         with torch.inference_mode():
             trainer.teacher(images)
-        with place.autocast():
+        with runtime.autocast():
             logits = trainer.forward(images)
         logits.backward(gradient.to(logits.dtype))
         trainer.optimizer.zero_grad()
@@ -136,8 +136,10 @@ def bench_step(race, benchmark, device, where, precision, pictures, threads, tmp
 
 def timms(recipe, student, teacher, splits):
     """The step that a user of timm's task writes, and a function that gives its last loss."""
-    place = Place.of(recipe)
-    student, teacher = (m.to(place.device, memory_format=CHANNELS_LAST) for m in (student, teacher))
+    runtime = Runtime.of(recipe)
+    student, teacher = (
+        m.to(runtime.device, memory_format=CHANNELS_LAST) for m in (student, teacher)
+    )
     task = LogitDistillationTask(
         student,
         teacher,
@@ -145,7 +147,7 @@ def timms(recipe, student, teacher, splits):
         distill_loss_weight=1.0,
         task_loss_weight=CE_WEIGHT,
         temperature=T,
-        device=place.device,
+        device=runtime.device,
         verbose=False,
     )
     task.train()
@@ -157,16 +159,16 @@ def timms(recipe, student, teacher, splits):
         mixing.mixup, mixing.cutmix, prob=mixing.mix_prob, label_smoothing=0.0, num_classes=10
     )
     pixels = models.Pixels.of(student)
-    normalize = models.Normalize(pixels.mean, pixels.std).to(place.device)
+    normalize = models.Normalize(pixels.mean, pixels.std).to(runtime.device)
     batches = endless(data.loaders(recipe, splits, 0)[0])
     last = [0, torch.zeros(())]
 
     def step():
         data.seed_all(0, last[0], 0)  # to mix as the loop does
         batch = next(batches)
-        images = batch.images.to(place.device, non_blocking=True).float()
-        images, target = mixup(images, batch.labels.to(place.device, non_blocking=True))
-        with place.autocast():
+        images = batch.images.to(runtime.device, non_blocking=True).float()
+        images, target = mixup(images, batch.labels.to(runtime.device, non_blocking=True))
+        with runtime.autocast():
             loss = task(normalize(images), target)["loss"]
         loss.backward()
         optimizer.step()

@@ -1,12 +1,12 @@
-"""at_loss, feature_loss, nst_loss and rkd_loss beside their public forms, eager and compiled.
+"""at_loss, feature_loss, nst_loss and rkd_loss beside unfused PyTorch, eager and compiled.
 
-Forward and backward; on the CPU by one thread. The public forms are what repositories have: a ViT's
-tokens are permuted and copied into a map, and pairs, triplets and kernel matrices are materialised.
-Memory is the peak of what torch's allocator holds beyond what was there before (on the CPU, the
-profiler's events: the extension allocates there too, up to a few numbers per sample), gradients
-included. The roof is counted: bytes for at_loss beside a copy, else multiply-adds beside torch's
-own sgemm. rkd_loss does 16 vector instructions per register of triplets, n^2 (n - 1) / 2 of them,
-and three products [n, n, dim].
+Forward and backward; on the CPU by one thread. The unfused ones are as most repositories have them:
+a ViT's tokens are permuted and copied into a map, and pairs, triplets and kernel matrices are
+materialised. Memory is the peak of what torch's allocator holds beyond what was there before (on
+the CPU, the profiler's events: the extension allocates there too, up to a few numbers per sample),
+gradients included. The roof is counted: bytes for at_loss beside a copy, else multiply-adds beside
+torch's own sgemm. rkd_loss does 16 vector instructions per register of triplets, n^2 (n - 1) / 2 of
+them, and three products [n, n, dim].
 """
 
 from __future__ import annotations

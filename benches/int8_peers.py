@@ -1,10 +1,10 @@
 """The int8 engines that ours is measured beside, each quantised the best way that it offers.
 
 `PEERS` maps a name, the engine's and its variant's, to an Engine: `convert` makes its file from a
-float model, `open` a Peer from the file. `peer(peer.prepare(pictures))` are logits; `prepare` turns
-uint8 pictures [N, H, W, 3] into what the engine takes best and is never timed. `peer.layers()`
+float model, `open` a Peer from the file. `peer(peer.prepare(images))` are logits; `prepare` turns
+uint8 images [N, H, W, 3] into what the engine takes best and is never timed. `peer.layers()`
 says in what type its convolutions and matrix products really run. Files are kept in
-build/int8-peers/, made again when weights, pictures, versions or this module change. torch is
+build/int8-peers/, made again when weights, images, versions or this module change. torch is
 imported to convert alone, so that a process with a peer in it is as small as the peer.
 """
 
@@ -33,46 +33,46 @@ CACHE = Path(__file__).parent.parent / "build" / "int8-peers"
 
 @dataclass(frozen=True)
 class Pixels:
-    """Pictures of size x size become (pixel / 255 - mean) / std."""
+    """Images of size x size become (pixel / 255 - mean) / std."""
 
     size: int = 224
     mean: float = 0.5
     std: float = 0.5
 
-    def floats(self, pictures: Array) -> Array:
+    def floats(self, images: Array) -> Array:
         """float32 [N, 3, H, W]."""
-        scaled = (pictures.astype(np.float32) / 255 - self.mean) / self.std
+        scaled = (images.astype(np.float32) / 255 - self.mean) / self.std
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32)
 
 
 @dataclass(frozen=True)
 class Network:
-    """A float model and the pictures, uint8 [N, H, W, 3], that it is calibrated on."""
+    """A float model and the images, uint8 [N, H, W, 3], that it is calibrated on."""
 
     name: str
     module: torch.nn.Module
-    pictures: Array
+    images: Array
     pixels: Pixels = field(default_factory=Pixels)
     tflite: Path | None = None  # the same model in LiteRT's int8
 
-    def logits(self, pictures: Array) -> Array:
+    def logits(self, images: Array) -> Array:
         """The float model's."""
         import torch
 
         with torch.inference_mode():
-            parts = torch.from_numpy(self.pixels.floats(pictures)).split(25)
+            parts = torch.from_numpy(self.pixels.floats(images)).split(25)
             return torch.cat([self.module(part) for part in parts]).numpy()
 
     @functools.cached_property
     def key(self) -> str:
         digest = hashlib.sha256(Path(__file__).read_bytes())
-        digest.update(self.pictures.tobytes())
+        digest.update(self.images.tobytes())
         for value in self.module.state_dict().values():
             digest.update(value.contiguous().numpy().tobytes())
         return f"{self.name}-{digest.hexdigest()[:12]}"
 
 
-def smooth_pictures(count: int, size: int = 224) -> Array:
+def smooth_images(count: int, size: int = 224) -> Array:
     """uint8 [count, size, size, 3]: coarse noise, enlarged, and a little fine noise."""
     import torch
 
@@ -83,8 +83,8 @@ def smooth_pictures(count: int, size: int = 224) -> Array:
     return np.ascontiguousarray(noisy.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def random_network(name: str, pictures: Array) -> Network:
-    """Random weights; batch norms hold the statistics of the pictures, so that ranges are sane.
+def random_network(name: str, images: Array) -> Network:
+    """Random weights; batch norms hold the statistics of the images, so that ranges are sane.
 
     Biases are random, too: NNCF, for one, takes other layers of a squeeze-excite where they are 0.
     """
@@ -92,7 +92,7 @@ def random_network(name: str, pictures: Array) -> Network:
     import torch
 
     torch.manual_seed(0)
-    network = Network(name, timm.create_model(name, pretrained=False), pictures)
+    network = Network(name, timm.create_model(name, pretrained=False), images)
     for module in network.module.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.7, 1.3)
@@ -101,23 +101,23 @@ def random_network(name: str, pictures: Array) -> Network:
         elif getattr(module, "bias", None) is not None:
             torch.nn.init.normal_(module.bias, 0, 0.1)
     with torch.no_grad():
-        network.module.train()(torch.from_numpy(network.pixels.floats(pictures[:16])))
+        network.module.train()(torch.from_numpy(network.pixels.floats(images[:16])))
     network.module.eval()
     return network
 
 
-def trained_network(data: Path, pictures: Array) -> Network:
+def trained_network(data: Path, images: Array) -> Network:
     """MobileNetV2 trained on ImageNet, and the LiteRT file that its weights were taken from."""
     import timm
 
     name, path = "mobilenetv2_100", data / "mobilenetv2_100.tf_in1k.safetensors"
     module = timm.create_model(name, pad_type="same", checkpoint_path=str(path)).eval()
-    return Network(name, module, pictures, tflite=data / "tf2_mobilenet_v2_1.0_224_ptq.tflite")
+    return Network(name, module, images, tflite=data / "tf2_mobilenet_v2_1.0_224_ptq.tflite")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An open model: `peer(peer.prepare(pictures))` are the logits, kept until the next call."""
+    """An open model: `peer(peer.prepare(images))` are the logits, kept until the next call."""
 
     prepare: Callable[[Array], Any]
     run: Callable[[Any], Array]
@@ -170,12 +170,12 @@ def float_onnx(network: Network) -> Path:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(
             network.module,
-            (torch.from_numpy(network.pixels.floats(network.pictures[:2])),),
+            (torch.from_numpy(network.pixels.floats(network.images[:2])),),
             str(path),
             dynamo=True,
             external_data=False,
             verbose=False,
-            input_names=["pictures"],
+            input_names=["images"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             opset_version=18,
@@ -195,17 +195,17 @@ def onnxruntime_int8(network: Network, prepared: bool) -> Path:
 
     class Reader(quantization.CalibrationDataReader):
         def __len__(self) -> int:
-            return len(network.pictures)
+            return len(network.images)
 
         def set_range(self, start_index: int, end_index: int) -> None:
-            self.pictures = iter(network.pictures[start_index:end_index])
+            self.images = iter(network.images[start_index:end_index])
 
         def get_next(self) -> dict[str, Array] | None:
-            picture = next(self.pictures, None)
-            return None if picture is None else {"pictures": network.pixels.floats(picture[None])}
+            image = next(self.images, None)
+            return None if image is None else {"images": network.pixels.floats(image[None])}
 
-    count = len(network.pictures)
-    # it keeps every map of so many pictures; the name of the option is older than the method
+    count = len(network.images)
+    # it keeps every map of so many images; the name of the option is older than the method
     stride = max(n for n in range(1, 26) if count % n == 0)
 
     def make(path: Path) -> None:
@@ -259,7 +259,7 @@ def open_onnxruntime(path: Path, pixels: Pixels, batch: int, threads: int) -> Pe
     binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
 
     def run(value: Any) -> Array:
-        binding.bind_ortvalue_input("pictures", value)
+        binding.bind_ortvalue_input("images", value)
         session.run_with_iobinding(binding)
         return logits
 
@@ -288,9 +288,9 @@ def openvino_int8(network: Network) -> Path:
         manager.run_passes(model)
         quantized = nncf.quantize(
             model,
-            nncf.Dataset(network.pictures, lambda p: network.pixels.floats(p[None])),
+            nncf.Dataset(network.images, lambda p: network.pixels.floats(p[None])),
             preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(network.pictures),
+            subset_size=len(network.images),
             advanced_parameters=advanced.AdvancedQuantizationParameters(
                 activations_range_estimator_params=range_estimator.RangeEstimatorParametersSet.MINMAX
             ),
@@ -379,8 +379,8 @@ def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
     interpreter.allocate_tensors()
     scale, zero_point = target["quantization"]
 
-    def run(pictures: Array) -> Array:
-        interpreter.set_tensor(source["index"], pictures)
+    def run(images: Array) -> Array:
+        interpreter.set_tensor(source["index"], images)
         interpreter.invoke()
         # its first class is the background, which the float model has not
         logits = interpreter.get_tensor(target["index"]).reshape(batch, -1)[:, 1:]
@@ -405,20 +405,20 @@ def torchao_int8(network: Network) -> Path:
         from torchao.quantization.pt2e import quantize_pt2e
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-        pictures = torch.from_numpy(network.pixels.floats(network.pictures))
+        images = torch.from_numpy(network.pixels.floats(network.images))
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
         batch = torch.export.Dim("batch", max=64)
         with torch.no_grad():
             exported = torch.export.export(
-                network.module, (pictures[:2],), dynamic_shapes=({0: batch},)
+                network.module, (images[:2],), dynamic_shapes=({0: batch},)
             )
             prepared = quantize_pt2e.prepare_pt2e(exported.module(), quantizer)
-            for part in pictures.split(8):
+            for part in images.split(8):
                 prepared(part)
             converted = quantize_pt2e.convert_pt2e(prepared)
             torch.export.save(
-                torch.export.export(converted, (pictures[:2],), dynamic_shapes=({0: batch},)), path
+                torch.export.export(converted, (images[:2],), dynamic_shapes=({0: batch},)), path
             )
 
     return _cached(network, "torch torchao", ".pt2", make)
@@ -439,9 +439,9 @@ def open_torchao(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
         compiled = torch.compile(model, dynamic=False)
         compiled(torch.zeros(batch, 3, pixels.size, pixels.size))
 
-    def run(pictures: Any) -> Array:
+    def run(images: Any) -> Array:
         with torch.no_grad():
-            return compiled(pictures).numpy()
+            return compiled(images).numpy()
 
     def layers() -> Counter[str]:
         found = counters["inductor"]

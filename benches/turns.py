@@ -27,25 +27,23 @@ LIMITS = {"avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "VITKD_FAST_ISA": "avx2"}}
 
 
 class Contender:
-    """An open engine: `contender()` are its logits of the pictures, uint8 [N, H, W, 3].
+    """An open engine: `contender()` are its logits of the images, uint8 [N, H, W, 3].
 
     Args:
         name: a key of PEERS, "vitkd_fast", or "numpy", which has no engine.
         file: the engine's.
-        pictures: of every call.
+        images: of every call.
         threads: of a call.
         limit: a key of LIMITS, or nothing.
     """
 
-    def __init__(
-        self, name: str, file: Path, pictures: Array, threads: int, limit: str = ""
-    ) -> None:
+    def __init__(self, name: str, file: Path, images: Array, threads: int, limit: str = "") -> None:
         command = [sys.executable, __file__, name, str(file), str(threads)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | LIMITS.get(limit, {})
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
-        self._ask(pictures)
+        self._ask(images)
         self._process.send_signal(signal.SIGSTOP)
 
     def _ask(self, request: Any) -> Any:
@@ -103,21 +101,21 @@ def main(name: str, file: str, threads: int) -> None:
         pickle.dump(value, answers)
         answers.flush()
 
-    pictures, layers = pickle.load(requests), Counter
+    images, layers = pickle.load(requests), Counter
     if name == "vitkd_fast":
         from vitkd_fast import int8
 
         session = int8.load(file, threads=threads)
-        out = np.empty((len(pictures), len(session.classes)), np.float32)
+        out = np.empty((len(images), len(session.classes)), np.float32)
 
         def call() -> Any:
-            return session(pictures, out)
+            return session(images, out)
 
     elif name == "numpy":
         call = int
     else:
-        peer = PEERS[name].open(Path(file), Pixels(), len(pictures), threads)
-        prepared, layers = peer.prepare(pictures), peer.layers
+        peer = PEERS[name].open(Path(file), Pixels(), len(images), threads)
+        prepared, layers = peer.prepare(images), peer.layers
 
         def call() -> Any:
             return peer(prepared)

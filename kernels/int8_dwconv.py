@@ -36,7 +36,7 @@ def _int8_dwconv_kernel(
 ):  # fmt: skip
     # tells the compiler what holds anyway: wide loads need it
     C = C // ALIGN * ALIGN
-    out_row = tl.program_id(0).to(tl.int64)  # of all pictures
+    out_row = tl.program_id(0).to(tl.int64)  # of all images
     blocks_c = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(1) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     out_column = tl.program_id(1) // blocks_c * BLOCK_W + tl.arange(0, BLOCK_W)

@@ -4,7 +4,7 @@
 
 Half of the cases are files with flipped bytes, cut short, or with other JSON, offsets, shapes and
 arrays, most of them with a right checksum; the other half are Graph objects that `_int8.Session`
-gets past Python's checks. What loads and needs little memory runs one picture, on two instruction
+gets past Python's checks. What loads and needs little memory runs one image, on two instruction
 sets, which must agree. A process of its own does all that, so that a crash is a finding; --sanitize
 builds the engine for it with AddressSanitizer and UndefinedBehaviorSanitizer (some minutes).
 """
@@ -176,13 +176,13 @@ def run_cases(folder: Path, seed: int, first: int, count: int) -> None:
 
     def run(rng: Rng, session: Any, graph: Any, size: int) -> None:
         counts["run"] += 1
-        picture = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+        image = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
         options = {"isa": one_of(rng, isas), "fuse": bool(rng.integers(2))}
         options |= {"threads": int(rng.integers(1, 3)), "poison": True}
         logits = []
         for engine in (session, _int8.Session(graph, image_size=size, **options)):
             logits.append(np.full((1, engine.classes), np.nan, np.float32))
-            engine.run(picture, logits[-1])
+            engine.run(image, logits[-1])
         assert logits[0].tobytes() == logits[1].tobytes(), f"{session.isa} and {options} differ"
 
     for case in range(first, first + count):

@@ -96,6 +96,6 @@ def engine(graph: Graph, **options: Any) -> Any:
     return _int8.Session(graph, **({"image_size": graph.image_size, "poison": True} | options))
 
 
-def pictures(graph: Graph, count: int, size: int | None = None, seed: int = 0) -> Array:
+def images_for(graph: Graph, count: int, size: int | None = None, seed: int = 0) -> Array:
     size = size or graph.image_size
     return random_images(seed + 100, (count, size, size, 3))

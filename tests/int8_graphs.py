@@ -45,7 +45,7 @@ def random_graph(
 
     Together the seeds have every operation, with odd channels, SAME and uneven padding, kernels
     from 1x1 to 5x5 and 2x2, strides 1 and 2, residuals, hard-swish, narrow lo and hi, all-zero
-    channels, two readers of one map, a map added to itself, and a second reader of the picture.
+    channels, two readers of one map, a map added to itself, and a second reader of the image.
     """
     builder = _Builder(seed, image_size, channels)
     builder.stem()
@@ -219,7 +219,7 @@ class _Builder:
     def stem(self) -> None:
         rng, out = self.rng, self.pick()
         first = self.conv(-1, out, int(rng.choice([1, 3, 3])), 2, act=self.act())
-        if rng.random() < 0.3:  # the picture once more, with the first one's geometry
+        if rng.random() < 0.3:  # the image once more, with the first one's geometry
             window = self.nodes[first]
             assert isinstance(window, Conv)
             second = self.conv(-1, out, window.weight.shape[1], 2, act=self.act())

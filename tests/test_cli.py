@@ -28,9 +28,9 @@ COMMANDS = "distill recipes eval predict quantize profile report show demo".spli
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits as PNG files, in train/<class>/ and val/<class>/."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     digits = sources.Digits()
     for i in range(200):
         image, label = digits.read(i)
@@ -40,10 +40,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def arguments(pictures: Path, folder: Path) -> list[str]:
+def arguments(image_folder: Path, folder: Path) -> list[str]:
     return [
-        f"data.train={pictures}/train",
-        f"data.val={pictures}/val",
+        f"data.train={image_folder}/train",
+        f"data.val={image_folder}/val",
         "data.image_size=32",
         "data.batch_size=16",
         "data.workers=0",
@@ -62,16 +62,16 @@ def arguments(pictures: Path, folder: Path) -> list[str]:
     ]
 
 
-INT8 = ["int8.enabled=true", "int8.pictures=32"]
+INT8 = ["int8.enabled=true", "int8.calibration_images=32"]
 
 
 @pytest.fixture(scope="module")
-def run_folder(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vitkd", "distill", *arguments(pictures, folder), *INT8])
+        patch.setattr(sys, "argv", ["vitkd", "distill", *arguments(image_folder, folder), *INT8])
         with pytest.raises(SystemExit) as stop:
             cli.main()
     torch.set_num_threads(threads)
@@ -103,7 +103,7 @@ def test_recipes_and_version(vitkd) -> None:
 
 def test_distill_leaves_a_whole_report(run_folder: Path) -> None:
     results = report.read(run_folder)
-    assert [m["role"] for m in results["models"]] == ["teacher", "alone", "distilled", "int8"]
+    assert [m["role"] for m in results["models"]] == ["teacher", "baseline", "distilled", "int8"]
     assert [len(m["runs"]) for m in results["models"]] == [1, 2, 2, 2]
     assert results["data"] == {
         "train": 150,
@@ -113,7 +113,7 @@ def test_distill_leaves_a_whole_report(run_folder: Path) -> None:
     assert results["comparison"]["seeds"] == 2
     assert set(results["curves"]) == {
         "teacher, seed 0",
-        *(f"{role}, seed {seed}" for role in ("alone", "distilled") for seed in (0, 1)),
+        *(f"{role}, seed {seed}" for role in ("baseline", "distilled") for seed in (0, 1)),
     }
     assert all(curve["val"] for curve in results["curves"].values())
     assert sum(map(sum, results["confusion"]["matrix"])) == 50
@@ -123,33 +123,33 @@ def test_distill_leaves_a_whole_report(run_folder: Path) -> None:
     assert len(disagreements["shown"]) == min(disagreements["count"], 24)
     html = (run_folder / "report.html").read_text()
     assert results["verdict"] in html
-    for name in ("teacher", "alone-0", "alone-1", "distilled-0", "distilled-1"):
+    for name in ("teacher", "baseline-0", "baseline-1", "distilled-0", "distilled-1"):
         assert (run_folder / name / "last.safetensors").exists()
         assert (run_folder / name / "best.safetensors").exists()
         assert (run_folder / name / "metrics.jsonl").exists()
 
 
 def test_the_seeds_differ_and_the_table_is_of_the_last_weights(
-    run_folder: Path, pictures: Path, vitkd
+    run_folder: Path, image_folder: Path, vitkd
 ) -> None:
     results = report.read(run_folder)
     distilled = results["models"][2]
     losses = [run["metrics"]["nll"] for run in distilled["runs"]]
     assert losses[0] != losses[1]
-    shown = vitkd("eval", run_folder / "distilled-1" / "last.safetensors", pictures / "val")
+    shown = vitkd("eval", run_folder / "distilled-1" / "last.safetensors", image_folder / "val")
     assert shown.code == 0
-    assert "50 pictures, 0 skipped" in shown.out
+    assert "50 images, 0 skipped" in shown.out
     printed = dict(line.split() for line in shown.out.splitlines()[1:])
     assert printed["top1"] == f"{distilled['runs'][1]['metrics']['top1']:.4f}"
     assert float(printed["nll"]) == pytest.approx(losses[1], abs=2e-4)
 
 
-def test_the_student_becomes_int8(run_folder: Path, pictures: Path, vitkd) -> None:
+def test_the_student_becomes_int8(run_folder: Path, image_folder: Path, vitkd) -> None:
     results = report.read(run_folder)
     distilled, row = results["models"][2:]
     for seed, run in enumerate(row["runs"]):
         file = run_folder / f"distilled-{seed}" / "last.int8.safetensors"
-        shown = vitkd("eval", file, pictures / "val")
+        shown = vitkd("eval", file, image_folder / "val")
         assert shown.code == 0, shown.err
         printed = dict(line.split() for line in shown.out.splitlines()[1:])
         for name, value in run["metrics"].items():
@@ -179,8 +179,15 @@ def test_the_student_becomes_int8(run_folder: Path, pictures: Path, vitkd) -> No
     assert right / 100 == pytest.approx(row["mean"]["top1"])
 
 
-def test_a_student_that_the_engine_lacks_has_no_row(pictures: Path, tmp_path: Path, vitkd) -> None:
-    given = [*arguments(pictures, tmp_path / "run"), *INT8, "run.seeds=[0]", "run.alone=false"]
+def test_a_student_that_the_engine_lacks_has_no_row(
+    image_folder: Path, tmp_path: Path, vitkd
+) -> None:
+    given = [
+        *arguments(image_folder, tmp_path / "run"),
+        *INT8,
+        "run.seeds=[0]",
+        "run.baseline=false",
+    ]
     result = vitkd("distill", *given, "student.model=ghostnet_100")
     assert result.code == 0, result.err
     results = report.read(tmp_path / "run")
@@ -191,8 +198,8 @@ def test_a_student_that_the_engine_lacks_has_no_row(pictures: Path, tmp_path: Pa
     assert results["notes"][-1] == lines[0].replace("int8: no", "No int8", 1)
 
 
-def test_distill_refuses_a_folder_with_a_run(pictures: Path, run_folder: Path, vitkd) -> None:
-    result = vitkd("distill", *arguments(pictures, run_folder))
+def test_distill_refuses_a_folder_with_a_run(image_folder: Path, run_folder: Path, vitkd) -> None:
+    result = vitkd("distill", *arguments(image_folder, run_folder))
     assert result.code == 2
     assert result.err == (
         f"vitkd: ConfigError: run.folder: {run_folder} holds a run; --resume goes on with it, or "
@@ -200,20 +207,20 @@ def test_distill_refuses_a_folder_with_a_run(pictures: Path, run_folder: Path, v
     )
 
 
-def test_resume_refuses_another_configuration(pictures: Path, run_folder: Path, vitkd) -> None:
-    changed = [*arguments(pictures, run_folder), "optimizer.lr=0.5", "losses.kd.temperature=1"]
+def test_resume_refuses_another_configuration(image_folder: Path, run_folder: Path, vitkd) -> None:
+    changed = [*arguments(image_folder, run_folder), "optimizer.lr=0.5", "losses.kd.temperature=1"]
     result = vitkd("distill", *changed, "--resume")
     assert result.code == 2
     assert f"{run_folder} was begun with another losses.kd, optimizer.lr" in result.err
 
 
 def test_resume_of_a_finished_run_only_reports(
-    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+    image_folder: Path, run_folder: Path, tmp_path: Path, vitkd
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     (copy / "report.html").unlink()
-    result = vitkd("distill", *arguments(pictures, copy), *INT8, "--resume")
+    result = vitkd("distill", *arguments(image_folder, copy), *INT8, "--resume")
     assert result.code == 0, result.err
     assert " train step " not in result.out
     assert (copy / "report.html").exists()
@@ -222,24 +229,24 @@ def test_resume_of_a_finished_run_only_reports(
 
 
 def test_one_more_seed_keeps_the_finished_ones(
-    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+    image_folder: Path, run_folder: Path, tmp_path: Path, vitkd
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
-    result = vitkd("distill", *arguments(pictures, copy), "run.seeds=[0, 1, 2]", "--resume")
+    result = vitkd("distill", *arguments(image_folder, copy), "run.seeds=[0, 1, 2]", "--resume")
     assert result.code == 0, result.err
     assert "distilled-2: train" in result.out or "distilled-2: val" in result.out
     assert "distilled-1: val" not in result.out
     assert len(report.read(copy)["models"][2]["runs"]) == 3
 
 
-def test_distill_without_a_teacher_trains_alone(pictures: Path, tmp_path: Path, vitkd) -> None:
-    kept = arguments(pictures, tmp_path / "run")
+def test_distill_without_a_teacher_trains_alone(image_folder: Path, tmp_path: Path, vitkd) -> None:
+    kept = arguments(image_folder, tmp_path / "run")
     kept = [x for x in kept if not x.startswith(("teacher.", "losses."))]
     result = vitkd("distill", *kept, "losses.ce.label_smoothing=0.1", "run.seeds=[0]")
     assert result.code == 0, result.err
     results = report.read(tmp_path / "run")
-    assert [m["role"] for m in results["models"]] == ["alone"]
+    assert [m["role"] for m in results["models"]] == ["baseline"]
     assert results["models"][0]["runs"][0]["fidelity"] == {}
     assert results["disagreements"] is None
 
@@ -277,7 +284,7 @@ def test_distill_without_a_teacher_trains_alone(pictures: Path, tmp_path: Path, 
             "losses.attention.kind: 'l2' (str) given; input should be 'kl'",
         ),
         (["losses.attention={}", "run.compile=true"], 2, "run.compile: true; accepted with"),
-        (["teacher.options.img_size=64"], 2, "teacher.model: cannot read pictures of data.image_"),
+        (["teacher.options.img_size=64"], 2, "teacher.model: cannot read images of data.image_"),
         (["optimizer.accumulate=100"], 1, "are fewer than an update takes: 1600"),
         (["student.model=mobilenetv2_10"], 1, "mobilenetv2_100"),
         (
@@ -286,15 +293,15 @@ def test_distill_without_a_teacher_trains_alone(pictures: Path, tmp_path: Path, 
             "would teach with random weights (random); name its weights by t",
         ),
         (["run.folder=/proc/nowhere/run"], 1, "run.folder: /proc/nowhere/run cannot be written"),
-        (["data.batch_size=1000"], 1, "150 training pictures are fewer than an update takes: 1000"),
+        (["data.batch_size=1000"], 1, "150 training images are fewer than an update takes: 1000"),
     ],
 )
 def test_what_cannot_run_is_one_line(
-    pictures: Path, tmp_path: Path, vitkd, changed: list[str], code: int, error: str
+    image_folder: Path, tmp_path: Path, vitkd, changed: list[str], code: int, error: str
 ) -> None:
     if "run.device=cuda" in changed and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    result = vitkd("distill", *arguments(pictures, tmp_path / "run"), *changed)
+    result = vitkd("distill", *arguments(image_folder, tmp_path / "run"), *changed)
     assert result.code == code
     assert error in result.err
     assert len(result.err.splitlines()) == 1
@@ -306,8 +313,8 @@ def test_unknown_recipe_names_the_nearest(vitkd) -> None:
     assert "the nearest is cifar10" in result.err
 
 
-def test_what_cannot_run_leaves_no_run_behind(pictures: Path, tmp_path: Path, vitkd) -> None:
-    wrong = [*arguments(pictures, tmp_path / "run"), "student.options={nonsense: 1}"]
+def test_what_cannot_run_leaves_no_run_behind(image_folder: Path, tmp_path: Path, vitkd) -> None:
+    wrong = [*arguments(image_folder, tmp_path / "run"), "student.options={nonsense: 1}"]
     for _ in range(2):
         result = vitkd("distill", *wrong)
         assert result.code == 1
@@ -316,23 +323,23 @@ def test_what_cannot_run_leaves_no_run_behind(pictures: Path, tmp_path: Path, vi
 
 
 def test_a_folder_without_a_saved_step_is_no_run(
-    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+    image_folder: Path, run_folder: Path, tmp_path: Path, vitkd
 ) -> None:
     """A run that was ended before its first checkpoint does not block the next."""
     folder = tmp_path / "run"
     (folder / "teacher").mkdir(parents=True)
     shutil.copy(run_folder / "config.yaml", folder)
     shutil.copy(run_folder / "teacher" / "metrics.jsonl", folder / "teacher")
-    given = [x for x in arguments(pictures, folder) if not x.startswith("teacher.")]
-    given += [f"teacher.model={run_folder / 'teacher' / 'last.safetensors'}", "run.alone=false"]
+    given = [x for x in arguments(image_folder, folder) if not x.startswith("teacher.")]
+    given += [f"teacher.model={run_folder / 'teacher' / 'last.safetensors'}", "run.baseline=false"]
     result = vitkd("distill", *given, "run.seeds=[0]")
     assert result.code == 0, result.err
 
 
-def test_a_folder_takes_one_run_at_a_time(pictures: Path, tmp_path: Path, vitkd) -> None:
+def test_a_folder_takes_one_run_at_a_time(image_folder: Path, tmp_path: Path, vitkd) -> None:
     (tmp_path / "run").mkdir()
     held = checkpoint.lock(tmp_path / "run")
-    result = vitkd("distill", *arguments(pictures, tmp_path / "run"))
+    result = vitkd("distill", *arguments(image_folder, tmp_path / "run"))
     held.close()
     assert result.code == 1
     assert f"run.folder: {tmp_path}/run is in use by another process" in result.err
@@ -340,9 +347,9 @@ def test_a_folder_takes_one_run_at_a_time(pictures: Path, tmp_path: Path, vitkd)
 
 
 def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(
-    pictures: Path, tmp_path: Path, vitkd
+    image_folder: Path, tmp_path: Path, vitkd
 ) -> None:
-    result = vitkd("distill", *arguments(pictures, tmp_path / "run"), "--dry-run")
+    result = vitkd("distill", *arguments(image_folder, tmp_path / "run"), "--dry-run")
     assert result.code == 0, result.err
     assert "data: 150 training images, 50 for validation, 10 classes\n" in result.out
     assert re.search(r"^classes \(training images\): 0 \(14\), 1 \(16\), ", result.out, re.M)
@@ -353,9 +360,9 @@ def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(
 
 
 @pytest.mark.parametrize("at", ["teacher: val", "data: "])
-def test_ctrl_c_ends_with_130(pictures: Path, tmp_path: Path, at: str) -> None:
+def test_ctrl_c_ends_with_130(image_folder: Path, tmp_path: Path, at: str) -> None:
     """Within the loop, which saves, and before it."""
-    given = [*arguments(pictures, tmp_path / "run"), "teacher.epochs=10000", "run.threads=1"]
+    given = [*arguments(image_folder, tmp_path / "run"), "teacher.epochs=10000", "run.threads=1"]
     command = [sys.executable, "-m", "vitkd_fast.cli", "distill", *given]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -371,11 +378,13 @@ def test_ctrl_c_ends_with_130(pictures: Path, tmp_path: Path, at: str) -> None:
 
 
 def test_what_is_printed_before_the_first_step(
-    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+    image_folder: Path, run_folder: Path, tmp_path: Path, vitkd
 ) -> None:
     file = run_folder / "teacher" / "last.safetensors"
-    given = [x for x in arguments(pictures, tmp_path / "run") if not x.startswith("teacher.")]
-    result = vitkd("distill", *given, f"teacher.model={file}", "run.seeds=[0]", "run.alone=false")
+    given = [x for x in arguments(image_folder, tmp_path / "run") if not x.startswith("teacher.")]
+    result = vitkd(
+        "distill", *given, f"teacher.model={file}", "run.seeds=[0]", "run.baseline=false"
+    )
     assert result.code == 0, result.err
     said = result.out[: result.out.index("distilled-0: ")]
     assert "classes (training images): 0 (14), 1 (16)" in said
@@ -384,9 +393,9 @@ def test_what_is_printed_before_the_first_step(
 
 
 @pytest.fixture
-def named(pictures: Path, tmp_path: Path) -> Path:
-    """The pictures with classes that are called c0 to c9."""
-    shutil.copytree(pictures, tmp_path / "named")
+def named(image_folder: Path, tmp_path: Path) -> Path:
+    """The images with classes that are called c0 to c9."""
+    shutil.copytree(image_folder, tmp_path / "named")
     for folder in (tmp_path / "named").glob("*/*"):
         folder.rename(folder.with_name(f"c{folder.name}"))
     return tmp_path / "named"
@@ -431,7 +440,7 @@ def test_eval_matches_classes_by_name(named: Path, tmp_path: Path, vitkd) -> Non
 
 
 def test_a_run_goes_on_with_its_own_images_only(
-    pictures: Path, run_folder: Path, named: Path, tmp_path: Path, vitkd
+    image_folder: Path, run_folder: Path, named: Path, tmp_path: Path, vitkd
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
@@ -457,65 +466,83 @@ def test_a_student_begins_with_weights_of_other_classes(named: Path, tmp_path: P
         assert f"student: mobilenetv2_035: weights: checkpoint {file}; new classifier" in result.out
 
 
-def test_a_trained_file_teaches(pictures: Path, run_folder: Path, tmp_path: Path, vitkd) -> None:
-    kept = arguments(pictures, tmp_path / "run")
+def test_a_trained_file_teaches(
+    image_folder: Path, run_folder: Path, tmp_path: Path, vitkd
+) -> None:
+    kept = arguments(image_folder, tmp_path / "run")
     kept = [x for x in kept if not x.startswith("teacher.")]
     file = run_folder / "teacher" / "last.safetensors"
-    result = vitkd("distill", *kept, f"teacher.model={file}", "run.seeds=[0]", "run.alone=false")
+    result = vitkd("distill", *kept, f"teacher.model={file}", "run.seeds=[0]", "run.baseline=false")
     assert result.code == 0, result.err
     again, first = report.read(tmp_path / "run"), report.read(run_folder)
     assert again["models"][0]["mean"] == first["models"][0]["mean"]
 
 
 def test_a_file_that_teaches_is_all_that_is_said_of_it(
-    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+    image_folder: Path, run_folder: Path, tmp_path: Path, vitkd
 ) -> None:
     file = run_folder / "teacher" / "last.safetensors"
-    result = vitkd("distill", *arguments(pictures, tmp_path / "run"), f"teacher.model={file}")
+    result = vitkd("distill", *arguments(image_folder, tmp_path / "run"), f"teacher.model={file}")
     assert result.code == 2
     assert "is a file, with which pretrained, checkpoint, options and epochs have" in result.err
 
 
-def test_a_teachers_checkpoint_has_the_pictures_classes(
-    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+def test_a_teachers_checkpoint_has_the_images_classes(
+    image_folder: Path, run_folder: Path, tmp_path: Path, vitkd
 ) -> None:
     file = run_folder / "teacher" / "last.safetensors"
-    given = [*arguments(pictures, tmp_path / "run"), "run.seeds=[0]", "run.alone=false"]
+    given = [*arguments(image_folder, tmp_path / "run"), "run.seeds=[0]", "run.baseline=false"]
     result = vitkd("distill", *given, "teacher.epochs=0", f"teacher.checkpoint={file}")
     assert result.code == 0, result.err
     again, first = report.read(tmp_path / "run"), report.read(run_folder)
     assert again["models"][0]["mean"] == first["models"][0]["mean"]
 
 
-def test_thumbnails_are_of_the_pictures_they_name(
-    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+def test_thumbnails_are_of_the_images_they_name(
+    image_folder: Path, run_folder: Path, tmp_path: Path, vitkd
 ) -> None:
-    copy = tmp_path / "pictures"
-    shutil.copytree(pictures, copy)
+    copy = tmp_path / "images"
+    shutil.copytree(image_folder, copy)
     first = next(iter(sorted((copy / "val" / "0").iterdir())))
-    first.write_text("no picture")
+    first.write_text("no image")
     given = [x for x in arguments(copy, tmp_path / "run") if not x.startswith("teacher.")]
-    given += [f"teacher.model={run_folder / 'teacher' / 'last.safetensors'}", "run.alone=false"]
+    given += [f"teacher.model={run_folder / 'teacher' / 'last.safetensors'}", "run.baseline=false"]
     result = vitkd("distill", *given, "run.seeds=[0]", "--skip-bad")
     assert result.code == 0, result.err
     results = report.read(tmp_path / "run")
     assert results["data"]["val"] == 49
     shown = results["disagreements"]["shown"]
     assert len(shown) > 5
-    assert all(Path(picture["name"]).parent.name == picture["label"] for picture in shown)
+    assert all(Path(image["name"]).parent.name == image["label"] for image in shown)
     assert any(str(first) in note for note in results["notes"])
 
 
 @pytest.mark.parametrize(
-    ("distilled", "alone", "verdict"),
+    ("distilled", "baseline", "verdict"),
     [
-        ([0.90, 0.92, 0.94], [0.80, 0.81, 0.85], "Distilled beats alone: +10.0 points, +17.3"),
-        ([0.9, 0.9, 0.9], [0.8, 0.8, 0.8], "Distilled beats alone: +10.0 points, p = 0"),
+        (
+            [0.90, 0.92, 0.94],
+            [0.80, 0.81, 0.85],
+            "Distilled beats the baseline: +10.0 points, +17.3",
+        ),
+        ([0.9, 0.9, 0.9], [0.8, 0.8, 0.8], "Distilled beats the baseline: +10.0 points, p = 0"),
         # 4.2 standard errors, and p = 0.053 with two degrees of freedom
-        ([0.95, 0.96, 0.94], [0.935, 0.935, 0.932], "Distilled is not shown to beat alone: +1.6"),
-        ([0.80, 0.81, 0.85], [0.90, 0.92, 0.94], "Distilled is worse than alone: -10.0 points"),
-        ([0.90, 0.80, 0.91], [0.80, 0.85, 0.90], "Distilled is not shown to beat alone: +2.0"),
-        ([0.90, 0.92], [0.80, 0.81], "Distilled is not shown to beat alone: +10.5 points"),
+        (
+            [0.95, 0.96, 0.94],
+            [0.935, 0.935, 0.932],
+            "Distilled is not shown to beat the baseline: +1.6",
+        ),
+        (
+            [0.80, 0.81, 0.85],
+            [0.90, 0.92, 0.94],
+            "Distilled is worse than the baseline: -10.0 points",
+        ),
+        (
+            [0.90, 0.80, 0.91],
+            [0.80, 0.85, 0.90],
+            "Distilled is not shown to beat the baseline: +2.0",
+        ),
+        ([0.90, 0.92], [0.80, 0.81], "Distilled is not shown to beat the baseline: +10.5 points"),
         ([0.9], [0.8], "One seed says nothing about chance"),
     ],
 )
@@ -528,13 +555,13 @@ def test_the_verdict_says_what_the_numbers_say(
     assert results.verdict(comparison, True).startswith(verdict)
 
 
-def test_a_truncated_picture_stops_or_is_skipped(pictures: Path, tmp_path: Path, vitkd) -> None:
-    copy = tmp_path / "pictures"
-    shutil.copytree(pictures, copy)
+def test_a_truncated_image_stops_or_is_skipped(image_folder: Path, tmp_path: Path, vitkd) -> None:
+    copy = tmp_path / "images"
+    shutil.copytree(image_folder, copy)
     victim = next((copy / "train" / "3").iterdir())
     victim.write_bytes(victim.read_bytes()[:60])
-    options = [*arguments(copy, tmp_path / "run"), "run.seeds=[0]", "run.alone=false"]
-    # an epoch leaves out the pictures that fill no batch: enough epochs meet the bad one
+    options = [*arguments(copy, tmp_path / "run"), "run.seeds=[0]", "run.baseline=false"]
+    # an epoch leaves out the images that fill no batch: enough epochs meet the bad one
     options.append("teacher.epochs=4")
     result = vitkd("distill", *options)
     assert result.code == 1
@@ -542,32 +569,32 @@ def test_a_truncated_picture_stops_or_is_skipped(pictures: Path, tmp_path: Path,
     assert "Traceback" not in result.err
     result = vitkd("distill", *options, "--resume", "--skip-bad")
     assert result.code == 0, result.err
-    assert f"skipped 1 pictures that cannot be read: {victim}" in result.out
+    assert f"skipped 1 images that cannot be read: {victim}" in result.out
 
 
 # eval and predict
 
 
 def test_eval_skips_bad_files_and_counts_them(
-    pictures: Path, run_folder: Path, tmp_path: Path, vitkd
+    image_folder: Path, run_folder: Path, tmp_path: Path, vitkd
 ) -> None:
     copy = tmp_path / "val"
-    shutil.copytree(pictures / "val", copy)
+    shutil.copytree(image_folder / "val", copy)
     victim = next((copy / "3").iterdir())
-    victim.write_text("no picture")
-    (copy / "3" / "notes.txt").write_text("no picture")
+    victim.write_text("no image")
+    (copy / "3" / "notes.txt").write_text("no image")
     model = run_folder / "distilled-0" / "best.safetensors"
     result = vitkd("eval", model, copy)
     assert result.code == 1
     assert f"{victim} cannot be read" in result.err
     result = vitkd("eval", model, copy, "--skip-bad")
     assert result.code == 0, result.err
-    assert "49 pictures, 1 skipped" in result.out
+    assert "49 images, 1 skipped" in result.out
     assert result.err == "DIR: files that are no images, ignored: 1 (1 .txt)\n"
 
 
-def test_real_weights_read_real_pictures(request, tmp_path: Path, vitkd) -> None:
-    """A MobileNetV2 with ImageNet's weights finds 88.8% of one picture of every second class."""
+def test_real_weights_read_real_images(request, tmp_path: Path, vitkd) -> None:
+    """A MobileNetV2 with ImageNet's weights finds 88.8% of one image of every second class."""
     folder = request.getfixturevalue("data")
     model = models.create(
         "mobilenetv2_100",
@@ -592,15 +619,17 @@ def test_real_weights_read_real_pictures(request, tmp_path: Path, vitkd) -> None
                 (tmp_path / "val" / wnid / Path(name).name).write_bytes(archive.read(name))
     result = vitkd("eval", tmp_path / "model.safetensors", tmp_path / "val")
     assert result.code == 0, result.err
-    assert "500 pictures, 0 skipped" in result.out
+    assert "500 images, 0 skipped" in result.out
     scores = dict(line.split() for line in result.out.splitlines()[1:])
     assert float(scores["top1"]) == pytest.approx(0.888, abs=0.005)  # JPEG decoders differ
-    picture = next((tmp_path / "val" / "n01440764").iterdir())
-    assert "tench" in vitkd("predict", tmp_path / "model.safetensors", picture).out
+    image = next((tmp_path / "val" / "n01440764").iterdir())
+    assert "tench" in vitkd("predict", tmp_path / "model.safetensors", image).out
 
 
-def test_predict_prints_names_and_probabilities(pictures: Path, run_folder: Path, vitkd) -> None:
-    files = sorted((pictures / "val" / "7").iterdir())[:2]
+def test_predict_prints_names_and_probabilities(
+    image_folder: Path, run_folder: Path, vitkd
+) -> None:
+    files = sorted((image_folder / "val" / "7").iterdir())[:2]
     result = vitkd("predict", run_folder / "distilled-0" / "best.safetensors", *files)
     assert result.code == 0, result.err
     lines = result.out.splitlines()
@@ -614,9 +643,9 @@ def test_predict_prints_names_and_probabilities(pictures: Path, run_folder: Path
             crop_pct=pixels.crop_pct,
             interpolation=pixels.interpolation,
         )
-        picture = torch.as_tensor(transform(Image.open(file).convert("RGB")))[None]
+        image = torch.as_tensor(transform(Image.open(file).convert("RGB")))[None]
         with torch.inference_mode():
-            x = (picture / 255 - torch.tensor(pixels.mean).view(3, 1, 1)) / torch.tensor(
+            x = (image / 255 - torch.tensor(pixels.mean).view(3, 1, 1)) / torch.tensor(
                 pixels.std
             ).view(3, 1, 1)
             best = loaded.model(x).softmax(1).max(1)
@@ -625,18 +654,20 @@ def test_predict_prints_names_and_probabilities(pictures: Path, run_folder: Path
 
 
 @pytest.mark.parametrize("command", ["eval", "predict"])
-def test_a_model_that_is_none(command: str, pictures: Path, tmp_path: Path, vitkd) -> None:
+def test_a_model_that_is_none(command: str, image_folder: Path, tmp_path: Path, vitkd) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nothing")
-    given = pictures / "val" if command == "eval" else next((pictures / "val" / "7").iterdir())
+    given = (
+        image_folder / "val" if command == "eval" else next((image_folder / "val" / "7").iterdir())
+    )
     result = vitkd(command, broken, given)
     assert result.code == 1
     assert "broken.safetensors" in result.err
     assert vitkd(command, "mobilenetv2_1000", given).code == 1
 
 
-def test_predict_names_the_file_that_is_no_picture(run_folder: Path, tmp_path: Path, vitkd) -> None:
-    (tmp_path / "text.png").write_text("no picture")
+def test_predict_names_the_file_that_is_no_image(run_folder: Path, tmp_path: Path, vitkd) -> None:
+    (tmp_path / "text.png").write_text("no image")
     model = run_folder / "distilled-0" / "best.safetensors"
     result = vitkd("predict", model, tmp_path / "text.png")
     assert result.code == 1

@@ -11,7 +11,7 @@ from vitkd_fast.distill.config import Config, ConfigError, load, validate
 from vitkd_fast.distill.losses import CE, KD, Losses, Ramp
 
 # the least that can run
-LEAST = ("student.model=mobilenetv2_050", "losses.ce={}", "data.train=pictures")
+LEAST = ("student.model=mobilenetv2_050", "losses.ce={}", "data.train=images")
 
 
 def changed(*overrides: str) -> Config:
@@ -38,7 +38,7 @@ def test_file_and_default(tmp_path: Path) -> None:
     assert load(str(file), ["optimizer.lr=1E+2"]).optimizer.lr == 100.0
     assert changed().model_dump() == {
         **Config.model_construct().model_dump(),
-        "data": {**config.Data().model_dump(), "train": "pictures"},
+        "data": {**config.Data().model_dump(), "train": "images"},
         "student": {**config.Model().model_dump(), "model": "mobilenetv2_050"},
         "losses": {**Losses().model_dump(), "ce": CE().model_dump()},
     }
@@ -74,7 +74,7 @@ def test_only_numbers_are_read_as_numbers() -> None:
 
 
 def test_losses_that_are_not_named() -> None:
-    student, images = "student.model=mobilenetv2_050", "data.train=pictures"
+    student, images = "student.model=mobilenetv2_050", "data.train=images"
     alone = load(None, [student, images]).losses
     assert alone == Losses(ce=CE())
     taught = load(None, [student, images, "teacher.model=vit_tiny_patch16_224"]).losses
@@ -92,8 +92,8 @@ def test_schedule() -> None:
     assert constant is not None and [constant.weight.at(x) for x in (0, 0.3, 1)] == [3, 3, 3]
 
 
-def test_alone_keeps_the_smoothing() -> None:
-    assert Losses(kd=KD(label_smoothing=0.1)).alone() == Losses(ce=CE(label_smoothing=0.1))
+def test_the_baseline_keeps_the_smoothing() -> None:
+    assert Losses(kd=KD(label_smoothing=0.1)).baseline() == Losses(ce=CE(label_smoothing=0.1))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,8 @@ def test_alone_keeps_the_smoothing() -> None:
         ("losses.kd.temprature=3", "losses.kd.temprature: .*the nearest is losses.kd.temperature"),
         ("losses.ce.weight={start: 1, ent: 1}", "ent: unknown .*nearest is losses.ce.weight.end$"),
         ("teacher.optimizer.nam=x", "teacher.optimizer.nam: .*nearest is teacher.optimizer.name"),
+        ("run.alone=false", "run.alone: it is called run.baseline now"),
+        ("int8.pictures=8", "int8.pictures: it is called int8.calibration_images now"),
         # a path that is alike does not make a name alike
         ("losses.foo={}", "losses.foo: unknown key; accepted are losses.kd, losses.ce"),
         ("optimiser.lr=1", "optimiser: unknown key; the nearest is optimizer"),
@@ -112,7 +114,7 @@ def test_alone_keeps_the_smoothing() -> None:
         ("losses.ce.weight=true", r"losses.ce.weight: True \(bool\) given.*dictionary$"),
         ("run.epochs=true", r"run.epochs: True \(bool\)"),
         ("run.epochs=1e2", r"run.epochs: 100.0 \(float\)"),
-        ("run.alone=1", r"run.alone: 1 \(int\)"),
+        ("run.baseline=1", r"run.baseline: 1 \(int\)"),
         ("optimizer.lr='1e-3'", r"optimizer.lr: '1e-3' \(str\)"),
         ("optimizer.lr=.nan", "optimizer.lr: nan"),
         ("losses.ce.weight=.inf", "losses.ce.weight.start: inf"),
@@ -120,7 +122,7 @@ def test_alone_keeps_the_smoothing() -> None:
         ("losses.ce={label_smoothing: 2}", "losses.ce.label_smoothing: 2"),
         ("losses.kd={temperature: 0}", "losses.kd.temperature: 0"),
         ("data.train=2012", r"data.train: 2012 \(int\) given; .* string; quote it"),
-        ("run.alone=no", r"run.alone: 'no' \(str\)"),
+        ("run.baseline=no", r"run.baseline: 'no' \(str\)"),
         ("run.epochs=1:30", r"run.epochs: '1:30' \(str\)"),
         ("run.epochs=1_000", r"run.epochs: '1_000' \(str\)"),
         ("run.epochs=0x10", r"run.epochs: '0x10' \(str\)"),

@@ -1,4 +1,4 @@
-"""Pictures: what a batch holds, what it depends on, and what is said of files that are none."""
+"""Images: what a batch holds, what it depends on, and what is said of files that are none."""
 
 import io
 import itertools
@@ -17,16 +17,16 @@ from timm.data.mixup import Mixup
 
 from vitkd_fast.distill.config import Augmentation, Config, validate
 from vitkd_fast.distill.data import Batch, Loader, Mixer, eval_transform, loaders
-from vitkd_fast.distill.losses import CE, KD, Seen
+from vitkd_fast.distill.losses import CE, KD, StepOutputs
 from vitkd_fast.distill.sources import DataError, class_folders, open_data, open_folder
-from vitkd_fast.models import Tapped
-from vitkd_fast.pictures import EXTENSIONS, open_rgb
+from vitkd_fast.images import EXTENSIONS, open_rgb
+from vitkd_fast.models import TapOutputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STRONG = {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5"}
 
 
-def picture(file: Path, mode: str = "RGB") -> Path:
+def image(file: Path, mode: str = "RGB") -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.randint(0, 256, (30, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).convert(mode).save(file)
@@ -35,7 +35,7 @@ def picture(file: Path, mode: str = "RGB") -> Path:
 
 def folder(root: Path, classes: str = "cat dog", each: int = 5) -> Path:
     for i, name in enumerate(classes.split() * each):
-        picture(root / name / f"{i}.{'jpg' if i % 3 else 'PNG'}")
+        image(root / name / f"{i}.{'jpg' if i % 3 else 'PNG'}")
     return root
 
 
@@ -52,7 +52,7 @@ def opened(seed: int = 0, classes: int | None = None, **data: Any) -> tuple[Load
 
 
 def drawn(batches: Any) -> dict[int, bytes]:
-    """Each picture by its index, in their order; fails for one that comes twice."""
+    """Each image by its index, in their order; fails for one that comes twice."""
     pairs = [pair for x in batches for pair in zip(x.indices.tolist(), x.images, strict=True)]
     assert len(dict(pairs)) == len(pairs)
     return {index: image.numpy().tobytes() for index, image in pairs}
@@ -78,7 +78,7 @@ def test_batches(tmp_path: Path, workers: int) -> None:
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
-    one = picture(tmp_path / "val" / "a" / "0.png").read_bytes()
+    one = image(tmp_path / "val" / "a" / "0.png").read_bytes()
     for file in [tmp_path / "train" / x / f"{i}.png" for x in "ab" for i in range(5)]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(one)
@@ -109,7 +109,7 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch, **data: Any) -> list[list[list[Bat
 
 
 def test_ranks_share_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # validation's last batch holds one picture on rank 0, and none on rank 1
+    # validation's last batch holds one image on rank 0, and none on rank 1
     data = {"train": folder(tmp_path / "train", each=6), "val": folder(tmp_path / "val", "cat", 9)}
     ranks = on_ranks(monkeypatch, **data, batch_size=2)
     for i, loader in enumerate(opened(**data, batch_size=2)):
@@ -125,7 +125,7 @@ def test_holdout(tmp_path: Path) -> None:
     assert splits.val.index == again.val.index and splits.train.index == again.train.index
     assert sorted(splits.train.index + splits.val.index) == list(range(30))
     assert [splits.val.read(i)[1] for i in range(9)] == [0] * 3 + [1] * 3 + [2] * 3
-    with pytest.raises(DataError, match=r"data.holdout: 0.01 of 30 pictures"):
+    with pytest.raises(DataError, match=r"data.holdout: 0.01 of 30 images"):
         open_data(config(train=tmp_path, holdout=0.01).data)
     # a source without files
     splits = open_data(config(dataset="digits", holdout=0.5).data)
@@ -141,7 +141,7 @@ def test_torch_datasets_and_errors(tmp_path: Path) -> None:
         folder(tmp_path / split)
     assert open_data(config(**data).data).classes == ["cat", "dog"]
     assert [len(drawn(loader.epoch())) for loader in opened(**data)] == [8, 10]
-    (tmp_path / "val" / "dog" / "1.jpg").write_text("no picture")
+    (tmp_path / "val" / "dog" / "1.jpg").write_text("no image")
     with pytest.raises(DataError, match=r"val/dog/1.jpg cannot be read"):
         list(opened(**data)[1].epoch())
     folder(tmp_path / "val", "ant")
@@ -165,13 +165,13 @@ def test_wds(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> N
     splits = {"splits": {"train": split, "validation": split}}
     (tmp_path / "_info.json").write_text(json.dumps(splits))
     data: dict[str, Any] = {"dataset": "wds/x", "root": tmp_path, "workers": workers}
-    data |= {"augmentation": {}, "classes": 3}  # nothing changes a picture of one colour
+    data |= {"augmentation": {}, "classes": 3}  # nothing changes an image of one colour
 
     def seen(batches: Any) -> list[int]:
         every = list(batches)
-        pictures = torch.cat([x.images for x in every])[:, 0, 0, 0]
-        assert torch.equal(pictures % 3, torch.cat([x.labels for x in every]))
-        return pictures.tolist()
+        images = torch.cat([x.images for x in every])[:, 0, 0, 0]
+        assert torch.equal(images % 3, torch.cat([x.labels for x in every]))
+        return images.tolist()
 
     train, val = opened(**data)
     assert sorted(seen(val.epoch())) == list(range(10)) == sorted(seen(val.epoch()))
@@ -230,10 +230,10 @@ def test_every_source_opens_an_image_alike(tmp_path: Path, mode: str) -> None:
         assert all(torch.equal(x.images[0], pixels) for x in batches), name
 
 
-def test_pictures_become_rgb(tmp_path: Path) -> None:
+def test_images_become_rgb(tmp_path: Path) -> None:
     modes = "RGB", "L", "P", "RGBA", "CMYK", "1", "LA"
     for i, mode in enumerate(modes):
-        picture(tmp_path / "val" / "a" / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}", mode)
+        image(tmp_path / "val" / "a" / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}", mode)
     data = {"train": folder(tmp_path / "train", "a b"), "val": tmp_path / "val"}
     images = torch.cat([x.images for x in opened(**data)[1].epoch()])
     grey = [bool((x[0] == x[1]).all() and (x[1] == x[2]).all()) for x in images]
@@ -241,7 +241,7 @@ def test_pictures_become_rgb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_pictures(tmp_path: Path, workers: int) -> None:
+def test_unreadable_images(tmp_path: Path, workers: int) -> None:
     data = {"train": folder(tmp_path / "train", each=10), "val": tmp_path / "val"}
     data |= {"workers": workers}
     names = "cat/2.jpg", "dog/1.jpg"
@@ -249,7 +249,7 @@ def test_unreadable_pictures(tmp_path: Path, workers: int) -> None:
         folder(root, each=10)
         bad = [root / name for name in names]
         bad[0].write_bytes(bad[0].read_bytes()[:-200])
-        bad[1].write_text("no picture")
+        bad[1].write_text("no image")
     for loader, root in zip(opened(**data), ("train", "val"), strict=True):
         whole = f"^{tmp_path}/{root}/({'|'.join(names)}) cannot be read: "
         with pytest.raises(DataError, match=whole) as error:
@@ -262,12 +262,12 @@ def test_unreadable_pictures(tmp_path: Path, workers: int) -> None:
     assert train.skipped == {str(tmp_path / "train" / x) for x in names}
     assert val.skipped == {str(tmp_path / "val" / x) for x in names}
     for file in list(tmp_path.glob("*/*/*")):
-        file.write_text("no picture")
+        file.write_text("no image")
     for loader in opened(**data, skip_bad=True):
-        with pytest.raises(DataError, match="not one of 20 pictures can be read"):
+        with pytest.raises(DataError, match="not one of 20 images can be read"):
             list(loader.epoch())
     # batches of which nothing is left do not end the epoch
-    picture(bad[1])
+    image(bad[1])
     assert len(drawn(opened(**data, skip_bad=True)[1].epoch())) == 1
 
 
@@ -287,10 +287,10 @@ def test_what_belongs_to_no_class(tmp_path: Path, odd: str) -> None:
 @pytest.mark.parametrize("place", ["p", "p/", ".hidden/p"])
 def test_what_is_no_image_is_ignored(tmp_path: Path, place: str) -> None:
     root = folder(tmp_path / place)
-    _ = picture(root / "cat/.ipynb_checkpoints/1.jpg"), picture(root / ".git/cat/1.jpg")
-    _ = picture(root / "__MACOSX/cat/1.jpg")
+    _ = image(root / "cat/.ipynb_checkpoints/1.jpg"), image(root / ".git/cat/1.jpg")
+    _ = image(root / "__MACOSX/cat/1.jpg")
     for name in (".DS_Store", "cat/.DS_Store", "cat/._1.jpg", "notes.txt", "dog/Thumbs.db"):
-        (root / name).write_text("no picture")
+        (root / name).write_text("no image")
     splits = open_data(config(train=f"{tmp_path}/{place}", holdout=0.2).data)
     assert splits.classes == ["cat", "dog"] and len(splits.train) + len(splits.val) == 10
     assert not splits.skipped
@@ -343,7 +343,7 @@ def test_links_lead_to_each_image_once(tmp_path: Path) -> None:
 
 
 def test_folders_that_hold_no_classes(tmp_path: Path) -> None:
-    flat, one = picture(tmp_path / "flat" / "1.png").parent, folder(tmp_path / "one", "cat")
+    flat, one = image(tmp_path / "flat" / "1.png").parent, folder(tmp_path / "one", "cat")
     folder(tmp_path / "splits" / "train"), folder(tmp_path / "splits" / "Val")
     for root, message in {
         flat: "holds 1 images and no class folder with images; put the images of each",
@@ -361,7 +361,7 @@ def test_classes_without_validation_are_named(tmp_path: Path) -> None:
     train, val = folder(tmp_path / "train", "a b c d e"), folder(tmp_path / "val", "c")
     notes = ["data.val: 4 of 5 classes have no image: 'a', 'b', 'd', ..."]
     assert open_data(config(train=train, val=val).data).notes == notes
-    _ = [picture(train / "c" / f"more{i}.png") for i in range(5)]
+    _ = [image(train / "c" / f"more{i}.png") for i in range(5)]
     notes = ["data.holdout: 0.1: in validation: 4 of 5 classes have no image: 'a', 'b', 'd', ..."]
     assert open_data(config(train=train, holdout=0.1).data).notes == notes
 
@@ -381,7 +381,7 @@ def test_validation_and_its_errors(tmp_path: Path) -> None:
     train, val = folder(tmp_path / "train", "c1 c2 c10"), folder(tmp_path / "val", "c10")
     _, source, classes, *_ = open_data(config(train=train, val=val).data)
     assert classes == ["c1", "c2", "c10"] and source.read(0)[1] == 2
-    with pytest.raises(DataError, match=r"15 training pictures are fewer .* takes: 16"):
+    with pytest.raises(DataError, match=r"15 training images are fewer .* takes: 16"):
         opened(train=train, val=val, batch_size=16)
     folder(val, "c3"), (tmp_path / "empty").mkdir()
     for name, message in {"val": "class 'c3'", "none": "no folder", "empty": "no class"}.items():
@@ -426,7 +426,7 @@ def test_mixing_is_timms(mode: Any, mixup: float, cutmix: float) -> None:
         student, teacher = torch.randn(8, 5), torch.randn(8, 5)
         kl = F.kl_div((student / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean")
         ce = F.cross_entropy(student, dense, label_smoothing=0.1)
-        seen = Seen(Tapped(student), Tapped(teacher), (a, b, lam))
+        seen = StepOutputs(TapOutputs(student), TapOutputs(teacher), (a, b, lam))
         assert torch.allclose(CE(label_smoothing=0.1)(seen, 0, None), ce, atol=1e-6)
         options = {"weight": {"start": 3, "end": 1}, "temperature": 2, "label_smoothing": 0.1}
         kd = KD.model_validate(options | {"ce_weight": 0.5})(seen, 0.5, None)

@@ -41,21 +41,21 @@ def problem(n: int, classes: int, scale: float = 2.0) -> tuple[Tensor, Tensor]:
     return logits, labels
 
 
-def pictures(n: int) -> Tensor:
-    """[n, 3, 1, 2]: the first two bytes of a picture are its number."""
+def random_images(n: int) -> Tensor:
+    """[n, 3, 1, 2]: the first two bytes of an image are its number."""
     x = torch.zeros(n, 3, 1, 2, dtype=torch.uint8)
     x[:, 0, 0, 0], x[:, 0, 0, 1] = torch.arange(n) // 256, torch.arange(n) % 256
     return x
 
 
 def table(logits: Tensor, form: Callable[[Tensor], object] = lambda x: x) -> Callable:
-    """A predictor that looks a picture's logits up."""
+    """A predictor that looks an image's logits up."""
     return lambda x: form(logits[x[:, 0, 0, 0].long() * 256 + x[:, 0, 0, 1].long()])
 
 
 def uneven(labels: Tensor, start: int = 0, stop: int | None = None) -> Iterator:
-    """Batches of 1, 2, 3, ... pictures."""
-    x, size = pictures(len(labels)), 1
+    """Batches of 1, 2, 3, ... images."""
+    x, size = random_images(len(labels)), 1
     stop = stop or len(labels)
     while start < stop:
         end = min(start + size, stop)
@@ -135,7 +135,7 @@ def test_any_form_of_logits(form: Callable) -> None:
 
 def test_from_a_loader() -> None:
     logits, labels = problem(64, 3)
-    loader = DataLoader(TensorDataset(pictures(64), labels), batch_size=10, num_workers=1)
+    loader = DataLoader(TensorDataset(random_images(64), labels), batch_size=10, num_workers=1)
     result = evaluate(table(logits), loader, classes=3, device=torch.device("cpu"))
     assert result.metrics == pytest.approx(run(logits, labels).metrics, **CLOSE)
 
@@ -171,7 +171,7 @@ def test_errors() -> None:
     for name in ("student", "teacher"):
         bad = {"student": logits, "teacher": logits} | {name: logits.clone()}
         bad[name][3, 0], bad[name][17] = torch.nan, torch.inf
-        with pytest.raises(ValueError, match=f"{name} gave .* not finite for 2 of 40 pictures"):
+        with pytest.raises(ValueError, match=f"{name} gave .* not finite for 2 of 40 images"):
             run(bad["student"], labels, bad["teacher"])
         bad[name] = torch.randn(40, 5)
         with pytest.raises(ValueError, match=rf"{name} .*\[1, 5\].*\[1, 3, 1, 2\].*\[1, 4\]"):

@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo
 from vitkd_fast import models
 from vitkd_fast.distill import identity, sources
 from vitkd_fast.distill.config import Data
-from vitkd_fast.pictures import DataError
+from vitkd_fast.images import DataError
 
 ANIMALS = ["ant", "bee", "cat"]
 

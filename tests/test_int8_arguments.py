@@ -51,8 +51,8 @@ def test_images_are_read_once_in_any_form(block: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([], r"holds no pictures \(no batches\)"),
-        ([IMAGES[:0]], r"holds no pictures \(\[0, 16, 16, 3\]\)"),
+        ([], r"holds no images \(no batches\)"),
+        ([IMAGES[:0]], r"holds no images \(\[0, 16, 16, 3\]\)"),
         ([IMAGES.astype(np.float32)], r"batch 0 of images is float32 \[24, 16, 16, 3\]"),
         ([IMAGES.transpose(0, 3, 1, 2)], r"uint8 \[24, 3, 16, 16\]; accepted: uint8 batches"),
         ([torch.zeros(1, 3, 16, 16, dtype=torch.uint8)], r"torch.uint8 \[1, 3, 16, 16\]"),
@@ -168,7 +168,7 @@ def test_a_model_that_normalises(block: nn.Module, own: nn.Module) -> None:
 
 
 def test_our_predictor(block: nn.Module) -> None:
-    """With pictures' sizes that pad, and whatever an inner model's pretrained_cfg says."""
+    """With images' sizes that pad, and whatever an inner model's pretrained_cfg says."""
     pixels = models.Pixels(16, (0.5, 0.25, 0.0), (1.0, 0.5, 0.25), "bicubic", 0.9)
     model = models.predictor(block, pixels).eval()
     graph = quantize(model, [IMAGES], crop_pct=0.9, interpolation="bicubic").graph
@@ -220,7 +220,7 @@ def test_calibrations_of_little_worth(block: nn.Module) -> None:
     assert len(warnings_of(many)) == (classes == 1)
 
 
-def test_the_model_says_how_it_wants_pictures(block: nn.Module) -> None:
+def test_the_model_says_how_it_wants_images(block: nn.Module) -> None:
     model = copy.deepcopy(block)
     model.pretrained_cfg = {
         "mean": (0.5, 0.25, 0.0), "std": (1.0, 0.5, 0.25), "crop_pct": 0.9,

@@ -21,7 +21,7 @@ from timm.data.transforms_factory import create_transform
 from vitkd_fast import int8, models
 from vitkd_fast.distill import config, sources
 from vitkd_fast.distill import quantized as quantized_run
-from vitkd_fast.pictures import DataError, list_pictures, prepare, read
+from vitkd_fast.images import DataError, list_images, prepare, read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,9 +31,9 @@ PIXELS = models.Pixels(32, HALF, (0.25, 0.5, 0.3), "bicubic", 0.875)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty digits as PNG files, in a folder for each class, two of three sizes."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     digits = sources.Digits()
     for i in range(60):
         image, label = digits.read(i)
@@ -45,7 +45,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small student whose answers differ from picture to picture."""
+    """A small student whose answers differ from image to image."""
     torch.manual_seed(0)
     student = models.create("mobilenetv2_035", num_classes=10).train()
     for _ in range(3):  # statistics that leave a signal in an untrained network
@@ -96,10 +96,10 @@ def expected(model: Path, files: list[Path], size: int = 32, **options) -> bytes
 
 
 @pytest.fixture(scope="module")
-def quantized(model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantized(model: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `vitkd quantize` makes it, under a name that does not say int8."""
     file = tmp_path_factory.mktemp("int8") / "student.safetensors"
-    file.write_bytes(expected(model, list_pictures(pictures)))
+    file.write_bytes(expected(model, list_images(image_folder)))
     return file
 
 
@@ -123,7 +123,7 @@ def test_pixels_are_those_of_training(size: int, crop_pct: float, interpolation:
         )
 
 
-def test_a_picture_in_any_mode(tmp_path: Path) -> None:
+def test_a_image_in_any_mode(tmp_path: Path) -> None:
     for mode, name in (("L", "a.png"), ("RGBA", "b.png"), ("P", "c.png"), ("CMYK", "d.jpg")):
         Image.effect_noise((40, 30), 90).convert(mode).save(tmp_path / name)
         transform = timms(32, 0.875, "bicubic")
@@ -131,8 +131,8 @@ def test_a_picture_in_any_mode(tmp_path: Path) -> None:
         assert np.array_equal(read(tmp_path / name, PIXELS), wanted), mode
 
 
-def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_text("no picture")
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("no image")
     for name in ("a.png", "missing.png"):
         with pytest.raises(DataError, match=rf"{name} cannot be read: "):
             read(tmp_path / name, PIXELS)
@@ -143,11 +143,11 @@ def test_spread() -> None:
     assert sources.spread(3, 5) == [0, 1, 2]
 
 
-def test_list_pictures(pictures: Path, tmp_path: Path) -> None:
+def test_list_images(image_folder: Path, tmp_path: Path) -> None:
     for name in ("10.png", "9.JPG", "b/2.jpeg", "b/notes.txt", ".hidden.png", ".h/1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert list_pictures(tmp_path) == [tmp_path / name for name in ("9.JPG", "10.png", "b/2.jpeg")]
+    assert list_images(tmp_path) == [tmp_path / name for name in ("9.JPG", "10.png", "b/2.jpeg")]
 
 
 # calibration in a run
@@ -156,20 +156,20 @@ def test_list_pictures(pictures: Path, tmp_path: Path) -> None:
 def configured(**section: object) -> config.Config:
     rest = {"student": {"model": "mobilenetv2_035"}, "losses": {"ce": {}}}
     small = {"image_size": 32, "batch_size": 4, "workers": 0}
-    return config.validate({"data": small | section, "int8": {"pictures": 7}, **rest})
+    return config.validate({"data": small | section, "int8": {"images": 7}, **rest})
 
 
-def test_calibration_pictures_are_evenly_spread_and_not_augmented() -> None:
+def test_calibration_images_are_evenly_spread_and_not_augmented() -> None:
     whole = configured(dataset="digits")
     train = sources.open_data(whole.data).train
-    images = quantized_run.calibration_pictures(whole, train)
+    images = quantized_run.calibration_images(whole, train)
     assert (images.dtype, images.shape) == (torch.uint8, (7, 32, 32, 3))
     for image, i in zip(images, sources.spread(len(train), 7), strict=True):
         pixels = models.Pixels(32, HALF, HALF, "bicubic", 0.875)
         assert np.array_equal(image, prepare(train.read(i)[0], pixels))
 
 
-def test_calibration_pictures_of_a_stream(tmp_path: Path) -> None:
+def test_calibration_images_of_a_stream(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "0.tar")) as shard:
         for i in range(10):
@@ -180,7 +180,7 @@ def test_calibration_pictures_of_a_stream(tmp_path: Path) -> None:
     )
     whole = configured(dataset="wds/x", root=str(tmp_path))
     train = sources.open_data(whole.data, 2).train
-    values = quantized_run.calibration_pictures(whole, train).float().mean((1, 2, 3)).tolist()
+    values = quantized_run.calibration_images(whole, train).float().mean((1, 2, 3)).tolist()
     assert len(values) == len(set(values)) == 7
     assert set(values) <= set(map(float, range(10)))
 
@@ -198,16 +198,22 @@ def test_calibration_pictures_of_a_stream(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_quantize_writes_what_the_function_makes(
-    flags: list[str], options: dict, size: int, model: Path, pictures: Path, tmp_path: Path, vitkd
+    flags: list[str],
+    options: dict,
+    size: int,
+    model: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    vitkd,
 ) -> None:
     file = tmp_path / "student.int8.safetensors"
-    result = vitkd("quantize", model, "--images", pictures, "-o", file, "--count", 20, *flags)
+    result = vitkd("quantize", model, "--images", image_folder, "-o", file, "--count", 20, *flags)
     assert result.code == 0, result.err
-    files = list_pictures(pictures)
+    files = list_images(image_folder)
     assert file.read_bytes() == expected(model, files[::3], size, **options)
     assert list(tmp_path.iterdir()) == [file]
     lines = result.out.splitlines()
-    assert lines[0] == "20 of 60 pictures, 0 skipped"
+    assert lines[0] == "20 of 60 images, 0 skipped"
     assert lines[1].split()[:2] == ["layer", "op"]
     report = [line for line in lines if not line.startswith("warning: ")]
     assert report[-2].startswith("top-1 agreement with the float model ")
@@ -215,23 +221,23 @@ def test_quantize_writes_what_the_function_makes(
     assert int8.load(file).image_size == size
 
 
-def test_a_flat_folder_will_do(model: Path, pictures: Path, tmp_path: Path, vitkd) -> None:
+def test_a_flat_folder_will_do(model: Path, image_folder: Path, tmp_path: Path, vitkd) -> None:
     (tmp_path / "flat").mkdir()
-    for file in list((pictures / "3").iterdir()):
+    for file in list((image_folder / "3").iterdir()):
         shutil.copy(file, tmp_path / "flat")
-    (tmp_path / "flat" / "notes.txt").write_text("no picture, and not taken for one")
+    (tmp_path / "flat" / "notes.txt").write_text("no image, and not taken for one")
     file = tmp_path / "student.safetensors"
     result = vitkd("quantize", model, "--images", tmp_path / "flat", "-o", file)
     assert result.code == 0, result.err
-    assert file.read_bytes() == expected(model, list_pictures(pictures / "3"))
+    assert file.read_bytes() == expected(model, list_images(image_folder / "3"))
 
 
-def test_quantize_skips_bad_pictures_and_counts_them(
-    model: Path, pictures: Path, tmp_path: Path, vitkd
+def test_quantize_skips_bad_images_and_counts_them(
+    model: Path, image_folder: Path, tmp_path: Path, vitkd
 ) -> None:
-    shutil.copytree(pictures / "3", tmp_path / "in")
+    shutil.copytree(image_folder / "3", tmp_path / "in")
     bad = tmp_path / "in" / "100.png"
-    bad.write_text("no picture")
+    bad.write_text("no image")
     given = ("quantize", model, "--images", tmp_path / "in", "-o", tmp_path / "a.safetensors")
     result = vitkd(*given)
     assert result.code == 1
@@ -240,31 +246,31 @@ def test_quantize_skips_bad_pictures_and_counts_them(
     assert not (tmp_path / "a.safetensors").exists()
     result = vitkd(*given, "--skip-bad")
     assert result.code == 0, result.err
-    good = len(list((pictures / "3").iterdir()))
-    assert result.out.startswith(f"{good} of {good + 1} pictures, 1 skipped\n")
+    good = len(list((image_folder / "3").iterdir()))
+    assert result.out.startswith(f"{good} of {good + 1} images, 1 skipped\n")
 
 
 def test_what_cannot_be_quantized(
-    model: Path, quantized: Path, pictures: Path, tmp_path: Path, vitkd
+    model: Path, quantized: Path, image_folder: Path, tmp_path: Path, vitkd
 ) -> None:
     out = tmp_path / "out.safetensors"
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "1.png").write_text("no picture")
+    (tmp_path / "bad" / "1.png").write_text("no image")
     usage = {
-        (model, pictures, "out.onnx"): "out.onnx given; accepted are names in .safetensors",
-        (model, pictures, tmp_path / "no" / "out.safetensors"): f"{tmp_path}/no is no folder",
-        (model, pictures, model): "is the model itself",
-        (quantized, pictures, out): "student.safetensors is int8 already",
-        (model, pictures, out, "--count", 0): "--count",
-        (model, pictures, out, "--calibration", "best"): "--calibration",
-        (model, pictures): "-o",
+        (model, image_folder, "out.onnx"): "out.onnx given; accepted are names in .safetensors",
+        (model, image_folder, tmp_path / "no" / "out.safetensors"): f"{tmp_path}/no is no folder",
+        (model, image_folder, model): "is the model itself",
+        (quantized, image_folder, out): "student.safetensors is int8 already",
+        (model, image_folder, out, "--count", 0): "--count",
+        (model, image_folder, out, "--calibration", "best"): "--calibration",
+        (model, image_folder): "-o",
     }
     failed = {
         (model, tmp_path / "none", out): f"DataError: {tmp_path}/none is no folder",
         (model, tmp_path / "empty", out): f"DataError: {tmp_path}/empty holds no images",
-        (model, tmp_path / "bad", out, "--skip-bad"): "not one of 1 pictures can be read",
-        (tmp_path / "none.safetensors", pictures, out): "none.safetensors is not a file",
+        (model, tmp_path / "bad", out, "--skip-bad"): "not one of 1 images can be read",
+        (tmp_path / "none.safetensors", image_folder, out): "none.safetensors is not a file",
     }
     before = model.read_bytes()
     for code, cases in ((2, usage), (1, failed)):
@@ -278,13 +284,15 @@ def test_what_cannot_be_quantized(
     assert model.read_bytes() == before
 
 
-def test_an_operation_that_the_engine_lacks_is_named(pictures: Path, tmp_path: Path, vitkd) -> None:
+def test_an_operation_that_the_engine_lacks_is_named(
+    image_folder: Path, tmp_path: Path, vitkd
+) -> None:
     torch.manual_seed(0)
     lacking = models.create("ghostnet_100", num_classes=10)
     names = [str(i) for i in range(10)]
     models.save(tmp_path / "ghost.safetensors", lacking, name="ghostnet_100", options={},
                 num_classes=10, pixels=PIXELS, classes=names)  # fmt: skip
-    given = ("--images", pictures / "1", "-o", tmp_path / "out.safetensors")
+    given = ("--images", image_folder / "1", "-o", tmp_path / "out.safetensors")
     result = vitkd("quantize", tmp_path / "ghost.safetensors", *given)
     assert result.code == 1
     assert re.search(r"UnsupportedError: .*GhostModule.*aten\.cat", result.err)
@@ -294,14 +302,14 @@ def test_an_operation_that_the_engine_lacks_is_named(pictures: Path, tmp_path: P
 # eval, predict and profile
 
 
-def test_eval_is_of_the_engines_answers(quantized: Path, pictures: Path, vitkd) -> None:
-    outputs = [vitkd("eval", quantized, pictures, "--workers", 0, *more)
+def test_eval_is_of_the_engines_answers(quantized: Path, image_folder: Path, vitkd) -> None:
+    outputs = [vitkd("eval", quantized, image_folder, "--workers", 0, *more)
                for more in ([], ["--threads", 2, "--batch-size", 7])]  # fmt: skip
     assert [x.code for x in outputs] == [0, 0], outputs
     printed = dict(line.split() for line in outputs[0].out.splitlines()[1:])
-    assert outputs[0].out.startswith("60 pictures, 0 skipped\n")
+    assert outputs[0].out.startswith("60 images, 0 skipped\n")
     assert outputs[1].out == outputs[0].out
-    files = list_pictures(pictures)
+    files = list_images(image_folder)
     logits = int8.load(quantized)(np.stack([read(file, PIXELS) for file in files]))
     labels = np.array([int(file.parent.name) for file in files])
     assert printed["top1"] == f"{(logits.argmax(1) == labels).mean():.4f}"
@@ -309,15 +317,15 @@ def test_eval_is_of_the_engines_answers(quantized: Path, pictures: Path, vitkd) 
     assert float(printed["nll"]) == pytest.approx(nll.item(), abs=1e-4)
 
 
-def test_eval_gives_each_class_in_json(quantized: Path, pictures: Path, vitkd) -> None:
-    result = vitkd("eval", quantized, pictures, "--workers", 0, "--json")
+def test_eval_gives_each_class_in_json(quantized: Path, image_folder: Path, vitkd) -> None:
+    result = vitkd("eval", quantized, image_folder, "--workers", 0, "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)  # and nothing else on stdout
-    plain = vitkd("eval", quantized, pictures, "--workers", 0).out.splitlines()[1:]
+    plain = vitkd("eval", quantized, image_folder, "--workers", 0).out.splitlines()[1:]
     assert {k: f"{v:.4f}" for k, v in found["metrics"].items()} == dict(map(str.split, plain))
-    assert (found["model"], found["folder"]) == (str(quantized), str(pictures))
+    assert (found["model"], found["folder"]) == (str(quantized), str(image_folder))
     assert (found["images"], found["skipped"]) == (60, 0)
-    files = sources.list_pictures(pictures)
+    files = list_images(image_folder)
     answers = int8.load(quantized)(np.stack([read(file, PIXELS) for file in files])).argmax(1)
     labels = np.array([int(file.parent.name) for file in files])
     for i, row in enumerate(found["classes"]):
@@ -333,8 +341,8 @@ def test_eval_knows_wordnet_ids() -> None:
     assert models.class_names(("a", "b")) == [["a", "b"]]
 
 
-def test_predict_is_of_the_engines_answers(quantized: Path, pictures: Path, vitkd) -> None:
-    files = list_pictures(pictures)[:5]
+def test_predict_is_of_the_engines_answers(quantized: Path, image_folder: Path, vitkd) -> None:
+    files = list_images(image_folder)[:5]
     result = vitkd("predict", quantized, *files, "--top", 2)
     assert result.code == 0, result.err
     assert vitkd("predict", quantized, *files, "--top", 2, "--threads", 2).out == result.out
@@ -344,8 +352,8 @@ def test_predict_is_of_the_engines_answers(quantized: Path, pictures: Path, vitk
         assert line == f"{file}: {i[0]} {100 * p[0]:.1f}%, {i[1]} {100 * p[1]:.1f}%"
 
 
-def test_predict_takes_folders(quantized: Path, pictures: Path, tmp_path: Path, vitkd) -> None:
-    for i, file in enumerate(list_pictures(pictures)[:12]):
+def test_predict_takes_folders(quantized: Path, image_folder: Path, tmp_path: Path, vitkd) -> None:
+    for i, file in enumerate(list_images(image_folder)[:12]):
         (tmp_path / "in" / "deep").mkdir(parents=True, exist_ok=True)
         shutil.copy(file, tmp_path / "in" / ("deep" if i % 2 else "") / f"{i}.png")
     (tmp_path / "in" / "notes.txt").write_text("no image, and not taken for one")
@@ -368,24 +376,24 @@ def test_predict_takes_folders(quantized: Path, pictures: Path, tmp_path: Path, 
 
 
 def test_a_path_in_the_home_folder(
-    quantized: Path, pictures: Path, tmp_path: Path, vitkd, monkeypatch: pytest.MonkeyPatch
+    quantized: Path, image_folder: Path, tmp_path: Path, vitkd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shell leaves ~ alone behind --option=."""
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copy(quantized, tmp_path / "student.safetensors")
-    shutil.copytree(pictures / "1", tmp_path / "in")
+    shutil.copytree(image_folder / "1", tmp_path / "in")
     given = ("predict", "~/student.safetensors", "~/in")
     assert vitkd(*given).out == vitkd("predict", quantized, tmp_path / "in").out != ""
     result = vitkd("quantize", "~/student.safetensors", "--images=~/in", "-o", "~/out.safetensors")
     assert "MODEL: " + str(tmp_path / "student.safetensors") + " is int8 already" in result.err
 
 
-def test_predict_needs_no_torch(quantized: Path, pictures: Path, tmp_path: Path) -> None:
+def test_predict_needs_no_torch(quantized: Path, image_folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from vitkd_fast.cli import app; app(standalone_mode=False);"
         "print('torch' in sys.modules, 'timm' in sys.modules)"
     )
-    command = [sys.executable, "-c", code, "predict", str(quantized), str(pictures / "1")]
+    command = [sys.executable, "-c", code, "predict", str(quantized), str(image_folder / "1")]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[-1] == "False False"
@@ -411,15 +419,17 @@ def test_profile(quantized: Path, vitkd) -> None:
     assert p50 <= p90 <= p99 and cpu > 0 and calls >= 100
 
 
-def test_a_damaged_file_is_named(quantized: Path, pictures: Path, tmp_path: Path, vitkd) -> None:
+def test_a_damaged_file_is_named(
+    quantized: Path, image_folder: Path, tmp_path: Path, vitkd
+) -> None:
     content = bytearray(quantized.read_bytes())
     content[-9] ^= 1
     (tmp_path / "flipped.safetensors").write_bytes(content)
     (tmp_path / "short.safetensors").write_bytes(content[: len(content) // 2])
-    picture = next((pictures / "1").iterdir())
+    image = next((image_folder / "1").iterdir())
     for name in ("flipped", "short"):
         file = tmp_path / f"{name}.safetensors"
-        for command in (("eval", file, pictures), ("predict", file, picture), ("profile", file)):
+        for command in (("eval", file, image_folder), ("predict", file, image), ("profile", file)):
             result = vitkd(*command)
             assert result.code == 1
             assert f"FileError: {file}: " in result.err
@@ -446,7 +456,7 @@ def test_profile_of_what_is_no_int8_file(name: str, model: Path, tmp_path: Path,
     assert sentence in result.err
 
 
-def test_quantize_a_vision_transformer(pictures: Path, tmp_path: Path, vitkd) -> None:
+def test_quantize_a_vision_transformer(image_folder: Path, tmp_path: Path, vitkd) -> None:
     """One sentence: where, what, and which models there are."""
     options = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
     file = tmp_path / "vit.safetensors"
@@ -459,15 +469,15 @@ def test_quantize_a_vision_transformer(pictures: Path, tmp_path: Path, vitkd) ->
         pixels=PIXELS,
         classes=[str(i) for i in range(10)],
     )
-    result = vitkd("quantize", file, "--images", pictures, "-o", tmp_path / "int8.safetensors")
+    result = vitkd("quantize", file, "--images", image_folder, "-o", tmp_path / "int8.safetensors")
     assert result.code == 1 and len(result.err.splitlines()) == 1
     for part in ("patch_embed (timm.", "aten.flatten", "MobileNets (timm's mobilenetv1*, "):
         assert part in result.err
 
 
-def test_quantize_with_few_images(model: Path, pictures: Path, tmp_path: Path, vitkd) -> None:
+def test_quantize_with_few_images(model: Path, image_folder: Path, tmp_path: Path, vitkd) -> None:
     output = tmp_path / "int8.safetensors"
-    result = vitkd("quantize", model, "--images", pictures, "-o", output, "--count", 5)
+    result = vitkd("quantize", model, "--images", image_folder, "-o", output, "--count", 5)
     assert result.code == 0, result.err
     assert "warning: calibrated on 5 images; 100 to 500 are recommended" in result.out
 
@@ -476,7 +486,7 @@ def test_quantize_with_few_images(model: Path, pictures: Path, tmp_path: Path, v
 
 
 def test_readmes_snippets_run(
-    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, vitkd
+    model: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, vitkd
 ) -> None:
     """Each class of PNG and of JPEG files calibrates; where the int8 file runs, torch does not."""
     section = (ROOT / "README.md").read_text().split("\n## Run it in int8\n")[1].split("\n## ")[0]
@@ -486,13 +496,13 @@ def test_readmes_snippets_run(
     (tmp_path / "runs/first/distilled-0").mkdir(parents=True)
     shutil.copy(model, tmp_path / "runs/first/distilled-0/best.safetensors")
     for split in ("train", "val"):
-        shutil.copytree(pictures, tmp_path / "pictures" / split)
-    for i, file in enumerate(sorted((tmp_path / "pictures/train").rglob("*.png"))):
+        shutil.copytree(image_folder, tmp_path / "images" / split)
+    for i, file in enumerate(sorted((tmp_path / "images/train").rglob("*.png"))):
         suffix = (".png", ".jpg", ".JPEG")[i % 3]
         Image.open(file).convert("RGB").save(file.with_suffix(suffix))
         if suffix != ".png":
             file.unlink()
-    Image.open(next((pictures / "1").iterdir())).convert("RGB").save(tmp_path / "cat.jpg")
+    Image.open(next((image_folder / "1").iterdir())).convert("RGB").save(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     for command in shell[0].replace("\\\n", "").splitlines():
         program, *arguments = command.split("#")[0].split()
@@ -511,7 +521,7 @@ def test_readmes_snippets_run(
 
 @pytest.mark.slow
 def test_real_weights_keep_their_accuracy(request, tmp_path: Path, vitkd) -> None:
-    """MobileNetV2's 88.8% of one picture of every second class, calibrated on 128 of them."""
+    """MobileNetV2's 88.8% of one image of every second class, calibrated on 128 of them."""
     folder = request.getfixturevalue("data")
     same = {"pad_type": "same"}
     weights = folder / "mobilenetv2_100.tf_in1k.safetensors"
@@ -537,8 +547,8 @@ def test_real_weights_keep_their_accuracy(request, tmp_path: Path, vitkd) -> Non
     assert result.code == 0, result.err
     result = vitkd("eval", file, tmp_path / "val", "--threads", 2)
     assert result.code == 0, result.err
-    assert "500 pictures, 0 skipped" in result.out
+    assert "500 images, 0 skipped" in result.out
     scores = dict(line.split() for line in result.out.splitlines()[1:])
     assert float(scores["top1"]) > 0.87
-    picture = next((tmp_path / "val" / "n01440764").iterdir())
-    assert "tench" in vitkd("predict", file, picture).out
+    image = next((tmp_path / "val" / "n01440764").iterdir())
+    assert "tench" in vitkd("predict", file, image).out

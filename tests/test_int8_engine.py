@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from int8_builder import FIELDS, ISAS, Builder, engine, pictures
+from int8_builder import FIELDS, ISAS, Builder, engine, images_for
 from int8_graphs import random_graph
 
 from vitkd_fast import int8
@@ -64,25 +64,25 @@ def assert_equal(
 @pytest.mark.parametrize("seed", range(16))
 def test_random_graphs(seed: int) -> None:
     graph = random_graph(seed)
-    assert_equal(file.read(file.dump(graph)), pictures(graph, 5))
+    assert_equal(file.read(file.dump(graph)), images_for(graph, 5))
 
 
-def test_more_pictures_than_a_head_takes_at_once() -> None:
+def test_more_images_than_a_head_takes_at_once() -> None:
     graph = random_graph(0)
-    assert_equal(graph, pictures(graph, 19), batches=(9, 19), threads=(1, 2))
+    assert_equal(graph, images_for(graph, 19), batches=(9, 19), threads=(1, 2))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_small_maps(size: int) -> None:
     graph = random_graph(size, image_size=size)
-    assert_equal(graph, pictures(graph, 2), batches=(2,), threads=(1, 2))
+    assert_equal(graph, images_for(graph, 2), batches=(2,), threads=(1, 2))
 
 
 @pytest.mark.parametrize(("seed", "more"), [(0, 1), (1, 6), (2, 13), (3, 40), (4, -2)])
 def test_other_sizes_than_the_files(seed: int, more: int) -> None:
     graph = random_graph(seed)
     size = graph.image_size + more
-    images = pictures(graph, 2, size)
+    images = images_for(graph, 2, size)
     want = reference.run(graph, images)
     assert int8.load(file.dump(graph), image_size=size)(images).tobytes() == want.tobytes()
     assert_equal(graph, images, batches=(2,), threads=(2,), size=size)
@@ -113,7 +113,7 @@ def test_chains(seed: int) -> None:
     assert first == 0
     graph = b.graph(size)
     assert engine(graph).steps < len(graph.nodes) == engine(graph, fuse=False).steps
-    assert_equal(graph, pictures(graph, 2), batches=(1, 2), threads=(1, 3))
+    assert_equal(graph, images_for(graph, 2), batches=(1, 2), threads=(1, 3))
 
 
 @pytest.mark.parametrize("kernel", [7, 31])
@@ -126,7 +126,7 @@ def test_large_kernels(kernel: int) -> None:
     b.conv(None, kernel, stride=(1, 8), padding="same")
     b.conv(35, kernel, padding=(kernel - 1, kernel - 1, 5, kernel // 2))
     graph = b.graph(40)
-    assert_equal(graph, pictures(graph, 2), batches=(2,), threads=(1, 2))
+    assert_equal(graph, images_for(graph, 2), batches=(2,), threads=(1, 2))
 
 
 @pytest.mark.parametrize("value", ["127", "-127", "pairs", "signs"])
@@ -162,7 +162,7 @@ def test_extreme_weights(value: str, hardswish: bool) -> None:
     b.add(Pool, (0,), 160, ratio=255.0, zero_point=0)
     b.conv(18, cls=Classifier, weight=weight(18, 160), bias=2**24 + 1, multiplier=1.0)
     graph = Graph(nodes=tuple(b.nodes), image_size=9, **FIELDS)
-    images = pictures(graph, 3)
+    images = images_for(graph, 3)
     images[0], images[1] = 255, np.random.default_rng(0).choice([0, 255], images[1].shape)
     assert_equal(graph, images, batches=(3,), threads=(1,))
 
@@ -249,6 +249,6 @@ def test_values_beyond_int32_are_refused_and_below_are_equal(what: str) -> None:
             b.add(SqueezeExcite, (0,), 16, scale=1.0, ratio=huge, **fields)
         return b.graph(5)
 
-    assert_equal(graph(19), pictures(graph(19), 1), batches=(1,), threads=(1,))
+    assert_equal(graph(19), images_for(graph(19), 1), batches=(1,), threads=(1,))
     with pytest.raises(int8.FileError, match=r"^node 1 \(node1\): "):
         int8.load(graph(30))

@@ -38,7 +38,7 @@ def f32(*values: float) -> np.ndarray:
 
 
 def small_graph() -> Graph:
-    """One node of every operation on a 4x4 picture; two channels."""
+    """One node of every operation on a 4x4 image; two channels."""
     rng = np.random.default_rng(0)
     s8 = lambda *shape: rng.integers(-127, 128, shape).astype(np.int8)  # noqa: E731
     sums: Any = {"bias": np.array([5, -7], np.int32), "multiplier": f32(0.01, 0.02)}
@@ -390,8 +390,8 @@ FIELDS: dict[str, tuple[Callable[[], Graph], str]] = {
     "name": (lambda: changed(0, name=None), "node 0 .*: name is None"),
     "inputs": (lambda: changed(3, inputs=(2,)), r"node 3 \(project\): inputs is \(2,\)"),
     "later input": (lambda: changed(1, inputs=(1,)), r"node 1 \(dw\): an input is 1"),
-    "picture": (lambda: changed(5, inputs=(-1,)), r"node 5 \(pool\): an input is -1"),
-    "picture as residual": (lambda: changed(3, inputs=(2, -1)), "an input is -1"),
+    "image": (lambda: changed(5, inputs=(-1,)), r"node 5 \(pool\): an input is -1"),
+    "image as residual": (lambda: changed(3, inputs=(2, -1)), "an input is -1"),
     "input bool": (lambda: changed(1, inputs=(False,)), "an input is False"),
     "zero_point": (lambda: changed(0, zero_point=256), "zero_point is 256"),
     "zero_point bool": (lambda: changed(0, zero_point=True), "zero_point is True"),

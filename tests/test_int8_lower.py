@@ -202,7 +202,7 @@ def test_maps_are_freed_after_their_last_use() -> None:
     assert max(alive) == 2  # the node's own, and one that waits for its addition
 
 
-def test_pictures_of_another_shape() -> None:
+def test_images_of_another_shape() -> None:
     nodes = lower(create("mobilenetv3_small_050"), 64)
     with pytest.raises(ValueError, match=r"x is \[2, 64, 64, 3\]; accepted: \[N, 3, H, W\]"):
         forward(nodes, torch.zeros(2, 64, 64, 3))
@@ -320,7 +320,7 @@ def test_unsupported_operations(middle: list[nn.Module], message: str) -> None:
         (network()[:-1], r"quantize: 1: the model ends here and returns \(2, 8\)"),
         (network()[:2].append(nn.Conv2d(8, 5, 1)), r"2: .* returns \(2, 5, 1, 1\)"),
         (network()[:1].append(nn.Conv2d(8, 5, 14)).append(nn.Flatten()), "1: the model ends here"),
-        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)), "the picture"),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)), "the image"),
         (
             network()[:1].append(Call(dead_end, nn.Linear(8, 5), nn.Linear(5, 5))),
             r"1.modules_.1: the model ends here and returns \(2, 5\)",
@@ -329,7 +329,7 @@ def test_unsupported_operations(middle: list[nn.Module], message: str) -> None:
         (nn.Conv2d(1, 8, 3), r"Conv2d on images \[2, 3, 16, 16\] fails: Given groups=1"),
     ],
 )
-def test_models_that_are_no_classifier_of_pictures(model: nn.Module, message: str) -> None:
+def test_models_that_are_no_classifier_of_images(model: nn.Module, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         lower(model.eval(), 16)
 

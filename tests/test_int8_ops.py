@@ -677,7 +677,7 @@ def test_on_a_stream_of_its_own() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [24, 17])
 def test_offsets_beyond_int32(channels: int) -> None:
-    """2^31 bytes and a bit: the last pictures are where they belong."""
+    """2^31 bytes and a bit: the last images are where they belong."""
     batch, size = 2**31 // (64 * 64 * channels) + 3, 64
     if torch.cuda.mem_get_info()[0] < 4 * batch * size * size * channels:
         pytest.skip("needs 9 GiB of GPU memory")

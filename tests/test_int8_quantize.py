@@ -92,13 +92,13 @@ def test_report(quantized_block: QuantizedModel, tmp_path: Path) -> None:
     report = quantized_block.report()
     names = [node.name for node in quantized_block.graph.nodes[:-1]]
     assert [layer.name for layer in report.layers] == names
-    assert report.pictures == 24 and report.agreement == 1 and report.sqnr > 30
+    assert report.images == 24 and report.agreement == 1 and report.sqnr > 30
     assert all(layer.sqnr > 20 and layer.lo <= 0 < layer.hi for layer in report.layers)
     assert all(0 <= layer.clipped < 0.05 for layer in report.layers)
     text = str(report)
     assert len(text.splitlines()) == len(names) + 2 + len(report.warnings)
     assert all(name in text for name in names)
-    assert "100.00% of 24 pictures" in text and f"logit SQNR {report.sqnr:.1f} dB" in text
+    assert "100.00% of 24 images" in text and f"logit SQNR {report.sqnr:.1f} dB" in text
     assert repr(quantized_block) == (
         f"QuantizedModel(11 nodes, 16x16, 5 classes, logit SQNR {report.sqnr:.1f} dB)"
     )
@@ -209,7 +209,7 @@ def test_an_all_zero_model() -> None:
     assert np.array_equal(reference.run(graph, IMAGES[:2]), np.zeros((2, 5), np.float32))
 
 
-def test_the_border_of_a_picture() -> None:
+def test_the_border_of_a_image() -> None:
     """Padding is the float model's zero, a grey of 255 * mean."""
     torch.manual_seed(0)
     model = Block().eval()
@@ -244,7 +244,7 @@ def test_relu6_is_a_clamp(block: nn.Module) -> None:
 
 
 def test_bias_correction_makes_means_agree(block: nn.Module) -> None:
-    """On the pictures of the calibration and on others; each error of the mean is of one logit."""
+    """On the images of the calibration and on others; each error of the mean is of one logit."""
     fresh = random_images(2, (64, 16, 16, 3))
     for images in (IMAGES, fresh):
         errors = {}
@@ -340,7 +340,7 @@ def test_families(name: str) -> None:
 
 
 class Imagenet:
-    """MobileNetV2 and 500 pictures, in sorted order."""
+    """MobileNetV2 and 500 images, in sorted order."""
 
     def __init__(self, data: Path) -> None:
         self.model = timm.create_model(
@@ -355,14 +355,14 @@ class Imagenet:
 
     def images(self, rows: Array) -> Array:
         """The short side resized to 256, bicubic, and the centre of 224."""
-        pictures = []
+        images = []
         for row in rows:
-            picture = Image.open(io.BytesIO(self.sample.read(self.names[row]))).convert("RGB")
-            larger = [round(256 * side / min(picture.size)) for side in picture.size]
-            picture = picture.resize(larger, Image.Resampling.BICUBIC)
+            image = Image.open(io.BytesIO(self.sample.read(self.names[row]))).convert("RGB")
+            larger = [round(256 * side / min(image.size)) for side in image.size]
+            image = image.resize(larger, Image.Resampling.BICUBIC)
             left, top = ((side - 224) // 2 for side in larger)
-            pictures.append(np.asarray(picture.crop((left, top, left + 224, top + 224))))
-        return np.stack(pictures)
+            images.append(np.asarray(image.crop((left, top, left + 224, top + 224))))
+        return np.stack(images)
 
     def logits(self, images: Array) -> Array:
         halves = ((0.5,) * 3,) * 2
@@ -379,7 +379,7 @@ class Imagenet:
 
 
 def test_imagenet(data: Path) -> None:
-    """Some pictures of the first fold; `test_imagenet_in_four_folds` has all."""
+    """Some images of the first fold; `test_imagenet_in_four_folds` has all."""
     imagenet = Imagenet(data)
     quantized = imagenet.quantized(imagenet.images(np.arange(0, 500, 16)))
     fresh = imagenet.images(np.arange(1, 500, 8))

@@ -42,7 +42,7 @@ def to_byte(v: Fraction, node: Any) -> int:
 
 
 def bytes_of(*values: int) -> Array:
-    """One picture of one row, one channel."""
+    """One image of one row, one channel."""
     return np.array(values, np.uint8)[None, None, :, None]
 
 

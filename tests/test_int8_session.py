@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from int8_builder import ISAS, Builder, engine, mobilenet_v2, pictures
+from int8_builder import ISAS, Builder, engine, images_for, mobilenet_v2
 from int8_graphs import random_graph
 
 from vitkd_fast import _int8, int8
@@ -45,7 +45,7 @@ def graph() -> Graph:
 
 @pytest.fixture(scope="module")
 def images(graph: Graph) -> Array:
-    return pictures(graph, 5)
+    return images_for(graph, 5)
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_state_of_the_callers_floats(graph: Graph, images: Array) -> None:
     b.add(SqueezeExcite, None, 16, scale=1e-36, ratio=1.0, **gates)
     b.conv(None, inputs=(1,), weight=64, bias=0, multiplier=1 / 64)
     denormal = b.graph(12)
-    for given, pixels in ((graph, images), (denormal, pictures(denormal, 2))):
+    for given, pixels in ((graph, images), (denormal, images_for(denormal, 2))):
         right = reference.run(given, pixels)
         sessions = [int8.load(given, isa=isa, threads=t) for isa in ISAS for t in (1, 2)]
         for flush, rounding in ((True, 0), (False, 1), (False, 2), (True, 3)):
@@ -350,8 +350,8 @@ print(status["VmRSS"].split()[0], status["VmHWM"].split()[0])
     assert resident < 60, result.stdout
 
 
-def test_nothing_beside_the_pictures_is_read() -> None:
-    """Pictures and logits between pages that nobody may touch, in a process that may die of it."""
+def test_nothing_beside_the_images_is_read() -> None:
+    """Images and logits between pages that nobody may touch, in a process that may die of it."""
     code = """
 import ctypes, mmap, sys
 import numpy as np
@@ -371,13 +371,13 @@ for kernel, stride, out in [(1, 1, 16), (3, 2, 33), (5, 2, 64), (7, 4, 20), (9, 
         b = Builder(kernel)
         b.conv(out, kernel, inputs=(-1,), stride=(stride, stride), padding=padding)
         graph = b.graph(53, classes=out + 3)
-        pictures = guarded(2 * 53 * 53 * 3).reshape(2, 53, 53, 3)
-        pictures[:] = np.random.default_rng(0).integers(0, 256, pictures.shape)
+        images = guarded(2 * 53 * 53 * 3).reshape(2, 53, 53, 3)
+        images[:] = np.random.default_rng(0).integers(0, 256, images.shape)
         logits = guarded(2 * (out + 3) * 4).view(np.float32).reshape(2, out + 3)
-        want = reference.run(graph, pictures)
+        want = reference.run(graph, images)
         for isa in ISAS:
             print(kernel, stride, padding, isa, flush=True)
-            engine(graph, isa=isa).run(pictures, logits)
+            engine(graph, isa=isa).run(images, logits)
             assert logits.tobytes() == want.tobytes()
 """
     result = python(code, str(Path(__file__).parent))

@@ -1,4 +1,4 @@
-"""The loop: resumed runs, signals, ranks, accumulation, averages, losses that are no number."""
+"""The loop: resumed runs, signals, ranks, accumulation, averages, losses that are NaN or Inf."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
 from vitkd_fast import models
-from vitkd_fast.distill import checkpoint, journal, sources
+from vitkd_fast.distill import checkpoint, logger, sources
 from vitkd_fast.distill.config import load
-from vitkd_fast.distill.loop import Meter, NonFiniteError, Place, Stopped, Trainer
+from vitkd_fast.distill.loop import Meter, NonFiniteError, Runtime, Stopped, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ TINY = [
     "run.max_steps=6",
     "run.log_every=2",
     "run.seeds=[0]",
-    "run.alone=false",
+    "run.baseline=false",
 ]
 
 
@@ -71,7 +71,7 @@ def trainer(folder: Path, overrides: list[str] | tuple[str, ...] = (), **changed
         "folder": folder,
         "seed": 0,
         "title": "test",
-        "place": Place.of(config),
+        "runtime": Runtime.of(config),
         "save_model": functools.partial(
             models.save,
             name="mobilenetv2_035",
@@ -114,7 +114,7 @@ def test_resume_gives_the_same_weights(tmp_path: Path, at: int, losses: list[str
     assert bool(again.learned) == bool(losses)
     assert_same(again.run(), whole)
     rows = [
-        [{k: v for k, v in row.items() if k != "images_per_s"} for row in journal.read(folder)]
+        [{k: v for k, v in row.items() if k != "images_per_s"} for row in logger.read(folder)]
         for folder in (tmp_path / "whole", tmp_path / "cut")
     ]
     assert rows[0] == rows[1]
@@ -152,7 +152,7 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_to_be_done(tmp_path: Pa
     assert not (tmp_path / "last.safetensors").exists()
     trained = trainer(tmp_path, resume=True).run()
     assert_same(models.load(tmp_path / "last.safetensors").model, trained)
-    assert [row["step"] for row in journal.read(tmp_path) if row["kind"] == "val"] == [6]
+    assert [row["step"] for row in logger.read(tmp_path) if row["kind"] == "val"] == [6]
 
 
 def test_a_signal_during_the_last_evaluation_is_not_lost(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ SHORT = [*TINY[:-3], "teacher.epochs=1", *TINY[-2:], "run.max_steps=8", "run.log
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     until = time.monotonic() + 120
-    while not any(row["step"] >= step for row in journal.read(folder)):
+    while not any(row["step"] >= step for row in logger.read(folder)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.002)
@@ -259,7 +259,7 @@ def test_a_signal_saves_and_exits_with_a_message(sent: signal.Signals, tmp_path:
 
 
 def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in journal.read(folder) if row["kind"] == "train"]
+    return [row["loss"] for row in logger.read(folder) if row["kind"] == "train"]
 
 
 def frozen() -> nn.Module:
@@ -314,7 +314,7 @@ def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> Non
     assert len(set(one)) == 6  # it does change from step to step
     torch.testing.assert_close(torch.tensor(one), torch.tensor(two))
     val = [
-        [row["top1"] for row in journal.read(tmp_path / name) if row["kind"] == "val"]
+        [row["top1"] for row in logger.read(tmp_path / name) if row["kind"] == "val"]
         for name in ("one", "two")
     ]
     assert val[0] == val[1] != []
@@ -350,7 +350,7 @@ def test_the_teacher_is_a_constant(tmp_path: Path) -> None:
     assert not run.teacher.training
     assert not any(p.requires_grad for p in run.teacher.parameters())
     dtypes = {p.dtype for p in run.teacher.parameters()}
-    assert dtypes == {run.place.teacher}
+    assert dtypes == {run.runtime.teacher}
 
 
 def test_a_student_learns_where_its_teacher_looks(tmp_path: Path) -> None:
@@ -363,13 +363,13 @@ def test_a_student_learns_where_its_teacher_looks(tmp_path: Path) -> None:
     options = load("digits", [*TINY, "optimizer={lr: 3e-3}"]).optimizer
     changed = [*alone, "run.max_steps=200", "run.log_every=20"]
     run = trainer(tmp_path, changed, teacher=constant, optimizer=options, epochs=50)
-    pictures = next(run.loader.epoch(0)).images
-    answers = run.answers(pictures, run.teacher)
+    images = next(run.loader.epoch(0)).images
+    answers = run.teacher_outputs(images, run.teacher)
     queries, keys = (x[-1][:, :, 1:].float() for x in (answers.queries, answers.keys))
     attention = (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(-1)
     everywhere = (attention * (attention * attention.shape[-1]).log()).sum(-1).mean()
     run.run()
-    found = [row["attention"] for row in journal.read(tmp_path) if row["kind"] == "train"]
+    found = [row["attention"] for row in logger.read(tmp_path) if row["kind"] == "train"]
     assert found[-1] < found[0] / 2
     assert found[-1] < everywhere
     assert all(p.grad is None for p in constant.parameters())
@@ -399,7 +399,7 @@ def test_the_average_is_what_is_saved_and_scored(tmp_path: Path) -> None:
 def test_the_schedule_warms_up_and_ends_low(tmp_path: Path) -> None:
     changed = ["run.max_steps=12", "run.log_every=1", "data.batch_size=64"]
     trainer(tmp_path, changed).run()
-    rates = [row["lr"] for row in journal.read(tmp_path) if row["kind"] == "train"]
+    rates = [row["lr"] for row in logger.read(tmp_path) if row["kind"] == "train"]
     assert len(rates) == 12
     top = rates.index(max(rates))
     assert 0 < top < 11
@@ -418,7 +418,7 @@ def test_a_compiled_student_learns_the_same(tmp_path: Path, monkeypatch) -> None
     torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-3, atol=1e-4)
 
 
-# losses that are no number
+# losses that are NaN or Inf
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 
 
 def _without_learning(run: Trainer, update, batches) -> None:
-    """A gradient of 1e39 would make the weights no number in the same step as the loss."""
+    """A gradient of 1e39 would make the weights NaN or Inf in the same step as the loss."""
     kept = {name: x.clone() for name, x in run.model.state_dict().items()}
     update(batches)
     run.model.load_state_dict(kept)
@@ -525,18 +525,18 @@ def test_a_failed_write_keeps_the_checkpoint(tmp_path: Path, monkeypatch) -> Non
     assert not list(tmp_path.glob(".*"))
 
 
-# the journal
+# the logger
 
 
 def test_journal_on_a_plain_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with journal.Journal(tmp_path, "run", total=10) as written:
+    with logger.MetricLogger(tmp_path, "run", total=10) as written:
         written.write("train", 5, {"epoch": 0.5, "loss": 1.25, "images_per_s": 100.0})
         written.write("val", 5, {"epoch": 0.5, "top1": 0.5})
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("run: train step 5/10  loss 1.25  images_per_s 100  ")
     assert out[0].endswith(" s left")
     assert out[1].startswith("run: val   step 5/10  top1 0.5")
-    assert [row["kind"] for row in journal.read(tmp_path)] == ["train", "val"]
+    assert [row["kind"] for row in logger.read(tmp_path)] == ["train", "val"]
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -544,10 +544,10 @@ def test_journal_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
     rows = [{"kind": "train", "step": step, "loss": 1.0} for step in (1, 2, 3)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(text + '{"kind": "tra')
-    assert journal.read(tmp_path) == rows
-    with journal.Journal(tmp_path, "run", total=10, step=2) as written:
+    assert logger.read(tmp_path) == rows
+    with logger.MetricLogger(tmp_path, "run", total=10, step=2) as written:
         written.write("train", 3, {"loss": 2.0})
-    assert [row["loss"] for row in journal.read(tmp_path)] == [1.0, 1.0, 2.0]
+    assert [row["loss"] for row in logger.read(tmp_path)] == [1.0, 1.0, 2.0]
 
 
 # the device
@@ -567,8 +567,8 @@ def test_a_step_waits_for_nothing(tmp_path: Path) -> None:
 
 
 def test_precision_by_device() -> None:
-    def place(*overrides: str) -> Place:
-        return Place.of(load("digits", ["run.device=cpu", *overrides]))
+    def place(*overrides: str) -> Runtime:
+        return Runtime.of(load("digits", ["run.device=cpu", *overrides]))
 
     assert place().student == torch.float32
     assert place("run.precision=bfloat16").student == torch.bfloat16

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vitkd_fast.models import Normalize, Pixels, Tapped, Taps, create, load, save
+from vitkd_fast.models import Normalize, Pixels, TapOutputs, Taps, create, load, save
 
 VIT = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 SWIN = {"depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 4}
@@ -202,7 +202,7 @@ def test_an_exception_leaves_no_hooks(x: Tensor) -> None:
         taps(x)
     model.norm._forward_hooks.clear()
     assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in model.modules())
-    assert model(x).equal(plain) and isinstance(taps(x), Tapped)
+    assert model(x).equal(plain) and isinstance(taps(x), TapOutputs)
 
 
 def test_taps_errors() -> None:

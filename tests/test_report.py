@@ -15,7 +15,7 @@ from PIL import Image
 from vitkd_fast.distill import report
 
 AWKWARD = '<b>&"'
-ROLES = ["teacher", "alone", "distilled", "int8"]
+ROLES = ["teacher", "baseline", "distilled", "int8"]
 METRICS = "top1 top5 precision recall f1 kappa quadratic_kappa mcc auroc ece nll".split()
 OPTIONAL = ["comparison", "curves", "confusion", "int8_confusion", "per_class", "disagreements"]
 OPTIONAL += ["notes"]
@@ -53,14 +53,15 @@ def results() -> dict:
         for role, values in recalls.items()
     }  # fmt: skip
     return {
-        "version": 1, "title": "digits", "verdict": "Distilled beats alone by 1.2 points.",
+        "version": 1, "title": "digits", "verdict": "Distilled beats the baseline by 1.2 points.",
         "config": {"loss": {"temperature": 4.0, "labels": None},
                    "data": {"train": "my images", "val": ""},
                    "run": {"folder": "runs/digits", "seeds": [0, 1, 2]}},
         "environment": {"torch": "2.11"}, "per_class": per_class,
         "data": {"train": 8, "val": 9, "classes": names},
         "models": [
-            model("teacher", 0.972, 1, 22_105_384, 14.23), model("alone", 0.938, 3, 6_112_424, 2.1),
+            model("teacher", 0.972, 1, 22_105_384, 14.23),
+            model("baseline", 0.938, 3, 6_112_424, 2.1),
             model("distilled", 0.95, 3, 6_112_424, 2.1), model("int8", 0.948, 3, 812_424, 0.6123),
         ],
         "comparison": {"metric": "top1", "seeds": 3, "difference": 0.012,
@@ -87,7 +88,7 @@ def test_write_then_read(results: dict, tmp_path: Path) -> None:
 
 def test_what_json_and_utf8_lack(results: dict, tmp_path: Path) -> None:
     results["models"][1]["mean"]["auroc"] = float("nan")
-    results["curves"]["alone, seed 0"]["train"][7]["loss"] = float("inf")
+    results["curves"]["baseline, seed 0"]["train"][7]["loss"] = float("inf")
     results["disagreements"]["shown"][0]["name"] = os.fsdecode(b"\xff.png")
     report.write(results, tmp_path).read_text(encoding="utf-8")
     json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
@@ -119,7 +120,7 @@ def test_the_page_loads_nothing(results: dict) -> None:
     for word in ("https:", "<script", "@import", "<link", "@font-face", AWKWARD, "</style> "):
         assert word not in page
     assert page.count("http:") == page.count('="http://www.w3.org/')  # SVG's names for itself
-    assert page.count("</style>") == 4  # the page's and one in each picture
+    assert page.count("</style>") == 4  # the page's and one in each image
 
 
 def test_numbers(results: dict) -> None:
@@ -174,8 +175,8 @@ def test_the_next_commands_are_of_this_run(results: dict) -> None:
     results["models"] = results["models"][1:2]
     results["config"]["run"]["folder"] = "my runs/a"
     text = words(report.render(results), "next")
-    model = "'my runs/a/alone-0/last.safetensors' --images 'my images'"
-    assert f"vitkd quantize {model} -o 'my runs/a/alone-0/last.int8.safetensors'" in text
+    model = "'my runs/a/baseline-0/last.safetensors' --images 'my images'"
+    assert f"vitkd quantize {model} -o 'my runs/a/baseline-0/last.int8.safetensors'" in text
 
 
 @pytest.mark.parametrize("empty", [{}, dict.fromkeys(OPTIONAL), {key: [] for key in OPTIONAL}])

@@ -331,7 +331,7 @@ def test_transformers(tmp_path: Path) -> None:
         create(f"local-dir:{folder}")
     wrapped = {f"timm_model.{k}": v for k, v in timm.create_model(NAME).state_dict().items()}
     safetensors.torch.save_file(wrapped, folder / "model.safetensors")
-    assert Origin.of(create(NAME, checkpoint=folder / "model.safetensors")).answers
+    assert Origin.of(create(NAME, checkpoint=folder / "model.safetensors")).trained
 
 
 # --- another number of classes
@@ -349,11 +349,11 @@ def test_a_new_head(model: nn.Module, tmp_path: Path) -> None:
     assert all(state[key].equal(given[key]) for key in state if not key.startswith("classifier"))
     assert created.classifier.weight.std() > 0.01
     origin = Origin.of(created)
-    assert not origin.answers and origin.classes is None
+    assert not origin.trained and origin.classes is None
     assert str(origin) == f"checkpoint {file}; new classifier: 3 classes for 4"
     # with its own number nothing is new
     assert same(whole := create(NAME, num_classes=4, checkpoint=file, new_head=True), model)
-    assert Origin.of(whole).answers
+    assert Origin.of(whole).trained
 
 
 def test_a_new_head_hides_no_misfit(model: nn.Module, tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_a_new_head_of_transformers(tmp_path: Path) -> None:
 
 def test_origin_of_random_weights() -> None:
     origin = Origin.of(create(NAME))
-    assert origin == Origin() and not origin.answers and str(origin) == "random"
+    assert origin == Origin() and not origin.trained and str(origin) == "random"
     unknown = Origin.of(nn.Linear(2, 2))
     assert unknown.weights == "unknown" and unknown.classes is None
 
@@ -403,7 +403,7 @@ def test_origin_of_our_file(model: nn.Module, tmp_path: Path, x: Tensor) -> None
     loaded = load(file).model
     expected = Origin(f"file {file}", classes=("a", "b", "c", "d"), pixels=pixels)
     for wrapped in (loaded, copy.deepcopy(loaded), torch.compile(loaded), nn.DataParallel(loaded)):
-        assert Origin.of(wrapped) == expected and Origin.of(wrapped).answers
+        assert Origin.of(wrapped) == expected and Origin.of(wrapped).trained
     assert Pixels.of(loaded) == pixels
     uint8 = (x * 40 + 128).clamp(0, 255).to(torch.uint8)
     assert predictor(loaded)(uint8).equal(predictor(loaded, pixels)(uint8))
@@ -551,12 +551,12 @@ def test_timms_own_weights(hub: Path, tmp_path: Path) -> None:
     created = create(NAME, pretrained=True, options=options)
     assert same(created, whole)
     origin = Origin.of(created)
-    assert origin.weights == "timm's mobilenetv3_small_050.lamb_in1k" and origin.answers
+    assert origin.weights == "timm's mobilenetv3_small_050.lamb_in1k" and origin.trained
     assert origin.classes is not None and origin.classes[0] == "tench, Tinca tinca"
     assert origin.pixels == Pixels.of(created)
     created = create(NAME, pretrained=True, num_classes=3, options=options)
     assert str(Origin.of(created)) == f"{origin.weights}; new classifier: 3 classes for 1000"
-    assert Origin.of(created).classes is None and not Origin.of(created).answers
+    assert Origin.of(created).classes is None and not Origin.of(created).trained
     with pytest.raises(ValueError, match="mobilenetv1_100h has no weights that can be loaded"):
         create("mobilenetv1_100h", pretrained=True, options=options)
 

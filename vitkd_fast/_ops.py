@@ -1,4 +1,4 @@
-"""The table of operations: schema, fake and reference of each, and who serves it on a device.
+"""The table of operations: schema, fake and reference of each, and the backend of each device.
 
 Importing this module registers `torch.ops.vitkd_fast.*`. The reference is the composite kernel;
 the compiled extension `_C`, where it was built, overrides it on the CPU and, where it was built
@@ -213,7 +213,7 @@ _library = _register(_backend())  # kept: a Library that is collected takes its 
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """Who serves each operation, e.g. {"kd_fwd": {"CPU": "C++", "CUDA": "CUDA C++"}}."""
+    """The backend of each operation, e.g. {"kd_fwd": {"CPU": "C++", "CUDA": "CUDA C++"}}."""
 
     def cuda(name: str) -> str:
         if name in _triton:

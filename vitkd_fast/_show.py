@@ -1,4 +1,4 @@
-"""What this installation consists of: versions, instruction sets, and who serves each operation."""
+"""What this installation consists of: versions, instruction sets, each operation's backend."""
 
 import os
 import platform

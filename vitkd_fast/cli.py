@@ -30,7 +30,7 @@ Threads = Annotated[
     typer.Option(min=1, max=256, help="Of the CPU; without it an int8 file takes one."),
 ]
 ImageSize = Annotated[
-    int | None, typer.Option(min=1, help="The side of the pictures; without it, the model's own.")
+    int | None, typer.Option(min=1, help="The side of the images; without it, the model's own.")
 ]
 
 
@@ -87,7 +87,7 @@ def distill(
 
     Example: vitkd distill digits run.folder=runs/first losses.kd.temperature=2
 
-    Own pictures: vitkd distill data.train=pictures/train data.val=pictures/val
+    Own images: vitkd distill data.train=images/train data.val=images/val
     teacher.model=vit_small_patch16_224 teacher.checkpoint=teacher.safetensors
     student.model=mobilenetv4_conv_small losses.kd.temperature=4
 
@@ -131,9 +131,9 @@ def evaluate(
         bool, typer.Option("--json", help="Print JSON, with the figures of each class.")
     ] = False,
 ) -> None:
-    """Print the metrics of a model, or of an int8 file, on a folder of pictures.
+    """Print the metrics of a model, or of an int8 file, on a folder of images.
 
-    Example: vitkd eval runs/first/distilled-0/best.safetensors pictures/val
+    Example: vitkd eval runs/first/distilled-0/best.safetensors images/val
     """
     import torch
 
@@ -150,7 +150,7 @@ def evaluate(
     section = config.Data(batch_size=batch_size, workers=workers, skip_bad=skip_bad)
     loader = data.Loader(source, transform, section, seed=None)
     result = evaluate.evaluate(
-        lambda pictures: logits(pictures.permute(0, 2, 3, 1)),
+        lambda images: logits(images.permute(0, 2, 3, 1)),
         ((batch.images, batch.labels) for batch in loader.epoch()),
         classes=len(classes),
         device=device,
@@ -162,7 +162,7 @@ def evaluate(
         found["classes"] = evaluate.per_class(result.confusion, classes)
         print(json.dumps(finite(found), allow_nan=False, ensure_ascii=False, indent=2))
         return
-    print(f"{len(result.labels)} pictures, {skipped} skipped")
+    print(f"{len(result.labels)} images, {skipped} skipped")
     for name, value in result.metrics.items():
         print(f"{name:15} {value:.4f}")
 
@@ -171,25 +171,25 @@ def evaluate(
 def predict(
     model: Annotated[str, typer.Argument(help=MODEL_OR_INT8)],
     images: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
-    top: Annotated[int, typer.Option(min=1, help="Answers per picture.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Answers per image.")] = 3,
     threads: Threads = None,
 ) -> None:
-    """Print the classes that a model, or an int8 file, sees in pictures, and their probabilities.
+    """Print the classes that a model, or an int8 file, sees in images, and their probabilities.
 
     Example: vitkd predict runs/first/distilled-0/best.safetensors cat.jpg dog.jpg
     """
     import numpy as np
 
-    from . import pictures
+    from .images import DataError, list_images, read
 
     files: list[str | Path] = []
     for given in images:
         if "://" in given and not Path(given).exists():
-            raise pictures.DataError(f"{given} is a URL; download it, and name the file")
-        files += pictures.list_pictures(given) if Path(given).is_dir() else [given]
+            raise DataError(f"{given} is a URL; download it, and name the file")
+        files += list_images(given) if Path(given).is_dir() else [given]
     logits, pixels, names = _open(model, threads)
     for file in files:
-        answers = np.asarray(logits(pictures.read(file, pixels)[None]), np.float64)[0]
+        answers = np.asarray(logits(read(file, pixels)[None]), np.float64)[0]
         odds = np.exp(answers - answers.max())
         best = np.argsort(-odds, kind="stable")[:top]
         print(f"{file}: " + ", ".join(f"{names[i]} {odds[i] / odds.sum():.1%}" for i in best))
@@ -199,7 +199,7 @@ def predict(
 def quantize(
     model: Annotated[str, typer.Argument(help=MODEL)],
     images: Annotated[
-        Path, typer.Option(metavar="DIR", help="Pictures, in any folders, to calibrate on.")
+        Path, typer.Option(metavar="DIR", help="Images, in any folders, to calibrate on.")
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="What to write: *.safetensors.")
@@ -210,13 +210,13 @@ def quantize(
     bias_correction: Annotated[
         bool, typer.Option(help="Let biases make up for the mean error of each layer.")
     ] = True,
-    count: Annotated[int, typer.Option(min=1, help="Pictures, evenly spread over DIR.")] = 500,
+    count: Annotated[int, typer.Option(min=1, help="Images, evenly spread over DIR.")] = 500,
     skip_bad: SkipBad = False,
     image_size: ImageSize = None,
 ) -> None:
     """Make an int8 file of a MobileNet, and print how close each layer is to the float one.
 
-    Example: vitkd quantize runs/first/distilled-0/best.safetensors --images pictures/train
+    Example: vitkd quantize runs/first/distilled-0/best.safetensors --images images/train
     -o student.int8.safetensors
     """
     from dataclasses import replace
@@ -232,23 +232,24 @@ def quantize(
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise typer.BadParameter(f"-o: {output} is the model itself")
 
-    from . import int8, models, pictures
+    from . import int8, models
     from .distill import sources
+    from .images import DataError, list_images, read
 
-    files = pictures.list_pictures(images)
+    files = list_images(images)
     loaded = models.load(model)
     pixels = replace(loaded.pixels, image_size=image_size or loaded.pixels.image_size)
     chosen, bad = [], 0
     for i in sources.spread(len(files), count):
         try:
-            chosen.append(pictures.read(files[i], pixels))
-        except pictures.DataError:
+            chosen.append(read(files[i], pixels))
+        except DataError:
             if not skip_bad:
                 raise
             bad += 1
     if not chosen:
-        raise pictures.DataError(f"{images}: not one of {bad} pictures can be read")
-    print(f"{len(chosen)} of {len(files)} pictures, {bad} skipped", flush=True)
+        raise DataError(f"{images}: not one of {bad} images can be read")
+    print(f"{len(chosen)} of {len(files)} images, {bad} skipped", flush=True)
     quantized = int8.quantize(
         loaded.model,
         np.stack(chosen),
@@ -270,7 +271,7 @@ def profile(
     file: Annotated[Path, typer.Argument(help="A file of `vitkd quantize`.")],
     image_size: ImageSize = None,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Of the calls.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures of a call.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a call.")] = 1,
 ) -> None:
     """Print what each layer of an int8 file takes on one thread, and what a whole call takes.
 
@@ -311,7 +312,7 @@ def report(
 
 @app.command()
 def show() -> None:
-    """Print versions, instruction sets, and the backend that serves each operation.
+    """Print versions, instruction sets, and the backend that implements each operation.
 
     Example: vitkd show
     """
@@ -335,7 +336,7 @@ def demo() -> None:
 
 
 class _Opened(NamedTuple):
-    logits: Any  # a function of uint8 pictures [N, H, W, 3]
+    logits: Any  # a function of uint8 images [N, H, W, 3]
     pixels: Any  # image_size, crop_pct and interpolation
     classes: tuple[str, ...]
 
@@ -359,8 +360,8 @@ def _open(model: str, threads: int | None, device: str = "cpu") -> _Opened:
     predictor = models.predictor(loaded.model, loaded.pixels).to(device)
 
     @torch.inference_mode()
-    def logits(pictures: Any) -> torch.Tensor:
-        return predictor(torch.as_tensor(pictures).permute(0, 3, 1, 2)).float()
+    def logits(images: Any) -> torch.Tensor:
+        return predictor(torch.as_tensor(images).permute(0, 3, 1, 2)).float()
 
     return _Opened(logits, loaded.pixels, loaded.classes)
 

@@ -41,7 +41,7 @@ _ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, beit.Attention,
 
 @dataclass(frozen=True)
 class Pixels:
-    """How a model wants its pictures: what happens between a decoded picture and the tensor."""
+    """How a model wants its images: what happens between a decoded image and the tensor."""
 
     image_size: int  # the side of a square
     mean: tuple[float, float, float]  # of pixels in [0, 1]
@@ -88,7 +88,7 @@ class Normalize(nn.Module):
         self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures [B, C, H, W], uint8 or floats in 0..255, in their memory format."""
+        """Images [B, C, H, W], uint8 or floats in 0..255, in their memory format."""
         channels = self.scale.numel()
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"Normalize: x is {list(x.shape)}; accepted is [B, {channels}, H, W]")
@@ -98,7 +98,7 @@ class Normalize(nn.Module):
 def predictor(
     model: nn.Module, pixels: Pixels | None = None, dtype: torch.dtype = torch.float32
 ) -> nn.Sequential:
-    """uint8 pictures [B, 3, H, W] -> logits: the model behind its own `Normalize`.
+    """uint8 images [B, 3, H, W] -> logits: the model behind its own `Normalize`.
 
     Args:
         model: kept, not copied.
@@ -128,7 +128,7 @@ class Origin:
         return getattr(unwrap_model(model), "origin", cls("unknown"))
 
     @property
-    def answers(self) -> bool:
+    def trained(self) -> bool:
         """Whether the logits mean something before any training."""
         return self.weights != "random" and not self.new_head
 
@@ -371,7 +371,7 @@ def _about(file: weights.Weights) -> _About | None:
 
 
 class Loaded(NamedTuple):
-    """A model in eval mode, the pictures it wants and the names of its classes."""
+    """A model in eval mode, the images it wants and the names of its classes."""
 
     model: nn.Module
     pixels: Pixels
@@ -464,7 +464,7 @@ def class_names(classes: Sequence[str]) -> list[list[str]]:
 
 
 @dataclass
-class Tapped:
+class TapOutputs:
     """What one forward pass gave; keyed by the strides and blocks as they were asked for.
 
     Outside distilled training a DeiT returns the mean of its two heads, and so `logits` is that
@@ -584,7 +584,7 @@ class Taps:
     def _as_tokens(self, y: Tensor) -> Tensor:
         return y if y.dim() == 3 else self._as_map(y).flatten(2).transpose(1, 2)
 
-    def __call__(self, x: Tensor) -> Tapped:
+    def __call__(self, x: Tensor) -> TapOutputs:
         """Runs the model on x [B, C, H, W], with gradients or without, as the caller has it."""
         inputs: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         outputs: dict[nn.Module, Any] = {}
@@ -597,7 +597,7 @@ class Taps:
                 hooks.enter_context(module.register_forward_hook(keep, with_kwargs=True))
             logits = self.model(x)
         pairs = {i: _queries_and_keys(a, *inputs[a], outputs) for i, a in self._attention.items()}
-        return Tapped(
+        return TapOutputs(
             logits=logits[0] if isinstance(logits, (tuple, list)) else logits,
             logits_dist=None if self._head_dist is None else outputs[self._head_dist],
             pooled=None if self._head is None else inputs[self._head][0],

@@ -73,7 +73,7 @@ class AttentionMapProjection(nn.Module):
     """attention_map_loss of a feature map: mean KL(softmax(q_t k_t^T) || softmax(q_s k_s^T)).
 
     A linear layer gives each place of a convnet's map a query and a key per head; the loss makes
-    their attention that of a transformer's block on the same picture (MiniLMv2: Wang et al., 2021,
+    their attention that of a transformer's block on the same image (MiniLMv2: Wang et al., 2021,
     arXiv:2012.15828, for heads that differ in number; to a convnet: Liu et al., 2022,
     arXiv:2207.05273). No attention map is ever stored. Maps of another size than the teacher's grid
     are resized as queries and keys. The module is only needed in training.
@@ -189,7 +189,7 @@ class CrossAttentionProjector(nn.Module):
     linear projector maps the student's features to the teacher's by `groups` ** 2 linear layers,
     which the places of a neighbourhood of `groups` x `groups` share in the same order everywhere.
     Neither attention maps nor Gram matrices of tokens are stored. (The paper's discriminator and
-    its views of a picture are matters of a training loop, and not here.)
+    its views of an image are matters of a training loop, and not here.)
 
     Args:
         student_channels: C of the student's map.

@@ -1,4 +1,4 @@
-// Depthwise int8 convolution on the CPU, by the engine's kernels; pictures are spread over torch's
+// Depthwise int8 convolution on the CPU, by the engine's kernels; images are spread over torch's
 // threads. The bytes do not depend on their number.
 #include "../int8_call.h"
 
@@ -17,7 +17,7 @@ Tensor int8_dwconv(const Tensor& x, const Tensor& weight, const Tensor& bias,
       on.x, std::vector{shape.batch, shape.out_height(), shape.out_width(), shape.channels});
   const int64_t from = shape.height * shape.width * shape.channels;
   const int64_t to = shape.out_height() * shape.out_width() * shape.channels;
-  // weights are packed once per range of pictures
+  // weights are packed once per range of images
   const int64_t grain = std::max<int64_t>(1, 65536 / to);
   torch::stable::parallel_for(0, shape.batch, grain, [&](int64_t begin, int64_t end) {
     DepthwiseShape part = shape;

@@ -35,7 +35,7 @@ struct Tile {
 };
 
 struct Place {
-  int picture, row_tile, column_tile;
+  int image, row_tile, column_tile;
 };
 
 struct Call {
@@ -52,8 +52,8 @@ struct Call {
   Requantize requantize;
 
   __device__ Place place(unsigned tile) const {
-    const unsigned rest = tile / column_tiles, picture = rest / row_tiles;
-    return {static_cast<int>(picture), static_cast<int>(rest - picture * row_tiles),
+    const unsigned rest = tile / column_tiles, image = rest / row_tiles;
+    return {static_cast<int>(image), static_cast<int>(rest - image * row_tiles),
             static_cast<int>(tile - rest * column_tiles)};
   }
   // no division: a step is less than a map in each direction
@@ -61,8 +61,8 @@ struct Call {
     at.column_tile += step.column_tile;
     if (at.column_tile >= column_tiles) at.column_tile -= column_tiles, ++at.row_tile;
     at.row_tile += step.row_tile;
-    if (at.row_tile >= row_tiles) at.row_tile -= row_tiles, ++at.picture;
-    at.picture += step.picture;
+    if (at.row_tile >= row_tiles) at.row_tile -= row_tiles, ++at.image;
+    at.image += step.image;
   }
 };
 
@@ -146,12 +146,12 @@ __global__ void __launch_bounds__(kThreads, 2) int8_dwconv_kernel(const __grid_c
   }
   const Place step = c.place(gridDim.y * per_block);
   Place at = c.place(blockIdx.y * per_block + threadIdx.x / c.block_words);
-  for (; at.picture < c.batch; c.advance(at, step)) {
+  for (; at.image < c.batch; c.advance(at, step)) {
     const int out_row = at.row_tile * T::kRows, out_column = at.column_tile * kColumns;
 
     // 2. the words under its outputs, transposed
     const int row = out_row * kStride - c.top, column = out_column * kStride - c.left;
-    const int64_t first = (static_cast<int64_t>(at.picture) * c.height + row) * c.width + column;
+    const int64_t first = (static_cast<int64_t>(at.image) * c.height + row) * c.width + column;
     const char* const x = c.x + first * c.pixel + 4 * word;
     uint32_t v[T::kInColumns][T::kGroups][4];
     const auto load = [&]<bool kInside>() {
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2) int8_dwconv_kernel(const __grid_c
     }
 
     // 4. the bytes
-    const int64_t out = static_cast<int64_t>(at.picture) * c.out_height + out_row;
+    const int64_t out = static_cast<int64_t>(at.image) * c.out_height + out_row;
     char* const y = c.y + (out * c.out_width + out_column) * c.pixel + 4 * word;
 #pragma unroll
     for (int r = 0; r < T::kRows; ++r) {

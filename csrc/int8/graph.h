@@ -34,7 +34,7 @@ enum class Op { conv, depthwise, add, squeeze_excite, pool, classifier };
 struct Node {
   Op op = Op::conv;
   std::string name;
-  std::vector<int> inputs;  // -1: the picture
+  std::vector<int> inputs;  // -1: the image
 
   Array<int8_t> weight;
   Array<int32_t> bias;

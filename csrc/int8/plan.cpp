@@ -39,7 +39,7 @@ Plan::Plan(const Graph& graph, const Options& o) : options(o), with(kernels(o.is
   place();
 }
 
-void Plan::pack(const Node& n, const std::array<int, 3>& picture_padding, Layer& layer) {
+void Plan::pack(const Node& n, const std::array<int, 3>& image_padding, Layer& layer) {
   const int from = n.inputs[0];
   const int64_t in_pixel = from < 0 ? 3 : layers[from].pixel;
   const Requantize requantize{n.zero_point, n.lo, n.hi, n.hardswish ? n.hardswish_scale : 0.0f};
@@ -90,7 +90,7 @@ void Plan::pack(const Node& n, const std::array<int, 3>& picture_padding, Layer&
       std::memset(layer.padding.data(), zero_point(from), layer.padding.size());
       if (from < 0) {
         for (size_t i = 0; i < layer.padding.size(); ++i) {
-          layer.padding.data()[i] = static_cast<uint8_t>(picture_padding[i % 3]);
+          layer.padding.data()[i] = static_cast<uint8_t>(image_padding[i % 3]);
         }
       }
       const int64_t depth = int64_t{spec.taps()} * (spec.depthwise ? 1 : spec.in);
@@ -179,7 +179,7 @@ void Plan::join() {
   }
 }
 
-// The head reads all its weights for one pixel: it takes the pictures of a batch together. It
+// The head reads all its weights for one pixel: it takes the images of a batch together. It
 // begins at the last pool, if all that follows is a row of products.
 void Plan::find_head() {
   head = steps.size();
@@ -195,7 +195,7 @@ void Plan::find_head() {
     if (!alone || !follows || !product || layer.in.pixels() != 1) break;
     if (layer.node.op != Op::conv && layer.node.op != Op::classifier) break;
   }
-  for (size_t s = head; s < steps.size(); ++s) layers[steps[s].last].pictures = kPictures;
+  for (size_t s = head; s < steps.size(); ++s) layers[steps[s].last].images = kImages;
 }
 
 // How threads share each node. By panels each weight is read by one of them, by rows each byte of a

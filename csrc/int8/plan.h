@@ -20,7 +20,7 @@ struct Options {
   int threads = 1;
   Isa isa = Isa::scalar;
   bool fuse = true;  // tests: chains change no byte
-  // tests: memory is filled with 0xA5 before each call, and threads share the smallest picture
+  // tests: memory is filled with 0xA5 before each call, and threads share the smallest image
   bool poison = false;
 };
 
@@ -37,19 +37,19 @@ struct Layer {
   size_t offset = 0;              // of the output, in the arena or (ring > 0) in a thread's rings
   int ring = 0;                   // rows in memory, inside a chain
   bool by_panels = false;         // how threads share it; else by rows
-  int pictures = 1;  // whose outputs lie one after another: the head takes several at once
+  int images = 1;  // whose outputs lie one after another: the head takes several at once
   const char* kernel = "";
   int64_t macs = 0;   // per image
   int64_t bytes = 0;  // read and written per image, if each were once
 
   size_t map_bytes() const {
-    const size_t rows = ring > 0 ? ring : out.height * pictures;
+    const size_t rows = ring > 0 ? ring : out.height * images;
     return round_up(rows * out.width * pixel + kSlack, kLine);
   }
 };
 
 constexpr int kLongestChain = 16;
-constexpr int kPictures = 8;  // that pass through the head at once
+constexpr int kImages = 8;  // that pass through the head at once
 
 struct Step {
   int first, last;  // nodes
@@ -70,12 +70,12 @@ struct Plan {
   Buffer convolutions;  // what `Layer::packed` points to
   size_t weights = 0;   // bytes packed
   size_t channels = 0;  // the most of any vector
-  int64_t macs = 0;     // of one picture
+  int64_t macs = 0;     // of one image
 
   int zero_point(int node) const { return node < 0 ? 0 : layers[node].node.zero_point; }
 
  private:
-  void pack(const Node& node, const std::array<int, 3>& picture_padding, Layer& layer);
+  void pack(const Node& node, const std::array<int, 3>& image_padding, Layer& layer);
   void gather();
   void join();
   void find_head();

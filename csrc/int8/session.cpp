@@ -15,7 +15,7 @@
 namespace vitkd::int8 {
 namespace {
 
-constexpr int64_t kWorthSharing = 8 << 20;  // multiply-adds of a picture
+constexpr int64_t kWorthSharing = 8 << 20;  // multiply-adds of an image
 
 double now() {
   const auto since = std::chrono::steady_clock::now().time_since_epoch();
@@ -161,17 +161,17 @@ class Runner {
   double* seconds = nullptr;                          // by node, where they are timed
   std::vector<std::vector<uint8_t>>* maps = nullptr;  // by node, where they are wanted
 
-  // pictures one by one, their heads several at once
+  // images one by one, their heads several at once
   void run(const uint8_t* images, int64_t count, float* logits) {
     const int64_t size = plan_.options.image_size;
     const int64_t classes = plan_.layers.back().out.channels;
-    for (int64_t done = 0; done < count; done += pictures_, logits += pictures_ * classes) {
-      pictures_ = static_cast<int>(std::min<int64_t>(kPictures, count - done));
+    for (int64_t done = 0; done < count; done += images_, logits += images_ * classes) {
+      images_ = static_cast<int>(std::min<int64_t>(kImages, count - done));
       logits_ = logits;
-      for (picture_ = 0; picture_ < pictures_; ++picture_, images += size * size * 3) {
+      for (image_ = 0; image_ < images_; ++image_, images += size * size * 3) {
         image_ = images;
         fetched_ = nullptr;
-        // without a head the classifier's turn comes with each picture
+        // without a head the classifier's turn comes with each image
         for (size_t s = 0; s <= plan_.head && s < plan_.steps.size(); ++s) run(plan_.steps[s]);
       }
       for (size_t s = plan_.head + 1; s < plan_.steps.size(); ++s) run(plan_.steps[s]);
@@ -203,7 +203,7 @@ class Runner {
       return {const_cast<uint8_t*>(image_), size, size, size, 3};
     }
     const Layer& layer = plan_.layers[i];
-    const int height = layer.out.height * layer.pictures;
+    const int height = layer.out.height * layer.images;
     return {(layer.ring > 0 ? rings_ : arena_) + layer.offset, height, layer.out.width,
             layer.ring > 0 ? layer.ring : height, layer.pixel};
   }
@@ -227,7 +227,7 @@ class Runner {
       case Op::classifier: {
         const int panels = static_cast<int>(layer.packed.panels.size());
         const Range all{0, panels};
-        const Range rows{0, layer.pictures > 1 ? pictures_ : layer.out.height};
+        const Range rows{0, layer.images > 1 ? images_ : layer.out.height};
         if (layer.by_panels) {
           const Range mine = part_of(panels, 1, thread_, threads_);
           timed(i, [&] { convolve(i, rows, mine); });
@@ -277,8 +277,8 @@ class Runner {
   void at_row(int i, const Map& y, int row, GemmCall* call) const {
     const Layer& layer = plan_.layers[i];
     if (layer.node.op == Op::classifier) {
-      // without a head there is one row, of the picture at hand
-      const int64_t at = layer.pictures > 1 ? row : picture_;
+      // without a head there is one row, of the image at hand
+      const int64_t at = layer.images > 1 ? row : image_;
       call->y = reinterpret_cast<uint8_t*>(logits_ + at * layer.out.channels);
       return;
     }
@@ -295,7 +295,7 @@ class Runner {
     const Layer& layer = plan_.layers[i];
     const Map x = map(layer.node.inputs[0]);
     const Map y =
-        layer.node.op == Op::classifier ? Map{nullptr, kPictures, 1, kPictures, 0} : map(i);
+        layer.node.op == Op::classifier ? Map{nullptr, kImages, 1, kImages, 0} : map(i);
     GemmCall call = gemm_call(i, panels);
     call.x_pixel = x.pixel;
     for (int64_t row = rows.begin; row < rows.end;) {
@@ -317,7 +317,7 @@ class Runner {
     const Map x = map(layer.node.inputs[0]), y = map(i);
     const int64_t segment = int64_t{4} * layer.packed.stride;
     const int64_t step = spec.stride_w * x.pixel;
-    // the picture belongs to somebody else: not a byte past it is read
+    // the image belongs to somebody else: not a byte past it is read
     const int64_t beyond = segment - spec.kernel_w * x.pixel;
     const int kernel_w = spec.kernel_w + static_cast<int>((std::max<int64_t>(beyond, 0) + 2) / 3);
     const int inside = layer.node.inputs[0] < 0 ? kernel_w : spec.kernel_w;
@@ -430,7 +430,7 @@ class Runner {
   void pool(int i) {
     const Layer& layer = plan_.layers[i];
     const Requantize requantize{layer.node.zero_point, layer.node.lo, layer.node.hi, 0};
-    uint8_t* const y = map(i).row(layer.pictures > 1 ? picture_ : 0);
+    uint8_t* const y = map(i).row(layer.images > 1 ? image_ : 0);
     const Range mine = centred_sums(i);
     for (int64_t c = mine.begin; c < mine.end; ++c) {
       y[c] = vitkd::int8::requantize(sums_[c], layer.mean_multiplier, requantize);
@@ -488,7 +488,7 @@ class Runner {
   const uint8_t* image_ = nullptr;
   float* logits_ = nullptr;
   const uint8_t* fetched_ = nullptr;
-  int picture_ = 0, pictures_ = 0;  // of those whose heads are computed together
+  int image_ = 0, images_ = 0;  // of those whose heads are computed together
 };
 
 }  // namespace
@@ -511,7 +511,7 @@ void Session::run(const uint8_t* images, int64_t count, float* logits) {
   const int threads = plan_.options.threads;
   Lease lease(*this);
   Caller& caller = *lease;
-  // meeting after every layer takes longer than a few layers of a small picture
+  // meeting after every layer takes longer than a few layers of a small image
   const bool small = plan_.macs < kWorthSharing && !plan_.options.poison;
   if (threads == 1 || (count < threads && small)) {
     const FloatState state;

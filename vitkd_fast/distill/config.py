@@ -17,6 +17,7 @@ from ..int8.calibrate import Calibration
 from .losses import Losses, Section
 
 PathText = Annotated[str, AfterValidator(home)]
+_RENAMED = {"run.alone": "run.baseline", "int8.pictures": "int8.calibration_images"}  # in 0.2
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -28,7 +29,7 @@ class ConfigError(ValueError):
 
 
 class Data(Section):
-    """The pictures. With no `val`, `holdout` of the training pictures are kept for validation."""
+    """The images. With no `val`, `holdout` of the training images are kept for validation."""
 
     # "" for a folder of class folders; "digits"; timm's torch/..., hfds/..., wds/...
     dataset: str = ""
@@ -37,7 +38,7 @@ class Data(Section):
     val: PathText = ""
     holdout: float = Field(0.1, gt=0, lt=1)
     image_size: int = Field(224, ge=8)
-    crop_pct: float = Field(0.875, gt=0, le=1)  # of the resized picture, in validation
+    crop_pct: float = Field(0.875, gt=0, le=1)  # of the resized image, in validation
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
     batch_size: int = Field(128, ge=1)  # per process
     workers: int = Field(4, ge=0)
@@ -54,7 +55,7 @@ class Model(Section):
 
 
 class Optimizer(Section):
-    """timm's optimisers and schedules; the learning rate is that of an update, not of a picture."""
+    """timm's optimisers and schedules; the learning rate is that of an update, not of an image."""
 
     name: str = "adamw"
     lr: float = Field(1e-3, gt=0)
@@ -80,7 +81,7 @@ class Teacher(Model):
 
 
 class Augmentation(Section):
-    """timm's transforms, and its mixup and cutmix; teacher and student see the same picture."""
+    """timm's transforms, and its mixup and cutmix; teacher and student see the same image."""
 
     scale: list[Positive] = Field([0.08, 1.0], min_length=2, max_length=2)  # of the area
     ratio: list[Positive] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)
@@ -103,7 +104,9 @@ class Int8(Section):
 
     enabled: bool = True
     calibration: Calibration = "mse"
-    pictures: int = Field(256, ge=1)  # of training, without augmentation, for the maps' ranges
+    calibration_images: int = Field(
+        256, ge=1
+    )  # of training, without augmentation, for the maps' ranges
 
 
 class Run(Section):
@@ -113,7 +116,7 @@ class Run(Section):
     epochs: int = Field(300, ge=1)
     max_steps: int | None = Field(None, ge=1)  # the end after so many updates, schedules included
     seeds: list[Seed] = Field([0], min_length=1)
-    alone: bool = True  # also train the student without its teacher, and compare
+    baseline: bool = True  # also train the student without its teacher, and compare
     device: str = ""  # "": the GPU where there is one
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     channels_last: bool = True
@@ -143,8 +146,8 @@ class Config(Section):
         if not isinstance(tree, dict) or "losses" in tree:
             return tree
         teacher = tree.get("teacher")
-        taught = isinstance(teacher, dict) and teacher.get("model")
-        return {**tree, "losses": {"kd": {"temperature": 4.0}} if taught else {"ce": {}}}
+        distilled = isinstance(teacher, dict) and teacher.get("model")
+        return {**tree, "losses": {"kd": {"temperature": 4.0}} if distilled else {"ce": {}}}
 
     @model_validator(mode="after")
     def _whole(self) -> Config:
@@ -153,11 +156,11 @@ class Config(Section):
         if not list(self.losses.terms()):
             raise ConfigError(f"losses: none; accepted are {', '.join(Losses.model_fields)}")
         losses = self.losses
-        taught = [name for name in ("kd", "attention") if getattr(losses, name)]
-        if bool(taught) != bool(self.teacher.model):
+        distilled = [name for name in ("kd", "attention") if getattr(losses, name)]
+        if bool(distilled) != bool(self.teacher.model):
             raise ConfigError(
-                f"teacher.model: missing, and losses.{taught[0]} needs a teacher"
-                if taught
+                f"teacher.model: missing, and losses.{distilled[0]} needs a teacher"
+                if distilled
                 else f"teacher.model: {self.teacher.model} teaches nothing without losses.kd or "
                 "losses.attention"
             )
@@ -179,7 +182,7 @@ class Config(Section):
             raise ConfigError("data.train: missing; name a folder with a folder for each class")
         if self.augmentation.mixes and self.data.batch_size % 2:
             raise ConfigError(
-                f"data.batch_size: {self.data.batch_size} is odd, and mixing pairs the pictures"
+                f"data.batch_size: {self.data.batch_size} is odd, and mixing pairs the images"
             )
         return self
 
@@ -308,6 +311,8 @@ def _explain(error: Any) -> str:
         return str(wrong)
     *path, last = (str(part) for part in error["loc"])
     key = ".".join([*path, last])
+    if (new := _RENAMED.get(key)) and error["type"] == "extra_forbidden":
+        return f"{key}: it is called {new} now"
     if error["type"] != "extra_forbidden":
         given = f"{error['input']!r} ({type(error['input']).__name__})"
         quote = "; quote it: \"'...'\"" if error["type"] == "string_type" else ""

@@ -1,6 +1,6 @@
-"""Pictures: timm's datasets and transforms, as uint8 batches that depend on nothing but a seed.
+"""Images: timm's datasets and transforms, as uint8 batches that depend on nothing but a seed.
 
-What is drawn for a picture (crop, flip, colours) is a function of (seed, epoch, its index), and an
+What is drawn for an image (crop, flip, colours) is a function of (seed, epoch, its index), and an
 epoch's order of (seed, epoch): neither depends on workers, on ranks, or on where a run was resumed.
 A batch is [B, 3, H, W] uint8 in channels_last memory, a quarter of its size as float32.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..functional import Labels
-from ..pictures import UNREADABLE, DataError, prepare, to_rgb, unreadable
+from ..images import UNREADABLE, DataError, prepare, to_rgb, unreadable
 from .config import Augmentation, Config, ConfigError, Data
 from .sources import Part, Source, Splits, count, spread
 
@@ -63,7 +63,7 @@ def _unmoved() -> Iterator[None]:
 
 
 class Batch(NamedTuple):
-    """`indices` are the pictures' places in its dataset; `skipped` names what was left out."""
+    """`indices` are the images' places in its dataset; `skipped` names what was left out."""
 
     images: Tensor  # [B, 3, H, W] uint8, channels_last
     labels: Tensor  # [B] int64
@@ -98,7 +98,7 @@ def train_transform(data: Data, augmentation: Augmentation) -> Any:
 
 
 def eval_transform(image_size: int, crop_pct: float, interpolation: str) -> Any:
-    """`pictures.prepare`, which is timm's validation transform, up to a uint8 array [3, H, W]."""
+    """`images.prepare`, which is timm's validation transform, up to a uint8 array [3, H, W]."""
     return _Prepare(image_size, crop_pct, interpolation)
 
 
@@ -112,7 +112,7 @@ class _Prepare(NamedTuple):
 
 
 class _Indexed(Dataset):
-    """(epoch, index) keys -> (picture, label, index, names of what was skipped) each."""
+    """(epoch, index) keys -> (image, label, index, names of what was skipped) each."""
 
     def __init__(self, source: Source, transform: Any, seed: int | None, skip_bad: bool) -> None:
         self.source = source
@@ -140,10 +140,10 @@ class _Indexed(Dataset):
             skipped.append(self.source.name(index))
             if self.seed is None:
                 return None, None, index, skipped
-            # the batch keeps its size: the next picture takes the place
+            # the batch keeps its size: the next image takes the place
             index = (index + 1) % len(self.source)
             if len(skipped) == len(self.source):
-                return DataError(f"not one of {len(skipped)} pictures can be read")
+                return DataError(f"not one of {len(skipped)} images can be read")
         if self.seed is not None:
             _seed_host(self.seed, epoch, index)
         return self.transform(image), label, index, skipped
@@ -172,12 +172,12 @@ class _Streamed(IterableDataset):
                 yield unreadable(f"image {i} of worker {worker}", error)
                 return
             if self.seed is None:
-                picture = self.transform(image)
+                pixels = self.transform(image)
             else:
                 with _unmoved():
                     _seed_host(self.seed, int(self.epoch), self.rank, worker, i)
-                    picture = self.transform(image)
-            yield picture, label, i, []
+                    pixels = self.transform(image)
+            yield pixels, label, i, []
 
 
 def _collate(items: list[Any]) -> Batch | DataError:
@@ -186,8 +186,8 @@ def _collate(items: list[Any]) -> Batch | DataError:
             return item
     read = [item for item in items if item[0] is not None]
     # they are views of [H, W, 3]: stacked as such, and seen as channels_last without a copy
-    pictures = [torch.as_tensor(item[0]).permute(1, 2, 0) for item in read]
-    images = torch.stack(pictures) if read else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+    pixels = [torch.as_tensor(item[0]).permute(1, 2, 0) for item in read]
+    images = torch.stack(pixels) if read else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
     return Batch(
         images.permute(0, 3, 1, 2),
         torch.tensor([int(item[1]) for item in read], dtype=torch.int64),
@@ -231,13 +231,13 @@ class Loader:
 
     Args:
         source: a `Source`, or one of timm's datasets that stream.
-        transform: what makes a picture a uint8 array [3, H, W].
+        transform: what makes an image a uint8 array [3, H, W].
         data: batch size, workers, and whether bad files are skipped.
-        seed: of order and augmentation; None for validation: every picture once, in order.
+        seed: of order and augmentation; None for validation: every image once, in order.
         multiple: an epoch's batches are cut to a multiple of this.
 
     Raises:
-        DataError: for fewer training pictures than `multiple` batches.
+        DataError: for fewer training images than `multiple` batches.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class Loader:
             self.batches = size // (together * multiple) * multiple
         if not self.batches and not (streams and seed is None):
             raise DataError(
-                f"{size} training pictures are fewer than an update takes: {together * multiple} "
+                f"{size} training images are fewer than an update takes: {together * multiple} "
                 "(data.batch_size, times processes, times optimizer.accumulate)"
             )
         arguments: dict[str, Any] = {}
@@ -308,7 +308,7 @@ class Loader:
             if len(batch.labels):
                 yield batch
         if 0 < self._size <= len(self.skipped):
-            raise DataError(f"not one of {self._size} pictures can be read")
+            raise DataError(f"not one of {self._size} images can be read")
         if came < self.batches and self._dataset.seed is not None:
             raise DataError(
                 f"data.workers: more than shards; {came} of {self.batches} batches came"
@@ -340,7 +340,7 @@ class Mixer(Mixup):
         )
 
     def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Labels]:
-        """Mixes float pictures [B, 3, H, W] in place, each with its mirror image in the batch."""
+        """Mixes float images [B, 3, H, W] in place, each with its mirror image in the batch."""
         if self.mode == "elem":
             lam = self._mix_elem(x)
         elif self.mode == "pair":
@@ -362,7 +362,7 @@ def loaders(
 
 
 def val_loader(config: Config, splits: Splits) -> Loader:
-    """Every validation picture once."""
+    """Every validation image once."""
     section = config.data
     transform = eval_transform(section.image_size, section.crop_pct, section.interpolation)
     return Loader(splits.val, transform, section, seed=None)

@@ -1,7 +1,7 @@
 """What a distilled student is worth: metrics, fidelity to its teacher, cost, and a paired t-test.
 
-What is a mean over pictures is kept as one number per picture, [N], on the device and read once,
-at the end. Class ids are counted there too: torchmetrics' bincount waits for the device.
+What is a mean over images is kept as one number per image, [N], on the device and read once,
+at the end. Class ids are counted there too: torchmetrics' bincount synchronises with the device.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .._timing import measure
 from ..functional import kd_loss
 from ..int8 import Session
 
-# uint8 pictures [B, 3, H, W] on the device -> logits [B, classes], a Tensor or an ndarray
+# uint8 images [B, 3, H, W] on the device -> logits [B, classes], a Tensor or an ndarray
 Predictor: TypeAlias = Callable[[Tensor], Any]
 
 _EXACT_AUROC = 50_000_000  # an exact AUROC keeps every probability: up to so many, of all ranks
@@ -39,7 +39,7 @@ _ROWS = (*_METRICS, *_FIDELITY, "student not finite", "teacher not finite")
 
 @dataclass
 class Evaluation:
-    """Numbers of all pictures; class ids and fp32 probabilities [N] of this rank's, on the CPU."""
+    """Numbers of all images; class ids and fp32 probabilities [N] of this rank's, on the CPU."""
 
     metrics: dict[
         str, float
@@ -53,12 +53,12 @@ class Evaluation:
     confusion: Tensor  # [classes, classes] int64, rows are labels
 
 
-def _logits(name: str, predictor: Predictor, pictures: Tensor, classes: int) -> Tensor:
-    logits = torch.as_tensor(predictor(pictures), device=pictures.device).float()
-    if logits.shape != (len(pictures), classes):
+def _logits(name: str, predictor: Predictor, images: Tensor, classes: int) -> Tensor:
+    logits = torch.as_tensor(predictor(images), device=images.device).float()
+    if logits.shape != (len(images), classes):
         raise ValueError(
-            f"evaluate: {name} gave logits {list(logits.shape)} for pictures "
-            f"{list(pictures.shape)}; accepted is [B, classes], {[len(pictures), classes]}"
+            f"evaluate: {name} gave logits {list(logits.shape)} for images "
+            f"{list(images.shape)}; accepted is [B, classes], {[len(images), classes]}"
         )
     return logits
 
@@ -70,13 +70,13 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def engine(session: Session) -> Predictor:
-    """The int8 engine as a predictor: it runs on the CPU, wherever the pictures are."""
-    return lambda pictures: session(pictures.permute(0, 2, 3, 1).cpu())
+    """The int8 engine as a predictor: it runs on the CPU, wherever the images are."""
+    return lambda images: session(images.permute(0, 2, 3, 1).cpu())
 
 
 @contextmanager
 def _counting() -> Iterator[None]:
-    """Lifts deterministic mode, in which torchmetrics makes [pictures, classes^2] comparisons."""
+    """Lifts deterministic mode, in which torchmetrics makes [images, classes^2] comparisons."""
     mode = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode(0)
     try:
@@ -86,7 +86,7 @@ def _counting() -> Iterator[None]:
 
 
 def _binned(exact: tm.MulticlassAUROC) -> tm.MulticlassAUROC:
-    """The same pictures at 200 thresholds, evenly spaced in the logit of a probability.
+    """The same images at 200 thresholds, evenly spaced in the logit of a probability.
 
     With many classes nearly all probabilities lie below the first of evenly spaced ones.
     """
@@ -106,21 +106,21 @@ def evaluate(
     device: torch.device | str = "cpu",
     teacher: Predictor | None = None,
 ) -> Evaluation:
-    """mean[argmax s = y] and more of s = student(pictures), and KL(softmax(t) || softmax(s)).
+    """mean[argmax s = y] and more of s = student(images), and KL(softmax(t) || softmax(s)).
 
     precision, recall and f1 are means over the classes that occur as label or prediction; auroc,
     one against the rest, over those that occur as label, exact up to 5e7 probabilities and at 200
     thresholds (off by about 0.001) beyond; ece has 15 bins; nll and kl are in nats; correlation
-    is the mean over pictures of Pearson's r of the two rows of logits, 0 for a constant row. auroc
+    is the mean over images of Pearson's r of the two rows of logits, 0 for a constant row. auroc
     and kappa of a single class are NaN. Where torch.distributed is initialised every rank passes
-    its share of the pictures and gets the metrics, fidelity and confusion of all.
+    its share of the images and gets the metrics, fidelity and confusion of all.
 
     Args:
-        student: uint8 pictures [B, 3, H, W] on the device to logits [B, classes]; normalises.
-        batches: such pictures and their labels, int64 [B], on the CPU: they are checked where they
-            are, and nothing waits for the device.
+        student: uint8 images [B, 3, H, W] on the device to logits [B, classes]; normalises.
+        batches: such images and their labels, int64 [B], on the CPU: they are checked where they
+            are, and nothing synchronises with the device.
         classes: at least 2; top5 is of min(5, classes).
-        device: where the pictures go and the metrics are.
+        device: where the images go and the metrics are.
         teacher: as student.
 
     Raises:
@@ -136,16 +136,16 @@ def evaluate(
     auroc = tm.MulticlassAUROC(average="none", **options).to(device)
     rows: dict[str, list[Tensor]] = defaultdict(list)
     seen = 0
-    for pictures, labels in batches:
-        if labels.shape != pictures.shape[:1] or ((labels < 0) | (labels >= classes)).any():
+    for images, labels in batches:
+        if labels.shape != images.shape[:1] or ((labels < 0) | (labels >= classes)).any():
             raise ValueError(
                 f"evaluate: labels is {list(labels.shape)}, ids {labels.unique().tolist()}, for "
-                f"pictures {list(pictures.shape)}; accepted is [B], 0 to {classes - 1}"
+                f"images {list(images.shape)}; accepted is [B], 0 to {classes - 1}"
             )
         seen += len(labels)
-        pictures = pictures.to(device, non_blocking=True)
+        images = images.to(device, non_blocking=True)
         target = labels.to(device, non_blocking=True)
-        logits = {k: _logits(k, predict, pictures, classes) for k, predict in predictors.items()}
+        logits = {k: _logits(k, predict, images, classes) for k, predict in predictors.items()}
         probabilities = {name: x.softmax(1) for name, x in logits.items()}
         # a copy: the memory of a loader's tensors is lent by its workers
         rows["labels"].append(target.clone())
@@ -181,7 +181,7 @@ def evaluate(
         if share := mean[f"{name} not finite"]:
             raise ValueError(
                 f"evaluate: {name} gave logits that are not finite for {share * size:.0f} of "
-                f"{size:.0f} pictures; accepted are finite numbers"
+                f"{size:.0f} images; accepted are finite numbers"
             )
 
     kept = {name: torch.cat(parts) for name, parts in rows.items() if parts}
@@ -298,11 +298,11 @@ def cost(
     `_timing.measure` says over how many calls.
 
     Args:
-        predictor: what is timed, on uint8 pictures [1 or batch, 3, image_size, image_size].
-        model: what is counted, on normalised pictures: convolutions, matrix products, attention.
+        predictor: what is timed, on uint8 images [1 or batch, 3, image_size, image_size].
+        model: what is counted, on normalised images: convolutions, matrix products, attention.
         image_size: pixels of a side.
-        device: where the pictures are.
-        batch: pictures of a call for images_per_s.
+        device: where the images are.
+        batch: images of a call for images_per_s.
         file: whose bytes; without one, those of parameters and buffers.
 
     Raises:
@@ -311,13 +311,13 @@ def cost(
     if image_size < 1 or batch < 1:
         raise ValueError(f"cost: image_size {image_size}, batch {batch}; accepted are 1 and more")
     size = (batch, 3, image_size, image_size)
-    pictures = torch.randint(256, size, dtype=torch.uint8, device=device)
+    images = torch.randint(256, size, dtype=torch.uint8, device=device)
     # as a loader gives them
-    pictures = pictures.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
     stored = [*model.parameters(), *model.buffers()]
-    synchronize = torch.get_device_module(pictures.device).synchronize
-    one = measure(lambda: predictor(pictures[:1]), synchronize)
-    many = measure(lambda: predictor(pictures), synchronize, calls=10)
+    synchronize = torch.get_device_module(images.device).synchronize
+    one = measure(lambda: predictor(images[:1]), synchronize)
+    many = measure(lambda: predictor(images), synchronize, calls=10)
     return Cost(
         parameters=sum(x.numel() for x in model.parameters()),
         macs=count_macs(model, image_size),
@@ -346,8 +346,8 @@ def summarize(runs: list[dict[str, float]]) -> tuple[dict[str, float], dict[str,
     return mean, {k: float(np.std(x, ddof=1)) if len(x) > 1 else 0.0 for k, x in values.items()}
 
 
-def paired_test(distilled: list[float], alone: list[float]) -> dict[str, float | None]:
-    """t = mean(d) / standard_error, standard_error = std(d) / sqrt(seeds), d = distilled - alone.
+def paired_test(distilled: list[float], baseline: list[float]) -> dict[str, float | None]:
+    """t = mean(d) / standard_error, standard_error = std(d) / sqrt(seeds); d: distilled - baseline.
 
     Both hold the same seeds in the same order. p is two-sided; standard_errors is t. Where all
     differences are equal (to 1e-12 of the largest number) standard_error is 0, p is 1 for no
@@ -359,15 +359,19 @@ def paired_test(distilled: list[float], alone: list[float]) -> dict[str, float |
     Raises:
         ValueError: different lengths, fewer than 2 seeds, or a number that is not finite.
     """
-    if len(distilled) != len(alone) or len(alone) < 2 or not np.isfinite([distilled, alone]).all():
+    if (
+        len(distilled) != len(baseline)
+        or len(baseline) < 2
+        or not np.isfinite([distilled, baseline]).all()
+    ):
         raise ValueError(
-            f"paired_test: distilled {distilled} and alone {alone}; accepted are finite numbers "
-            "of the same 2 or more seeds"
+            f"paired_test: distilled {distilled} and baseline {baseline}; accepted are finite "
+            "numbers of the same 2 or more seeds"
         )
-    d, rounding = np.subtract(distilled, alone), 1e-12 * np.abs([distilled, alone]).max()
+    d, rounding = np.subtract(distilled, baseline), 1e-12 * np.abs([distilled, baseline]).max()
     error, t, p = 0.0, None, float(abs(d.mean()) <= rounding)
     if np.ptp(d) > rounding:
         error = float(scipy.stats.sem(d))
-        t, p = (float(x) for x in scipy.stats.ttest_rel(distilled, alone))
+        t, p = (float(x) for x in scipy.stats.ttest_rel(distilled, baseline))
     names = ("seeds", "difference", "standard_error", "t", "p", "standard_errors")
     return dict(zip(names, (len(d), float(d.mean()), error, t, p, t), strict=True))

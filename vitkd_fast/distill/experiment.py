@@ -1,4 +1,4 @@
-"""A whole run: teacher, student alone and student distilled, for every seed, and the report."""
+"""A whole run: teacher, baseline and distilled student, for every seed, and the report."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .. import int8, models
 from .._files import replacing
 from . import checkpoint, data, evaluate, identity, quantized, report, results, sources
 from .config import Config, ConfigError, Model, Optimizer
-from .loop import Learner, Place, Trainer, build_optimizer
+from .loop import DistillationTask, Runtime, Trainer, build_optimizer
 from .losses import Losses
 
 # what may differ when a run goes on: where things are, and how they are computed
 _MAY_CHANGE = {
     "data": {"root", "train", "val", "workers", "skip_bad"},
     "teacher": {"checkpoint"},
-    "int8": {"enabled", "calibration", "pictures"},
+    "int8": {"enabled", "calibration", "calibration_images"},
     "run": {"folder", "device", "precision", "channels_last", "compile", "threads"}
-    | {"log_every", "eval_every", "save_every", "seeds", "alone"},
+    | {"log_every", "eval_every", "save_every", "seeds", "baseline"},
 }
 
 
@@ -50,9 +50,9 @@ def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> d
             can be known.
         NonFiniteError, Stopped: as `Trainer.run`.
     """
-    place = Place.of(config)
+    runtime = Runtime.of(config)
     try:
-        experiment = _Experiment(config, place, resume)
+        experiment = _Experiment(config, runtime, resume)
         return experiment.estimate() if dry_run else experiment.run()
     finally:
         if dist.is_initialized():
@@ -60,9 +60,9 @@ def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> d
 
 
 class _Experiment:
-    def __init__(self, config: Config, place: Place, resume: bool) -> None:
+    def __init__(self, config: Config, runtime: Runtime, resume: bool) -> None:
         """Finds out what can be known before any training; writes nothing."""
-        self.config, self.place, self.resume = config, place, resume
+        self.config, self.runtime, self.resume = config, runtime, resume
         self.folder = Path(config.run.folder)
         self.warnings: list[str] = []
         resumes = self._check_folder()
@@ -80,8 +80,8 @@ class _Experiment:
         self._try_losses(student)
         data.loaders(config, self.splits, 0, config.optimizer.accumulate)
         self.skipped = set(self.splits.skipped)
-        # whose weights become int8, and whose answers the report shows
-        self.role = "distilled" if self.teacher else "alone"
+        # whose weights become int8, and whose predictions the report shows
+        self.role = "distilled" if self.teacher else "baseline"
         self.notes = list(self.splits.notes)
 
     def _check_folder(self) -> bool:
@@ -115,7 +115,7 @@ class _Experiment:
         )
 
     def _try(self, name: str, model: nn.Module) -> None:
-        """Shows the model one picture of the run's size."""
+        """Shows the model one image of the run's size."""
         size = self.config.data.image_size
         try:
             with torch.inference_mode():
@@ -123,7 +123,7 @@ class _Experiment:
         except (AssertionError, RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())
             raise ConfigError(
-                f"{name}.model: cannot read pictures of data.image_size {size}: {why}"
+                f"{name}.model: cannot read images of data.image_size {size}: {why}"
             ) from error
 
     def _create_student(self) -> nn.Module:
@@ -157,15 +157,17 @@ class _Experiment:
             )
 
     def _try_losses(self, student: nn.Module) -> None:
-        """Finds out whether the losses get what they ask of student and teacher."""
-        ask = models.predictor(self.teacher).eval() if self.teacher else None
+        """Finds out whether the losses get what they need of student and teacher."""
+        teacher = models.predictor(self.teacher).eval() if self.teacher else None
         size = self.config.data.image_size
-        picture = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
         try:
-            learner = Learner(self.config.losses, models.predictor(student), ask, picture).eval()
+            task = DistillationTask(
+                self.config.losses, models.predictor(student), teacher, image
+            ).eval()
             with torch.no_grad():
-                answers = learner.answers(picture, ask) if ask else None
-                learner(picture, answers, torch.zeros(1, dtype=torch.int64), 0.0)
+                outputs = task.teacher_outputs(image, teacher) if teacher else None
+                task(image, outputs, torch.zeros(1, dtype=torch.int64), 0.0)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"losses: {error}") from error
 
@@ -182,7 +184,7 @@ class _Experiment:
             )
         origin = models.Origin.of(teacher)
         if not section.epochs:
-            if not origin.answers:
+            if not origin.trained:
                 raise ConfigError(
                     f"teacher.model: {section.model} would teach with random weights ({origin}); "
                     "name its weights by teacher.checkpoint or teacher.pretrained=true, or train "
@@ -231,7 +233,7 @@ class _Experiment:
             self.folder / name,
             seed=seed,
             title=name,
-            place=self.place,
+            runtime=self.runtime,
             resume=self.resume,
             save_model=save_model,
         )
@@ -250,7 +252,7 @@ class _Experiment:
         config = self.config
         if dist.is_initialized():
             dist.barrier()  # every rank has looked at the folder
-        if self.place.rank == 0:
+        if self.runtime.rank == 0:
             checkpoint.check_folder(self.folder, 1 << 20)
             self.lock = checkpoint.lock(self.folder)
             with replacing(self.folder / "config.yaml") as part:
@@ -266,7 +268,7 @@ class _Experiment:
                 config.teacher,
                 self.teacher,
                 None,
-                config.losses.alone(),
+                config.losses.baseline(),
                 config.teacher.optimizer or config.optimizer,
                 config.teacher.epochs,
                 seed=0,
@@ -288,26 +290,26 @@ class _Experiment:
                     seed,
                 )
         evaluations: dict[str, list[evaluate.Evaluation]] = {}
-        answers = self.teacher and self._predictor(self.teacher)
-        if answers:
-            evaluations["teacher"] = [self._evaluate(answers, None)]
+        teacher = self.teacher and self._predictor(self.teacher)
+        if teacher:
+            evaluations["teacher"] = [self._evaluate(teacher, None)]
         for role, trained in students.items():
             predictors = map(self._predictor, trained.values())
-            evaluations[role] = [self._evaluate(predictor, answers) for predictor in predictors]
+            evaluations[role] = [self._evaluate(predictor, teacher) for predictor in predictors]
         engines = self._engines(students[self.role]) if config.int8.enabled else []
         if engines:
             evaluations["int8"] = [
-                self._evaluate(evaluate.engine(engine), answers, exact)
+                self._evaluate(evaluate.engine(engine), teacher, exact)
                 for engine, exact in zip(engines, evaluations[self.role], strict=True)
             ]
-        if self.place.rank != 0:
+        if self.runtime.rank != 0:
             return {}
         found = self._results(students, engines, evaluations)
         report.write(found, self.folder)
         return found
 
     def _say(self, line: str) -> None:
-        if self.place.rank == 0:
+        if self.runtime.rank == 0:
             print(line, flush=True)
 
     def _describe(self) -> None:
@@ -330,7 +332,7 @@ class _Experiment:
         assert self.teacher is not None
         origin = models.Origin.of(self.teacher)
         right, images = identity.score(
-            config, self._predictor(self.teacher), self.splits, self.place.device
+            config, self._predictor(self.teacher), self.splits, self.runtime.device
         )
         self._say(
             f"teacher: {config.teacher.model}: top-1 {right / images:.1%} of {images} validation "
@@ -369,11 +371,11 @@ class _Experiment:
             trainer = Trainer(
                 config, student, self.teacher, config.losses, config.optimizer, config.run.epochs,
                 self.splits, Path(folder), seed=config.run.seeds[0], title="dry run",
-                place=self.place, save_model=lambda *_: None,
+                runtime=self.runtime, save_model=lambda *_: None,
             )  # fmt: skip
             seconds = trainer.seconds_per_step()
         runs = len(config.run.seeds)
-        compared = " and as often without the teacher" if "alone" in self._roles() else ""
+        compared = " and as often without the teacher" if "baseline" in self._roles() else ""
         self._say(
             f"a step: {seconds:.3g} s; {trainer.total:,} steps for each of {runs} seeds: "
             f"{seconds * trainer.total * runs / 3600:.2g} h{compared}"
@@ -386,31 +388,31 @@ class _Experiment:
     def _roles(self) -> dict[str, tuple[nn.Module | None, Losses]]:
         """What each seed trains: the teacher it learns from, and its losses."""
         roles: dict[str, tuple[nn.Module | None, Losses]] = {}
-        if self.config.run.alone and self.teacher:
-            roles["alone"] = None, self.config.losses.alone()
+        if self.config.run.baseline and self.teacher:
+            roles["baseline"] = None, self.config.losses.baseline()
         roles[self.role] = self.teacher, self.config.losses
         return roles
 
     def _engines(self, trained: dict[int, nn.Module]) -> list[int8.Session]:
         """The students in the int8 engine, of the same files on every rank; [] where it cannot."""
         files: list[bytes] = []
-        if self.place.rank == 0:
+        if self.runtime.rank == 0:
             try:
-                pictures = quantized.calibration_pictures(
-                    self.config, self.splits.train, self.place.ranks
+                images = quantized.calibration_images(
+                    self.config, self.splits.train, self.runtime.ranks
                 )
                 files = [
                     quantized.save(
                         self._int8_file(seed),
                         model,
-                        pictures,
+                        images,
                         pixels=self._pixels(model),
                         classes=self.classes,
                         calibration=self.config.int8.calibration,
                     )
                     for seed, model in trained.items()
                 ]
-            except ValueError as error:  # the engine lacks an operation, or a picture is bad
+            except ValueError as error:  # the engine lacks an operation, or an image is bad
                 files, why = [], " ".join(str(error).split())
                 self.notes.append(f"No int8 row: {why}")
                 print(f"int8: no row: {why}", flush=True)
@@ -445,7 +447,7 @@ class _Experiment:
             rows.append(self._row("int8", config.student, model, file, scored, seeds, engine))
         comparison = results.compare(evaluations)
         first, val = evaluations[self.role][0], self.splits.val
-        shows = hasattr(val, "read") and self.place.ranks == 1  # each rank saw its own images
+        shows = hasattr(val, "read") and self.runtime.ranks == 1  # each rank saw its own images
         return {
             "version": report.VERSION,
             "title": self.folder.name,
@@ -454,7 +456,7 @@ class _Experiment:
                 "vitkd_fast": version("vitkd-fast"),
                 "torch": torch.__version__,
                 "timm": version("timm"),
-                "device": results.device_name(self.place),
+                "device": results.device_name(self.runtime),
             },
             "data": {
                 "train": sources.count(self.splits.train),
@@ -463,7 +465,9 @@ class _Experiment:
             },
             "models": rows,
             "comparison": comparison,
-            "verdict": results.verdict(comparison, config.run.alone and self.teacher is not None),
+            "verdict": results.verdict(
+                comparison, config.run.baseline and self.teacher is not None
+            ),
             "curves": results.curves(self._curve_folders(list(students))),
             "confusion": {"role": self.role, "seed": seeds[0], "matrix": first.confusion.tolist()},
             "int8_confusion": {
@@ -485,7 +489,7 @@ class _Experiment:
         }
 
     def _predictor(self, model: nn.Module) -> nn.Module:
-        return models.predictor(model).to(self.place.device).eval()
+        return models.predictor(model).to(self.runtime.device).eval()
 
     def _evaluate(
         self,
@@ -493,7 +497,7 @@ class _Experiment:
         teacher: evaluate.Predictor | None,
         exact: evaluate.Evaluation | None = None,
     ) -> evaluate.Evaluation:
-        """Scores on the validation pictures; `exact` is of the weights that were quantised."""
+        """Scores on the validation images; `exact` is of the weights that were quantised."""
         loader = data.val_loader(self.config, self.splits)
         places = []
 
@@ -506,14 +510,14 @@ class _Experiment:
             predictor,
             batches(),
             classes=len(self.classes),
-            device=self.place.device,
+            device=self.runtime.device,
             teacher=teacher,
         )
-        self.places = torch.cat(places)  # in the pictures, without those that cannot be read
+        self.places = torch.cat(places)  # in the images, without those that cannot be read
         self.skipped |= loader.skipped
         if exact:
             same = (result.student == exact.student).double()
-            counts = torch.stack([same.sum(), same.new_tensor(len(same))]).to(self.place.device)
+            counts = torch.stack([same.sum(), same.new_tensor(len(same))]).to(self.runtime.device)
             if dist.is_initialized():
                 dist.all_reduce(counts)
             result.fidelity["unchanged"] = float(counts[0] / counts[1])
@@ -534,7 +538,7 @@ class _Experiment:
             evaluate.engine(engine) if engine else self._predictor(model),
             model,
             image_size=self.config.data.image_size,
-            device="cpu" if engine else self.place.device,
+            device="cpu" if engine else self.runtime.device,
             file=file if file.exists() else None,
         )
         runs = [
@@ -546,7 +550,7 @@ class _Experiment:
             "role": role,
             "model": section.model,
             **asdict(cost),
-            "conditions": results.conditions(self.place, engine),
+            "conditions": results.conditions(self.runtime, engine),
             "runs": runs,
             "mean": mean,
             "std": std,
@@ -564,14 +568,14 @@ class _Experiment:
     def _notes(self) -> list[str]:
         notes = [
             "Scores are those of the last epoch's weights: to choose the best epoch on the "
-            "pictures that it is then scored on would flatter.",
+            "images that it is then scored on would flatter.",
         ]
         if self.skipped:
             shown = "; ".join(sorted(self.skipped)[:10])
             notes.append(f"Left out, {len(self.skipped)} in all: {shown}")
         section = self.config.data
         if not section.val and section.dataset in ("", "digits"):
-            notes.append(f"Validation: {section.holdout:.0%} of the pictures, kept from training.")
+            notes.append(f"Validation: {section.holdout:.0%} of the images, kept from training.")
         return notes + self.notes
 
 

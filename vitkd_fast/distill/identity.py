@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from .. import models
-from ..pictures import DataError
+from ..images import DataError
 from . import data, evaluate, sources
 from .config import Config
 

@@ -1,6 +1,6 @@
 """The training loop: `Trainer.update` is the whole step, and `Trainer.run` what goes on around it.
 
-Nothing in a step waits for the device: losses are added up there, and read at the log interval.
+A step never synchronises with the device: losses are added up there, and read at the log interval.
 (float16's loss scale does wait, and timm's mixing by pair or element, which copies its shares.)
 Every random number is a function of (seed, step, rank), so a resumed run is the run.
 """
@@ -36,12 +36,12 @@ from .. import models
 from .._timing import warn_of_threads
 from . import checkpoint, data, evaluate, sources
 from .config import Config, ConfigError, Optimizer
-from .journal import Journal
-from .losses import Losses, Seen, Wanted
+from .logger import MetricLogger
+from .losses import Losses, StepOutputs, TapSpec
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a weight that is no number; the message says where it began."""
+    """A loss or a weight that is NaN or Inf; the message says where it began."""
 
 
 class Stopped(RuntimeError):
@@ -53,8 +53,8 @@ class Stopped(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a process computes: its device, and its place among the processes of torchrun."""
+class Runtime:
+    """Where a process computes: its device, and its rank among the processes of torchrun."""
 
     device: torch.device
     student: torch.dtype  # of autocast
@@ -63,7 +63,7 @@ class Place:
     ranks: int = 1
 
     @classmethod
-    def of(cls, config: Config) -> Place:
+    def of(cls, config: Config) -> Runtime:
         """This process's; joins the others where there are any."""
         run = config.run
         if run.threads:
@@ -126,7 +126,7 @@ class Meter:
         self.count += 1
 
     def first_bad(self) -> tuple[int, str] | None:
-        """The first step of any rank with a loss that is no number, and that loss's name."""
+        """The first step of any rank with a loss that is NaN or Inf, and that loss's name."""
         if dist.is_initialized():
             dist.all_reduce(self.bad, dist.ReduceOp.MIN)
         step, name = min(zip(self.bad.tolist(), self.names, strict=True))
@@ -152,7 +152,7 @@ class Meter:
         return {name: total / count for name, total in zip(self.names, sums, strict=True)}
 
 
-class Learner(nn.Module):
+class DistillationTask(nn.Module):
     """A student, what its losses learn beside it, and the losses of a batch, [terms].
 
     One module, so that DistributedDataParallel sees every parameter that learns.
@@ -160,8 +160,8 @@ class Learner(nn.Module):
     Args:
         losses: the terms.
         predict: the student's predictor.
-        ask: the teacher's, or None.
-        picture: [1, 3, H, W] uint8, for a first look at what they give.
+        teacher: the teacher's, or None.
+        image: [1, 3, H, W] uint8, for a first look at what they give.
         autocast: for student and `learned`.
 
     Attributes:
@@ -175,8 +175,8 @@ class Learner(nn.Module):
         self,
         losses: Losses,
         predict: nn.Sequential,
-        ask: nn.Sequential | None,
-        picture: Tensor,
+        teacher: nn.Sequential | None,
+        image: Tensor,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__()
@@ -185,38 +185,44 @@ class Learner(nn.Module):
         self.terms = dict(losses.terms())
         wanted = [term.taps() for term in self.terms.values()]
         self.taps = _taps(predict, [student for student, _ in wanted])
-        self.teacher_taps = None if ask is None else _taps(ask, [teacher for _, teacher in wanted])
+        self.teacher_taps = (
+            None if teacher is None else _taps(teacher, [teacher for _, teacher in wanted])
+        )
         self.learned = nn.ModuleDict()
         if self.taps and self.teacher_taps:
             training = predict[1].training
-            predict.eval()  # one picture is no batch to take statistics from
+            predict.eval()  # one image is no batch to take statistics from
             with torch.no_grad():
-                student, teacher = self.taps(picture), self.teacher_taps(picture)
+                outputs = self.taps(image), self.teacher_taps(image)
             predict.train(training)
             for name, term in self.terms.items():
-                if module := term.learned(student, teacher, self.teacher_taps):
-                    self.learned[name] = module.to(picture.device)
+                if module := term.learned(*outputs, self.teacher_taps):
+                    self.learned[name] = module.to(image.device)
 
-    def answers(self, images: Tensor, ask: nn.Module) -> models.Tapped:
+    def teacher_outputs(self, images: Tensor, teacher: nn.Module) -> models.TapOutputs:
         """What the teacher gives, without gradients."""
         with torch.inference_mode():
-            return self.teacher_taps(images) if self.teacher_taps else models.Tapped(ask(images))
+            return (
+                self.teacher_taps(images)
+                if self.teacher_taps
+                else models.TapOutputs(teacher(images))
+            )
 
     def forward(
-        self, images: Tensor, answers: models.Tapped | None, labels: Any, done: float
+        self, images: Tensor, teacher_outputs: models.TapOutputs | None, labels: Any, done: float
     ) -> Tensor:
         """The losses of a batch after the share `done` of the run."""
         with self.autocast():
-            student = self.taps(images) if self.taps else models.Tapped(self.predict(images))
-            seen = Seen(student, answers, labels)
+            student = self.taps(images) if self.taps else models.TapOutputs(self.predict(images))
+            outputs = StepOutputs(student, teacher_outputs, labels)
             losses = [
-                term(seen, done, self.learned[name] if name in self.learned else None)
+                term(outputs, done, self.learned[name] if name in self.learned else None)
                 for name, term in self.terms.items()
             ]
         return torch.stack(losses)
 
 
-def _taps(predict: nn.Sequential, wanted: list[Wanted]) -> models.Taps | None:
+def _taps(predict: nn.Sequential, wanted: list[TapSpec]) -> models.Taps | None:
     """What any term wants of a model, through its predictor; None if that is the logits alone."""
     merged: dict[str, tuple[int, ...]] = {}
     for arguments in wanted:
@@ -246,7 +252,7 @@ class Signals:
 
 
 class Trainer:
-    """One run: a student, perhaps a teacher, their pictures, and a folder for what comes out.
+    """One run: a student, perhaps a teacher, their images, and a folder for what comes out.
 
     Args:
         config: data, augmentation and run; models and losses come as arguments.
@@ -254,19 +260,19 @@ class Trainer:
         teacher: a constant, or None.
         losses: the terms that are added up.
         optimizer: its section, which a teacher in training has of its own.
-        epochs: of the training pictures.
-        splits: the pictures.
+        epochs: of the training images.
+        splits: the images.
         folder: of checkpoint.safetensors (the last whole state), last.safetensors and
-            best.safetensors (weights that `models.load` reads), and the journal.
+            best.safetensors (weights that `models.load` reads), and the logger.
         seed: of order, augmentation and everything drawn.
-        title: for the journal.
-        place: where to compute.
+        title: for the logger.
+        runtime: where to compute.
         save_model: writes a model's weights to a path, so that `models.load` reads them.
         resume: go on from the folder's checkpoint, where there is one.
 
     Raises:
         CheckpointError: a folder that cannot be written, or holds another run.
-        DataError: naming what is wrong with the pictures.
+        DataError: naming what is wrong with the images.
     """
 
     def __init__(
@@ -282,12 +288,12 @@ class Trainer:
         *,
         seed: int,
         title: str,
-        place: Place,
+        runtime: Runtime,
         save_model: Callable[[Path, nn.Module], None],
         resume: bool = False,
     ) -> None:
         run = config.run
-        self.place, self.seed, self.folder, self.title = place, seed, folder, title
+        self.runtime, self.seed, self.folder, self.title = runtime, seed, folder, title
         self.run_section, self.options, self.save_model = run, optimizer, save_model
         self.loader, self.val_loader = data.loaders(config, splits, seed, optimizer.accumulate)
         self.classes = len(splits.classes)
@@ -297,15 +303,15 @@ class Trainer:
 
         layout = torch.channels_last if run.channels_last else torch.contiguous_format
         self.model = student.to(memory_format=layout)
-        predict = models.predictor(self.model).to(place.device)
-        ask = _frozen(teacher, place, layout) if teacher else None
+        predict = models.predictor(self.model).to(runtime.device)
+        teacher = _frozen(teacher, runtime, layout) if teacher else None
         size = config.data.image_size
-        picture = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=place.device)
-        learner = Learner(losses, predict, ask, picture, place.autocast)
+        image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=runtime.device)
+        task = DistillationTask(losses, predict, teacher, image, runtime.autocast)
         self.forward: nn.Module = predict
-        self.teacher: nn.Module | None = ask
-        self.learner: Any = learner
-        self.answers, self.learned = learner.answers, learner.learned
+        self.teacher: nn.Module | None = teacher
+        self.task: Any = task
+        self.teacher_outputs, self.learned = task.teacher_outputs, task.learned
         self.optimizer = build_optimizer(self.model, optimizer)
         learned = list(self.learned.parameters())
         for decayed in (True, False):  # as the student's: weights, not biases
@@ -327,18 +333,18 @@ class Trainer:
         if optimizer.ema_decay:
             self.ema = ModelEmaV3(self.model, decay=optimizer.ema_decay, use_warmup=True)
         self.scaler = torch.amp.GradScaler(
-            place.device.type, enabled=place.student == torch.float16
+            runtime.device.type, enabled=runtime.student == torch.float16
         )
-        self.meter = Meter(list(learner.terms), place.device)
+        self.meter = Meter(list(task.terms), runtime.device)
         self.step, self.evaluated, self.best = 0, 0, -1.0
         self._rates: dict[int, float] = {}  # by step, since the last log
         self._since = time.monotonic(), 0
-        # signals are agreed on here, so that no rank waits for its device
-        self._control: Any = dist.new_group(backend="gloo") if place.ranks > 1 else None
+        # signals are agreed on here, so that no rank synchronises with its device
+        self._control: Any = dist.new_group(backend="gloo") if runtime.ranks > 1 else None
 
         # at most: weights, moments, average; old and new
         self.disk = 8 * sum(p.numel() * p.element_size() for p in self.parameters)
-        if place.rank == 0:
+        if runtime.rank == 0:
             checkpoint.check_folder(folder, self.disk)
         self.path = folder / "checkpoint.safetensors"
         if resume and self.path.exists():
@@ -349,24 +355,24 @@ class Trainer:
             self.meter.reset(*info["meter"])
             self.scheduler.step_update(self.step)
         if run.compile:
-            self.forward = learner.predict = torch.compile(self.forward)  # type: ignore[assignment]
+            self.forward = task.predict = torch.compile(self.forward)  # type: ignore[assignment]
             self.teacher = self.teacher and torch.compile(self.teacher)  # type: ignore[assignment]
-        if place.ranks > 1:
-            self.learner = DistributedDataParallel(learner)
+        if runtime.ranks > 1:
+            self.task = DistributedDataParallel(task)
 
     def update(self, batches: Iterator[data.Batch]) -> None:
         """One step: `accumulate` batches through teacher and student, then the optimiser."""
-        place, accumulate = self.place, self.options.accumulate
-        data.seed_all(self.seed, self.step, place.rank)
+        runtime, accumulate = self.runtime, self.options.accumulate
+        data.seed_all(self.seed, self.step, runtime.rank)
         for i in range(accumulate):
             batch = next(batches)
-            images = batch.images.to(place.device, non_blocking=True)
-            labels: Any = batch.labels.to(place.device, non_blocking=True)
+            images = batch.images.to(runtime.device, non_blocking=True)
+            labels: Any = batch.labels.to(runtime.device, non_blocking=True)
             if self.mixer:
                 images, labels = self.mixer(images.float(), labels)
-            answers = self.answers(images, self.teacher) if self.teacher else None
+            teacher_outputs = self.teacher_outputs(images, self.teacher) if self.teacher else None
             with self._no_sync(i < accumulate - 1):
-                losses = self.learner(images, answers, labels, self.step / self.total)
+                losses = self.task(images, teacher_outputs, labels, self.step / self.total)
                 self.scaler.scale(losses.sum() / accumulate).backward()
             self.meter.add(losses.detach(), self.step)
         if self.options.clip_grad:
@@ -387,7 +393,7 @@ class Trainer:
         for _ in range(steps + 1):
             start = time.monotonic()
             self.update(batches)
-            self._check()  # waits for the device
+            self._check()  # synchronises with the device
             times.append(time.monotonic() - start)
         return statistics.median(times[1:])
 
@@ -399,37 +405,37 @@ class Trainer:
             Stopped: after SIGINT or SIGTERM on any rank, once the step is done and saved.
             DataError: naming a file that cannot be read.
         """
-        run, folder = self.run_section, self.folder if self.place.rank == 0 else None
-        journal = Journal(folder, self.title, self.total, self.step)
-        with journal, Signals() as signals:
+        run, folder = self.run_section, self.folder if self.runtime.rank == 0 else None
+        logger = MetricLogger(folder, self.title, self.total, self.step)
+        with logger, Signals() as signals:
             self._since = time.monotonic(), self.step
             while self.step < self.total or self._is_due():
                 if self._is_due():
-                    self._evaluate(journal)
+                    self._evaluate(logger)
                     self._save()
                     self._obey(signals)
                     continue
                 epoch, start = divmod(self.step, self.steps_per_epoch)
                 batches = self.loader.epoch(epoch, start * self.options.accumulate)
-                self.learner.train()
+                self.task.train()
                 for _ in range(start, min(self.steps_per_epoch, start + self.total - self.step)):
                     self._rates[self.step] = self.optimizer.param_groups[0]["lr"]
                     self.update(batches)
-                    journal.advance(self.step)
+                    logger.advance(self.step)
                     if self.step % run.log_every == 0:
-                        self._log(journal)
+                        self._log(logger)
                     if run.save_every and self.step % run.save_every == 0:
                         self._save()
                     self._obey(signals)
                 if not self._is_due():
                     self._save()
             if skipped := self.skipped:
-                journal.say(f"skipped {len(skipped)} pictures that cannot be read: {_few(skipped)}")
+                logger.say(f"skipped {len(skipped)} images that cannot be read: {_few(skipped)}")
         return self.trained
 
     @property
     def skipped(self) -> set[str]:
-        """Pictures of this rank that could not be read."""
+        """Images of this rank that could not be read."""
         return self.loader.skipped | self.val_loader.skipped
 
     @property
@@ -442,8 +448,8 @@ class Trainer:
         return modules | ({"ema": self.ema.module} if self.ema else {})
 
     def _no_sync(self, wanted: bool) -> AbstractContextManager[Any]:
-        if wanted and isinstance(self.learner, DistributedDataParallel):
-            return self.learner.no_sync()
+        if wanted and isinstance(self.task, DistributedDataParallel):
+            return self.task.no_sync()
         return nullcontext()
 
     def _is_due(self) -> bool:
@@ -469,28 +475,28 @@ class Trainer:
 
     def _share_buffers(self) -> None:
         """Gives every rank the first one's batch-norm statistics: those are what is saved."""
-        if self.place.ranks > 1:
+        if self.runtime.ranks > 1:
             for module in self._modules().values():
-                distribute_bn(module, self.place.ranks)
+                distribute_bn(module, self.runtime.ranks)
 
-    def _log(self, journal: Journal) -> None:
+    def _log(self, logger: MetricLogger) -> None:
         self._check()
         means = self.meter.means()
         now, (then, step) = time.monotonic(), self._since
-        pictures = (self.step - step) * self.options.accumulate * self.loader.batch_size
+        images = (self.step - step) * self.options.accumulate * self.loader.batch_size
         row = {
             "epoch": self.step / self.steps_per_epoch,
             "lr": self._rates[self.step - 1],
             "loss": sum(means.values()),
             **means,
-            "images_per_s": pictures * self.place.ranks / (now - then),
+            "images_per_s": images * self.runtime.ranks / (now - then),
         }
-        journal.write("train", self.step, row)
+        logger.write("train", self.step, row)
         self._since = now, self.step
         self._rates = {self.step - 1: self._rates[self.step - 1]}
 
     def _check(self) -> None:
-        """Raises where a loss was no number since the last look, or a weight is none."""
+        """Raises where a loss was NaN or Inf since the last look, or a weight is none."""
         if bad := self.meter.first_bad():
             step, what = bad[0], f"loss {bad[1]} is not finite at step {bad[0]}"
         elif not nn.utils.get_total_norm(self.parameters).isfinite():
@@ -502,20 +508,20 @@ class Trainer:
         kept = f"{self.path} is the last good one" if self.path.exists() else "none was saved"
         raise NonFiniteError(f"{self.title}: {what}; checkpoint: {kept}")
 
-    def _evaluate(self, journal: Journal) -> None:
+    def _evaluate(self, logger: MetricLogger) -> None:
         self._check()
         self._share_buffers()
         self.trained.eval()
         result = evaluate.evaluate(
-            models.predictor(self.trained).to(self.place.device),
+            models.predictor(self.trained).to(self.runtime.device),
             ((batch.images, batch.labels) for batch in self.val_loader.epoch()),
             classes=self.classes,
-            device=self.place.device,
+            device=self.runtime.device,
         )
         scores = {"epoch": self.step / self.steps_per_epoch}
         scores |= {name: result.metrics[name] for name in ("top1", "nll")}
-        journal.write("val", self.step, scores)
-        if self.place.rank == 0:
+        logger.write("val", self.step, scores)
+        if self.runtime.rank == 0:
             self.save_model(self.folder / "last.safetensors", self.trained)
             if scores["top1"] > self.best:
                 self.save_model(self.folder / "best.safetensors", self.trained)
@@ -523,11 +529,11 @@ class Trainer:
         self._since = time.monotonic(), self.step
 
     def _save(self) -> None:
-        """Writes the whole state, unless a loss or a weight in it is no number."""
+        """Writes the whole state, unless a loss or a weight in it is NaN or Inf."""
         self._check()
         self._share_buffers()
         meter = self.meter.state()
-        if self.place.rank == 0:
+        if self.runtime.rank == 0:
             info = {
                 "step": self.step,
                 "evaluated": self.evaluated,
@@ -565,11 +571,11 @@ def build_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.Optimiz
         raise ConfigError(f"optimizer.options: {options.options}: {error}") from error
 
 
-def _frozen(teacher: nn.Module, place: Place, layout: torch.memory_format) -> nn.Sequential:
-    """A copy that answers: on the device, in its precision, for pictures as they are loaded."""
+def _frozen(teacher: nn.Module, runtime: Runtime, layout: torch.memory_format) -> nn.Sequential:
+    """A frozen copy on the device, in its precision, for images as they are loaded."""
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-    teacher = teacher.to(place.teacher).to(memory_format=layout)
-    return models.predictor(teacher, dtype=place.teacher).to(place.device).eval()
+    teacher = teacher.to(runtime.teacher).to(memory_format=layout)
+    return models.predictor(teacher, dtype=runtime.teacher).to(runtime.device).eval()
 
 
 def _few(names: set[str]) -> str:

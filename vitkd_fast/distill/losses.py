@@ -14,17 +14,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..functional import Labels, kd_loss
-from ..models import Tapped, Taps
+from ..models import TapOutputs, Taps
 from ..nn import AttentionMapProjection
 
-Wanted: TypeAlias = Mapping[str, tuple[int, ...]]  # arguments of Taps
+TapSpec: TypeAlias = Mapping[str, tuple[int, ...]]  # arguments of Taps
 
 
-class Seen(NamedTuple):
+class StepOutputs(NamedTuple):
     """What there is of a batch."""
 
-    student: Tapped
-    teacher: Tapped | None
+    student: TapOutputs
+    teacher: TapOutputs | None
     labels: Labels
 
 
@@ -65,16 +65,16 @@ class Term(Section):
 
     weight: Schedule = ONE
 
-    def taps(self) -> tuple[Wanted, Wanted]:
+    def taps(self) -> tuple[TapSpec, TapSpec]:
         """What `models.Taps` should take from student and teacher; their logits come anyway."""
         return {}, {}
 
-    def learned(self, student: Tapped, teacher: Tapped, taps: Taps) -> nn.Module | None:
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         """What is trained beside the student, from a first look at what `taps` gives."""
         return None
 
     @abstractmethod
-    def __call__(self, seen: Seen, x: float, learned: nn.Module | None) -> Tensor:
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         """The term, 0-dim, after the share x of the run."""
 
 
@@ -83,12 +83,12 @@ class CE(Term):
 
     label_smoothing: float = Field(0.0, ge=0, le=1)
 
-    def __call__(self, seen: Seen, x: float, learned: nn.Module | None) -> Tensor:
-        student = seen.student.logits
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        student = outputs.student.logits
         return kd_loss(
             student,
-            student.detach(),  # taught by itself at weight 0, for the pass that takes mixed labels
-            labels=seen.labels,
+            student.detach(),  # its own teacher at weight 0, for the pass that takes mixed labels
+            labels=outputs.labels,
             kd_weight=0.0,
             ce_weight=self.weight.at(x),
             label_smoothing=self.label_smoothing,
@@ -105,13 +105,13 @@ class KD(Term):
     ce_weight: Schedule = ZERO
     label_smoothing: float = Field(0.0, ge=0, le=1)
 
-    def __call__(self, seen: Seen, x: float, learned: nn.Module | None) -> Tensor:
-        assert seen.teacher is not None
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
         return kd_loss(
-            seen.student.logits,
-            seen.teacher.logits,
+            outputs.student.logits,
+            outputs.teacher.logits,
             temperature=self.temperature,
-            labels=seen.labels,
+            labels=outputs.labels,
             kd_weight=self.weight.at(x),
             ce_weight=self.ce_weight.at(x),
             label_smoothing=self.label_smoothing,
@@ -133,10 +133,10 @@ class Attention(Term):
     temperature: float = Field(1.0, gt=0)
     kind: Literal["kl", "reverse_kl", "js", "mse"] = "kl"
 
-    def taps(self) -> tuple[Wanted, Wanted]:
+    def taps(self) -> tuple[TapSpec, TapSpec]:
         return {"maps": (self.stride,)}, {"attention": (self.block,)}
 
-    def learned(self, student: Tapped, teacher: Tapped, taps: Taps) -> nn.Module:
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module:
         _, heads, _, dim = teacher.queries[self.block].shape
         if taps.grid is None:
             raise ValueError("attention: the teacher's patches have no grid of their own")
@@ -155,11 +155,11 @@ class Attention(Term):
             kind=self.kind,
         )
 
-    def __call__(self, seen: Seen, x: float, learned: nn.Module | None) -> Tensor:
-        assert seen.teacher is not None and learned is not None
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None and learned is not None
         block = self.block
-        features = seen.student.maps[self.stride]
-        loss = learned(features, seen.teacher.queries[block], seen.teacher.keys[block])
+        features = outputs.student.maps[self.stride]
+        loss = learned(features, outputs.teacher.queries[block], outputs.teacher.keys[block])
         return self.weight.at(x) * loss
 
 
@@ -176,7 +176,7 @@ class Losses(Section):
             if (term := getattr(self, name)) is not None:
                 yield name, term
 
-    def alone(self) -> Losses:
+    def baseline(self) -> Losses:
         """What is left without a teacher: the cross-entropy, smoothed as it was."""
         terms = (term for term in (self.kd, self.ce) if term)
         smoothing = max((term.label_smoothing for term in terms), default=0.0)

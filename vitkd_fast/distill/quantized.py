@@ -1,4 +1,4 @@
-"""A run's trained students as files of the int8 engine, calibrated on pictures of training."""
+"""A run's trained students as files of the int8 engine, calibrated on images of training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from . import data
 from .config import Config
 
 
-def calibration_pictures(config: Config, train: Any, ranks: int = 1) -> Tensor:
-    """Pictures of training, evenly spread, prepared as in validation: uint8 [N, H, W, 3].
+def calibration_images(config: Config, train: Any, ranks: int = 1) -> Tensor:
+    """Images of training, evenly spread, prepared as in validation: uint8 [N, H, W, 3].
 
     Raises:
         DataError: naming a file that cannot be read.
     """
-    wanted = config.int8.pictures
+    wanted = config.int8.calibration_images
     # a copy: a worker lends its memory
     batches = [
         batch.images.permute(0, 2, 3, 1).clone()
@@ -34,7 +34,7 @@ def calibration_pictures(config: Config, train: Any, ranks: int = 1) -> Tensor:
 def save(
     file: Path,
     model: nn.Module,
-    pictures: Tensor,
+    images: Tensor,
     *,
     pixels: Pixels,
     classes: list[str],
@@ -48,7 +48,7 @@ def save(
     began = time.monotonic()
     made = int8.quantize(
         model.eval(),
-        pictures,
+        images,
         mean=pixels.mean,
         std=pixels.std,
         calibration=calibration,
@@ -59,7 +59,7 @@ def save(
     made.save(file)
     found, seconds = made.report(), time.monotonic() - began
     print(
-        f"{file.parent.name}: int8 in {seconds:.0f} s, calibrated on {found.pictures} pictures, "
+        f"{file.parent.name}: int8 in {seconds:.0f} s, calibrated on {found.images} images, "
         f"logit SQNR {found.sqnr:.1f} dB: {file}",
         flush=True,
     )

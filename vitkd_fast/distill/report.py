@@ -1,7 +1,7 @@
 """The report of a run: report.json and one HTML page that opens offline, from the same dictionary.
 
-The page loads nothing: its style, its pictures (SVG drawn by matplotlib) and the thumbnails stand
-inside it. Numbers and pictures are made here, words in report.html.jinja.
+The page loads nothing: its style, its images (SVG drawn by matplotlib) and the thumbnails stand
+inside it. Numbers and images are made here, words in report.html.jinja.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _BUSY = 1.5  # a clock so far above the CPU time shows a machine that did other 
 _WEAKEST = 20  # classes that are shown where there are more
 _INK = "#1c2024"  # becomes the page's text colour
 _ACCENT = (11, 95, 165)
-_COLOURS = {"teacher": "#7a828c", "alone": "#d98200", "distilled": "#1a73c0", "int8": "#00937a"}
+_NAMES = {"baseline": "baseline (no teacher)"}
+_COLOURS = {"teacher": "#7a828c", "baseline": "#d98200", "distilled": "#1a73c0", "int8": "#00937a"}
 _STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"), _INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
@@ -69,7 +70,7 @@ def _svg(figure: Figure) -> Markup:
     buffer = io.StringIO()
     silent = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=silent)
-    # ids such as axes_1 would be there once for every picture; nothing refers to them
+    # ids such as axes_1 would be there once for every image; nothing refers to them
     svg = re.sub(r'<g id="\w+_\d+">', "<g>", buffer.getvalue())
     return Markup(svg[svg.index("<svg") :].replace(_INK, "currentColor"))
 
@@ -115,7 +116,7 @@ def _curves(curves: dict, part: str, key: str, scale: float, label: str) -> Mark
             blocks = np.array_split(np.array(points, dtype=float), min(len(points), 200))
             x, y = np.transpose([block.mean(axis=0) for block in blocks])
             role = name.split(",")[0]
-            style = "." * (len(x) < 50) + ("--" if role == "alone" else "-")
+            style = "." * (len(x) < 50) + ("--" if role == "baseline" else "-")
             axes.plot(x, scale * y, style, color=_COLOURS.get(role, _INK), lw=1, label=role)
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
@@ -179,7 +180,7 @@ def _commands(results: dict) -> list[tuple[str, str]]:
     config = results.get("config") or {}
     run, data = config.get("run") or {}, config.get("data") or {}
     roles, seeds = {model["role"] for model in results["models"]}, run.get("seeds")
-    role = "distilled" if "distilled" in roles else "alone"
+    role = "distilled" if "distilled" in roles else "baseline"
     if role not in roles or not run.get("folder") or not seeds:
         return []
     train, val = (data.get(key) or f"{key.upper()}_IMAGES" for key in ("train", "val"))
@@ -202,7 +203,7 @@ def render(results: dict) -> str:
     results = finite(results)
     curves, classes = results.get("curves") or {}, results["data"]["classes"]
     with matplotlib.rc_context(_STYLE):
-        pictures = {
+        images = {
             "scatter": _scatter(results["models"]),
             "loss": _curves(curves, "train", "loss", 1, "training loss"),
             "top1": _curves(curves, "val", "top1", 100, "validation top-1, %"),
@@ -218,7 +219,7 @@ def render(results: dict) -> str:
     per_class = _classes(results["per_class"], role) if results.get("per_class") else None
     looks = {"colours": _COLOURS, "accent": _ACCENT, "percent": _PERCENT}
     shown = {"show": _show, "cell": _cell, "dumps": json.dumps, "conditions": _conditions}
-    made = {"pictures": pictures, "confusions": confusions, "commands": _commands(results)}
+    made = {"images": images, "confusions": confusions, "commands": _commands(results)}
     return template.render({**results, **made, "per_class": per_class}, **looks, **shown)
 
 
@@ -228,7 +229,7 @@ def table(results: dict) -> str:
     costs = {"parameters": "parameters", "macs": "MMACs", "bytes": "size", "latency_ms": "ms"}
     rows = [["", "model", "top-1 %", *metrics.values(), *costs.values()]]
     for model in finite(results["models"]):
-        row = [model["role"], model["model"], _cell(model, "top1")]
+        row = [_NAMES.get(model["role"], model["role"]), model["model"], _cell(model, "top1")]
         row += [_show(key, model["mean"].get(key)) for key in metrics]
         rows.append(row + [_show(key, model.get(key)) for key in costs])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

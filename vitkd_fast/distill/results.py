@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import int8
-from . import evaluate, journal, sources
-from .loop import Place, cpu_capabilities
+from . import evaluate, logger, sources
+from .loop import Runtime, cpu_capabilities
 
 _THUMBNAILS = 24
 _SIGNIFICANT = 0.05
@@ -20,20 +20,20 @@ _SIGNIFICANT = 0.05
 
 def compare(evaluations: dict[str, list[evaluate.Evaluation]]) -> dict[str, Any] | None:
     """The paired test of both ways of training; None where there are not two seeds of each."""
-    if not {"alone", "distilled"} <= evaluations.keys() or len(evaluations["alone"]) < 2:
+    if not {"baseline", "distilled"} <= evaluations.keys() or len(evaluations["baseline"]) < 2:
         return None
     top1 = {
         role: [result.metrics["top1"] for result in evaluations[role]]
-        for role in ("distilled", "alone")
+        for role in ("distilled", "baseline")
     }
-    return {"metric": "top1", **evaluate.paired_test(top1["distilled"], top1["alone"])}
+    return {"metric": "top1", **evaluate.paired_test(top1["distilled"], top1["baseline"])}
 
 
 def verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
     """One sentence: p < 0.05, of a paired t-test over at least three seeds, counts."""
     if comparison is None:
         if not compared:
-            return "One way of training only: run.alone=true and a teacher compare two."
+            return "One way of training only: run.baseline=true and a teacher compare two."
         return "One seed says nothing about chance: run.seeds=[0,1,2] compares three."
     points, errors, seeds = (comparison[key] for key in ("difference", "standard_errors", "seeds"))
     points *= 100
@@ -45,15 +45,15 @@ def verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
     clear = seeds >= 3 and comparison["p"] < _SIGNIFICANT
     size += f"; it takes p below {_SIGNIFICANT} over 3 seeds or more"
     if clear and points > 0:
-        return f"Distilled beats alone: {size}."
+        return f"Distilled beats the baseline: {size}."
     if clear:
         return (
-            f"Distilled is worse than alone: {size}. Try a lower losses.kd.weight, or "
+            f"Distilled is worse than the baseline: {size}. Try a lower losses.kd.weight, or "
             "losses.kd.temperature=1."
         )
     return (
-        f"Distilled is not shown to beat alone: {size}. More run.seeds would measure it better; "
-        "more run.epochs, stronger augmentation or a better teacher could make it larger."
+        f"Distilled is not shown to beat the baseline: {size}. More run.seeds would measure it "
+        "better; more run.epochs, stronger augmentation or a better teacher could make it larger."
     )
 
 
@@ -61,7 +61,7 @@ def curves(folders: dict[str, Path]) -> dict[str, Any]:
     """The rows of each training's journal, by kind."""
     found: dict[str, Any] = {}
     for name, folder in folders.items():
-        rows = journal.read(folder)
+        rows = logger.read(folder)
         found[name] = {
             kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "val")
         }
@@ -69,11 +69,11 @@ def curves(folders: dict[str, Path]) -> dict[str, Any]:
 
 
 def disagreements(
-    result: evaluate.Evaluation, source: sources.Source, places: Tensor
+    result: evaluate.Evaluation, source: sources.Source, indices: Tensor
 ) -> dict[str, Any] | None:
     """The images that student and teacher read differently, the surest student first.
 
-    `places` are the evaluated images' in the source. None without a teacher.
+    `indices` are the evaluated images' in the source. None without a teacher.
     """
     if result.teacher is None or result.teacher_confidence is None:
         return None
@@ -82,8 +82,8 @@ def disagreements(
     names = source.classes
     shown = [
         {
-            "image": _thumbnail(source.read(int(places[i]))[0]),
-            "name": source.name(int(places[i])),
+            "image": _thumbnail(source.read(int(indices[i]))[0]),
+            "name": source.name(int(indices[i])),
             "label": names[int(result.labels[i])],
             "student": {
                 "class": names[int(result.student[i])],
@@ -99,20 +99,20 @@ def disagreements(
     return {"count": len(differ), "of": len(result.labels), "shown": shown}
 
 
-def device_name(place: Place) -> str:
+def device_name(runtime: Runtime) -> str:
     """What computes, for people."""
-    if place.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(place.device)}, {place.ranks} processes"
+    if runtime.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(runtime.device)}, {runtime.ranks} processes"
     name = cpu_capabilities().get("cpu_name", "CPU")
-    return f"{name}, {torch.get_num_threads()} threads, {place.ranks} processes"
+    return f"{name}, {torch.get_num_threads()} threads, {runtime.ranks} processes"
 
 
-def conditions(place: Place, engine: int8.Session | None) -> dict[str, Any]:
+def conditions(runtime: Runtime, engine: int8.Session | None) -> dict[str, Any]:
     """Where a model was timed."""
     if engine:
         return {"device": "CPU", "threads": engine.threads, "runs": f"int8, {engine.isa}"}
-    if place.device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(place.device), "runs": "PyTorch, float32"}
+    if runtime.device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(runtime.device), "runs": "PyTorch, float32"}
     return {"device": "CPU", "threads": torch.get_num_threads(), "runs": "PyTorch, float32"}
 
 

@@ -13,9 +13,18 @@ from PIL import Image
 from timm.data.dataset_factory import create_dataset
 from torch.utils.data import IterableDataset
 
-from .. import pictures
-from ..pictures import DataError as DataError
-from ..pictures import open_rgb, to_rgb
+from ..images import (
+    EXTENSIONS,
+    ending,
+    find,
+    is_above,
+    is_image,
+    is_ours,
+    natural_key,
+    open_rgb,
+    to_rgb,
+)
+from ..images import DataError as DataError
 from .config import Data
 
 # what a folder of whole data sets holds, where one of them is asked for
@@ -99,7 +108,7 @@ class Timm:
 
 
 class Part:
-    """Some of a source's pictures."""
+    """Some of a source's images."""
 
     def __init__(self, source: Source, index: list[int]) -> None:
         self.source = source
@@ -195,31 +204,31 @@ def class_folders(path: str, key: str = "DIR") -> list[str]:
     real = os.path.realpath(path)
     return [
         name
-        for name in sorted(os.listdir(path), key=pictures.natural_key)
+        for name in sorted(os.listdir(path), key=natural_key)
         if os.path.isdir(file := os.path.join(path, name))
-        and pictures.is_ours(name)
-        and not pictures.is_above(os.path.realpath(file), real)
+        and is_ours(name)
+        and not is_above(os.path.realpath(file), real)
     ]
 
 
 def _outside(path: str) -> tuple[list[str], list[str], Counter[str]]:
     """What lies beside the class folders: images, broken links, and how many other files."""
     images, broken, others = [], [], Counter[str]()
-    for name in sorted(os.listdir(path), key=pictures.natural_key):
+    for name in sorted(os.listdir(path), key=natural_key):
         file = os.path.join(path, name)
         if os.path.isdir(file):
             continue
         if not (os.path.exists(file) or name.startswith(".")):
             broken.append(file)
-        elif pictures.is_image(name):
+        elif is_image(name):
             images.append(file)
         else:
-            others[pictures.ending(name)] += 1
+            others[ending(name)] += 1
     return images, broken, others
 
 
 def _open_folder(path: str, key: str, skip_bad: bool, known: dict[str, int] | None) -> Opened:
-    every = {x: pictures.find(os.path.join(path, x)) for x in class_folders(path, key)}
+    every = {x: find(os.path.join(path, x)) for x in class_folders(path, key)}
     found = {name: x for name, x in every.items() if x.files}
     images, broken, others = _outside(path)
     ignored = sum((x.ignored for x in every.values()), others)
@@ -229,7 +238,7 @@ def _open_folder(path: str, key: str, skip_bad: bool, known: dict[str, int] | No
             "images of each class into a folder of its name"
         )
     if not found:
-        endings = ", ".join(pictures.EXTENSIONS)
+        endings = ", ".join(EXTENSIONS)
         raise DataError(f"{key}: {path} holds no class folder with images ({endings})")
     bad = [f"class folder {os.path.join(path, x)} holds no image" for x in every if x not in found]
     bad += [f"{file} is a broken link" for file in broken]
@@ -329,9 +338,7 @@ def _hold_out(
         kept.update(group[: round(config.holdout * len(group))])
     size = len(source)
     if not 0 < len(kept) < size:
-        raise DataError(
-            f"data.holdout: {config.holdout} of {size} pictures leaves none on one side"
-        )
+        raise DataError(f"data.holdout: {config.holdout} of {size} images leaves none on one side")
     parts = [[i for i in range(size) if i not in kept], sorted(kept)]
     for part, name in zip(parts, ("training", "validation"), strict=True):
         key = f"data.holdout: {config.holdout}: in {name}"
@@ -350,6 +357,6 @@ def labels(source: Any) -> list[int] | None:
 
 
 def count(source: Any) -> int:
-    """The pictures of all ranks together."""
+    """The images of all ranks together."""
     streams: bool = isinstance(source, IterableDataset)
     return source.reader.num_samples if streams else len(source)

@@ -195,7 +195,7 @@ def relation_loss(
 
     With values, MiniLM's value relations (Wang et al., 2020, arXiv:2002.10957); with any q, k or v
     re-split into relation heads, MiniLMv2's (arXiv:2012.15828); with token features, which of a
-    picture's tokens are alike (the Gram matrix).
+    image's tokens are alike (the Gram matrix).
 
     Args:
         x_s: the student's, [batch, heads, tokens, dim], or [batch, tokens, dim] for one head.

@@ -222,7 +222,7 @@ def kd_loss(
             raise ValueError(f"kd_loss: student {list(shape)} has no classes")
         raise ValueError(
             f"kd_loss: student {list(shape)} has one class, whose softmax is always 1; accepted "
-            "are 2 or more. A binary head of one logit is taught by torch.nn.functional."
+            "are 2 or more. For a binary head of one logit use torch.nn.functional."
             "binary_cross_entropy_with_logits(student, teacher.sigmoid())"
         )
     if teacher.device != student.device:

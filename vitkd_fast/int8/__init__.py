@@ -1,4 +1,4 @@
-"""The int8 engine: a MobileNet quantised once runs on uint8 pictures, the same bytes everywhere.
+"""The int8 engine: a MobileNet quantised once runs on uint8 images, the same bytes everywhere.
 
 `quantize` needs torch; everything else here never imports it.
 """

@@ -1,7 +1,7 @@
 """From the values of a float map to the range that its 256 levels should cover.
 
 A histogram's bins double in width when a value falls outside of them, so one pass over the
-pictures is enough; widths are powers of two, so that the order of the pictures changes no count.
+images is enough; widths are powers of two, so that the order of the images changes no count.
 The range is the one of least expected squared error, rounding and clipping counted, or between
 percentiles, or all that was seen.
 """

@@ -1,7 +1,7 @@
 """The quantised graph: what a file holds, the engine runs and the reference defines.
 
 A node makes one u8 tensor [N, H, W, C] from earlier nodes; the last makes float32 logits. Every
-constant is stored as it is used, already rounded. Index -1 is the picture: u8, scale 1, padded
+constant is stored as it is used, already rounded. Index -1 is the image: u8, scale 1, padded
 with `Graph.padding_bytes`. Nothing in this module needs torch.
 """
 
@@ -87,7 +87,7 @@ class SqueezeExcite(Quantized):
     `hidden_hardswish` h = (h * min(max(h + 3, 0), 6)) * fp32(1/6); the same with w2, b2;
     g = min(max(h + 3, 0), 6) * fp32(1/6); v = float(q - z) * (g * ratio).
 
-    Eight bits a weight, because these are read once per picture, from far away.
+    Eight bits a weight, because these are read once per image, from far away.
     """
 
     op = "squeeze_excite"
@@ -148,11 +148,11 @@ NODES: dict[str, type[Node]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """Nodes in an order in which they can be computed, and what prepares a picture for them."""
+    """Nodes in an order in which they can be computed, and what prepares an image for them."""
 
     nodes: tuple[Node, ...]
     image_size: int  # the side of a square
-    padding_bytes: tuple[int, int, int]  # of the picture: rne(255 * mean)
+    padding_bytes: tuple[int, int, int]  # of the image: rne(255 * mean)
     mean: tuple[float, float, float]  # of pixels in [0, 1]
     std: tuple[float, float, float]
     crop_pct: float = 1.0  # evaluation resizes to image_size / crop_pct and keeps the centre

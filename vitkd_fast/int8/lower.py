@@ -46,9 +46,9 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class FloatNode:
-    """One operation on float maps; inputs are indices of earlier nodes, -1 is the picture.
+    """One operation on float maps; inputs are indices of earlier nodes, -1 is the image.
 
-    x * weight + bias on the picture, where the model normalises it itself, is the first node.
+    x * weight + bias on the image, where the model normalises it itself, is the first node.
     """
 
     op: Literal["normalize", "conv", "add", "squeeze_excite", "pool"]
@@ -71,7 +71,7 @@ class FloatNode:
 
 
 def lower(model: nn.Module, image_size: int) -> tuple[FloatNode, ...]:
-    """The nodes with forward(nodes, x) = model(x), up to rounding, for pictures [N, 3, H, W].
+    """The nodes with forward(nodes, x) = model(x), up to rounding, for images [N, 3, H, W].
 
     The model is traced at [2, 3, image_size, image_size] and left as it is. Of several outputs the
     first, or the one under "logits", counts. Padding is as in the model at every size; only what
@@ -87,12 +87,12 @@ def lower(model: nn.Module, image_size: int) -> tuple[FloatNode, ...]:
     if image_size < 1:
         raise ValueError(f"quantize: image_size is {image_size}; accepted: a positive number")
     like = next(model.parameters(), torch.empty(0))
-    picture = like.new_zeros(2, 3, image_size, image_size, requires_grad=False)
+    image = like.new_zeros(2, 3, image_size, image_size, requires_grad=False)
     try:
         with torch.no_grad(), _normalize_without_branches():
-            program = torch.export.export(model, (picture,), strict=False)
+            program = torch.export.export(model, (image,), strict=False)
     except Exception as error:  # any: the model's own code runs here
-        raise UnsupportedError(f"quantize: {_why_not_exported(model, picture, error)}") from error
+        raise UnsupportedError(f"quantize: {_why_not_exported(model, image, error)}") from error
     return _Lowering(program).run()
 
 
@@ -134,11 +134,11 @@ def _normalize_without_branches() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _why_not_exported(model: nn.Module, picture: Tensor, error: Exception) -> str:
-    """Of a model that fails on any picture, or returns no tensors, this; else what export says."""
-    given = f"{type(model).__name__} on images {list(picture.shape)}"
+def _why_not_exported(model: nn.Module, image: Tensor, error: Exception) -> str:
+    """Of a model that fails on any image, or returns no tensors, this; else what export says."""
+    given = f"{type(model).__name__} on images {list(image.shape)}"
     try:
-        output = model(picture)
+        output = model(image)
     except Exception as own:  # any: the model's own code runs here
         return f"{given} fails: {_line(own)}"
     if not isinstance(output, Tensor | tuple | list | Mapping):
@@ -155,7 +155,7 @@ def _line(error: Exception) -> str:
 
 @torch.no_grad()
 def forward(nodes: tuple[FloatNode, ...], x: Tensor, observe: Observer | None = None) -> Tensor:
-    """The logits [N, classes] of normalised pictures x [N, 3, H, W], in float32, on x's device.
+    """The logits [N, classes] of normalised images x [N, 3, H, W], in float32, on x's device.
 
     observe(index, pre_activation, output) is called for each node with its maps [N, C, H, W]; the
     two are one tensor where the node has no activation. A map is freed after its last use.
@@ -363,7 +363,7 @@ class _Lowering:
 
     def _constant(self, node: Node, value: Any) -> Tensor:
         if value not in self.constants:
-            raise _unsupported(node, "its weights depend on the picture")
+            raise _unsupported(node, "its weights depend on the image")
         return self.constants[value].detach().to("cpu", torch.float64, copy=True)
 
     def _affine(self, node: Node, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -382,7 +382,7 @@ class _Lowering:
         """The index of the node that makes a map read by what is no convolution."""
         index, zeros = self._padded(node, value)
         if index < 0 or any(zeros) or self.nodes[index].op == "normalize":
-            raise _unsupported(node, "only a convolution reads the picture or a padded map")
+            raise _unsupported(node, "only a convolution reads the image or a padded map")
         return index
 
     def _foldable(self, node: Node, source: Node) -> int:
@@ -449,7 +449,7 @@ class _Lowering:
         )
 
     def _channelwise(self, node: Node, args: dict[str, Any]) -> None:
-        """Folds x * scale + shift in the convolution before it, or in the picture's normalize."""
+        """Folds x * scale + shift in the convolution before it, or in the image's normalize."""
         source = variable(node, self.constants)
         if source is None:
             raise _unsupported(node, "accepted: a map and constants")
@@ -458,7 +458,7 @@ class _Lowering:
         ours = index >= 0 and self.nodes[index].op == "normalize" and len(source.users) == 1
         if index < 0:
             if any(zeros):
-                raise _unsupported(node, "accepted before the padding of the picture, not after")
+                raise _unsupported(node, "accepted before the padding of the image, not after")
             three = torch.ones(3, dtype=torch.float64)
             weight, bias = (scale * three)[:, None, None, None], shift * three
             self._append(node, op="normalize", inputs=(-1,), weight=weight, bias=bias)

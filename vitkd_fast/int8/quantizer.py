@@ -1,7 +1,7 @@
-"""From a float model and some pictures to a quantised graph.
+"""From a float model and some images to a quantised graph.
 
-The float graph runs once over the pictures for the ranges of its maps. Then, node by node, weights
-are rounded and the rounded node runs over all pictures, so that each bias can make up for the mean
+The float graph runs once over the images for the ranges of its maps. Then, node by node, weights
+are rounded and the rounded node runs over all images, so that each bias can make up for the mean
 error of everything before it. Maps are kept as bytes and freed after their last use.
 """
 
@@ -27,10 +27,10 @@ from .report import LayerReport, QuantizedModel, Report
 
 __all__ = ["QuantizedModel", "quantize"]
 
-_CHUNK = 16  # pictures computed at a time
-_COMPARED = 32  # pictures of which every map is compared with the float one
+_CHUNK = 16  # images computed at a time
+_COMPARED = 32  # images of which every map is compared with the float one
 _ROUNDS = 2  # in which a bias before an activation is settled
-_FEW = 100  # pictures: of a trained MobileNetV2 5 cost 2 dB of the logits' SQNR, 20 cost 1
+_FEW = 100  # images: of a trained MobileNetV2 5 cost 2 dB of the logits' SQNR, 20 cost 1
 _LARGEST = 2.0**20  # of a map; the file holds no larger constant
 
 
@@ -52,7 +52,7 @@ def quantize(
 
     Args:
         model: in evaluation mode, on any device; left as it is.
-        images: batches [N, H, H, 3], uint8 ndarrays or tensors, or one of them: pictures as they
+        images: batches [N, H, H, 3], uint8 ndarrays or tensors, or one of them: images as they
             are before normalisation. Some 100 to 500; read once and kept.
         mean: of the normalisation, for pixels in [0, 1], one number or three; None: as in
             model.pretrained_cfg. A model that normalises its input itself says so: then None, or
@@ -63,7 +63,7 @@ def quantize(
         bias_correction: makes the mean of each convolution's output, before and after its
             activation, that of the float model, in order.
         classes: names of the logits.
-        image_size: checked against the pictures.
+        image_size: checked against the images.
         crop_pct: kept for the user; None: as in model.pretrained_cfg, else 1.
         interpolation: likewise; else bilinear.
 
@@ -80,12 +80,12 @@ def quantize(
     known = getattr(model, "pretrained_cfg", None) or {}
     known = known if isinstance(known, Mapping) else {}
     given = {"mean": _three("mean", mean), "std": _three("std", std)}
-    pictures = _pictures(images, image_size)
-    pictures = pictures.to(next(model.parameters(), torch.empty(0)).device)
-    with torch.random.fork_rng([pictures.device] if pictures.is_cuda else []):
-        nodes = lower(model, pictures.shape[2])
+    batch = _batch(images, image_size)
+    batch = batch.to(next(model.parameters(), torch.empty(0)).device)
+    with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
+        nodes = lower(model, batch.shape[2])
     mean, std = _normalisation(nodes, given, known)
-    if nodes[0].op == "normalize":  # the pictures are normalised once, by the graph's mean and std
+    if nodes[0].op == "normalize":  # the images are normalised once, by the graph's mean and std
         nodes = tuple(
             replace(node, inputs=tuple(max(source - 1, -1) for source in node.inputs))
             for node in nodes[1:]
@@ -95,7 +95,7 @@ def quantize(
         _preprocessing.check(mean, std, crop_pct)
         graph = Graph(
             nodes=(),
-            image_size=pictures.shape[2],
+            image_size=batch.shape[2],
             padding_bytes=(round(255 * mean[0]), round(255 * mean[1]), round(255 * mean[2])),
             mean=mean,
             std=std,
@@ -111,7 +111,7 @@ def quantize(
         raise ValueError(
             f"quantize: classes has {len(graph.classes)} names and the model {logits} logits"
         )
-    return _Quantizer(graph, nodes, pictures, calibration, bias_correction).run()
+    return _Quantizer(graph, nodes, batch, calibration, bias_correction).run()
 
 
 _Three = tuple[float, float, float]
@@ -138,18 +138,18 @@ class _Quantizer:
         self,
         graph: Graph,
         nodes: tuple[FloatNode, ...],
-        pictures: Tensor,
+        images: Tensor,
         calibration: Calibration,
         bias_correction: bool,
     ) -> None:
-        self.graph, self.float_nodes, self.pictures = graph, nodes, pictures
+        self.graph, self.float_nodes, self.images = graph, nodes, images
         self.calibration, self.bias_correction = calibration, bias_correction
         # means [C] of the float maps, before their activation and after it
         self.before: list[Any] = [0.0] * len(nodes)
         self.after: list[Any] = [0.0] * len(nodes)
         self.scales = {-1: Scale(1.0, 0)}
-        self.maps = {-1: pictures}  # bytes [N, C, H, W]
-        self.kept: dict[int, Tensor] = {}  # the maps of the first pictures
+        self.maps = {-1: images}  # bytes [N, C, H, W]
+        self.kept: dict[int, Tensor] = {}  # the maps of the first images
 
     def run(self) -> QuantizedModel:
         float_logits = self.observe()
@@ -182,27 +182,27 @@ class _Quantizer:
 
     # the float model
 
-    def normalised(self, pictures: Tensor) -> Tensor:
+    def normalised(self, images: Tensor) -> Tensor:
         mean, std = (
-            torch.tensor(value, dtype=torch.float32, device=pictures.device).view(3, 1, 1)
+            torch.tensor(value, dtype=torch.float32, device=images.device).view(3, 1, 1)
             for value in (self.graph.mean, self.graph.std)
         )
-        return (pictures / 255 - mean) / std
+        return (images / 255 - mean) / std
 
     def observe(self) -> Tensor:
-        """Scales, means and logits of the float graph on all pictures."""
+        """Scales, means and logits of the float graph on all images."""
         histograms = [Histogram() for _ in self.float_nodes]
 
         def count(index: int, before: Tensor, output: Tensor) -> None:
             for means, value in ((self.before, before), (self.after, output)):
-                means[index] += value.mean((2, 3)).double().sum(0) / len(self.pictures)
+                means[index] += value.mean((2, 3)).double().sum(0) / len(self.images)
             try:
                 histograms[index].add(output)
             except ValueError as error:
                 name = self.float_nodes[index].name
                 raise ValueError(f"quantize: {name}: {error}; {_CHECK}") from None
 
-        chunks = self.pictures.split(_CHUNK)
+        chunks = self.images.split(_CHUNK)
         logits = [forward(self.float_nodes, self.normalised(chunk), count) for chunk in chunks]
         for index, histogram in enumerate(histograms):
             scale, node = histogram.range(self.calibration), self.float_nodes[index]
@@ -218,13 +218,13 @@ class _Quantizer:
 
     def warnings(self, float_logits: Tensor) -> tuple[str, ...]:
         """What makes a calibration worth little."""
-        found, count = [], len(self.pictures)
+        found, count = [], len(self.images)
         if count < _FEW:
             found.append(
                 f"calibrated on {count} image{'s' * (count > 1)}; 100 to 500 are recommended, "
                 "spread over all classes"
             )
-        if count > 1 and bool((self.pictures == self.pictures[:1]).all()):
+        if count > 1 and bool((self.images == self.images[:1]).all()):
             found.append(f"all {count} calibration images are the same")
         elif count > 1 and len(float_logits.argmax(1).unique()) == 1:
             found.append(
@@ -249,7 +249,7 @@ class _Quantizer:
             found = (output.square().sum(), (output - value).square().sum(), clipped.sum())
             sums[index] += [*map(float, found), output.numel()]
 
-        for chunk in self.pictures[:_COMPARED].split(_CHUNK):
+        for chunk in self.images[:_COMPARED].split(_CHUNK):
             forward(self.float_nodes, self.normalised(chunk), compare)
             begin += len(chunk)
         layers = []
@@ -264,12 +264,12 @@ class _Quantizer:
     def padding(self, source: int) -> Tensor:
         """What pads a map and stands for its zeros, [1 or 3, 1, 1]."""
         zeros = self.graph.padding_bytes if source == -1 else [self.scales[source].zero_point]
-        return torch.tensor(zeros, dtype=torch.float32, device=self.pictures.device).view(-1, 1, 1)
+        return torch.tensor(zeros, dtype=torch.float32, device=self.images.device).view(-1, 1, 1)
 
     def simulated(self, node: Node, step: _Step) -> Iterator[Tensor]:
-        """A node's output on all pictures, in chunks."""
+        """A node's output on all images, in chunks."""
         inputs = [(self.maps[source], self.padding(source)) for source in step.inputs]
-        for i in range(0, len(self.pictures), _CHUNK):
+        for i in range(0, len(self.images), _CHUNK):
             yield simulate.compute(node, [(data[i : i + _CHUNK], pad) for data, pad in inputs])
 
     def quantized(self, step: _Step, fields: dict[str, Any]) -> Node:
@@ -359,16 +359,16 @@ class _Quantizer:
         inside: Any = 0.0
         for output in self.simulated(node, step):
             between = (output > scale.zero_point) & (output < node.hi)
-            mean += output.float().mean((2, 3)).double().sum(0) / len(self.pictures)
-            inside += between.float().mean((2, 3)).double().sum(0) / len(self.pictures)
+            mean += output.float().mean((2, 3)).double().sum(0) / len(self.images)
+            inside += between.float().mean((2, 3)).double().sum(0) / len(self.images)
         error = self.after[step.output] - (mean - scale.zero_point) * scale.scale
         return _numpy(error * inside / (inside**2 + 0.0025))
 
     def mean_map(self, source: int) -> Tensor:
-        """[C, H, W], of the bytes on all pictures, in float64."""
+        """[C, H, W], of the bytes on all images, in float64."""
         chunks = self.maps[source].split(_CHUNK)
         total: Any = sum(chunk.float().sum(0).double() for chunk in chunks)
-        return total / len(self.pictures)
+        return total / len(self.images)
 
     def mean_value(self, source: int) -> Array:
         """[C], of what the bytes stand for."""
@@ -403,7 +403,7 @@ def _steps(nodes: tuple[FloatNode, ...]) -> list[_Step]:
     return steps
 
 
-def _pictures(images: Iterable[Any], image_size: int | None) -> Tensor:
+def _batch(images: Iterable[Any], image_size: int | None) -> Tensor:
     """All batches as one tensor of bytes, [N, 3, H, H] in channels-last memory."""
     accepted = "accepted: uint8 batches [N, H, H, 3] of one size, ndarrays or tensors"
     batches: list[Array] = []
@@ -424,7 +424,7 @@ def _pictures(images: Iterable[Any], image_size: int | None) -> Tensor:
         batches.append(batch.cpu().numpy() if isinstance(batch, Tensor) else batch)
     if not sum(map(len, batches)):
         shapes = ", ".join(str(list(batch.shape)) for batch in batches) or "no batches"
-        raise ValueError(f"quantize: images holds no pictures ({shapes}); {accepted}")
+        raise ValueError(f"quantize: images holds no images ({shapes}); {accepted}")
     # a copy, whatever the batches' strides, and whether they may be written to
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(batches))).permute(0, 3, 1, 2)
 

@@ -62,7 +62,7 @@ def outputs(graph: Graph, images: Array) -> list[Array]:
 
 
 def padding_bytes(graph: Graph, source: int) -> Array:
-    """What pads a node's output, or the picture (-1): uint8, [1] or [3]."""
+    """What pads a node's output, or the image (-1): uint8, [1] or [3]."""
     if source == -1:
         return np.array(graph.padding_bytes, np.uint8)
     node = graph.nodes[source]

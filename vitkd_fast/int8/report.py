@@ -23,12 +23,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """How close the quantised graph is to the model, on the calibration pictures."""
+    """How close the quantised graph is to the model, on the calibration images."""
 
-    layers: tuple[LayerReport, ...]  # on the first pictures
-    agreement: float  # share of pictures with the same top-1 class
+    layers: tuple[LayerReport, ...]  # on the first images
+    agreement: float  # share of images with the same top-1 class
     sqnr: float  # dB, of the logits
-    pictures: int
+    images: int
     warnings: tuple[str, ...] = ()  # what is amiss with the calibration, a sentence each
 
     def __str__(self) -> str:
@@ -39,8 +39,8 @@ class Report:
                 f"{layer.name:44} {layer.op:14} {span:>20} {layer.sqnr:8.1f} {layer.clipped:8.2%}"
             )
         rows.append(
-            f"top-1 agreement with the float model {self.agreement:.2%} of {self.pictures} "
-            f"pictures, logit SQNR {self.sqnr:.1f} dB"
+            f"top-1 agreement with the float model {self.agreement:.2%} of {self.images} "
+            f"images, logit SQNR {self.sqnr:.1f} dB"
         )
         return "\n".join([*rows, *(f"warning: {warning}" for warning in self.warnings)])
 

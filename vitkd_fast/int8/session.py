@@ -1,4 +1,4 @@
-"""uint8 pictures -> float32 logits, by the compiled engine. Nothing here imports torch."""
+"""uint8 images -> float32 logits, by the compiled engine. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class LayerProfile:
     name: str
     kernel: str
     shape: tuple[int, int, int]  # of its output: H, W, C
-    us: float  # per picture
+    us: float  # per image
     gmacs: float  # 1e9 multiply-adds a second
-    bytes: int  # read and written per picture, if each were once
+    bytes: int  # read and written per image, if each were once
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Profile:
 
     @property
     def us(self) -> float:
-        """Per picture, all layers."""
+        """Per image, all layers."""
         return sum(layer.us for layer in self.layers)
 
     def __str__(self) -> str:
@@ -51,15 +51,15 @@ class Profile:
 
 
 class Session:
-    """uint8 pictures [N, H, W, 3] -> float32 logits [N, classes]; made by `load`.
+    """uint8 images [N, H, W, 3] -> float32 logits [N, classes]; made by `load`.
 
     Calls may come from several threads at once. Each concurrent one has its own memory and threads,
     made at its first call and kept; a call itself allocates its result alone.
 
     Attributes:
-        image_size: the side of the pictures.
+        image_size: the side of the images.
         classes: names, or as many numbers.
-        mean, std, crop_pct, interpolation: how pictures are prepared; the engine normalises.
+        mean, std, crop_pct, interpolation: how images are prepared; the engine normalises.
         threads: of one call.
         isa: the instruction set of its kernels.
     """
@@ -101,7 +101,7 @@ class Session:
             raise ValueError("int8.Session: it is closed")
         return self._engine
 
-    def _pictures(self, images: Any) -> np.ndarray:
+    def _batch(self, images: Any) -> np.ndarray:
         array = np.asarray(images)
         size = self.image_size
         if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
@@ -112,7 +112,7 @@ class Session:
         return np.ascontiguousarray(array)
 
     def __call__(self, images: Any, out: np.ndarray | None = None) -> np.ndarray:
-        """Logits of pictures.
+        """Logits of images.
 
         Args:
             images: uint8 [N, image_size, image_size, 3], an array or a CPU tensor, not normalised.
@@ -121,8 +121,8 @@ class Session:
         Raises:
             ValueError: images or out of another shape or dtype, or a closed session.
         """
-        engine, pictures = self._open(), self._pictures(images)
-        shape = (len(pictures), engine.classes)
+        engine, images = self._open(), self._batch(images)
+        shape = (len(images), engine.classes)
         if out is None:
             out = np.empty(shape, np.float32)
         elif (
@@ -136,20 +136,20 @@ class Session:
                 f"int8.Session: out is {given}; accepted is a contiguous, writeable float32 "
                 f"ndarray {list(shape)}"
             )
-        engine.run(pictures, out)
+        engine.run(images, out)
         return out
 
     def profile(self, images: Any, rounds: int = 5) -> Profile:
-        """What each layer takes on one thread: the median of some rounds over the pictures."""
-        engine, pictures = self._open(), self._pictures(images)
-        if len(pictures) == 0 or rounds < 1:
-            raise ValueError("int8.Session.profile: it takes at least one picture and one round")
-        out = np.empty((len(pictures), engine.classes), np.float32)
-        engine.profile(pictures, out)  # warms the caches
-        runs = [engine.profile(pictures, out) for _ in range(rounds)]
+        """What each layer takes on one thread: the median of some rounds over the images."""
+        engine, images = self._open(), self._batch(images)
+        if len(images) == 0 or rounds < 1:
+            raise ValueError("int8.Session.profile: it takes at least one image and one round")
+        out = np.empty((len(images), engine.classes), np.float32)
+        engine.profile(images, out)  # warms the caches
+        runs = [engine.profile(images, out) for _ in range(rounds)]
         layers = []
         for i, (step, name, kernel, shape, _, macs, size) in enumerate(runs[0]):
-            seconds = float(np.median([run[i][4] for run in runs])) / len(pictures)
+            seconds = float(np.median([run[i][4] for run in runs])) / len(images)
             gmacs = macs / seconds / 1e9 if seconds else 0.0
             layers.append(LayerProfile(step, name, kernel, shape, seconds * 1e6, gmacs, size))
         return Profile(tuple(layers))
@@ -186,9 +186,9 @@ def load(
 
     Args:
         source: a .int8.safetensors file, its content, or `QuantizedModel.graph`.
-        threads: that share a call; pictures of a batch first, then the layers of what is left.
+        threads: that share a call; images of a batch first, then the layers of what is left.
         isa: one of `isa()`; None: the best.
-        image_size: the side of the pictures; None: as the file says.
+        image_size: the side of the images; None: as the file says.
 
     Raises:
         FileError: the file is damaged, or no such file; it names what is wrong.

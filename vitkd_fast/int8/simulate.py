@@ -1,4 +1,4 @@
-"""What the engine computes, in float32 torch: for calibration, on any device, many pictures.
+"""What the engine computes, in float32 torch: for calibration, on any device, many images.
 
 The same bytes as the reference's but for sums over 2^24 and for the squeeze-excite's order of
 addition. Maps are [N, C, H, W]; x is centred where it is less its zero point, in floats: then

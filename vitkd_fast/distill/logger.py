@@ -25,7 +25,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Journal:
+class MetricLogger:
     """One run's journal. It says nothing where `folder` is None: on every rank but the first.
 
     Args:
@@ -62,7 +62,7 @@ class Journal:
         self._task = self._bar.add_task("", total=total, completed=step, text="")
         self._bar.start()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> MetricLogger:
         return self
 
     def __exit__(self, *_: object) -> None:

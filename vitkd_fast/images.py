@@ -52,7 +52,7 @@ class DataError(ValueError):
     """Images that cannot be used; the message names the file or folder."""
 
 
-class Wanted(Protocol):
+class Preprocessing(Protocol):
     """How images are prepared: `models.Pixels` and `int8.Session` say so."""
 
     @property
@@ -63,18 +63,19 @@ class Wanted(Protocol):
     def interpolation(self) -> str: ...
 
 
-def read(file: str | Path, wanted: Wanted) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def read(file: str | Path, preprocessing: Preprocessing) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The pixels of a file, uint8 [image_size, image_size, 3], not normalised.
 
     Args:
         file: of any format that Pillow reads; see `open_rgb`.
-        wanted: such as a session of `int8.load`: its image_size, crop_pct and interpolation count.
+        preprocessing: such as a session of `int8.load` or `models.Pixels`: its image_size,
+            crop_pct and interpolation are read.
 
     Raises:
         DataError: naming a file that cannot be read.
     """
     try:
-        return prepare(open_rgb(file), wanted)
+        return prepare(open_rgb(file), preprocessing)
     except UNREADABLE as error:
         raise unreadable(str(file), error) from error
 
@@ -137,16 +138,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8))
 
 
-def prepare(image: Image.Image, wanted: Wanted) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def prepare(
+    image: Image.Image, preprocessing: Preprocessing
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """An RGB image as uint8 [image_size, image_size, 3]."""
-    size = wanted.image_size
-    short = math.floor(size / wanted.crop_pct)
+    size = preprocessing.image_size
+    short = math.floor(size / preprocessing.crop_pct)
     width, height = image.size
     if width <= height:
         width, height = short, int(short * height / width)
     else:
         width, height = int(short * width / height), short
-    filter = Image.Resampling[wanted.interpolation.upper()]
+    filter = Image.Resampling[preprocessing.interpolation.upper()]
     left, top = _begin(width, size), _begin(height, size)
     if max(image.size) <= _STRIP * min(image.size):
         image = image.resize((width, height), filter)
@@ -233,7 +236,7 @@ def find(folder: str) -> Found:
     return Found(dict(sorted(files.items(), key=lambda file: natural_key(file[1]))), ignored)
 
 
-def list_pictures(path: str | Path) -> list[Path]:
+def list_images(path: str | Path) -> list[Path]:
     """The image files anywhere under a folder, in natural order, as `find` finds them.
 
     Raises:

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image, ImageOps
 from timm.data.transforms_factory import create_transform
 
-from vitkd_fast import models, pictures
+from vitkd_fast import images, models
 from vitkd_fast.distill.config import Augmentation, Data
 from vitkd_fast.distill.data import train_transform
-from vitkd_fast.pictures import DataError, open_rgb
+from vitkd_fast.images import DataError, open_rgb
 
 HALF = (0.5, 0.5, 0.5)
 PIXELS = models.Pixels(32, HALF, HALF, "bicubic", 0.875)
@@ -99,7 +99,7 @@ def test_pixels_of_an_unknown_range_are_refused(kind: str, tmp_path: Path) -> No
     else:
         Image.fromarray(EVERY.astype(kind)).save(file)
     with pytest.raises(DataError, match=r"a\.tif cannot be read: .* an unknown range; save it"):
-        pictures.read(file, PIXELS)
+        images.read(file, PIXELS)
 
 
 def test_alpha_is_dropped_as_by_torchvision(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_broken_exif_is_none(tmp_path: Path) -> None:
             broken[at] = generator.choice([0, 1, 2, 5, 10, 12, 255])
         image = Image.new("RGB", (6, 4))
         image.info["exif"] = bytes(broken[: generator.integers(len(whole))] if i % 3 else broken)
-        shapes.add(pictures.to_rgb(image).size)
+        shapes.add(images.to_rgb(image).size)
     assert shapes == {(6, 4), (4, 6)}
 
 
@@ -163,15 +163,15 @@ def test_of_many_frames_the_first_counts(ending: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_every_ending_is_read_and_whole_files_alone(tmp_path: Path) -> None:
-    for ending in pictures.EXTENSIONS:
+    for ending in images.EXTENSIONS:
         buffer = io.BytesIO()
         Image.fromarray(noise(40, 30, 3)).save(buffer, Image.registered_extensions()[ending])
         (tmp_path / f"whole{ending}").write_bytes(buffer.getvalue())
-        assert pictures.read(tmp_path / f"whole{ending}", PIXELS).shape == (32, 32, 3)
+        assert images.read(tmp_path / f"whole{ending}", PIXELS).shape == (32, 32, 3)
         for part in (0, 10, len(buffer.getvalue()) // 2):
             (tmp_path / "part").write_bytes(buffer.getvalue()[:part])
             with pytest.raises(DataError, match="part cannot be read: "):
-                pictures.read(tmp_path / "part", PIXELS)
+                images.read(tmp_path / "part", PIXELS)
 
 
 # strips
@@ -186,7 +186,7 @@ def test_a_strip_is_cropped_before_it_is_resized(crop_pct: float, interpolation:
     )
     for width, height in ((700, 20), (20, 700), (1, 40), (1100, 64)):
         image = Image.fromarray(noise(height // 4 + 1, width // 4 + 1, 3)).resize((width, height))
-        ours = pictures.prepare(image, pixels).astype(int)
+        ours = images.prepare(image, pixels).astype(int)
         off = np.abs(ours - np.asarray(whole(image)).transpose(1, 2, 0))
         assert off.max() <= 3 and off.mean() < 0.3, (width, height)
 
@@ -196,7 +196,7 @@ def test_a_strip_takes_no_more_memory_than_a_photograph() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for shape in ((12000, 1, 3), (1, 12000, 3)):  # whole, 2.4 GB
         image = Image.fromarray(noise(*shape))
-        assert pictures.prepare(image, models.Pixels(224, HALF, HALF, "bicubic", 0.875)).any()
+        assert images.prepare(image, models.Pixels(224, HALF, HALF, "bicubic", 0.875)).any()
         assert np.asarray(train(image)).shape == (3, 224, 224)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
@@ -208,7 +208,7 @@ def test_the_order_is_total() -> None:
     names = ["Cat", "b10", "b²", "b9", "cat", "1", "01", "2", "-"]
     ordered = ["01", "1", "2", "-", "b9", "b10", "b²", "Cat", "cat"]
     for order in itertools.islice(itertools.permutations(names), 0, None, 977):
-        assert sorted(order, key=pictures.natural_key) == ordered
+        assert sorted(order, key=images.natural_key) == ordered
 
 
 def test_links_lead_to_each_image_once(tmp_path: Path) -> None:
@@ -239,10 +239,10 @@ def test_links_lead_to_each_image_once(tmp_path: Path) -> None:
     for link, target in links.items():
         os.symlink(target, link)
     once = ["a/1.png", "a/deep/2.png", "a/pool/4.png", "b/3.png", "z.png"]
-    assert pictures.list_pictures(root) == [root / x for x in once]
+    assert images.list_images(root) == [root / x for x in once]
     # what is above the folder that was asked for stays out, whatever way leads there
     once = ["1.png", "deep/2.png", "out/3.png", "pool/4.png"]
-    assert pictures.list_pictures(root / "a") == [root / "a" / x for x in once]
+    assert images.list_images(root / "a") == [root / "a" / x for x in once]
 
 
 def test_what_is_no_image_is_ignored_and_counted(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_what_is_no_image_is_ignored_and_counted(tmp_path: Path) -> None:
     for name in (*strays, *hidden, "2.JPG", "a/1.WebP"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = pictures.find(str(tmp_path))
+    found = images.find(str(tmp_path))
     assert list(found.files.values()) == [f"{tmp_path}/2.JPG", f"{tmp_path}/a/1.WebP"]
     assert found.ignored == {"hidden": 2, ".db": 1, ".txt": 2, "LICENSE": 1, ".heic": 1}
 
@@ -260,4 +260,4 @@ def test_what_is_no_image_is_ignored_and_counted(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir(mode=0)
     with pytest.raises(DataError, match=r"/a cannot be read: .*Permission denied"):
-        pictures.find(str(tmp_path))
+        images.find(str(tmp_path))
