@@ -165,10 +165,10 @@ class Runner {
   void run(const uint8_t* images, int64_t count, float* logits) {
     const int64_t size = plan_.options.image_size;
     const int64_t classes = plan_.layers.back().out.channels;
-    for (int64_t done = 0; done < count; done += images_, logits += images_ * classes) {
-      images_ = static_cast<int>(std::min<int64_t>(kImages, count - done));
+    for (int64_t done = 0; done < count; done += group_, logits += group_ * classes) {
+      group_ = static_cast<int>(std::min<int64_t>(kImages, count - done));
       logits_ = logits;
-      for (image_ = 0; image_ < images_; ++image_, images += size * size * 3) {
+      for (image_index_ = 0; image_index_ < group_; ++image_index_, images += size * size * 3) {
         image_ = images;
         fetched_ = nullptr;
         // without a head the classifier's turn comes with each image
@@ -227,7 +227,7 @@ class Runner {
       case Op::classifier: {
         const int panels = static_cast<int>(layer.packed.panels.size());
         const Range all{0, panels};
-        const Range rows{0, layer.images > 1 ? images_ : layer.out.height};
+        const Range rows{0, layer.images > 1 ? group_ : layer.out.height};
         if (layer.by_panels) {
           const Range mine = part_of(panels, 1, thread_, threads_);
           timed(i, [&] { convolve(i, rows, mine); });
@@ -278,7 +278,7 @@ class Runner {
     const Layer& layer = plan_.layers[i];
     if (layer.node.op == Op::classifier) {
       // without a head there is one row, of the image at hand
-      const int64_t at = layer.images > 1 ? row : image_;
+      const int64_t at = layer.images > 1 ? row : image_index_;
       call->y = reinterpret_cast<uint8_t*>(logits_ + at * layer.out.channels);
       return;
     }
@@ -294,8 +294,7 @@ class Runner {
   void pointwise(int i, Range rows, Range panels) {
     const Layer& layer = plan_.layers[i];
     const Map x = map(layer.node.inputs[0]);
-    const Map y =
-        layer.node.op == Op::classifier ? Map{nullptr, kImages, 1, kImages, 0} : map(i);
+    const Map y = layer.node.op == Op::classifier ? Map{nullptr, kImages, 1, kImages, 0} : map(i);
     GemmCall call = gemm_call(i, panels);
     call.x_pixel = x.pixel;
     for (int64_t row = rows.begin; row < rows.end;) {
@@ -430,7 +429,7 @@ class Runner {
   void pool(int i) {
     const Layer& layer = plan_.layers[i];
     const Requantize requantize{layer.node.zero_point, layer.node.lo, layer.node.hi, 0};
-    uint8_t* const y = map(i).row(layer.images > 1 ? image_ : 0);
+    uint8_t* const y = map(i).row(layer.images > 1 ? image_index_ : 0);
     const Range mine = centred_sums(i);
     for (int64_t c = mine.begin; c < mine.end; ++c) {
       y[c] = vitkd::int8::requantize(sums_[c], layer.mean_multiplier, requantize);
@@ -488,7 +487,7 @@ class Runner {
   const uint8_t* image_ = nullptr;
   float* logits_ = nullptr;
   const uint8_t* fetched_ = nullptr;
-  int image_ = 0, images_ = 0;  // of those whose heads are computed together
+  int image_index_ = 0, group_ = 0;  // of images whose heads are computed together
 };
 
 }  // namespace
