@@ -359,6 +359,19 @@ def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_batch_norms_that_forget_are_warned_of(image_folder: Path, tmp_path: Path, vitkd) -> None:
+    """transformers' MobileNetV2 has momentum 0.997: TensorFlow's decay for PyTorch's share."""
+    given = [
+        x for x in arguments(image_folder, tmp_path / "run") if not x.startswith(("teac", "los"))
+    ]
+    for momentum, warned in ((0.997, True), (0.1, False)):
+        options = f"student.options={{bn_momentum: {momentum}}}"
+        result = vitkd("distill", *given, options, "--dry-run")
+        assert result.code == 0, result.err
+        line = f"warning: student.model: its batch norms have momentum {momentum}, so that"
+        assert (line in result.out) == warned
+
+
 @pytest.mark.parametrize("at", ["teacher: val", "data: "])
 def test_ctrl_c_ends_with_130(image_folder: Path, tmp_path: Path, at: str) -> None:
     """Within the loop, which saves, and before it."""
@@ -547,11 +560,11 @@ def test_thumbnails_are_of_the_images_they_name(
     ],
 )
 def test_the_verdict_says_what_the_numbers_say(
-    distilled: list[float], alone: list[float], verdict: str
+    distilled: list[float], baseline: list[float], verdict: str
 ) -> None:
     comparison = None
-    if len(alone) > 1:
-        comparison = {"metric": "top1", **evaluate.paired_test(distilled, alone)}
+    if len(baseline) > 1:
+        comparison = {"metric": "top1", **evaluate.paired_test(distilled, baseline)}
     assert results.verdict(comparison, True).startswith(verdict)
 
 
