@@ -4,8 +4,9 @@
 # VENV    the environment's folder. Empty: the environment of PYTHON, as it is; only the package
 #         itself is installed there, without its dependencies and without network
 #
-# VITKD_FAST_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS reach the build (see setup.py); `make -B install`
-# builds again after a change of them.
+# VITKD_FAST_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS and CI reach the build (see setup.py); `make -B
+# install` builds again after a change of them. Unset, `install` compiles CUDA for the GPUs of this
+# machine, or for 9.0+PTX without one, and `wheel` for all.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -48,6 +49,7 @@ test-all: install  ## every test
 # the wheel, not the checkout: run from a folder outside it, so that nothing else can be imported
 test-oldest: wheel $(OLDEST)/ready  ## the wheel, built with the newest torch, in torch 2.11
 	$(OLDEST)/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	$(OLDEST)/bin/pip check
 	cd $(OLDEST) && bin/vitkd show
 	cd $(OLDEST) && bin/pytest -m "not slow" -c ../pyproject.toml $(addprefix ../,$(wildcard tests/test_kd*.py))
 
@@ -66,9 +68,15 @@ $(TRITONS:%=test-triton-%): test-triton-%: .venv-triton-%/ready
 fuzz: install  ## 10,000 damaged int8 files and graphs, the engine under both sanitizers
 	$(PY) tests/fuzz_int8.py --files 10000 --sanitize
 
-wheel: install  ## dist/*.whl
-	rm -rf dist build/lib* build/bdist*
-	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+# manylinux but for torch's libraries and CUDA's, which the installed torch brings; `auditwheel show`
+# cannot be told so, and calls a wheel with _C linux
+wheel: export PATH := $(BIN):$(PATH)
+wheel: install  ## dist/*.whl, for every GPU; both extensions, of which _int8 needs no torch
+	rm -rf dist build/lib* build/bdist* build/wheel
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	auditwheel repair --exclude "libtorch*" --exclude "libc10*" --exclude "libcudart*" \
+	  --wheel-dir dist build/wheel/*.whl
+	@ls dist
 
 bench: install  ## the CPU benches, and README's tables and plot from them
 	for bench in benches/bench_*.py; do stem=$${bench#benches/bench_}; \
@@ -125,7 +133,7 @@ $(STAMP): setup.py pyproject.toml $(shell find csrc)
 ifneq ($(strip $(VENV)),)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -f $(PY); \
 	  echo "make: $(PYTHON) cannot make an environment: apt-get install python3-venv" >&2; exit 1; }
-	$(PY) -m pip install --quiet "setuptools>=77" ninja "torch>=2.11" "pybind11>=3"
+	$(PY) -m pip install --quiet "setuptools>=77" "pybind11>=3" ninja "torch>=2.11"
 endif
 	@mkdir -p build
 	@echo "building and installing (log: build/install.log)"
@@ -136,7 +144,7 @@ endif
 
 $(OLDEST)/ready:
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet "torch==2.11.*" numpy typer pytest
+	$(OLDEST)/bin/pip install --quiet "torch==2.11.*" numpy pillow typer pytest
 	@touch $@
 
 .venv-triton-%/ready: | $(STAMP)

@@ -1,7 +1,7 @@
-"""Builds the two extensions; everything static is in pyproject.toml.
+"""Builds the extensions; everything static is in pyproject.toml.
 
-_C     the operations, on libtorch's stable ABI: one build serves every torch >= 2.11
 _int8  the int8 engine, on pybind11: links no torch
+_C     the operations, on libtorch's stable ABI, for every torch >= 2.11; where the build sees torch
 
 VITKD_FAST_CUDA=auto|0|1: auto compiles csrc/cuda where torch has CUDA and a toolkit of the same
 major version is found; 1 fails where that is not so. TORCH_CUDA_ARCH_LIST: the architectures.
@@ -12,6 +12,7 @@ import re
 import shutil
 import sysconfig
 from glob import glob
+from importlib import import_module, util
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,12 +21,14 @@ from setuptools.command.build_ext import build_ext
 ENGINE = sorted(glob("csrc/int8/*.cpp"))  # of which the operations share what knows no graph
 SHARED = [f for f in ENGINE if re.search(r"/(isa|kernels\w*|plain)\.cpp$", f)]
 OPERATIONS = [*sorted(glob("csrc/cpu/*.cpp")), *SHARED, "csrc/ops.cpp"]
-INCLUDE = [os.path.abspath("csrc")]
-CXX = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+INCLUDE = os.path.abspath("csrc")
+CXX = "-std=c++20 -O3 -ffp-contract=off -fvisibility=hidden -Wall -Wextra".split()
 CXX += ["-Wno-maybe-uninitialized"]  # false alarms of gcc 12 and 13 in their AVX-512 headers
 # torch drops its -gencode flags as soon as a flag of ours holds "arch"
-NVCC = ["-std=c++20", "-O3", "-lineinfo", "-Werror=all-warnings", "-Xcompiler=-fvisibility=hidden"]
+NVCC = "-std=c++20 -O3 -lineinfo -Xcompiler=-fvisibility=hidden -DUSE_CUDA".split()
+NVCC += ["-Werror=all-warnings"] if os.environ.get("CI") == "true" else []
 TORCH_2_11 = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+TEMP = f"build/{sysconfig.get_config_var('SOABI')}"  # kept between builds
 
 
 def cuda_homes():
@@ -34,8 +37,7 @@ def cuda_homes():
     if nvcc := shutil.which("nvcc"):
         nvcc = Path(nvcc).resolve()
         # it may be a script that runs the real one: exec /usr/local/cuda-13.0/bin/nvcc "$@"
-        text = nvcc.read_bytes()[:4096]
-        real = text.startswith(b"#!") and re.search(rb"(/[^\s\"']+)/bin/nvcc\b", text)
+        real = re.match(rb"(?s)#!.*?(/[^\s\"']+)/bin/nvcc\b", nvcc.read_bytes()[:4096])
         yield Path(real[1].decode()) if real else nvcc.parent.parent
     yield from map(Path, ["/usr/local/cuda", *sorted(glob("/usr/local/cuda-*"), reverse=True)])
 
@@ -50,71 +52,68 @@ def toolkit_version(home):
 
 
 def choose_cuda(choice, torch_cuda, homes):
-    """Returns (home, version, "") of the toolkit to build with, or (None, None, why not)."""
+    """Returns (home, version, "") of the toolkit to build with, or (None, "", why not)."""
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"vitkd_fast: VITKD_FAST_CUDA={choice}: accepted are auto, 0 and 1")
-    reason = "VITKD_FAST_CUDA=0" if choice == "0" else "this torch is built without CUDA"
+    reason = "VITKD_FAST_CUDA=0" if choice == "0" else "no torch that is built with CUDA"
     if choice != "0" and torch_cuda:
         major = torch_cuda.split(".")[0]
         found = {home: version for home in homes if (version := toolkit_version(home))}
-        for home, version in found.items():
-            if version.split(".")[0] == major:
-                return home, version, ""
+        if same := [x for x in found.items() if x[1].split(".")[0] == major]:
+            return *same[0], ""
         others = ", ".join(f"{version} in {home}" for home, version in found.items())
         reason = f"no CUDA {major} toolkit (bin/nvcc, include/); found: {others or 'none'}"
     if choice == "1":
         raise SystemExit(f"vitkd_fast: VITKD_FAST_CUDA=1 cannot be met: {reason}")
-    return None, None, reason
+    return None, "", reason
 
 
-def configure():
-    """Returns the extensions with every flag, and one line about them."""
-    import pybind11
-    import torch
+def architectures(version, editable, gpus):
+    """A wheel is for all, an editable install for the GPUs seen here; for sm_90 where none is."""
+    if editable:
+        return ";".join(f"{a}.{b}" for a, b in sorted(set(gpus)) if a >= 8) or "9.0+PTX"
+    blackwell = tuple(map(int, version.split("."))) >= (12, 8)
+    return "8.0;8.6;8.9;9.0+PTX" + ";10.0;12.0" * blackwell
 
+
+def configure(editable):
+    """Returns the extensions with every flag, the command that builds them, and a line on them."""
+    from pybind11 import get_include, setup_helpers
+
+    torch = import_module("torch") if util.find_spec("torch") else None
     choice = os.environ.get("VITKD_FAST_CUDA", "auto")
-    home, version, reason = choose_cuda(choice, torch.version.cuda, cuda_homes())
+    home, version, reason = choose_cuda(choice, torch and torch.version.cuda, cuda_homes())
+    engine = Extension("vitkd_fast._int8", ENGINE, [INCLUDE, get_include()], extra_compile_args=CXX)
+    if not torch:
+        setup_helpers.ParallelCompile("MAX_JOBS").install()
+        return [engine], build_ext, "_int8 alone, without the losses: no torch to build them with"
     if home:
         os.environ["CUDA_HOME"] = str(home)  # before cpp_extension looks for one, less well
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension
-
-    cuda = f"{version} ({architectures})" if home else ""
-    cxx, nvcc = [*CXX, TORCH_2_11, f'-DVITKD_CUDA="{cuda}"'], [*NVCC, TORCH_2_11, "-DUSE_CUDA"]
-    operations = (CUDAExtension if home else CppExtension)(
-        "vitkd_fast._C",
-        OPERATIONS + (sorted(glob("csrc/cuda/*.cu")) if home else []),
-        include_dirs=list(INCLUDE),
-        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        py_limited_api=True,
-    )
-    include = [*INCLUDE, pybind11.get_include()]
-    engine = Extension("vitkd_fast._int8", ENGINE, include, extra_compile_args=CXX, language="c++")
-    what = f"with CUDA {cuda}" if home else f"for the CPU only ({reason})"
-    return [operations, engine], f"vitkd_fast: _C {what}, _int8"
+        gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        archs = architectures(version, editable, gpus)
+        version += f" ({os.environ.setdefault('TORCH_CUDA_ARCH_LIST', archs)})"
+    cpp_extension = import_module("torch.utils.cpp_extension")
+    sources = OPERATIONS + (sorted(glob("csrc/cuda/*.cu")) if home else [])
+    flags = {"cxx": [*CXX, TORCH_2_11, f'-DVITKD_CUDA="{version}"'], "nvcc": [*NVCC, TORCH_2_11]}
+    options = {"include_dirs": [INCLUDE], "extra_compile_args": flags, "py_limited_api": True}
+    create = cpp_extension.CUDAExtension if home else cpp_extension.CppExtension
+    operations = create("vitkd_fast._C", sources, **options)
+    # what both hold includes nothing of torch's; it is compiled once, with _C
+    engine.sources = [f for f in ENGINE if f not in SHARED]
+    engine.extra_objects = [f"{TEMP}/{f[:-4]}.o" for f in SHARED]
+    what = f"with CUDA {version}" if home else f"for the CPU only ({reason})"
+    return [operations, engine], cpp_extension.BuildExtension, f"_C {what}, _int8"
 
 
 class Build(build_ext):
-    """torch's BuildExtension, imported only to compile: metadata and sdist need no torch."""
-
     def run(self):
         os.environ["PATH"] += f":{sysconfig.get_path('scripts')}"  # where torch looks for ninja
-        extensions, built = configure()
-        from torch.utils.cpp_extension import BuildExtension
-
-        for extension in extensions:
-            self.distribution.ext_modules = [extension]
-            command = BuildExtension(self.distribution)
-            command.build_lib, command.inplace = self.build_lib, self.inplace
-            # kept between builds, and one per extension: they share sources but no flags
-            command.build_temp = f"build/{sysconfig.get_config_var('SOABI')}/{extension.name}"
-            command.ensure_finalized()
-            command.run()
-        self.distribution.ext_modules = self.extensions
-        print(built)
+        self.distribution.ext_modules, build, line = configure(self.inplace)
+        command = build(self.distribution, build_temp=TEMP, inplace=self.inplace)
+        command.ensure_finalized()
+        command.run()
+        print("vitkd_fast:", line)
 
 
 if __name__ == "__main__":
-    operations = Extension("vitkd_fast._C", OPERATIONS, py_limited_api=True)
-    engine = Extension("vitkd_fast._int8", ENGINE)
-    setup(ext_modules=[operations, engine], cmdclass={"build_ext": Build})
+    setup(ext_modules=[Extension("vitkd_fast._int8", ENGINE)], cmdclass={"build_ext": Build})

@@ -21,6 +21,11 @@ from torch import Tensor
 from . import reference
 
 _NAMESPACE = "vitkd_fast"
+_BUILD = (
+    'beside torch, "setuptools>=77", pybind11 and ninja, `pip install --no-build-isolation '
+    "--no-deps .` in a checkout builds it for this torch, and VITKD_FAST_BACKEND=reference goes "
+    "without it"
+)
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
 
@@ -193,7 +198,17 @@ def _register(backend: str) -> torch.library.Library:
     if backend == "reference":
         return library
     if importlib.util.find_spec("vitkd_fast._C"):
-        importlib.import_module("vitkd_fast._C")
+        try:
+            importlib.import_module("vitkd_fast._C")
+        except ImportError as error:  # such as no libcudart, in a torch without CUDA
+            raise ImportError(
+                f"vitkd_fast._C does not load in torch {torch.__version__}: {error}; {_BUILD}"
+            ) from error
+    elif backend != "triton":
+        raise ImportError(
+            f"torch {torch.__version__} is here, but vitkd_fast was built without torch, and so "
+            f"without its operations (vitkd_fast._C); {_BUILD}"
+        )
     for op in OPERATIONS:
         compiled = _has_kernel(f"{_NAMESPACE}::{op.name}", "CUDA")
         if backend == "cuda" and not compiled:

@@ -4,7 +4,9 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -135,35 +137,31 @@ def evaluate(
 
     Example: vitkd eval runs/first/distilled-0/best.safetensors images/val
     """
-    import torch
-
     from ._files import finite
-    from .distill import config, data, evaluate, identity, sources
+    from ._metrics import per_class
+    from .distill import identity, sources
 
-    device = "cuda" if torch.cuda.is_available() and not _is_int8(model) else "cpu"
-    logits, pixels, classes = _open(model, threads, device)
-    known = identity.class_indices(model, classes, sources.class_folders(folder))
+    opened = _open(model, threads, accelerated=True)
+    known = identity.class_indices(model, opened.classes, sources.class_folders(folder))
     source, bad, notes, _ = sources.open_folder(folder, known, skip_bad)
+    # an int8 file is evaluated on NumPy, with fewer metrics, where there is no `distill` extra
+    whole = not _is_int8(model) or find_spec("torchmetrics") is not None
+    if not whole:
+        notes.append('pip install "vitkd-fast[distill]" brings more metrics than these')
     for note in notes:
         print(note, file=sys.stderr)
-    transform = data.eval_transform(pixels.image_size, pixels.crop_pct, pixels.interpolation)
-    section = config.Data(batch_size=batch_size, workers=workers, skip_bad=skip_bad)
-    loader = data.Loader(source, transform, section, seed=None)
-    result = evaluate.evaluate(
-        lambda images: logits(images.permute(0, 2, 3, 1)),
-        ((batch.images, batch.labels) for batch in loader.epoch()),
-        classes=len(classes),
-        device=device,
-    )
-    skipped = len(bad) + len(loader.skipped)
+    measure = _evaluate if whole else _evaluate_without_torch
+    section = {"batch_size": batch_size, "workers": workers, "skip_bad": skip_bad}
+    metrics, confusion, unread = measure(opened, source, section)
+    images, skipped = int(confusion.sum()), len(bad) + unread
     if as_json:
-        found = {"model": model, "folder": folder, "images": len(result.labels), "skipped": skipped}
-        found["metrics"] = result.metrics
-        found["classes"] = evaluate.per_class(result.confusion, classes)
+        found = {"model": model, "folder": folder, "images": images, "skipped": skipped}
+        found["metrics"] = metrics
+        found["classes"] = per_class(confusion, opened.classes)
         print(json.dumps(finite(found), allow_nan=False, ensure_ascii=False, indent=2))
         return
-    print(f"{len(result.labels)} images, {skipped} skipped")
-    for name, value in result.metrics.items():
+    print(f"{images} images, {skipped} skipped")
+    for name, value in metrics.items():
         print(f"{name:15} {value:.4f}")
 
 
@@ -187,7 +185,7 @@ def predict(
         if "://" in given and not Path(given).exists():
             raise DataError(f"{given} is a URL; download it, and name the file")
         files += list_images(given) if Path(given).is_dir() else [given]
-    logits, pixels, names = _open(model, threads)
+    logits, pixels, names, _ = _open(model, threads)
     for file in files:
         answers = np.asarray(logits(read(file, pixels)[None]), np.float64)[0]
         odds = np.exp(answers - answers.max())
@@ -339,31 +337,78 @@ class _Opened(NamedTuple):
     logits: Any  # a function of uint8 images [N, H, W, 3]
     pixels: Any  # image_size, crop_pct and interpolation
     classes: tuple[str, ...]
+    device: str = "cpu"
 
 
-def _open(model: str, threads: int | None, device: str = "cpu") -> _Opened:
-    """A model on the device, or an int8 file, which needs no torch."""
+def _open(model: str, threads: int | None, accelerated: bool = False) -> _Opened:
+    """An int8 file, which needs no torch, or a model, on the GPU where that is wanted and there."""
     if _is_int8(model):
         from . import int8
 
         session = int8.load(model, threads=threads or 1)
         return _Opened(session, session, session.classes)
+    try:
+        from . import models
+    except ImportError as error:
+        raise ImportError(f"{model} is no int8 file, and {error}") from error
     import torch
 
-    from . import models
     from ._timing import warn_of_threads
 
     if threads:
         warn_of_threads("--threads", threads)
         torch.set_num_threads(threads)
     loaded = models.load(model)
+    device = "cuda" if accelerated and torch.cuda.is_available() else "cpu"
     predictor = models.predictor(loaded.model, loaded.pixels).to(device)
 
     @torch.inference_mode()
     def logits(images: Any) -> torch.Tensor:
         return predictor(torch.as_tensor(images).permute(0, 3, 1, 2)).float()
 
-    return _Opened(logits, loaded.pixels, loaded.classes)
+    return _Opened(logits, loaded.pixels, loaded.classes, device)
+
+
+def _evaluate(opened: _Opened, source: Any, section: Any) -> tuple[dict[str, float], Any, int]:
+    """Every metric, the confusion of classes, and how many images could not be read."""
+    from .distill import config, data, evaluate
+
+    pixels = opened.pixels
+    transform = data.eval_transform(pixels.image_size, pixels.crop_pct, pixels.interpolation)
+    loader = data.Loader(source, transform, config.Data(**section), seed=None)
+    result = evaluate.evaluate(
+        lambda images: opened.logits(images.permute(0, 2, 3, 1)),
+        ((batch.images, batch.labels) for batch in loader.epoch()),
+        classes=len(opened.classes),
+        device=opened.device,
+    )
+    return result.metrics, result.confusion, len(loader.skipped)
+
+
+def _evaluate_without_torch(
+    opened: _Opened, source: Any, section: Any
+) -> tuple[dict[str, float], Any, int]:
+    """`_evaluate` with top1, top5 and nll alone, and one worker."""
+    from . import images
+    from ._metrics import evaluate
+
+    unread = 0
+
+    def images() -> Iterator[tuple[Any, int]]:
+        nonlocal unread
+        for file, label in zip(source.files, source.labels, strict=True):
+            try:
+                yield images.read(file, opened.pixels), label
+            except DataError:
+                if not section["skip_bad"]:
+                    raise
+                unread += 1
+        if unread == len(source):
+            raise images.DataError(f"not one of {unread} images can be read")
+
+    size, classes = section["batch_size"], len(opened.classes)
+    metrics, confusion = evaluate(opened.logits, images(), classes=classes, batch_size=size)
+    return metrics, confusion, unread
 
 
 def _is_int8(model: str) -> bool:

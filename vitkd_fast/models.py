@@ -7,6 +7,10 @@ normalised and rotated by the attention's own parts: the map is softmax(scale * 
 
 from __future__ import annotations
 
+from ._extras import require
+
+require("distill", __name__)
+
 import difflib
 import json
 import math

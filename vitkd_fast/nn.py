@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from ._extras import require
+
+require("torch", __name__)
+
 import math
 from typing import Literal
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MetricCollection
 
+from .._metrics import per_class as per_class
 from .._timing import measure
 from ..functional import kd_loss
 from ..int8 import Session
@@ -219,40 +220,6 @@ def evaluate(
         teacher_confidence=cpu.get("teacher confidence"),
         confusion=confusion.cpu(),
     )
-
-
-def per_class(confusion: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Each class's images, recall (its accuracy), precision, 2 p r / (p + r), and worst confusion.
-
-    recall is None for a class without images, precision for one never predicted, f1 for both.
-
-    Args:
-        confusion: `Evaluation.confusion`, or a sum of several.
-        classes: the names.
-
-    Returns:
-        class, images, recall, precision, f1, and confused_with: the class that most of its other
-        images were taken for, or None.
-    """
-    if confusion.shape != (len(classes), len(classes)):
-        raise ValueError(
-            f"per_class: confusion is {list(confusion.shape)}; accepted is [classes, classes], "
-            f"{[len(classes)] * 2}"
-        )
-    right, images, answers = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    worst = (confusion - right.diag()).max(1)
-    parts = (x.tolist() for x in (right, images, answers, worst.values, worst.indices))
-    return [
-        {
-            "class": name,
-            "images": n,
-            "recall": hits / n if n else None,
-            "precision": hits / said if said else None,
-            "f1": 2 * hits / (n + said) if n + said else None,
-            "confused_with": classes[other] if missed else None,
-        }
-        for name, hits, n, said, missed, other in zip(classes, *parts, strict=True)
-    ]
 
 
 @dataclass

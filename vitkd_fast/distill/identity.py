@@ -1,23 +1,24 @@
 """Whether models and images belong together: classes, what a run was begun with, a teacher's score.
 
-Teacher, student, a resumed run, `vitkd eval` and an int8 file are all compared here.
+Teacher, student, a resumed run, `vitkd eval` and an int8 file are all compared here; the last two
+where there may be no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-import scipy.stats  # type: ignore[import-untyped]
-import torch
-from torch.utils.data import IterableDataset
-
-from .. import models
 from ..images import DataError
-from . import data, evaluate, sources
-from .config import Config
+from . import sources
+
+if TYPE_CHECKING:
+    from .. import models
+    from .config import Config
 
 # of validation, evenly spread: what a teacher is scored on before it teaches
 SCORED_IMAGES = 256
@@ -37,7 +38,7 @@ def class_indices(key: str, known: Sequence[str], given: Sequence[str]) -> dict[
         DataError: a class that the model does not have; names the difference.
     """
     numbers = [str(i) for i in range(len(known))]
-    for names in models.class_names(known):
+    for names in _class_names(known):
         if set(given) <= set(names):
             return {name: names.index(name) for name in given}
     if all(name.isdecimal() and int(name) < len(known) for name in given):
@@ -45,6 +46,14 @@ def class_indices(key: str, known: Sequence[str], given: Sequence[str]) -> dict[
     if list(known) == numbers and len(given) == len(known):
         return {name: i for i, name in enumerate(given)}
     raise DataError(f"{key}: {_difference(known, given)}")
+
+
+def _class_names(known: Sequence[str]) -> list[list[str]]:
+    if not find_spec("timm"):  # which knows WordNet's ids
+        return [list(known)]
+    from .. import models
+
+    return models.class_names(known)
 
 
 def check_classes(key: str, origin: models.Origin, given: Sequence[str]) -> None:
@@ -112,7 +121,7 @@ def fingerprint(splits: sources.Splits) -> dict[str, Any]:
 
 def _names(source: Any) -> dict[str, Any]:
     images = sources.count(source)
-    if isinstance(source, IterableDataset):
+    if sources.streams(source):
         return {"images": images}
     names = [source.name(i) for i in range(len(source))]
     root = os.path.commonpath(names) if names and os.path.isabs(names[0]) else ""
@@ -141,6 +150,10 @@ def check_resumed(begun: dict[str, Any], now: dict[str, Any]) -> None:
 
 def score(config: Config, predictor: Any, splits: sources.Splits, device: Any) -> tuple[int, int]:
     """How many of some validation images a predictor gets right, and of how many."""
+    import torch
+
+    from . import data, evaluate
+
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     share = -(-SCORED_IMAGES // ranks)
     found = evaluate.evaluate(
@@ -155,12 +168,14 @@ def score(config: Config, predictor: Any, splits: sources.Splits, device: Any) -
 
 def is_no_teacher(right: int, images: int, classes: int) -> bool:
     """Whether a top-1 of chance + 10% of what is left above it can be ruled out (p < 0.05)."""
+    import scipy.stats  # type: ignore[import-untyped]
+
     least = 1 / classes + 0.1 * (1 - 1 / classes)
     return bool(scipy.stats.binom.cdf(right, images, least) < 0.05)
 
 
 def count_classes(labels: Iterable[int], classes: Sequence[str]) -> str:
     """The classes with their counts, for people."""
-    counts = torch.bincount(torch.tensor(list(labels), dtype=torch.int64), minlength=len(classes))
-    pairs = [f"{name} ({n})" for name, n in zip(classes, counts.tolist(), strict=True)]
+    counts = Counter(labels)
+    pairs = [f"{name} ({counts[i]})" for i, name in enumerate(classes)]
     return _few(pairs, 20)

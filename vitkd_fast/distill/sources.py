@@ -1,4 +1,7 @@
-"""Data sets before any transform: folders, digits, and timm's torch/..., hfds/... and wds/..."""
+"""Data sets before any transform: folders, digits, and timm's torch/..., hfds/... and wds/...
+
+Folders need no torch, which `vitkd eval` of an int8 file goes without.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,10 @@ import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, KeysView
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
-from timm.data.dataset_factory import create_dataset
-from torch.utils.data import IterableDataset
 
 from ..images import (
     EXTENSIONS,
@@ -25,7 +26,9 @@ from ..images import (
     to_rgb,
 )
 from ..images import DataError as DataError
-from .config import Data
+
+if TYPE_CHECKING:
+    from .config import Data
 
 # what a folder of whole data sets holds, where one of them is asked for
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}
@@ -284,6 +287,8 @@ def _absent(labels: Iterable[int], classes: list[str], key: str) -> list[str]:
 
 
 def _open_named(config: Data, classes: int | None) -> Splits:
+    from timm.data.dataset_factory import create_dataset
+
     accepted = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
     if not config.dataset.startswith(accepted):
         raise DataError(
@@ -320,7 +325,7 @@ def _open_named(config: Data, classes: int | None) -> Splits:
             f"data.dataset: {config.dataset} does not name its classes; student.options must say "
             "how many there are: {num_classes: ...}"
         )
-    wrapped = [x if isinstance(x, IterableDataset) else Timm(x, names) for x in (train, val)]
+    wrapped = [x if streams(x) else Timm(x, names) for x in (train, val)]
     return Splits(wrapped[0], wrapped[1], names, [], [])
 
 
@@ -356,7 +361,13 @@ def labels(source: Any) -> list[int] | None:
     return None if known is None else [int(label) for label in known]
 
 
+def streams(source: Any) -> bool:
+    """Whether it is one of timm's that stream: without indices."""
+    from torch.utils.data import IterableDataset
+
+    return isinstance(source, IterableDataset)
+
+
 def count(source: Any) -> int:
     """The images of all ranks together."""
-    streams: bool = isinstance(source, IterableDataset)
-    return source.reader.num_samples if streams else len(source)
+    return source.reader.num_samples if streams(source) else len(source)

@@ -4,6 +4,10 @@ A derivative that a loss does not have (the teacher's, a weight's, a second one,
 mode) is an error where it is asked for, never 0.
 """
 
+from .._extras import require
+
+require("torch", __name__)
+
 from .attention_map import attention_map_loss as attention_map_loss
 from .attention_map import relation_loss as relation_loss
 from .kd import Labels as Labels

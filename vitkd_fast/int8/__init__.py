@@ -37,6 +37,9 @@ def __getattr__(name: str) -> Any:
     if name in ("quantize", "QuantizedModel"):
         import importlib
 
+        from .._extras import require
+
+        require("torch", f"{__name__}.{name}")
         module = importlib.import_module(".quantizer", __name__)
         globals().update(quantize=module.quantize, QuantizedModel=module.QuantizedModel)
         return globals()[name]
