@@ -1,5 +1,7 @@
 """A step of the loop beside the same step by timm's LogitDistillationTask: the CIFAR-10 recipe.
 
+`timm, fused task` is timm's step with FusedLogitDistillationTask in the runtime of that task.
+
 On a CPU an image is read by the cores that the models run on; `in memory` is a step without that.
 Both sides get their own batches from the same loader, the same seeds, weights, memory format,
 mixing and optimiser. In float32 both compute the same; `auto` is what the loop chooses by itself:
@@ -28,10 +30,12 @@ from timm.data.mixup import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import LogitDistillationTask
+from torch import nn
 
 from vitkd_fast import models
 from vitkd_fast.distill import config, data, sources
 from vitkd_fast.distill.loop import Runtime, Trainer
+from vitkd_fast.timm_task import FusedLogitDistillationTask
 
 T, CE_WEIGHT = 4.0, 0.5
 CHANNELS_LAST = torch.channels_last
@@ -80,7 +84,11 @@ def bench_step(race, benchmark, device, where, precision, image_folders, threads
         models.create(part.model, num_classes=10, image_size=64, options=part.options)
         for part in (recipe.teacher, recipe.student)
     )
-    timm_step, timm_loss = timms(recipe, copy.deepcopy(student), copy.deepcopy(teacher), splits)
+    pair = student, teacher
+    kinds = {"timm": LogitDistillationTask, "timm, fused task": FusedLogitDistillationTask}
+    timm_steps = {
+        name: timms(kind, recipe, *map(copy.deepcopy, pair), splits) for name, kind in kinds.items()
+    }
     trainer = Trainer(
         recipe, student, teacher, recipe.losses, recipe.optimizer, 60, splits, tmp_path,
         seed=0, title="bench", runtime=runtime, save_model=lambda path, model: None,
@@ -104,19 +112,20 @@ def bench_step(race, benchmark, device, where, precision, image_folders, threads
     losses = {}
 
     def check(name, contender):
-        """Both must find the same loss in their first step."""
+        """All must find the same loss in their first step."""
         contender()
         if name == "vitkd_fast":
             losses[name] = trainer.meter.sums.sum()
-        elif name == "timm":
+        elif name in timm_steps:
             # a teacher in bfloat16 answers a little differently
             tolerance = 1e-4 if precision == "float32" else 3e-2
-            torch.testing.assert_close(losses["vitkd_fast"], timm_loss(), rtol=tolerance, atol=0)
+            _, loss = timm_steps[name]
+            torch.testing.assert_close(losses["vitkd_fast"], loss(), rtol=tolerance, atol=0)
 
     table = race(
         {
             "vitkd_fast": lambda: trainer.update(batches),
-            "timm": timm_step,
+            **{name: step for name, (step, _) in timm_steps.items()},
             "in memory": lambda: trainer.update(kept),
             "models alone": models_alone,
         },
@@ -128,19 +137,21 @@ def bench_step(race, benchmark, device, where, precision, image_folders, threads
         f"percent outside models, {name}": 100 * (1 - medians["models alone"] / medians[name])
         for name in ("vitkd_fast", "in memory")
     }
-    rates = {f"images/s, {name}": batch / medians[name] * 1e6 for name in ("vitkd_fast", "timm")}
+    rates = {
+        f"images/s, {name}": batch / medians[name] * 1e6 for name in ("vitkd_fast", *timm_steps)
+    }
     benchmark.extra_info |= shares | rates
     with capsys.disabled():
         print("  " + "; ".join(f"{name} {value:.1f}" for name, value in (shares | rates).items()))
 
 
-def timms(recipe, student, teacher, splits):
-    """The step that a user of timm's task writes, and a function that gives its last loss."""
+def timms(kind, recipe, student, teacher, splits):
+    """The step that a user of such a task writes, and a function that gives its last loss."""
     runtime = Runtime.of(recipe)
     student, teacher = (
         m.to(runtime.device, memory_format=CHANNELS_LAST) for m in (student, teacher)
     )
-    task = LogitDistillationTask(
+    task = kind(
         student,
         teacher,
         criterion=SoftTargetCrossEntropy(),
@@ -176,3 +187,56 @@ def timms(recipe, student, teacher, splits):
         last[:] = last[0] + 1, loss.detach()
 
     return step, lambda: last[1]
+
+
+class Logits(nn.Module):
+    """A model whose logits are its weight: what is left of a task's step is the task."""
+
+    in_chans = 3
+
+    def __init__(self, rows: int, classes: int) -> None:
+        super().__init__()
+        self.num_classes = classes
+        self.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        self.weight = nn.Parameter(3 * torch.randn(rows, classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1.0 * self.weight
+
+
+@pytest.mark.parametrize("classes", [1000, 21841])
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def bench_task(race, device, where, classes):
+    """Forward and backward of both tasks without models: batch 128, temperature 4, class ids."""
+    rows, found = 128, {}
+    torch.manual_seed(0)
+    student, teacher = Logits(rows, classes).to(device), Logits(rows, classes).to(device)
+    images = torch.zeros(rows, 3, 1, 1, device=device)
+    labels = torch.randint(classes, (rows,), device=device)
+
+    def contender(kind):
+        task = kind(
+            student, teacher, nn.CrossEntropyLoss(), temperature=T, device=device, verbose=False
+        )
+
+        def step():
+            student.weight.grad = None
+            loss = task(images, labels)["loss"]
+            loss.backward()
+            return loss.detach()
+
+        return step
+
+    def check(name, step):
+        found[name] = step(), student.weight.grad
+        torch.testing.assert_close(found[name], found["vitkd_fast"], rtol=1e-4, atol=1e-7)
+
+    race(
+        {
+            "vitkd_fast": contender(FusedLogitDistillationTask),
+            "timm": contender(LogitDistillationTask),
+        },
+        check=check,
+        memory=("vitkd_fast", "timm"),
+        calls=10 if classes == 1000 else 1,
+    )

@@ -15,7 +15,8 @@ import torch
 # where only the losses' dependencies are, as on a bare machine with a GPU, the loop is left out
 _EXTRA = "jinja2 matplotlib pydantic rich scipy sklearn tensorboard timm torchmetrics yaml".split()
 _MISSING = [name for name in _EXTRA if not find_spec(name)]
-_LOOP = "cli config data evaluate int8_cli loop models images report wheel".split()
+_LOOP = """cli config data evaluate examples identity images int8_cli loop models report timm_task
+           weights wheel""".split()
 collect_ignore = [f"test_{stem}.py" for stem in _LOOP] if _MISSING else []
 
 

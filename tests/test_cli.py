@@ -283,7 +283,6 @@ def test_distill_without_a_teacher_trains_alone(image_folder: Path, tmp_path: Pa
             2,
             "losses.attention.kind: 'l2' (str) given; input should be 'kl'",
         ),
-        (["losses.attention={}", "run.compile=true"], 2, "run.compile: true; accepted with"),
         (["teacher.options.img_size=64"], 2, "teacher.model: cannot read images of data.image_"),
         (["optimizer.accumulate=100"], 1, "are fewer than an update takes: 1600"),
         (["student.model=mobilenetv2_10"], 1, "mobilenetv2_100"),

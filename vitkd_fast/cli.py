@@ -389,8 +389,8 @@ def _evaluate_without_torch(
     opened: _Opened, source: Any, section: Any
 ) -> tuple[dict[str, float], Any, int]:
     """`_evaluate` with top1, top5 and nll alone, and one worker."""
-    from . import images
     from ._metrics import evaluate
+    from .images import DataError, read
 
     unread = 0
 
@@ -398,13 +398,13 @@ def _evaluate_without_torch(
         nonlocal unread
         for file, label in zip(source.files, source.labels, strict=True):
             try:
-                yield images.read(file, opened.pixels), label
+                yield read(file, opened.pixels), label
             except DataError:
                 if not section["skip_bad"]:
                     raise
                 unread += 1
         if unread == len(source):
-            raise images.DataError(f"not one of {unread} images can be read")
+            raise DataError(f"not one of {unread} images can be read")
 
     size, classes = section["batch_size"], len(opened.classes)
     metrics, confusion = evaluate(opened.logits, images(), classes=classes, batch_size=size)

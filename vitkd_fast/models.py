@@ -63,13 +63,19 @@ class Pixels:
     def of(cls, model: nn.Module) -> Pixels:
         """What timm knows of the model, else ImageNet's; ValueError where it is not square."""
         config = resolve_data_config(model=model)
-        # a transformer's size is the one it was built with, which may not be its weights'
-        built = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        height, width = built or config["input_size"][1:]
+        height, width = input_size(model)
         if height != width:
             raise ValueError(f"Pixels.of: model takes {height} x {width}; accepted are squares")
         mean, std = tuple(config["mean"]), tuple(config["std"])
         return cls(height, mean, std, config["interpolation"], config["crop_pct"])
+
+
+def input_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images that the model was made for."""
+    # a transformer's size is the one it was built with, which may not be its weights'
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = built or resolve_data_config(model=model)["input_size"][1:]
+    return height, width
 
 
 class Normalize(nn.Module):
@@ -579,6 +585,17 @@ class Taps:
         taps = (*self._maps.values(), *self._tokens.values(), *self._attention.values())
         parts = [getattr(a, p, None) for a in taps for p in ("qkv", "q_proj", "k_proj")]
         self._watched = {*taps, *parts, self._head, self._head_dist} - {None}
+
+    def compile(self, **options: Any) -> None:
+        """Compiles what a call runs, by torch.compile with these options."""
+        model = self.model
+
+        # torch.compile guards no hooks: what was compiled with them must never run without, and so
+        # has a frame of its own
+        def tapped(x: Tensor) -> Any:
+            return model(x)
+
+        self.model = torch.compile(tapped, **options)
 
     def _as_map(self, y: Tensor) -> Tensor:
         if y.dim() == 3:

@@ -7,7 +7,7 @@ from ._extras import require
 require("torch", __name__)
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from . import functional
 from .functional._common import check_derivatives, check_tensors
+
+if TYPE_CHECKING:
+    from .models import Taps
 
 
 class KDLoss(nn.Module):
@@ -135,6 +138,42 @@ class AttentionMapProjection(nn.Module):
         self.temperature, self.kind = temperature, kind
         head_dim = teacher_dim // heads if head_dim is None else head_dim
         self.projection = nn.Linear(student_channels, 2 * heads * head_dim)
+
+    @classmethod
+    def between(
+        cls,
+        features: Tensor,
+        queries: Tensor,
+        taps: Taps,
+        block: int,
+        *,
+        heads: int | None = None,
+        **options: Any,
+    ) -> AttentionMapProjection:
+        """The module that fits what was tapped of student and teacher.
+
+        Args:
+            features: the student's map [B, C, H, W].
+            queries: the teacher's of `block`, [B, heads, N, dim].
+            taps: the teacher's.
+            block: of the teacher.
+            heads: the teacher's, unless given.
+            options: of the module, but for what `taps` says.
+        """
+        if taps.grid is None:
+            raise ValueError("attention: the teacher's patches have no grid of their own")
+        _, own, _, dim = queries.shape
+        anew = heads not in (None, own) and options.get("teacher_heads", "split") == "split"
+        return cls(
+            features.shape[1],
+            own * dim,
+            heads or own,
+            prefix_tokens=taps.prefix_tokens,
+            grid=taps.grid,
+            # split anew, heads have another dim, and with it another scale
+            scale_t=None if anew else taps.scales[block],
+            **options,
+        )
 
     def forward(self, features: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
         """The loss of a student's map [B, C, H, W] for q_t, k_t [B, teacher heads, tokens, dim].

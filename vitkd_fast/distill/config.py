@@ -166,8 +166,6 @@ class Config(Section):
             )
         if losses.attention and not (losses.kd or losses.ce):
             raise ConfigError("losses.attention: trains no classifier; add losses.kd or losses.ce")
-        if losses.attention and self.run.compile:
-            raise ConfigError("run.compile: true; accepted with losses.attention is false")
         teacher = self.teacher
         if Path(teacher.model).is_file() and (
             teacher.pretrained or teacher.checkpoint or teacher.options or teacher.epochs

@@ -22,8 +22,9 @@ from .. import int8, models
 from .._files import replacing
 from . import checkpoint, data, evaluate, identity, quantized, report, results, sources
 from .config import Config, ConfigError, Model, Optimizer
-from .loop import DistillationTask, Runtime, Trainer, build_optimizer
+from .loop import Runtime, Trainer, build_optimizer
 from .losses import Losses
+from .task import DistillationTask
 
 # what may differ when a run goes on: where things are, and how they are computed
 _MAY_CHANGE = {
@@ -166,8 +167,7 @@ class _Experiment:
                 self.config.losses, models.predictor(student), teacher, image
             ).eval()
             with torch.no_grad():
-                outputs = task.teacher_outputs(image, teacher) if teacher else None
-                task(image, outputs, torch.zeros(1, dtype=torch.int64), 0.0)
+                task(image, torch.zeros(1, dtype=torch.int64))
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"losses: {error}") from error
 

@@ -17,7 +17,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,14 +30,14 @@ from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.utils.distributed import distribute_bn
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .. import models
 from .._timing import warn_of_threads
 from . import checkpoint, data, evaluate, sources
 from .config import Config, ConfigError, Optimizer
 from .logger import MetricLogger
-from .losses import Losses, StepOutputs, TapSpec
+from .losses import Losses
+from .task import DistillationTask
 
 
 class NonFiniteError(RuntimeError):
@@ -152,89 +152,6 @@ class Meter:
         return {name: total / count for name, total in zip(self.names, sums, strict=True)}
 
 
-class DistillationTask(nn.Module):
-    """A student, what its losses learn beside it, and the losses of a batch, [terms].
-
-    One module, so that DistributedDataParallel sees every parameter that learns.
-
-    Args:
-        losses: the terms.
-        predict: the student's predictor.
-        teacher: the teacher's, or None.
-        image: [1, 3, H, W] uint8, for a first look at what they give.
-        autocast: for student and `learned`.
-
-    Attributes:
-        learned: by name of its term; of most terms nothing.
-
-    Raises:
-        ValueError: a term asks for what student or teacher do not have.
-    """
-
-    def __init__(
-        self,
-        losses: Losses,
-        predict: nn.Sequential,
-        teacher: nn.Sequential | None,
-        image: Tensor,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        super().__init__()
-        self.predict: nn.Module = predict
-        self.autocast = autocast
-        self.terms = dict(losses.terms())
-        wanted = [term.taps() for term in self.terms.values()]
-        self.taps = _taps(predict, [student for student, _ in wanted])
-        self.teacher_taps = (
-            None if teacher is None else _taps(teacher, [teacher for _, teacher in wanted])
-        )
-        self.learned = nn.ModuleDict()
-        if self.taps and self.teacher_taps:
-            training = predict[1].training
-            predict.eval()  # one image is no batch to take statistics from
-            with torch.no_grad():
-                outputs = self.taps(image), self.teacher_taps(image)
-            predict.train(training)
-            for name, term in self.terms.items():
-                if module := term.learned(*outputs, self.teacher_taps):
-                    self.learned[name] = module.to(image.device)
-
-    def teacher_outputs(self, images: Tensor, teacher: nn.Module) -> models.TapOutputs:
-        """What the teacher gives, without gradients."""
-        with torch.inference_mode():
-            return (
-                self.teacher_taps(images)
-                if self.teacher_taps
-                else models.TapOutputs(teacher(images))
-            )
-
-    def forward(
-        self, images: Tensor, teacher_outputs: models.TapOutputs | None, labels: Any, done: float
-    ) -> Tensor:
-        """The losses of a batch after the share `done` of the run."""
-        with self.autocast():
-            student = self.taps(images) if self.taps else models.TapOutputs(self.predict(images))
-            outputs = StepOutputs(student, teacher_outputs, labels)
-            losses = [
-                term(outputs, done, self.learned[name] if name in self.learned else None)
-                for name, term in self.terms.items()
-            ]
-        return torch.stack(losses)
-
-
-def _taps(predict: nn.Sequential, wanted: list[TapSpec]) -> models.Taps | None:
-    """What any term wants of a model, through its predictor; None if that is the logits alone."""
-    merged: dict[str, tuple[int, ...]] = {}
-    for arguments in wanted:
-        for name, places in arguments.items():
-            merged[name] = tuple(dict.fromkeys((*merged.get(name, ()), *places)))
-    if not merged:
-        return None
-    taps = models.Taps(predict[1], **merged)  # type: ignore[arg-type]
-    taps.model = predict
-    return taps
-
-
 class Signals:
     """Remembers SIGINT or SIGTERM, so that a step can end and be saved."""
 
@@ -308,10 +225,7 @@ class Trainer:
         size = config.data.image_size
         image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=runtime.device)
         task = DistillationTask(losses, predict, teacher, image, runtime.autocast)
-        self.forward: nn.Module = predict
-        self.teacher: nn.Module | None = teacher
-        self.task: Any = task
-        self.teacher_outputs, self.learned = task.teacher_outputs, task.learned
+        self.task, self.learned = task, task.trainable_module.learned
         self.optimizer = build_optimizer(self.model, optimizer)
         learned = list(self.learned.parameters())
         for decayed in (True, False):  # as the student's: weights, not biases
@@ -335,7 +249,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, enabled=runtime.student == torch.float16
         )
-        self.meter = Meter(list(task.terms), runtime.device)
+        self.meter = Meter(list(task.trainable_module.terms), runtime.device)
         self.step, self.evaluated, self.best = 0, 0, -1.0
         self._rates: dict[int, float] = {}  # by step, since the last log
         self._since = time.monotonic(), 0
@@ -355,10 +269,10 @@ class Trainer:
             self.meter.reset(*info["meter"])
             self.scheduler.step_update(self.step)
         if run.compile:
-            self.forward = task.predict = torch.compile(self.forward)  # type: ignore[assignment]
-            self.teacher = self.teacher and torch.compile(self.teacher)  # type: ignore[assignment]
+            task.compile()
+        self.forward, self.teacher = task.trainable_module.predict, task.teacher
         if runtime.ranks > 1:
-            self.task = DistributedDataParallel(task)
+            task.prepare_distributed()
 
     def update(self, batches: Iterator[data.Batch]) -> None:
         """One step: `accumulate` batches through teacher and student, then the optimiser."""
@@ -370,11 +284,10 @@ class Trainer:
             labels: Any = batch.labels.to(runtime.device, non_blocking=True)
             if self.mixer:
                 images, labels = self.mixer(images.float(), labels)
-            teacher_outputs = self.teacher_outputs(images, self.teacher) if self.teacher else None
-            with self._no_sync(i < accumulate - 1):
-                losses = self.task(images, teacher_outputs, labels, self.step / self.total)
-                self.scaler.scale(losses.sum() / accumulate).backward()
-            self.meter.add(losses.detach(), self.step)
+            with self.task.no_sync() if i < accumulate - 1 else nullcontext():
+                result = self.task(images, labels, self.step / self.total)
+                self.scaler.scale(result["loss"] / accumulate).backward()
+            self.meter.add(result["terms"].detach(), self.step)
         if self.options.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.options.clip_grad)
@@ -446,11 +359,6 @@ class Trainer:
     def _modules(self) -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {"student": self.model, "losses": self.learned}
         return modules | ({"ema": self.ema.module} if self.ema else {})
-
-    def _no_sync(self, wanted: bool) -> AbstractContextManager[Any]:
-        if wanted and isinstance(self.task, DistributedDataParallel):
-            return self.task.no_sync()
-        return nullcontext()
 
     def _is_due(self) -> bool:
         """Whether the weights as they are should be evaluated, and are not yet."""

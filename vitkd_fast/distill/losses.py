@@ -137,20 +137,14 @@ class Attention(Term):
         return {"maps": (self.stride,)}, {"attention": (self.block,)}
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module:
-        _, heads, _, dim = teacher.queries[self.block].shape
-        if taps.grid is None:
-            raise ValueError("attention: the teacher's patches have no grid of their own")
-        split = self.teacher_heads == "split" and self.heads not in (None, heads)
-        return AttentionMapProjection(
-            student.maps[self.stride].shape[1],
-            heads * dim,
-            self.heads or heads,
+        return AttentionMapProjection.between(
+            student.maps[self.stride],
+            teacher.queries[self.block],
+            taps,
+            self.block,
+            heads=self.heads,
             head_dim=self.head_dim,
-            prefix_tokens=taps.prefix_tokens,
-            grid=taps.grid,
             teacher_heads=self.teacher_heads,
-            # split anew, heads have another dim, and with it another scale
-            scale_t=None if split else taps.scales[self.block],
             temperature=self.temperature,
             kind=self.kind,
         )

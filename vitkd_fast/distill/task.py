@@ -1,0 +1,154 @@
+"""The losses of a batch as a timm training task: student, teacher, and what the losses learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import models
+from .losses import Losses, StepOutputs, TapSpec, Term
+
+
+class DistillationTask(TrainingTask):
+    """A student, its teacher, and the losses of a batch: a training task like timm's own.
+
+    Args:
+        losses: the terms.
+        predict: the student's predictor.
+        teacher: the teacher's, or None.
+        image: [1, 3, H, W] uint8, for a first look at what they give.
+        autocast: for student and `learned`.
+
+    Attributes:
+        trainable_module: the student and what its losses learn beside it.
+
+    Raises:
+        ValueError: a term asks for what student or teacher do not have.
+    """
+
+    def __init__(
+        self,
+        losses: Losses,
+        predict: nn.Sequential,
+        teacher: nn.Sequential | None,
+        image: Tensor,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        super().__init__(device=image.device, verbose=False)
+        terms = dict(losses.terms())
+        wanted = [term.taps() for term in terms.values()]
+        self.teacher: nn.Module | None = teacher
+        self.teacher_taps = (
+            None if teacher is None else _taps(teacher, [teacher for _, teacher in wanted])
+        )
+        taps = _taps(predict, [student for student, _ in wanted])
+        learned = nn.ModuleDict()
+        if taps and self.teacher_taps:
+            training = predict[1].training
+            predict.eval()  # one image is no batch to take statistics from
+            with torch.no_grad():
+                outputs = taps(image), self.teacher_taps(image)
+            predict.train(training)
+            for name, term in terms.items():
+                if module := term.learned(*outputs, self.teacher_taps):
+                    learned[name] = module.to(image.device)
+        self.trainable_module: Any = _Trainable(predict, taps, terms, learned, autocast)
+
+    def train(self, mode: bool = True) -> DistillationTask:
+        """Sets the mode of all but the teacher, which stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher:
+            self.teacher.eval()
+        return self
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Compiles student and teacher, by torch.compile; before `prepare_distributed`."""
+        student = self.trainable_module
+        if student.taps:
+            student.taps.compile(**options)
+        else:
+            student.predict = torch.compile(student.predict, **options)
+        if self.teacher_taps:
+            self.teacher_taps.compile(**options)
+        elif self.teacher:
+            self.teacher = torch.compile(self.teacher, **options)  # type: ignore[assignment]
+
+    def prepare_distributed(
+        self, device_ids: list[Any] | None = None, **options: Any
+    ) -> DistillationTask:
+        """Wraps what learns in DistributedDataParallel; the teacher stays as it is."""
+        self.trainable_module = DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **options
+        )
+        return self
+
+    def teacher_outputs(self, images: Tensor) -> models.TapOutputs | None:
+        """What the teacher gives, without gradients."""
+        if self.teacher is None:
+            return None
+        with torch.inference_mode():
+            if self.teacher_taps:
+                return self.teacher_taps(images)
+            return models.TapOutputs(self.teacher(images))
+
+    def forward(self, input: Tensor, target: Any, done: float = 0.0) -> dict[str, Tensor]:
+        """The losses of a batch after the share `done` of the run.
+
+        Args:
+            input: [B, 3, H, W], uint8 or floats in 0..255.
+            target: class ids, or mixup's; as of `functional.kd_loss`.
+            done: of the schedules, 0 to 1.
+
+        Returns:
+            loss, output (the student's logits) and terms, [terms], whose sum the loss is.
+        """
+        output, terms = self.trainable_module(input, self.teacher_outputs(input), target, done)
+        return {"loss": terms.sum(), "output": output, "terms": terms}
+
+
+class _Trainable(nn.Module):
+    """One module, so that DistributedDataParallel sees every parameter that learns."""
+
+    def __init__(
+        self,
+        predict: nn.Module,
+        taps: models.Taps | None,
+        terms: dict[str, Term],
+        learned: nn.ModuleDict,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        super().__init__()
+        self.predict, self.taps, self.terms = predict, taps, terms
+        self.learned = learned  # by name of its term; of most terms nothing
+        self.autocast = autocast
+
+    def forward(
+        self, images: Tensor, teacher_outputs: models.TapOutputs | None, labels: Any, done: float
+    ) -> tuple[Tensor, Tensor]:
+        with self.autocast():
+            student = self.taps(images) if self.taps else models.TapOutputs(self.predict(images))
+            outputs = StepOutputs(student, teacher_outputs, labels)
+            losses = [
+                term(outputs, done, self.learned[name] if name in self.learned else None)
+                for name, term in self.terms.items()
+            ]
+        return student.logits, torch.stack(losses)
+
+
+def _taps(predict: nn.Sequential, wanted: list[TapSpec]) -> models.Taps | None:
+    """What any term wants of a model, through its predictor; None if that is the logits alone."""
+    merged: dict[str, tuple[int, ...]] = {}
+    for arguments in wanted:
+        for name, places in arguments.items():
+            merged[name] = tuple(dict.fromkeys((*merged.get(name, ()), *places)))
+    if not merged:
+        return None
+    taps = models.Taps(predict[1], **merged)  # type: ignore[arg-type]
+    taps.model = predict
+    return taps
