@@ -3,7 +3,8 @@
 A bench calls `race` once. It checks every contender against the reference first and refuses to time
 a wrong one; then each round runs every contender once, so that a noisy minute hits all alike. The
 table (median, 20th and 80th percentile, GB/s, share of the measured roof) is printed, and stored as
-`extra_info` in pytest-benchmark's JSON, from which `benches/tables.py` makes the README's tables.
+`extra_info` in pytest-benchmark's JSON, from which `benches/tables.py` makes the tables of README
+and docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Writes README's tables from the committed results: `python benches/tables.py` (make bench does).
+"""Writes the tables of README.md and docs/benchmarks.md from the committed results.
 
-Each table stands between `<!-- table: FILE GROUP -->` and `<!-- end -->` in README.md; FILE is a
-result under benches/results and GROUP the beginning of its benches' names.
+`python benches/tables.py` (make bench does). Each table stands between `<!-- table: FILE GROUP -->`
+and `<!-- end -->`; FILE is a result under benches/results and GROUP the beginning of its benches'
+names.
 """
 
 import json
@@ -9,15 +10,30 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/benchmarks.md")
 MARK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SETS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "amx_int8": "AMX"}
+# values of a bench that is no race, and how they are shown
+FIGURES = {"resident_mb": "{:.0f} MB", "fidelity": "{:.3g}"}
 
 
-def table(results: dict, group: str) -> str:
-    """Markdown: a line per bench, a column per contender, its time over ours.
+def machine(results: dict, benches: list[dict]) -> str:
+    """The CPU, what it can do that matters, threads and torch's version."""
+    cpu = results["machine_info"]["cpu"]
+    info = next((b["extra_info"] for b in benches if "device" in b["extra_info"]), {})
+    device = info.get("device", "cpu")
+    parts = [device]
+    if device.startswith("cpu"):
+        sets = [name for flag, name in SETS.items() if flag in cpu.get("flags", ())]
+        parts = [f"{cpu.get('brand_raw', '?')} ({', '.join(sets)})", *device.split(", ")[1:]]
+    return ", ".join([*parts, *([f"torch {info['torch']}"] if "torch" in info else [])])
+
+
+def races(benches: list[dict]) -> list[list[str]]:
+    """A row per bench, a column per contender, its time over ours.
 
     A bench with `best` has a column per key of that, whose value is the contender's name.
     """
-    benches = [b for b in results["benchmarks"] if b["name"].startswith(group)]
     columns = (b["extra_info"].get("best") or b["extra_info"]["race"] for b in benches)
     others = [name for name in dict.fromkeys(n for c in columns for n in c) if name != "vitkd_fast"]
     rows = [["case", "vitkd_fast", *others]]
@@ -35,23 +51,41 @@ def table(results: dict, group: str) -> str:
             variant = "" if best is None or not name else " " + name.removeprefix(f"{column} ")
             cells.append(f"{ratio:.2f}x{variant}" if ratio else "")
         rows.append(cells)
+    return rows
+
+
+def figures(info: dict) -> list[list[str]]:
+    """A row per contender, a column per figure."""
+    name, shown = next((name, shown) for name, shown in FIGURES.items() if name in info)
+    found = {k: v if isinstance(v, dict) else {name: v} for k, v in info[name].items()}
+    columns = [k for k, v in next(iter(found.values())).items() if isinstance(v, (int, float))]
+    cells = [[k, *(shown.format(v[c]) for c in columns)] for k, v in found.items()]
+    return [["", *(c.replace("_mb", "") for c in columns)], *cells]
+
+
+def table(results: dict, group: str) -> str:
+    """The machine, and a table in Markdown."""
+    benches = [b for b in results["benchmarks"] if b["name"].startswith(group)]
+    raced = "race" in benches[0]["extra_info"]
+    rows = races(benches) if raced else figures(benches[0]["extra_info"])
     rows.insert(1, ["---"] * len(rows[0]))
-    cpu = results["machine_info"]["cpu"]
-    device = benches[0]["extra_info"]["device"]
-    what = cpu.get("brand_raw", "?") if device.startswith("cpu") else device
-    note = f"{what}, {device}, torch {benches[0]['extra_info']['torch']}; time of each over ours.\n"
-    return note + "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    note = machine(results, benches) + ("; time of each over ours" if raced else "")
+    return f"{note}.\n\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def filled(page: str) -> str:
+    """A page's text with every table made anew."""
+
+    def fill(match: re.Match) -> str:
+        results = ROOT / "benches" / "results" / match[2]
+        return f"{match[1]}{table(json.loads(results.read_text()), match[3])}{match[4]}"
+
+    return MARK.sub(fill, page)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-
-    def filled(match: re.Match) -> str:
-        results = ROOT / "benches" / "results" / match[2]
-        body = table(json.loads(results.read_text()), match[3])
-        return f"{match[1]}{body}{match[4]}"
-
-    readme.write_text(MARK.sub(filled, readme.read_text()))
+    for page in PAGES:
+        (ROOT / page).write_text(filled((ROOT / page).read_text()))
 
 
 if __name__ == "__main__":
