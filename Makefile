@@ -30,7 +30,7 @@ TRITON_TESTS ?= triton
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help install demo test test-all test-oldest test-triton fuzz wheel bench gpu gpu-test gpu-bench \
-  gpu-sanitize lint format clean
+  gpu-sanitize docs lint format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -78,7 +78,7 @@ wheel: install  ## dist/*.whl, for every GPU; both extensions, of which _int8 ne
 	  --wheel-dir dist build/wheel/*.whl
 	@ls dist
 
-bench: install  ## the CPU benches, and README's tables and plot from them
+bench: install  ## the CPU benches, and the documentation's tables and plot from them
 	for bench in benches/bench_*.py; do stem=$${bench#benches/bench_}; \
 	  $(BIN)/pytest $$bench -m "not gpu" --benchmark-json=benches/results/cpu-$${stem%.py}.json || exit 1; \
 	done
@@ -109,6 +109,12 @@ gpu-sanitize: install  ## compute-sanitizer over the GPU tests made for it
 	for tool in memcheck racecheck initcheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/pytest -m gpu -k sanitize || exit 1; \
 	done
+
+# the package is there already: pip adds what the extra names
+docs: install  ## the documentation: build/site/index.html
+	@$(PY) -c "import mkdocs, material, mkdocstrings" 2>/dev/null || \
+	  $(PY) -m pip install --quiet "vitkd-fast[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: install  ## what CI checks before the tests
 	$(BIN)/ruff check .

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 INTRODUCTION = """# Configuration
 
-A run of `vitkd distill` is described by YAML: a recipe that ships with the package (`vitkd recipes`),
-a file of yours, or neither. Any key can be set on the command line:
+A run of `vitkd distill` is described by YAML: a recipe that ships with the package
+(`vitkd recipes`), a file of yours, or neither. Any key can be set on the command line:
 
 ```sh
 vitkd distill digits run.folder=runs/first losses.kd.temperature=2 "run.seeds=[0,1,2]"
@@ -73,11 +73,12 @@ def kind(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(map(kind, arguments))
     if origin is list:
-        return f"list of {kind(arguments[0])}"
+        return f"list of: {kind(arguments[0])}"
     if origin is dict:
         return "mapping"
     if arguments:  # Annotated
-        return " ".join([kind(arguments[0]), *limits(getattr(arguments[1], "metadata", ()))])
+        bounds = " and ".join(limits(getattr(arguments[1], "metadata", ())))
+        return f"{kind(arguments[0])} {bounds}".strip()
     return {float: "number", int: "integer", bool: "boolean", str: "string"}[annotation]
 
 
@@ -122,20 +123,23 @@ def section(model: type[BaseModel], path: str) -> str:
     for name, field in model.model_fields.items():
         key = f"{path}.{name}".lstrip(".")
         if deeper := nested(field.annotation):
-            if deeper in (config.Optimizer,) and path == "teacher":
+            if deeper is config.Optimizer and path == "teacher":
                 rows.append((f"`{key}`", "as `optimizer`", "null", said[name]))
             else:
                 inner += section(deeper, key)
             continue
-        bounds = limits(field.metadata)
-        what = " ".join([kind(field.annotation), *bounds])
+        what = kind(field.annotation)
+        if bounds := " and ".join(limits(field.metadata)):
+            what = (
+                f"{what.removesuffix(' or null')} {bounds}{' or null' * what.endswith(' or null')}"
+            )
         default = shown(field.default)
         rows.append((f"`{key}`", what, f"`{default}`", said.get(name, "")))
     if path:
         text += f"\n## {path}\n\n{inspect.getdoc(model)}\n"
     if rows:
         text += "\n| key | accepted | default | |\n|---|---|---|---|\n"
-        text += "".join(f"| {' | '.join(x.replace('|', chr(92) + '|') for x in row)} |\n" for row in rows)
+        text += "".join(f"| {' | '.join(row)} |\n" for row in rows)
     return text + inner
 
 

@@ -34,37 +34,37 @@ class Data(Section):
     # "" for a folder of class folders; "digits"; timm's torch/..., hfds/..., wds/...
     dataset: str = ""
     root: PathText = ""  # where a named dataset lies; train and val are then its splits
-    train: PathText = ""
-    val: PathText = ""
-    holdout: float = Field(0.1, gt=0, lt=1)
-    image_size: int = Field(224, ge=8)
+    train: PathText = ""  # a folder of class folders
+    val: PathText = ""  # another; without it, see holdout
+    holdout: float = Field(0.1, gt=0, lt=1)  # share of the training images
+    image_size: int = Field(224, ge=8)  # side of the square that both models read
     crop_pct: float = Field(0.875, gt=0, le=1)  # of the resized image, in validation
-    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"  # of the resize
     batch_size: int = Field(128, ge=1)  # per process
-    workers: int = Field(4, ge=0)
+    workers: int = Field(4, ge=0)  # processes that decode images; 0: none beside the run's own
     skip_bad: bool = False  # go on without files that cannot be read, and count them
 
 
 class Model(Section):
     """A timm name or hf-hub:org/name, and where its weights come from."""
 
-    model: PathText = ""
-    pretrained: bool = False
-    checkpoint: PathText = ""
+    model: PathText = ""  # the name
+    pretrained: bool = False  # timm's weights
+    checkpoint: PathText = ""  # a file of weights instead
     options: dict[str, Any] = Field({})  # further arguments of timm.create_model
 
 
 class Optimizer(Section):
     """timm's optimisers and schedules; the learning rate is that of an update, not of an image."""
 
-    name: str = "adamw"
-    lr: float = Field(1e-3, gt=0)
+    name: str = "adamw"  # timm's
+    lr: float = Field(1e-3, gt=0)  # the highest
     weight_decay: float = Field(0.05, ge=0)
     options: dict[str, Any] = Field({})  # further arguments, such as momentum
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_epochs: int = Field(0, ge=0)
-    warmup_lr: float = Field(1e-6, ge=0)
-    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
+    warmup_epochs: int = Field(0, ge=0)  # from warmup_lr to lr, linearly
+    warmup_lr: float = Field(1e-6, ge=0)  # of the first update
+    min_lr: float = Field(0.0, ge=0)  # at the end of a cosine
     clip_grad: float | None = Field(None, gt=0)  # the gradient's largest norm
     accumulate: int = Field(1, ge=1)  # batches per update
     ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: no moving average of the weights
@@ -76,7 +76,7 @@ class Teacher(Model):
     With `epochs`, it is trained on the labels first.
     """
 
-    epochs: int = Field(0, ge=0)
+    epochs: int = Field(0, ge=0)  # of training the teacher; 0: it is trained already
     optimizer: Optimizer | None = None  # the student's, where there is none
 
 
@@ -84,15 +84,15 @@ class Augmentation(Section):
     """timm's transforms, and its mixup and cutmix; teacher and student see the same image."""
 
     scale: list[Positive] = Field([0.08, 1.0], min_length=2, max_length=2)  # of the area
-    ratio: list[Positive] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)
-    hflip: float = Field(0.5, ge=0, le=1)
-    color_jitter: float = Field(0.0, ge=0)
+    ratio: list[Positive] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)  # width / height
+    hflip: float = Field(0.5, ge=0, le=1)  # probability of a horizontal flip
+    color_jitter: float = Field(0.0, ge=0)  # strength
     auto_augment: str = ""  # timm's, such as rand-m9-mstd0.5
-    mixup: float = Field(0.0, ge=0)
-    cutmix: float = Field(0.0, ge=0)
-    mix_prob: float = Field(1.0, ge=0, le=1)
-    switch_prob: float = Field(0.5, ge=0, le=1)
-    mix_mode: Literal["batch", "pair", "elem"] = "batch"
+    mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution; 0: off
+    cutmix: float = Field(0.0, ge=0)  # likewise
+    mix_prob: float = Field(1.0, ge=0, le=1)  # of mixing at all
+    switch_prob: float = Field(0.5, ge=0, le=1)  # of cutmix, where both are on
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"  # what shares a lambda
 
     @property
     def mixes(self) -> bool:
@@ -102,8 +102,8 @@ class Augmentation(Section):
 class Int8(Section):
     """The student for the int8 engine: last.int8.safetensors in each seed's folder, and a row."""
 
-    enabled: bool = True
-    calibration: Calibration = "mse"
+    enabled: bool = True  # quantize the distilled student
+    calibration: Calibration = "mse"  # how ranges of maps are found
     calibration_images: int = Field(
         256, ge=1
     )  # of training, without augmentation, for the maps' ranges
@@ -112,15 +112,15 @@ class Int8(Section):
 class Run(Section):
     """How long, where and how; nothing here changes what is learnt, but epochs, steps and seeds."""
 
-    folder: PathText = "runs/distill"
-    epochs: int = Field(300, ge=1)
+    folder: PathText = "runs/distill"  # where results go; one run each
+    epochs: int = Field(300, ge=1)  # of the student
     max_steps: int | None = Field(None, ge=1)  # the end after so many updates, schedules included
-    seeds: list[Seed] = Field([0], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1)  # a student each
     baseline: bool = True  # also train the student without its teacher, and compare
     device: str = ""  # "": the GPU where there is one
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    channels_last: bool = True
-    compile: bool = False
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast
+    channels_last: bool = True  # memory format of convolutions
+    compile: bool = False  # torch.compile
     threads: int | None = Field(None, ge=1)  # of a CPU, per process
     log_every: int = Field(50, ge=1)  # steps
     eval_every: int = Field(1, ge=1)  # epochs

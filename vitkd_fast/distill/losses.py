@@ -63,7 +63,7 @@ ONE, ZERO = Ramp(start=1, end=1), Ramp(start=0, end=0)
 class Term(Section):
     """One term of the loss, times its weight."""
 
-    weight: Schedule = ONE
+    weight: Schedule = ONE  # factor of the term
 
     def taps(self) -> tuple[TapSpec, TapSpec]:
         """What `models.Taps` should take from student and teacher; their logits come anyway."""
@@ -81,7 +81,7 @@ class Term(Section):
 class CE(Term):
     """weight * CE(student, labels): what a student learns without a teacher."""
 
-    label_smoothing: float = Field(0.0, ge=0, le=1)
+    label_smoothing: float = Field(0.0, ge=0, le=1)  # of the cross-entropy
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         student = outputs.student.logits
@@ -101,9 +101,9 @@ class KD(Term):
     Hinton, Vinyals and Dean, 2015, arXiv:1503.02531; one fused pass, `functional.kd_loss`.
     """
 
-    temperature: float = Field(1.0, gt=0)
-    ce_weight: Schedule = ZERO
-    label_smoothing: float = Field(0.0, ge=0, le=1)
+    temperature: float = Field(1.0, gt=0)  # divides both logits
+    ce_weight: Schedule = ZERO  # factor of the cross-entropy
+    label_smoothing: float = Field(0.0, ge=0, le=1)  # of the cross-entropy
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.teacher is not None
@@ -128,10 +128,10 @@ class Attention(Term):
     block: int = -1  # of the teacher
     stride: int = Field(16, ge=1)  # of the student's map
     heads: int | None = Field(None, ge=1)  # the teacher's, unless given
-    head_dim: int | None = Field(None, ge=1)
-    teacher_heads: Literal["split", "mean"] = "split"
-    temperature: float = Field(1.0, gt=0)
-    kind: Literal["kl", "reverse_kl", "js", "mse"] = "kl"
+    head_dim: int | None = Field(None, ge=1)  # of the student's heads
+    teacher_heads: Literal["split", "mean"] = "split"  # where the numbers of heads differ
+    temperature: float = Field(1.0, gt=0)  # divides both scores
+    kind: Literal["kl", "reverse_kl", "js", "mse"] = "kl"  # the divergence
 
     def taps(self) -> tuple[TapSpec, TapSpec]:
         return {"maps": (self.stride,)}, {"attention": (self.block,)}
