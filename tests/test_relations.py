@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkd_fast import int8, reference
-from vitkd_fast.functional import at_loss, feature_loss, nst_loss, relations, rkd_loss
+from vitkd_fast.functional import _features, at_loss, feature_loss, nst_loss, rkd_loss
 
 from .cuda_tools import GPU, captured, needs_gpu_or_emulator
 from .triton_tools import (
@@ -306,7 +306,7 @@ def test_beta_matches(beta: float) -> None:
 @pytest.mark.parametrize("name", [*SPATIAL])
 def test_tiles_match(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of parts of a sample, of one and of a few."""
-    monkeypatch.setattr(relations, "_TILE", tile)
+    monkeypatch.setattr(_features, "TILE", tile)
     x, t = draw(5, 6, 4, 3), draw(5, 7, 4, 3)
     check(name, x, t)
     check(name, x.to(memory_format=torch.channels_last), t)
@@ -592,7 +592,7 @@ def test_nothing_large_is_made(name: str) -> None:
         x, t = draw(64, 500), draw(64, 3000)
     with Largest() as largest:
         loss_and_grad(LOSSES[name], x, t)
-    assert 0 < largest.numel <= max(x.numel(), relations._TILE)
+    assert 0 < largest.numel <= max(x.numel(), _features.TILE)
     assert largest.numel < t.numel() / 4
 
 

@@ -8,11 +8,11 @@ from .._extras import require
 
 require("torch", __name__)
 
+from .at import at_loss as at_loss
 from .attention_map import attention_map_loss as attention_map_loss
-from .attention_map import relation_loss as relation_loss
+from .feature import feature_loss as feature_loss
 from .kd import Labels as Labels
 from .kd import kd_loss as kd_loss
-from .relations import at_loss as at_loss
-from .relations import feature_loss as feature_loss
-from .relations import nst_loss as nst_loss
-from .relations import rkd_loss as rkd_loss
+from .nst import nst_loss as nst_loss
+from .relation import relation_loss as relation_loss
+from .rkd import rkd_loss as rkd_loss

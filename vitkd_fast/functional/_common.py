@@ -110,3 +110,32 @@ def check_derivatives(
                     f"{name}: {argument} has a tangent; the loss has no derivative in forward mode "
                     "there; accepted are backward() and torch.autograd.grad"
                 )
+
+
+def wide_dtype(*given: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
+
+
+def exactly(x: Tensor) -> Any:
+    """Arithmetic in the dtypes that are written, inside an autocast region too."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def check_inputs(name: str, given: dict[str, Any], teacher: str) -> None:
+    """The tensors by themselves; the first is the student's."""
+    check_tensors(name, given)
+    check_derivatives(name, given, {teacher})
+    first, student = next(iter(given.items()))
+    for argument, x in given.items():
+        if x.dtype not in FLOATING:
+            raise TypeError(
+                f"{name}: {argument} is {x.dtype}; accepted are float32, float16, bfloat16 and "
+                "float64"
+            )
+        if x.device != student.device:
+            raise ValueError(f"{name}: {first} is on {student.device} and {argument} on {x.device}")
+
+
+def check_batch(name: str, f_s: Tensor, f_t: Tensor, s: str = "f_s", t: str = "f_t") -> None:
+    if f_s.shape[0] != f_t.shape[0]:
+        raise ValueError(f"{name}: {s} {list(f_s.shape)} and {t} {list(f_t.shape)} differ in batch")

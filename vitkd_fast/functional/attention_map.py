@@ -82,7 +82,7 @@ class _InBackward(torch.autograd.Function):
         return *grads, *[None] * (2 + len(options))
 
 
-def _check(name: str, given: dict[str, Tensor]) -> None:
+def check_maps(name: str, given: dict[str, Tensor]) -> None:
     """Each argument by itself; the first is a student's."""
     wide = any(x.dtype == torch.float64 for x in given.values())
     check_derivatives(name, given, {"q_t", "k_t", "x_t"}, forward_mode=wide)
@@ -107,7 +107,7 @@ def _check(name: str, given: dict[str, Tensor]) -> None:
 def _check_pairs(name: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> None:
     given = {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t}
     check_tensors(name, given)
-    _check(name, given)
+    check_maps(name, given)
     for a, b, dims in (
         ("q_s", "k_s", {0: "batch", 1: "heads", 3: "dim"}),
         ("q_t", "k_t", {0: "batch", 1: "heads", 3: "dim"}),
@@ -174,64 +174,10 @@ def attention_map_loss(
             one in forward mode.
     """
     _check_pairs("attention_map_loss", q_s, k_s, q_t, k_t)
-    return _loss(
+    return loss_of_maps(
         "attention_map_loss", q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, key_mask,
         reduction,
     )  # fmt: skip
-
-
-def relation_loss(
-    x_s: Tensor,
-    x_t: Tensor,
-    *,
-    scale_s: float | None = None,
-    scale_t: float | None = None,
-    temperature: float = 1.0,
-    kind: str = "kl",
-    key_mask: Tensor | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """attention_map_loss of x with itself: T^2 * KL(softmax(x_t x_t^T) || softmax(x_s x_s^T)).
-
-    With values, MiniLM's value relations (Wang et al., 2020, arXiv:2002.10957); with any q, k or v
-    re-split into relation heads, MiniLMv2's (arXiv:2012.15828); with token features, which of a
-    image's tokens are alike (the Gram matrix).
-
-    Args:
-        x_s: the student's, [batch, heads, tokens, dim], or [batch, tokens, dim] for one head.
-        x_t: the teacher's, likewise; its dim may be another.
-        scale_s, scale_t, temperature, kind, key_mask, reduction: as in `attention_map_loss`.
-
-    Returns:
-        The loss, as `attention_map_loss` gives it; "none" gives x_s's shape without dim.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: as `attention_map_loss`.
-    """
-    name = "relation_loss"
-    check_tensors(name, {"x_s": x_s, "x_t": x_t})
-    for argument, x in (("x_s", x_s), ("x_t", x_t)):
-        if x.dim() not in (3, 4) or x.dim() != x_s.dim():
-            raise ValueError(
-                f"{name}: {argument} has shape {list(x.shape)}; accepted are, for both, "
-                "[batch, heads, tokens, dim] or [batch, tokens, dim]"
-            )
-    if x_s.shape[:-1] != x_t.shape[:-1]:
-        names = ("batch", "heads", "tokens") if x_s.dim() == 4 else ("batch", "tokens")
-        what = next(
-            n for n, a, b in zip(names, x_s.shape, x_t.shape, strict=False) if a != b
-        )  # fmt: skip
-        raise ValueError(
-            f"{name}: x_s {list(x_s.shape)} and x_t {list(x_t.shape)} differ in {what}"
-        )
-    one_head = x_s.dim() == 3
-    if one_head:
-        x_s, x_t = x_s.unsqueeze(1), x_t.unsqueeze(1)
-    _check(name, {"x_s": x_s, "x_t": x_t})
-    loss = _loss(
-        name, x_s, x_s, x_t, x_t, scale_s, scale_t, temperature, kind, key_mask, reduction
-    )  # fmt: skip
-    return loss.squeeze(1) if one_head and reduction == "none" else loss
 
 
 def _expect_keys(name: str, key_mask: Tensor) -> None:
@@ -240,7 +186,7 @@ def _expect_keys(name: str, key_mask: Tensor) -> None:
         raise RuntimeError(f"{name}: key_mask keeps no key of batch element {i}")
 
 
-def _loss(
+def loss_of_maps(
     name: str,
     q_s: Tensor,
     k_s: Tensor,

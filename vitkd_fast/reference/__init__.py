@@ -4,6 +4,7 @@ Each function has the signature of the operation of its name in `_ops.py`. Arith
 (float64 for float64), materialises what it likes, and never synchronises with a device.
 """
 
+from .at import at_loss as at_loss
 from .attention_map import JS as JS
 from .attention_map import KL as KL
 from .attention_map import MSE as MSE
@@ -12,6 +13,7 @@ from .attention_map import attention_map_bwd as attention_map_bwd
 from .attention_map import attention_map_fwd as attention_map_fwd
 from .attention_map import attention_map_fwd_grad as attention_map_fwd_grad
 from .attention_map import attention_map_rows as attention_map_rows
+from .feature import feature_loss as feature_loss
 from .int8 import int8_dwconv as int8_dwconv
 from .int8 import int8_dwconv_shape as int8_dwconv_shape
 from .int8 import int8_pwconv as int8_pwconv
@@ -24,8 +26,6 @@ from .kd import kd_fwd as kd_fwd
 from .kd import kd_fwd_grad as kd_fwd_grad
 from .kd import kd_rows as kd_rows
 from .kd import kd_scale_ as kd_scale_
-from .relations import at_loss as at_loss
-from .relations import feature_loss as feature_loss
-from .relations import nst_loss as nst_loss
-from .relations import rkd_fwd_grad as rkd_fwd_grad
-from .relations import rkd_loss as rkd_loss
+from .nst import nst_loss as nst_loss
+from .rkd import rkd_fwd_grad as rkd_fwd_grad
+from .rkd import rkd_loss as rkd_loss

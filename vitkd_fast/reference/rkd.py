@@ -1,8 +1,4 @@
-"""at_loss, feature_loss, nst_loss and rkd_loss, as they are usually written, and rkd's operation.
-
-Maps are [batch, channels, height, width], tokens [batch, tokens, channels]; where only one is
-named, callers permute. Everything is materialised, and autograd differentiates it.
-"""
+"""rkd_loss, as it is usually written, where autograd differentiates it, and its operation."""
 
 from __future__ import annotations
 
@@ -11,52 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kd import _accumulator
-
-
-def at_loss(f_s: Tensor, f_t: Tensor, p: float = 2.0) -> Tensor:
-    """|| q_s/||q_s|| - q_t/||q_t|| ||^2 of each sample, [batch]; q = sum over channels of |F|^p.
-
-    Args:
-        f_s: [batch, channels, height, width].
-        f_t: a feature map, tokens, or a map [batch, tokens], on the student's grid.
-    """
-    dtype = _accumulator(f_s)
-    q_s = f_s.to(dtype).abs().pow(p).mean(1).flatten(1)
-    q_t = f_t.to(dtype)
-    if q_t.dim() == 4:
-        q_t = q_t.abs().pow(p).mean(1).flatten(1)
-    elif q_t.dim() == 3:
-        q_t = q_t.abs().pow(p).mean(2)
-    return (F.normalize(q_s) - F.normalize(q_t)).square().sum(1)
-
-
-def feature_loss(
-    x_s: Tensor, x_t: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
-    kind: str = "mse", beta: float = 1.0,
-) -> Tensor:  # fmt: skip
-    """The error of x_s weight^T + bias beside x_t, both tokens; its mean, as torch.nn has it."""
-    dtype = _accumulator(x_s)
-    y, x_t = x_s.to(dtype), x_t.to(dtype)
-    if weight is not None:
-        y = F.linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
-    if kind == "cosine":
-        return (1 - F.cosine_similarity(y, x_t, -1)).mean()
-    return F.mse_loss(y, x_t) if kind == "mse" else F.smooth_l1_loss(y, x_t, beta=beta)
-
-
-def nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
-    """mean k(t, t) + mean k(s, s) - 2 mean k(s, t) of each sample, [batch]; k(x, y) = (x . y)^2.
-
-    x and y are channels, over positions and of length 1; both are maps [batch, channels, height,
-    width].
-    """
-    dtype = _accumulator(f_s)
-    s, t = (F.normalize(x.to(dtype).flatten(2), dim=2) for x in (f_s, f_t))
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x.unsqueeze(1) * y.unsqueeze(2)).sum(-1).square().mean((1, 2))
-
-    return kernel(t, t) + kernel(s, s) - 2 * kernel(s, t)
 
 
 def rkd_loss(

@@ -1,0 +1,173 @@
+"""What the losses of feature maps share: their forms, grids and tiles, gradients in the forward."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._common import differentiable_once
+
+_scale_ = torch.ops.vitkd_fast.kd_scale_.default
+
+FORMS = "[batch, channels, height, width] or [batch, tokens, channels]"
+TILE = 2**18  # numbers of a tile: 1 MB of float32, which stays in L2
+UNIT_EPS = 1e-12  # as torch.nn.functional.normalize
+
+
+def check_reduction(name: str, reduction: str, accepted: tuple[str, ...]) -> None:
+    if reduction not in accepted:
+        raise ValueError(
+            f"{name}: reduction is {reduction!r}; accepted are {', '.join(accepted[:-1])} and "
+            f"{accepted[-1]}"
+        )
+
+
+class Features(NamedTuple):
+    """A feature map or tokens as [batch, channels, positions], in place."""
+
+    x: Tensor
+    grid: tuple[int, int] | None  # of a map, or of tokens of which it is known
+
+    @property
+    def positions(self) -> int:
+        return self.x.shape[2]
+
+
+def as_features(name: str, argument: str, x: Tensor) -> Features:
+    if x.dim() == 4:
+        if 0 in x.shape[1:]:
+            raise ValueError(f"{name}: {argument} {list(x.shape)} is empty beside its batch")
+        grid = (x.shape[2], x.shape[3])
+        return Features(x.flatten(2), grid)
+    if x.dim() != 3:
+        raise ValueError(f"{name}: {argument} has shape {list(x.shape)}; accepted are {FORMS}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name}: {argument} {list(x.shape)} is empty beside its batch")
+    return Features(x.mT, None)
+
+
+def grid_of_teacher(
+    name: str, positions: int, grid: tuple[int, int] | None, given: tuple[int, int] | None,
+    student: Features,
+) -> tuple[int, int] | None:  # fmt: skip
+    """The grid of the teacher's positions; None where it is the student's."""
+    if given is not None:
+        if grid is not None and tuple(given) != grid:
+            raise ValueError(f"{name}: teacher_grid is {tuple(given)}, and f_t has {grid}")
+        if given[0] * given[1] != positions:
+            raise ValueError(
+                f"{name}: teacher_grid is {tuple(given)}, and f_t has {positions} positions"
+            )
+        grid = (given[0], given[1])
+    if grid is None and positions != student.positions:
+        side = math.isqrt(positions)
+        if side * side != positions:
+            raise ValueError(
+                f"{name}: f_t has {positions} positions, which are neither the student's "
+                f"{student.positions} nor a square grid (CLS and registers are to be sliced off); "
+                "accepted is teacher_grid=(height, width)"
+            )
+        grid = (side, side)
+    if grid is None or grid == student.grid:
+        return None
+    if student.grid is None:
+        if positions == student.positions:
+            return None
+        side = math.isqrt(student.positions)
+        if side * side != student.positions:
+            raise ValueError(
+                f"{name}: f_s has {student.positions} tokens and f_t {positions}; accepted are as "
+                "many, or a square grid"
+            )
+    return grid
+
+
+def resized(x: Tensor, old: tuple[int, int] | None, new: tuple[int, int]) -> Tensor:
+    """[batch, channels, positions] on another grid: averages where it shrinks, else bilinear."""
+    side = math.isqrt(x.shape[2])
+    x = x.unflatten(2, old or (side, side))
+    if x.shape[2] >= new[0] and x.shape[3] >= new[1]:
+        x = F.adaptive_avg_pool2d(x, new)
+    else:
+        x = F.interpolate(x, new, mode="bilinear", align_corners=False)
+    return x.flatten(2)
+
+
+def samples_per_tile(samples: int, numbers: int) -> int:
+    """Of `numbers` each; all of them where a compiler makes the tiles."""
+    if torch.compiler.is_compiling():
+        return max(samples, 1)
+    return max(1, TILE // max(numbers, 1))
+
+
+def tiles(batch: int, positions: int, channels: int) -> list[tuple[slice, slice]]:
+    """Samples and positions of each tile: whole samples, or a part of a large one."""
+    some = samples_per_tile(batch, positions * channels)
+    part = max(1, TILE // channels)
+    if torch.compiler.is_compiling() or positions * channels <= 2 * TILE:
+        part = positions
+    return [
+        (slice(i, i + some), slice(j, j + part))
+        for i in range(0, batch, some)
+        for j in range(0, positions, part)
+    ]
+
+
+class _InForward(torch.autograd.Function):
+    """Gradients are formed with the loss, while tiles are in cache."""
+
+    @staticmethod
+    def forward(ctx: Any, form: Any, constants: tuple, *inputs: Tensor | None) -> Tensor:
+        needed = ctx.needs_input_grad[2:]
+        loss, grads = form(inputs, constants, needed)
+        ctx.form, ctx.constants, ctx.needed = form, constants, needed
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.compiled = torch.compiler.is_compiling()
+        if ctx.compiled:  # which wants saved tensors, and nothing that works in place
+            ctx.save_for_backward(*grads)
+        else:
+            ctx.save_for_backward(*inputs)
+            ctx.grads = grads
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.compiled:
+            grads = [None if x is None else x * _beside(grad_loss, x) for x in ctx.saved_tensors]
+        else:
+            # handed over, not shared: they are scaled in place and then belong to the caller
+            grads, ctx.grads = ctx.grads, None
+            if grads is None:  # a second backward, after retain_graph=True
+                _, grads = ctx.form(ctx.saved_tensors, ctx.constants, ctx.needed)
+            for grad in grads:
+                if grad is not None and grad_loss.dim() == 0:
+                    _scale_(grad, grad_loss)
+                elif grad is not None:
+                    grad.mul_(_beside(grad_loss, grad))
+        return None, None, *(
+            None if x is None else x.to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)
+        )  # fmt: skip
+
+
+def _beside(grad_loss: Tensor, grad: Tensor) -> Tensor:
+    """grad_loss, 0-dim or [batch], to multiply grad with."""
+    return grad_loss if grad_loss.dim() == 0 else grad_loss.view(-1, *[1] * (grad.dim() - 1))
+
+
+def empty_grad(x: Tensor, needed: bool, dtype: torch.dtype) -> Tensor | None:
+    """In x's layout. Float16 waits for the loss scale in float32, and all for a float64 one."""
+    if not needed:
+        return None
+    narrow = x.dtype is torch.bfloat16 and dtype is torch.float32
+    return torch.empty_like(x, dtype=torch.bfloat16 if narrow else dtype)
+
+
+def formed_in_forward(form: Any, constants: tuple, *inputs: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled():
+        return _InForward.apply(form, constants, *inputs)
+    return form(inputs, constants, [False] * len(inputs))[0]
