@@ -3,14 +3,20 @@
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+
+# helpers that compare: a failure there shows its numbers, too
+pytest.register_assert_rewrite(
+    *(f"{__package__}.{stem}_tools" for stem in ("attention_map", "feature", "kd"))
+)
 
 # where only the losses' dependencies are, as on a bare machine with a GPU, the loop is left out
 _EXTRA = "jinja2 matplotlib pydantic rich scipy sklearn tensorboard timm torchmetrics yaml".split()
@@ -67,6 +73,14 @@ class Result(NamedTuple):
     code: int
     out: str
     err: str
+
+
+@pytest.fixture
+def compiled() -> Iterator[Callable[..., Callable[..., Any]]]:
+    """torch.compile, of one graph, that has seen nothing yet."""
+    torch._dynamo.reset()
+    yield partial(torch.compile, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
 
 
 @pytest.fixture

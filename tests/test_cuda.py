@@ -14,7 +14,7 @@ import pytest
 
 from . import cuda_tools
 from .cuda_tools import CSRC, build_emulated
-from .triton_tools import run_tests
+from .process_tools import files_of, run_tests
 
 FILES = sorted((CSRC / "cuda").glob("*.cu"))
 
@@ -62,8 +62,8 @@ def run_emulated(
     **environment: str,
 ) -> None:  # fmt: skip
     run_tests(
-        cwd, [cuda_tools.__file__], str(Path(__file__).with_name(f"test_{stem}.py")), "-k", chosen,
-        "-m", marked, "-s", "-p", "no:faulthandler", VITKD_EMULATED=str(library), **environment,
+        cwd, [cuda_tools.__file__], *files_of(stem), "-k", chosen, "-m", marked, "-s",
+        "-p", "no:faulthandler", VITKD_EMULATED=str(library), **environment,
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ QUICK = {
                      "(layouts_match and bfloat16 and 20) or (bitwise and 150) or "
                      "(extreme and few and (mse or reverse_kl))",
     "int8_ops": "shapes_match and (24 or 40) or forms_match or ties_match or extreme_sums",
-    "relations": "rkd and (match or extreme)",
+    "rkd": "rkd and (match or extreme)",
 }  # fmt: skip
 NOT_THERE = "not on_the_cpu and not instruction_set and not backend and not 10000"
 
@@ -106,7 +106,7 @@ def test_all_values(stem: str, emulated: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stem", "chosen"),
     [
-        ("kd", "Sanitize"), ("int8_ops", "Sanitize"), ("relations", "Sanitize"),
+        ("kd", "Sanitize"), ("int8_ops", "Sanitize"), ("rkd", "Sanitize"),
         ("attention_map", "Sanitize and not (values and (js or mse))"),
         pytest.param("attention_map", "Sanitize", marks=pytest.mark.slow),
     ],
@@ -143,6 +143,6 @@ def test_a_mistake_is_found(mistake: str, tmp_path: Path) -> None:
         return text.replace(right, wrong)
 
     library = build_emulated(tmp_path, *SANITIZERS, only=stem, change=change)
-    tests = "relations" if stem == "rkd" else stem.replace("dwconv", "ops").replace("pwconv", "ops")
+    tests = stem.replace("dwconv", "ops").replace("pwconv", "ops")
     with pytest.raises(AssertionError, match=r"FAILED|AddressSanitizer|CUDA emulator"):
         run_emulated(library, tmp_path, tests, chosen, **sanitizers())

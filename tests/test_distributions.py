@@ -21,9 +21,9 @@ from torch import Tensor
 from vitkd_fast import int8, reference
 from vitkd_fast.functional import at_loss, feature_loss, nst_loss, relation_loss, rkd_loss
 
-from . import amx_tools, test_attention_map, test_kd
-from .test_attention_map import Maps
-from .triton_tools import run_tests
+from . import amx_tools, attention_map_tools, kd_tools
+from .attention_map_tools import Maps
+from .process_tools import run_tests
 
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Given = dict[str, Tensor]  # what a loss takes, by name, in float64; a teacher's names end in _t
@@ -178,18 +178,18 @@ def check_kd(given: Given, **options: Any) -> None:
     student, teacher = given.values()
     if "ce_weight" in options:
         options["labels"] = torch.randint(student.shape[1], student.shape[:1])
-    test_kd.check(student, teacher, **options)
+    kd_tools.check(student, teacher, **options)
 
 
 def check_attention_map(given: Given, kind: str) -> None:
-    test_attention_map.check(Maps(**given), kind=kind)
+    attention_map_tools.check(Maps(**given), kind=kind)
 
 
 def check_relation(given: Given, kind: str) -> None:
     """That of attention_map_loss for both roles, whose gradients are added."""
     x_s, x_t = given.values()
     check_attention_map({"q_s": x_s, "k_s": x_s, "q_t": x_t, "k_t": x_t}, kind)
-    want = test_attention_map.loss_and_grads(Maps(x_s, x_s, x_t, x_t), kind=kind)
+    want = attention_map_tools.loss_and_grads(Maps(x_s, x_s, x_t, x_t), kind=kind)
     leaf = x_s.clone().requires_grad_()
     loss = relation_loss(leaf, x_t, kind=kind)
     assert torch.equal(loss, want.loss)
@@ -254,7 +254,7 @@ def check(
         allowed = allowed + limits.eps / 2 * rounding
         rounds_to = want.to(like).double()  # which may be Inf
         want = torch.where(rounds_to.isinf(), rounds_to, want)
-        test_attention_map.assert_within(allowed, result, want, f"result {i}")
+        attention_map_tools.assert_within(allowed, result, want, f"result {i}")
 
 
 class Loss(NamedTuple):

@@ -1,7 +1,7 @@
 """The Triton kernels of kd_loss: interpreted, compiled without a GPU, and on one.
 
-Interpreter and GPU run test_kd.py, whose comparisons with the float64 reference hold for every
-backend.
+Interpreter and GPU run the other files of kd, whose comparisons with the float64 reference hold
+for every backend.
 """
 
 import os
@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 
+from .process_tools import files_of, run_tests
 from .triton_tools import (
     INTERPRETED,
     assert_nothing_is_spilled,
     compile_only,
     run_in_interpreter,
-    run_tests,
 )
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.triton
 
-SHARED = str(Path(__file__).with_name("test_kd.py"))
+SHARED = files_of("kd")
 
 # in the interpreter
 
@@ -49,12 +49,12 @@ QUICK = " or ".join(
 
 
 def test_in_the_interpreter(tmp_path: Path) -> None:
-    run_in_interpreter(tmp_path, SHARED, __file__, "-m", "not gpu and not slow", "-k", QUICK)
+    run_in_interpreter(tmp_path, *SHARED, __file__, "-m", "not gpu and not slow", "-k", QUICK)
 
 
 @pytest.mark.slow
 def test_all_in_the_interpreter(tmp_path: Path) -> None:
-    run_in_interpreter(tmp_path, SHARED, "-m", "not gpu", "-k", "match or extreme")
+    run_in_interpreter(tmp_path, *SHARED, "-m", "not gpu", "-k", "match or extreme")
 
 
 # what Triton alone does, in the interpreter or on a GPU that it serves
@@ -125,7 +125,7 @@ class TestGPU:
     def test_on_a_gpu(self, tmp_path: Path) -> None:
         """The quick forms, and what Triton alone does, where Triton serves the GPU."""
         run_tests(
-            tmp_path, ["-m", "pytest"], SHARED, __file__, "-m", "gpu and not slow",
+            tmp_path, ["-m", "pytest"], *SHARED, __file__, "-m", "gpu and not slow",
             "-k", QUICK, VITKD_FAST_BACKEND="triton",
         )  # fmt: skip
 

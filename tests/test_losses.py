@@ -23,8 +23,8 @@ from vitkd_fast.functional import (
 )
 from vitkd_fast.nn import AttentionMapProjection, CrossAttentionProjector, KDLoss
 
-from .test_relations import assert_near
-from .triton_tools import run_tests
+from .feature_tools import assert_near
+from .process_tools import run_tests
 
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Given = dict[str, Tensor]

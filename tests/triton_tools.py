@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from .process_tools import run_tests
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IN_INTERPRETER = {"TRITON_INTERPRET": "1", "VITKD_FAST_BACKEND": "reference"}
 
@@ -47,20 +48,6 @@ def interpret(arguments: list[str]) -> int:
         kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")
         _ops._library.impl(op.name, getattr(kernels, op.name), "CPU")
     return int(pytest.main(arguments))
-
-
-def run_tests(cwd: Path, start: list[str], *arguments: str, **environment: str) -> None:
-    """Runs pytest in a process of its own, outside the checkout."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VITKD_FAST_", "TRITON_"))}
-    fixed = ["-q", "--tb=short", "-p", "no:cacheprovider"]
-    fixed += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    result = subprocess.run(
-        [sys.executable, *start, *fixed, *arguments],
-        cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
-    assert " failed" not in result.stdout
 
 
 def run_in_interpreter(cwd: Path, *arguments: str) -> None:

@@ -1,0 +1,136 @@
+"""at_loss, feature_loss, nst_loss and rkd_loss in tests, each by one name beside its usual form."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitkd_fast import reference
+from vitkd_fast.functional import at_loss, feature_loss, nst_loss, rkd_loss
+
+OPS = torch.ops.vitkd_fast
+HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+every_device = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+every_dtype = pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
+KINDS = ["mse", "cosine", "smooth_l1"]
+
+
+def draw(*shape: int, dtype: torch.dtype = FLOAT, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, dtype=DOUBLE).to(device, dtype)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).mT
+
+
+def as_map(x: Tensor, height: int, width: int) -> Tensor:
+    return x.mT.unflatten(2, (height, width))
+
+
+# each loss by one name: how it is called here, its usual form, and what it takes
+
+
+def feature(x: Tensor, t: Tensor, kind: str = "mse", **options: Any) -> Tensor:
+    """feature_loss with a projection that depends on the channels alone."""
+    if (weight := options.pop("weight", None)) is None:
+        generator = torch.Generator().manual_seed(1)
+        c_s = x.shape[1] if x.dim() == 4 else x.shape[2]
+        c_t = t.shape[1] if t.dim() == 4 else t.shape[2]
+        weight = torch.randn(c_t, c_s, generator=generator, dtype=DOUBLE)
+        weight = weight.to(x.device, x.dtype)
+    return feature_loss(x, t, weight, kind=kind, **options)
+
+
+def usual_feature(x: Tensor, t: Tensor, kind: str = "mse") -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(t.shape[1], x.shape[1], generator=generator, dtype=DOUBLE)
+    return reference.feature_loss(as_tokens(x), as_tokens(t), weight.to(x.device), kind=kind)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "at": at_loss,
+    "at_p1": partial(at_loss, p=1.0),
+    "at_p3": partial(at_loss, p=3.0),
+    "mse": partial(feature, kind="mse"),
+    "cosine": partial(feature, kind="cosine"),
+    "smooth_l1": partial(feature, kind="smooth_l1"),
+    "nst": nst_loss,
+    "rkd": lambda x, t, **options: rkd_loss(x.flatten(1), t.flatten(1), **options),
+}
+USUAL: dict[str, Callable[..., Tensor]] = {
+    "at": lambda x, t: reference.at_loss(x, t).mean(),
+    "at_p1": lambda x, t: reference.at_loss(x, t, 1.0).mean(),
+    "at_p3": lambda x, t: reference.at_loss(x, t, 3.0).mean(),
+    "mse": partial(usual_feature, kind="mse"),
+    "cosine": partial(usual_feature, kind="cosine"),
+    "smooth_l1": partial(usual_feature, kind="smooth_l1"),
+    "nst": lambda x, t: reference.nst_loss(x, t).mean(),
+    "rkd": lambda x, t: reference.rkd_loss(x.flatten(1), t.flatten(1)),
+}
+every_loss = pytest.mark.parametrize("name", LOSSES)
+SPATIAL = [name for name in LOSSES if name != "rkd"]
+every_spatial = pytest.mark.parametrize("name", SPATIAL)
+
+
+def loss_and_grad(loss: Callable[..., Tensor], x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.detach().requires_grad_()
+    value = loss(leaf, t)
+    (grad,) = torch.autograd.grad(value, leaf)
+    return value.detach(), grad
+
+
+def assert_near(given: Tensor, want: Tensor, roundings: int = 8, size: float = 0.0) -> None:
+    """Off by a few float32 (float64) roundings of the largest number, and one of given's dtype.
+
+    Args:
+        size: of the numbers of which the result is a difference, where they are larger.
+    """
+    wide = FLOAT if given.dtype != DOUBLE else DOUBLE
+    largest = max(size, want.abs().max().item() if want.numel() else 0.0)
+    allowed = roundings * torch.finfo(wide).eps * largest + torch.finfo(given.dtype).tiny
+    if given.dtype in (HALF, BFLOAT):  # formed in the forward, and scaled after it
+        allowed = allowed + torch.finfo(given.dtype).eps * want.abs()
+        allowed = allowed + (2**-25 if given.dtype == HALF else 0)
+    assert given.shape == want.shape
+    error = (given.double() - want).abs()
+    assert (error <= allowed).all(), f"{(error / allowed).max():.3g} times what is allowed"
+
+
+# rounding errors of each loss in float32, on the largest number of the result: a sum over channels
+# or triplets, whose order torch chooses
+ROUNDINGS = {"nst": 64, "rkd": 32}
+
+
+def check(name: str, x: Tensor, t: Tensor, t_form: Tensor | None = None) -> None:
+    """Loss and gradient beside the usual form's in float64; t_form: the same teacher as given."""
+    value, grad = loss_and_grad(LOSSES[name], x, t if t_form is None else t_form)
+    want, want_grad = loss_and_grad(USUAL[name], x.double(), t.double())
+    wide = DOUBLE if DOUBLE in (x.dtype, t.dtype) else FLOAT
+    assert value.dtype == wide
+    assert grad.dtype == x.dtype
+    roundings = ROUNDINGS.get(name, 16)
+    if x.dtype != DOUBLE and t.dtype != DOUBLE and name in ("mse", "cosine", "smooth_l1"):
+        roundings = 32  # the projection's weight is rounded to the student's dtype
+        if x.dtype != FLOAT:
+            pytest.skip("test_weights_in_low_precision_match has the rounded weight")
+    assert_near(value, want, roundings)
+    assert_near(grad, want_grad, roundings)
+
+
+Bad = tuple[Callable[[], Tensor], type[Exception], str]  # a call, its error, and words of that
+
+
+def assert_refused(
+    name: str, call: Callable[[], Tensor], error: type[Exception], words: str
+) -> None:
+    """The error begins with the loss's name, as `name` does."""
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value).startswith(name.split("_")[0])
+    assert words in str(caught.value)
