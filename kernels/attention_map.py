@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _config
-from .kd import _log1p
+from ._kd import _log1p
 
 _KL = tl.constexpr(reference.KL)
 _REVERSE_KL = tl.constexpr(reference.REVERSE_KL)

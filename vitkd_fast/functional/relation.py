@@ -22,7 +22,7 @@ def relation_loss(
     """attention_map_loss of x with itself: T^2 * KL(softmax(x_t x_t^T) || softmax(x_s x_s^T)).
 
     With values, MiniLM's value relations (Wang et al., 2020, arXiv:2002.10957); with any q, k or v
-    re-split into relation heads, MiniLMv2's (arXiv:2012.15828); with token features, which of a
+    re-split into relation heads, MiniLMv2's (arXiv:2012.15828); with token features, which of an
     image's tokens are alike (the Gram matrix).
 
     Args:
