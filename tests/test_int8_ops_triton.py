@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from .process_tools import files_of
 from .triton_tools import (
     INTERPRETED,
     assert_nothing_is_spilled,
@@ -22,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
 ]
 
-SHARED = str(Path(__file__).with_name("test_int8_ops.py"))
+SHARED = files_of("int8_ops")
 # milliseconds per program and tap: the small forms
 QUICK = " or ".join(
     f"({x})"
@@ -39,12 +40,12 @@ QUICK = " or ".join(
 
 
 def test_in_the_interpreter(tmp_path: Path) -> None:
-    run_in_interpreter(tmp_path, SHARED, "-m", "not gpu", "-k", QUICK)
+    run_in_interpreter(tmp_path, *SHARED, "-m", "not gpu", "-k", QUICK)
 
 
 @pytest.mark.slow
 def test_all_in_the_interpreter(tmp_path: Path) -> None:
-    run_in_interpreter(tmp_path, SHARED, "-m", "not gpu", "-k", "match")
+    run_in_interpreter(tmp_path, *SHARED, "-m", "not gpu", "-k", "match")
 
 
 capability = pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)
