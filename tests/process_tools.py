@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from vitkd_fast import _ops
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
@@ -51,7 +55,29 @@ def run_tests(cwd: Path, start: list[str], *arguments: str, **environment: str) 
     assert " failed" not in result.stdout
 
 
+def run_in_interpreter(cwd: Path, *arguments: str) -> None:
+    """Where Triton's kernels, interpreted, are the CPU's operations."""
+    start = [str(TESTS / "triton_tools.py")]
+    interpreted = {"TRITON_INTERPRET": "1", "VITKD_FAST_BACKEND": "reference"}
+    run_tests(cwd, start, *arguments, **interpreted)
+
+
 def run_matches(cwd: Path, stem: str, marked: str, **environment: str) -> None:
     """The comparisons with the reference, where another environment chooses the kernels."""
     files = files_of(stem)
     run_tests(cwd, ["-m", "pytest"], *files, "-k", MATCHES, "-m", marked, **environment)
+
+
+def run_matches_on_a_gpu(cwd: Path, stem: str, backend: str) -> None:
+    """Skips where tests in this process run on that backend, or this build does not have it."""
+    name = {"reference": "reference", "triton": "Triton", "cuda": "CUDA C++"}[backend]
+    if name == _ops.backends()["kd_fwd"]["CUDA"]:  # all operations have the same
+        pytest.skip(f"the other files ran on {name}")
+    code = "from vitkd_fast import _ops; print({on['CUDA'] for on in _ops.backends().values()})"
+    served = python(code, cwd, VITKD_FAST_BACKEND=backend)
+    if backend == "cuda" and "has no CUDA C++ kernel in this build" in served.stderr:
+        pytest.skip("the extension was built without CUDA")
+    if backend == "triton":
+        pytest.importorskip("triton")
+    assert served.stdout == f"{{{name!r}}}\n", served.stderr
+    run_matches(cwd, stem, "gpu", VITKD_FAST_BACKEND=backend)

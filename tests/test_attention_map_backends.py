@@ -15,8 +15,8 @@ from vitkd_fast import _ops, int8
 from vitkd_fast.functional import attention_map_loss
 
 from . import amx_tools
-from .attention_map_tools import OPERATIONS, loss_and_grads, maps, torch_rows
-from .process_tools import MATCHES, files_of, python, run_matches, run_tests
+from .attention_map_tools import loss_and_grads, maps, torch_rows
+from .process_tools import MATCHES, files_of, python, run_matches, run_matches_on_a_gpu, run_tests
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,20 +125,7 @@ def test_reference_backend(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_backends_on_a_gpu(backend: str, tmp_path: Path) -> None:
     """Each that this build has, also those that another one usually stands in for."""
-    name = {"reference": "reference", "triton": "Triton", "cuda": "CUDA C++"}[backend]
-    if name == _ops.backends()["attention_map_fwd"]["CUDA"]:
-        pytest.skip(f"the other files ran on {name}")
-    code = (
-        "from vitkd_fast import _ops; "
-        f"print({{_ops.backends()[name]['CUDA'] for name in {OPERATIONS!r}}})"
-    )
-    served = python(code, tmp_path, VITKD_FAST_BACKEND=backend)
-    if backend == "cuda" and "has no CUDA C++ kernel in this build" in served.stderr:
-        pytest.skip("the extension was built without CUDA")
-    if backend == "triton":
-        pytest.importorskip("triton")
-    assert served.stdout == f"{{{name!r}}}\n", served.stderr
-    run_matches(tmp_path, "attention_map", "gpu", VITKD_FAST_BACKEND=backend)
+    run_matches_on_a_gpu(tmp_path, "attention_map", backend)
 
 
 @pytest.mark.parametrize("line", ["allow_tf32 = True", "fp32_precision = 'tf32'"])

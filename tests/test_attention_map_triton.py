@@ -17,13 +17,12 @@ from torch import Tensor
 from vitkd_fast import reference
 from vitkd_fast.reference.attention_map import _softmaxed, _terms
 
-from .process_tools import run_tests
+from .process_tools import run_in_interpreter, run_tests
 from .triton_tools import (
     INTERPRETED,
     assert_nothing_is_spilled,
     compile_only,
     resources,
-    run_in_interpreter,
 )
 
 pytest.importorskip("triton")

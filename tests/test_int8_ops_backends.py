@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vitkd_fast import _ops, int8
+from vitkd_fast import int8
 
-from .process_tools import python, run_matches
+from .process_tools import run_matches, run_matches_on_a_gpu
 
 
 @pytest.mark.parametrize("isa", int8.isa()[1:])
@@ -23,14 +23,4 @@ def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_backends_on_a_gpu(backend: str, tmp_path: Path) -> None:
     """Each that this build has, also those that another one usually stands in for."""
-    name = {"reference": "reference", "triton": "Triton", "cuda": "CUDA C++"}[backend]
-    if name == _ops.backends()["int8_dwconv"]["CUDA"]:
-        pytest.skip(f"the other files ran on {name}")
-    code = "from vitkd_fast import _ops; print({on['CUDA'] for on in _ops.backends().values()})"
-    served = python(code, tmp_path, VITKD_FAST_BACKEND=backend)
-    if backend == "cuda" and "has no CUDA C++ kernel in this build" in served.stderr:
-        pytest.skip("the extension was built without CUDA")
-    if backend == "triton":
-        pytest.importorskip("triton")
-    assert served.stdout == f"{{{name!r}}}\n", served.stderr
-    run_matches(tmp_path, "int8_ops", "gpu", VITKD_FAST_BACKEND=backend)
+    run_matches_on_a_gpu(tmp_path, "int8_ops", backend)

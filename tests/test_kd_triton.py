@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from .process_tools import files_of, run_tests
+from .process_tools import files_of, run_in_interpreter, run_tests
 from .triton_tools import (
     INTERPRETED,
     assert_nothing_is_spilled,
     compile_only,
-    run_in_interpreter,
 )
 
 pytest.importorskip("triton")

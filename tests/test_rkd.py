@@ -26,12 +26,11 @@ from .feature_tools import (
     every_device,
     loss_and_grad,
 )
-from .process_tools import files_of, run_tests
+from .process_tools import files_of, run_in_interpreter, run_tests
 from .triton_tools import (
     INTERPRETED,
     assert_nothing_is_spilled,
     compile_only,
-    run_in_interpreter,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")

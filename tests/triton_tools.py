@@ -14,10 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from .process_tools import run_tests
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-IN_INTERPRETER = {"TRITON_INTERPRET": "1", "VITKD_FAST_BACKEND": "reference"}
 
 
 def interpret(arguments: list[str]) -> int:
@@ -48,10 +45,6 @@ def interpret(arguments: list[str]) -> int:
         kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")
         _ops._library.impl(op.name, getattr(kernels, op.name), "CPU")
     return int(pytest.main(arguments))
-
-
-def run_in_interpreter(cwd: Path, *arguments: str) -> None:
-    run_tests(cwd, [__file__], *arguments, **IN_INTERPRETER)
 
 
 class Driver:
