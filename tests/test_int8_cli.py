@@ -156,7 +156,7 @@ def test_list_images(image_folder: Path, tmp_path: Path) -> None:
 def configured(**section: object) -> config.Config:
     rest = {"student": {"model": "mobilenetv2_035"}, "losses": {"ce": {}}}
     small = {"image_size": 32, "batch_size": 4, "workers": 0}
-    return config.validate({"data": small | section, "int8": {"images": 7}, **rest})
+    return config.validate({"data": small | section, "int8": {"calibration_images": 7}, **rest})
 
 
 def test_calibration_images_are_evenly_spread_and_not_augmented() -> None:
