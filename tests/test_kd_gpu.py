@@ -22,6 +22,7 @@ from .kd_tools import (
     HALF,
     MAIN_OPTIONS,
     NAN,
+    OPS,
     OPTIONS,
     PATHS,
     REDUCTIONS,
@@ -29,6 +30,7 @@ from .kd_tools import (
     check,
     draw,
     loss_and_grad,
+    operation_options,
     options_for,
     pair,
 )
@@ -253,6 +255,18 @@ class TestSanitize:
         loss, grad = loss_and_grad(student, teacher)
         assert loss.isfinite()
         assert grad.isfinite().all()
+
+    @pytest.mark.parametrize("name", MAIN_OPTIONS)
+    def test_one_class(self, name: str) -> None:
+        """Which the operations take, and kd_loss does not."""
+        student, teacher = pair(2, 1, device=GPU)
+        options = options_for(name, student)
+        for reduction in REDUCTIONS:
+            arguments = operation_options(student, reduction=reduction, **options)
+            loss, stats = OPS.kd_fwd(student, teacher, *arguments)
+            grad = OPS.kd_bwd(torch.ones_like(loss), student, teacher, stats, *arguments)
+            assert (loss == 0).all()
+            assert (grad == 0).all()
 
     def test_empty(self) -> None:
         loss, grad = loss_and_grad(*pair(0, 10, device=GPU))
