@@ -353,7 +353,9 @@ def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(
     assert "data: 150 training images, 50 for validation, 10 classes\n" in result.out
     assert re.search(r"^classes \(training images\): 0 \(14\), 1 \(16\), ", result.out, re.M)
     assert re.search(r"^student: \d{3},\d{3} parameters, \S+ MMACs an image$", result.out, re.M)
-    assert re.search(r"^a step: \S+ s; 9 steps for each of 2 seeds: \S+ h and as", result.out, re.M)
+    assert re.search(
+        r"^a step: \S+ s; 9 steps for each of 2 seeds: \S+ h, and as", result.out, re.M
+    )
     assert re.search(rf"^disk: \d+ MB at most in {tmp_path}/run, \S+ MB free$", result.out, re.M)
     assert not (tmp_path / "run").exists()
 

@@ -330,7 +330,9 @@ class _Experiment:
         """Says what the teacher knows of the images; refuses one given that knows nothing."""
         config, classes = self.config, len(self.classes)
         assert self.teacher is not None
-        origin = models.Origin.of(self.teacher)
+        origin = str(models.Origin.of(self.teacher))
+        if config.teacher.epochs:
+            origin = f"trained here for {config.teacher.epochs} epochs, from {origin}"
         right, images = identity.score(
             config, self._predictor(self.teacher), self.splits, self.runtime.device
         )
@@ -375,7 +377,9 @@ class _Experiment:
             )  # fmt: skip
             seconds = trainer.seconds_per_step()
         runs = len(config.run.seeds)
-        compared = " and as often without the teacher" if "baseline" in self._roles() else ""
+        compared = ", and as often without the teacher" if "baseline" in self._roles() else ""
+        if config.teacher.epochs:
+            compared += "; the teacher's own training is not counted"
         self._say(
             f"a step: {seconds:.3g} s; {trainer.total:,} steps for each of {runs} seeds: "
             f"{seconds * trainer.total * runs / 3600:.2g} h{compared}"
