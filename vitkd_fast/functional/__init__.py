@@ -1,7 +1,8 @@
 """Losses as functions of tensors, differentiable in the student; the teacher is a constant.
 
 A derivative that a loss does not have (the teacher's, a weight's, a second one, one in forward
-mode) is an error where it is asked for, never 0.
+mode) is an error where it is asked for, never 0. One case is torch's own: a second derivative of
+`feature_loss`, `nst_loss` or `rkd_loss` inside torch.compile is dropped, as that of exp is there.
 """
 
 from .._extras import require
