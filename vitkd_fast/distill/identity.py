@@ -39,8 +39,9 @@ def class_indices(key: str, known: Sequence[str], given: Sequence[str]) -> dict[
     """
     numbers = [str(i) for i in range(len(known))]
     for names in _class_names(known):
-        if set(given) <= set(names):
-            return {name: names.index(name) for name in given}
+        indices = {name: i for i, name in enumerate(names)}
+        if indices.keys() >= set(given):
+            return {name: indices[name] for name in given}
     if all(name.isdecimal() and int(name) < len(known) for name in given):
         return {name: int(name) for name in given}
     if list(known) == numbers and len(given) == len(known):
@@ -100,8 +101,9 @@ def differences(key: str, origin: models.Origin, used: models.Pixels) -> list[st
 
 
 def _difference(known: Sequence[str], given: Sequence[str]) -> str:
-    missing = [name for name in given if name not in set(known)]
-    unused = [name for name in known if name not in set(given)]
+    theirs, ours = set(known), set(given)
+    missing = [name for name in given if name not in theirs]
+    unused = [name for name in known if name not in ours]
     return f"classes of the images that it lacks: {_few(missing)}; its others: {_few(unused)}"
 
 
