@@ -18,9 +18,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ENGINE = sorted(glob("csrc/int8/*.cpp"))  # of which the operations share what knows no graph
-SHARED = [f for f in ENGINE if re.search(r"/(isa|kernels\w*|plain)\.cpp$", f)]
-OPERATIONS = [*sorted(glob("csrc/cpu/*.cpp")), *SHARED, "csrc/ops.cpp"]
+SHARED = sorted(glob("csrc/simd/*.cpp") + glob("csrc/int8/kernels/*.cpp"))  # in both extensions
+ENGINE = [*sorted(glob("csrc/int8/*.cpp")), *SHARED]
+OPERATIONS = [*sorted(glob("csrc/cpu/*.cpp")), *SHARED, "csrc/binding/module.cpp"]
 INCLUDE = os.path.abspath("csrc")
 CXX = "-std=c++20 -O3 -ffp-contract=off -fvisibility=hidden -Wall -Wextra".split()
 CXX += ["-Wno-maybe-uninitialized"]  # false alarms of gcc 12 and 13 in their AVX-512 headers

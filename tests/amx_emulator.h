@@ -13,7 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "int8/isa.h"
+#include "simd/isa.h"
 
 namespace vitkd {
 // in place of isa.cpp's, which would ask the CPU

@@ -240,11 +240,13 @@ def build(folder: Path) -> Path:
 
     def compile_one(source: Path) -> Path:
         to = folder / f"{source.stem}.o"
-        more = kernels if source.stem == "kernels_avx512vnni" else []
+        more = kernels if source.stem == "avx512vnni" else []
         subprocess.run([compiler, *flags, *more, "-c", source, "-o", to], check=True)
         return to
 
-    sources = sorted((ROOT / "csrc/int8").glob("*.cpp"), key=lambda path: -path.stat().st_size)
+    folders = [ROOT / "csrc" / folder for folder in ("simd", "int8", "int8/kernels")]
+    sources = [source for folder in folders for source in folder.glob("*.cpp")]
+    sources.sort(key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
     module = folder / "_int8.so"

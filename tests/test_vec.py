@@ -1,4 +1,4 @@
-"""exp and log of csrc/cpu/vec.h, against long double over a dense sample of all floats."""
+"""exp and log of csrc/simd/vec.h, against long double over a dense sample of all floats."""
 
 import platform
 import shutil
@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What tests/cpp/vec_ulp.cpp prints."""
     if platform.machine() != "x86_64":
-        pytest.skip(f"csrc/cpu/vec.h is for x86-64, and this is {platform.machine()}")
+        pytest.skip(f"csrc/simd/vec.h is for x86-64, and this is {platform.machine()}")
     if not (compiler := shutil.which("g++")):
         pytest.skip("no g++ to compile tests/cpp/vec_ulp.cpp with")
     program = tmp_path_factory.mktemp("vec") / "vec_ulp"
     source = ROOT / "tests" / "cpp" / "vec_ulp.cpp"
-    options = ["-O2", "-std=c++20", "-ffp-contract=off", f"-I{ROOT / 'csrc' / 'cpu'}"]
+    options = ["-O2", "-std=c++20", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
     subprocess.run([compiler, *options, str(source), "-o", str(program)], check=True)
     return subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
 

@@ -1,3 +1,3 @@
-# The compiled operations (csrc/ops.cpp): importing it registers them with torch.
+# The compiled operations (csrc/binding/module.cpp): importing it registers them with torch.
 
 cuda: str

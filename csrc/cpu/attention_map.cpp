@@ -9,9 +9,9 @@
 #include <cstring>
 #include <numeric>
 
-#include "../attention_map_call.h"
-#include "../int8/isa.h"
-#include "vec.h"
+#include "binding/attention_map_call.h"
+#include "simd/isa.h"
+#include "simd/vec.h"
 
 namespace vitkd::attention_map {
 namespace {
@@ -33,8 +33,8 @@ struct Kernel {
 namespace vitkd::attention_map::scalar {
 namespace {
 using vitkd::scalar::Vec;
-#include "attention_map.inl"
-#include "attention_map_fma.inl"
+#include "cpu/attention_map.inl"
+#include "cpu/attention_map_fma.inl"
 }  // namespace
 }  // namespace vitkd::attention_map::scalar
 
@@ -43,8 +43,8 @@ VITKD_TARGET_BEGIN(VITKD_AVX512)
 namespace vitkd::attention_map::avx512 {
 namespace {
 using vitkd::avx512::Vec;
-#include "attention_map.inl"
-#include "attention_map_fma.inl"
+#include "cpu/attention_map.inl"
+#include "cpu/attention_map_fma.inl"
 }  // namespace
 }  // namespace vitkd::attention_map::avx512
 VITKD_TARGET_END
@@ -52,7 +52,7 @@ VITKD_TARGET_END
 VITKD_TARGET_BEGIN(VITKD_AVX512 ",amx-tile,amx-bf16")
 namespace vitkd::attention_map::avx512 {
 namespace {
-#include "attention_map_amx.inl"
+#include "cpu/attention_map_amx.inl"
 }  // namespace
 }  // namespace vitkd::attention_map::avx512
 VITKD_TARGET_END
@@ -61,8 +61,8 @@ VITKD_TARGET_BEGIN(VITKD_AVX2)
 namespace vitkd::attention_map::avx2 {
 namespace {
 using vitkd::avx2::Vec;
-#include "attention_map.inl"
-#include "attention_map_fma.inl"
+#include "cpu/attention_map.inl"
+#include "cpu/attention_map_fma.inl"
 }  // namespace
 }  // namespace vitkd::attention_map::avx2
 VITKD_TARGET_END

@@ -1,6 +1,7 @@
 // Depthwise int8 convolution on the CPU, by the engine's kernels; images are spread over torch's
 // threads. The bytes do not depend on their number.
-#include "../int8_call.h"
+#include "binding/int8_call.h"
+#include "int8/kernels/plain.h"
 
 namespace vitkd::int8 {
 namespace {

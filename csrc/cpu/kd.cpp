@@ -9,9 +9,9 @@
 #include <memory>
 #include <numeric>
 
-#include "../int8/isa.h"
-#include "../kd_call.h"
-#include "vec.h"
+#include "binding/kd_call.h"
+#include "simd/isa.h"
+#include "simd/vec.h"
 
 namespace vitkd::kd {
 namespace {
@@ -110,7 +110,7 @@ VITKD_TARGET_BEGIN(VITKD_AVX512)
 namespace vitkd::kd::avx512 {
 namespace {
 using vitkd::avx512::Vec;
-#include "kd.inl"
+#include "cpu/kd.inl"
 }  // namespace
 }  // namespace vitkd::kd::avx512
 VITKD_TARGET_END
@@ -119,7 +119,7 @@ VITKD_TARGET_BEGIN(VITKD_AVX2)
 namespace vitkd::kd::avx2 {
 namespace {
 using vitkd::avx2::Vec;
-#include "kd.inl"
+#include "cpu/kd.inl"
 }  // namespace
 }  // namespace vitkd::kd::avx2
 VITKD_TARGET_END

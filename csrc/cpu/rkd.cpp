@@ -10,9 +10,9 @@
 #include <cmath>
 #include <limits>
 
-#include "../common.h"
-#include "../int8/isa.h"
-#include "vec.h"
+#include "binding/common.h"
+#include "simd/isa.h"
+#include "simd/vec.h"
 
 namespace vitkd::rkd {
 namespace {
@@ -79,7 +79,7 @@ VITKD_INLINE Vec sqrt(Vec x) { return _mm512_sqrt_ps(x.v); }
 VITKD_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }
 // the smaller one of |x| and 1, with the sign of x
 VITKD_INLINE Vec clamp_to_1(Vec x) { return _mm512_range_ps(x.v, _mm512_set1_ps(1), 2); }
-#include "rkd.inl"
+#include "cpu/rkd.inl"
 }  // namespace
 }  // namespace vitkd::rkd::avx512
 VITKD_TARGET_END
@@ -92,7 +92,7 @@ using vitkd::avx2::Vec;
 VITKD_INLINE Vec sqrt(Vec x) { return _mm256_sqrt_ps(x.v); }
 VITKD_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }
 VITKD_INLINE Vec clamp_to_1(Vec x) { return min(Vec{1.f}, max(Vec{-1.f}, x)); }
-#include "rkd.inl"
+#include "cpu/rkd.inl"
 }  // namespace
 }  // namespace vitkd::rkd::avx2
 VITKD_TARGET_END
@@ -134,13 +134,13 @@ struct One {
 namespace float32 {
 using Real = float;
 using Vec = One<float>;
-#include "rkd.inl"
+#include "cpu/rkd.inl"
 }  // namespace float32
 
 namespace float64 {
 using Real = double;
 using Vec = One<double>;
-#include "rkd.inl"
+#include "cpu/rkd.inl"
 }  // namespace float64
 
 template <class A>

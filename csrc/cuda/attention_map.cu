@@ -10,8 +10,8 @@
 // each gradient 384, 2, 6; see benches/notes/attention_map.md. No atomics: bitwise the same twice.
 #include <cuda_runtime.h>
 
-#include "../attention_map_call.h"
-#include "ptx.h"
+#include "binding/attention_map_call.h"
+#include "cuda/ptx.h"
 
 namespace vitkd::attention_map {
 namespace {

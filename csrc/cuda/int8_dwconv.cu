@@ -11,8 +11,8 @@
 // thread.
 #include <cuda_runtime.h>
 
-#include "../int8_call.h"
-#include "ptx.h"
+#include "binding/int8_call.h"
+#include "cuda/ptx.h"
 
 namespace vitkd::int8 {
 namespace {

@@ -12,8 +12,8 @@
 // of memory).
 #include <cuda_runtime.h>
 
-#include "../int8_call.h"
-#include "ptx.h"
+#include "binding/int8_call.h"
+#include "cuda/ptx.h"
 
 namespace vitkd::int8 {
 namespace {

@@ -11,8 +11,8 @@
 
 #include <cassert>
 
-#include "../kd_call.h"
-#include "ptx.h"
+#include "binding/kd_call.h"
+#include "cuda/ptx.h"
 
 namespace vitkd::kd {
 namespace {

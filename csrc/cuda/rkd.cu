@@ -7,7 +7,7 @@
 
 #include <limits>
 
-#include "../common.h"
+#include "binding/common.h"
 
 namespace vitkd::rkd {
 namespace {

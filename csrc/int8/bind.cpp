@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "isa.h"
-#include "session.h"
+#include "int8/session.h"
+#include "simd/isa.h"
 
 namespace py = pybind11;
 using namespace vitkd;

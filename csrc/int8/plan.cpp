@@ -28,18 +28,18 @@ Plan::Plan(const Graph& graph, const Options& o) : options(o), with(kernels(o.is
     layer.in = from < 0 ? Shape{o.image_size, o.image_size, 3} : shapes[from];
     layer.out = shapes[i];
     layer.pixel = pixel_bytes(layer.out.channels);
-    pack(graph.nodes[i], graph.padding_bytes, layer);
+    pack_layer(graph.nodes[i], graph.padding_bytes, layer);
     channels = std::max<size_t>(channels, layer.pixel);
     macs += layer.macs;
   }
-  gather();
-  join();
+  pack_weights();
+  fuse_chains();
   find_head();
-  share();
-  place();
+  split_work();
+  plan_memory();
 }
 
-void Plan::pack(const Node& n, const std::array<int, 3>& image_padding, Layer& layer) {
+void Plan::pack_layer(const Node& n, const std::array<int, 3>& image_padding, Layer& layer) {
   const int from = n.inputs[0];
   const int64_t in_pixel = from < 0 ? 3 : layers[from].pixel;
   const Requantize requantize{n.zero_point, n.lo, n.hi, n.hardswish ? n.hardswish_scale : 0.0f};
@@ -69,10 +69,10 @@ void Plan::pack(const Node& n, const std::array<int, 3>& image_padding, Layer& l
       spec.stride_h = n.stride[0], spec.stride_w = n.stride[1];
       spec.weight = n.weight.data, spec.bias = n.bias.data, spec.multiplier = n.multiplier.data;
       spec.epilogue.requantize = requantize;
-      spec.epilogue.finish = n.op == Op::classifier ? Finish::logits
-                             : n.hardswish          ? Finish::hardswish
-                             : n.residual           ? Finish::residual
-                                                    : Finish::bytes;
+      spec.epilogue.kind = n.op == Op::classifier ? EpilogueKind::logits
+                           : n.hardswish          ? EpilogueKind::hardswish
+                           : n.residual           ? EpilogueKind::residual
+                                                  : EpilogueKind::bytes;
       if (n.residual) {
         spec.epilogue.residual_zero_point = zero_point(n.inputs[1]);
         spec.epilogue.residual_multiplier = n.residual_multiplier;
@@ -123,7 +123,7 @@ void Plan::pack(const Node& n, const std::array<int, 3>& image_padding, Layer& l
 }
 
 // All weights of convolutions side by side, in the order of their use.
-void Plan::gather() {
+void Plan::pack_weights() {
   size_t bytes = 0;
   for (const Layer& layer : layers) bytes += round_up(layer.packed.own.size(), kLine);
   convolutions = Buffer(bytes);
@@ -142,7 +142,7 @@ void Plan::gather() {
 // Chains: a node joins the one before it if it is that one's only reader and the map between them
 // is too large to stay near. What that saves is a trip of the map to a farther cache and back; what
 // it costs is the rows that two threads both make, and shorter runs of pixels.
-void Plan::join() {
+void Plan::fuse_chains() {
   const int count = static_cast<int>(layers.size());
   std::vector<int> uses(count, 0);
   for (const Layer& layer : layers) {
@@ -200,7 +200,7 @@ void Plan::find_head() {
 
 // How threads share each node. By panels each weight is read by one of them, by rows each byte of a
 // map; what one wrote and another reads has to go from core to core.
-void Plan::share() {
+void Plan::split_work() {
   const int threads = options.threads;
   for (size_t s = 0; s < steps.size(); ++s) {
     if (steps[s].first != steps[s].last) continue;
@@ -218,7 +218,7 @@ void Plan::share() {
   }
   for (size_t s = 0; s + 1 < steps.size(); ++s) {
     const Step& next = steps[s + 1];
-    steps[s].meets =
+    steps[s].barrier_after =
         threads == 1 || next.first != next.last || !keeps_apart(steps[s].last, next.last);
   }
 }
@@ -240,7 +240,7 @@ bool Plan::keeps_apart(int node, int reader) const {
 
 // Maps in the arena, first fit by lifetime, the head's after all others; rings one after another in
 // each thread's own memory.
-void Plan::place() {
+void Plan::plan_memory() {
   struct Placed {
     size_t begin, end, last_round;
   };
@@ -248,7 +248,7 @@ void Plan::place() {
   // a round ends where threads meet: in it, one may be steps ahead of another
   std::vector<size_t> last_use(layers.size(), 0), rounds(steps.size(), 0);
   for (size_t s = 0; s < steps.size(); ++s) {
-    if (s > 0) rounds[s] = rounds[s - 1] + steps[s - 1].meets;
+    if (s > 0) rounds[s] = rounds[s - 1] + steps[s - 1].barrier_after;
     for (int i = steps[s].first; i <= steps[s].last; ++i) {
       for (int from : layers[i].node.inputs) {
         if (from >= 0) last_use[from] = rounds[s];

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "int8/graph.h"
-#include "int8/kernels.h"
+#include "int8/kernels/kernels.h"
 
 namespace vitkd::int8 {
 
@@ -54,7 +54,7 @@ constexpr int kImages = 8;  // that pass through the head at once
 struct Step {
   int first, last;  // nodes
   int strip_rows;
-  bool meets;  // threads wait for each other after it
+  bool barrier_after;  // threads wait for each other after it
 };
 
 struct Plan {
@@ -75,13 +75,13 @@ struct Plan {
   int zero_point(int node) const { return node < 0 ? 0 : layers[node].node.zero_point; }
 
  private:
-  void pack(const Node& node, const std::array<int, 3>& image_padding, Layer& layer);
-  void gather();
-  void join();
+  void pack_layer(const Node& node, const std::array<int, 3>& image_padding, Layer& layer);
+  void pack_weights();
+  void fuse_chains();
   void find_head();
-  void share();
+  void split_work();
   bool keeps_apart(int node, int reader) const;
-  void place();
+  void plan_memory();
 };
 
 }  // namespace vitkd::int8

@@ -6,7 +6,7 @@
 #include <chrono>
 #include <cstring>
 
-#include "int8/team.h"
+#include "int8/thread_team.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -103,7 +103,7 @@ struct Session::Caller {
     for (int i = 0; i < plan.options.threads; ++i) workspaces.emplace_back(plan);
   }
 
-  Team team;
+  ThreadTeam team;
   std::vector<Workspace> workspaces;  // by thread
 };
 
@@ -144,8 +144,8 @@ namespace {
 // One image on `threads` threads, of which this is one; they meet where the plan says so.
 class Runner {
  public:
-  Runner(const Plan& plan, const Workspace& shared, const Workspace& own, Team* team, int thread,
-         int threads)
+  Runner(const Plan& plan, const Workspace& shared, const Workspace& own, ThreadTeam* team,
+         int thread, int threads)
       : plan_(plan),
         arena_(shared.arena.data()),
         rings_(own.rings.data()),
@@ -185,7 +185,7 @@ class Runner {
 
   void run(const Step& step) {
     step.first == step.last ? node(step.last) : chain(step);
-    if (step.meets) meet();
+    if (step.barrier_after) meet();
     if (maps != nullptr) keep(step.last);
   }
 
@@ -197,7 +197,7 @@ class Runner {
     seconds[i] += now() - start;
   }
 
-  Map map(int i) const {
+  Activation map(int i) const {
     if (i < 0) {
       const int size = plan_.options.image_size;
       return {const_cast<uint8_t*>(image_), size, size, size, 3};
@@ -274,7 +274,7 @@ class Runner {
     return call;
   }
 
-  void at_row(int i, const Map& y, int row, GemmCall* call) const {
+  void at_row(int i, const Activation& y, int row, GemmCall* call) const {
     const Layer& layer = plan_.layers[i];
     if (layer.node.op == Op::classifier) {
       // without a head there is one row, of the image at hand
@@ -284,7 +284,7 @@ class Runner {
     }
     call->y = y.row(row);
     if (layer.node.residual) {
-      const Map residual = map(layer.node.inputs[1]);
+      const Activation residual = map(layer.node.inputs[1]);
       call->residual = residual.row(row);
       call->residual_pixel = residual.pixel;
     }
@@ -293,8 +293,9 @@ class Runner {
   // runs of rows that lie one after another in both maps
   void pointwise(int i, Range rows, Range panels) {
     const Layer& layer = plan_.layers[i];
-    const Map x = map(layer.node.inputs[0]);
-    const Map y = layer.node.op == Op::classifier ? Map{nullptr, kImages, 1, kImages, 0} : map(i);
+    const Activation x = map(layer.node.inputs[0]);
+    const Activation y =
+        layer.node.op == Op::classifier ? Activation{nullptr, kImages, 1, kImages, 0} : map(i);
     GemmCall call = gemm_call(i, panels);
     call.x_pixel = x.pixel;
     for (int64_t row = rows.begin; row < rows.end;) {
@@ -313,7 +314,7 @@ class Runner {
   void dense(int i, Range rows, Range panels) {
     const Layer& layer = plan_.layers[i];
     const ConvSpec& spec = layer.packed.spec;
-    const Map x = map(layer.node.inputs[0]), y = map(i);
+    const Activation x = map(layer.node.inputs[0]), y = map(i);
     const int64_t segment = int64_t{4} * layer.packed.stride;
     const int64_t step = spec.stride_w * x.pixel;
     // the image belongs to somebody else: not a byte past it is read
@@ -405,7 +406,7 @@ class Runner {
   void add(int i) {
     const Layer& layer = plan_.layers[i];
     const Node& n = layer.node;
-    const Map a = map(n.inputs[0]), b = map(n.inputs[1]), y = map(i);
+    const Activation a = map(n.inputs[0]), b = map(n.inputs[1]), y = map(i);
     const Range mine = part_of(layer.out.pixels() * y.pixel, 16, thread_, threads_);
     plan_.with.add(a.data + mine.begin, plan_.zero_point(n.inputs[0]), n.multipliers[0],
                    b.data + mine.begin, plan_.zero_point(n.inputs[1]), n.multipliers[1],
@@ -415,7 +416,7 @@ class Runner {
   // sums less zero points of this thread's channels
   Range centred_sums(int i) {
     const Layer& layer = plan_.layers[i];
-    const Map x = map(layer.node.inputs[0]);
+    const Activation x = map(layer.node.inputs[0]);
     const Range mine = part_of(x.pixel, 16, thread_, threads_);
     const auto pixels = static_cast<int32_t>(layer.in.pixels());
     const int32_t zero = pixels * plan_.zero_point(layer.node.inputs[0]);
@@ -454,7 +455,7 @@ class Runner {
     const Layer& layer = plan_.layers[i];
     const Node& n = layer.node;
     const int channels = layer.in.channels, middle = layer.middle;
-    const Map x = map(n.inputs[0]), y = map(i);
+    const Activation x = map(n.inputs[0]), y = map(i);
     const Range summed = centred_sums(i);
     for (int64_t c = summed.begin; c < summed.end; ++c) {
       means_[c] = mul(static_cast<float>(sums_[c]), layer.mean_multiplier);
@@ -482,7 +483,7 @@ class Runner {
   uint8_t *const arena_, *const rings_, *const scratch_;
   int32_t* const sums_;
   float *const means_, *const middle_, *const factors_;
-  Team* const team_;
+  ThreadTeam* const team_;
   const int thread_, threads_;
   const uint8_t* image_ = nullptr;
   float* logits_ = nullptr;

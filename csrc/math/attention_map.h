@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "hd.h"
+#include "math/hd.h"
 
 namespace vitkd::attention_map {
 

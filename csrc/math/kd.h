@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "hd.h"
+#include "math/hd.h"
 
 namespace vitkd::kd {
 

@@ -1,4 +1,4 @@
-// Sweeps exp and log of csrc/cpu/vec.h over the floats and prints, for each instruction set that
+// Sweeps exp and log of csrc/simd/vec.h over the floats and prints, for each instruction set that
 // this CPU has, the largest errors in units in the last place of the result (long double's):
 //   isa exp log log_near_1
 // What must hold exactly is checked here; a failure is a line "isa: what, x, given, wanted".
@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "vec.h"
+#include "simd/vec.h"
 
 // y = name(x) for each instruction set; n is a multiple of 16
 #define VITKD_MAP(name)                                  \

@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-#include "int8/finish_avx512.h"
+#include "int8/kernels/epilogue_avx512.h"
 
 namespace vitkd::int8 {
 
@@ -24,14 +24,14 @@ VITKD_TARGET_BEGIN(VITKD_VNNI)
 namespace {
 
 // sums [kRows][NV * 16]
-template <int NV, Finish kFinish>
-void finish(const int32_t* sums, Destination to) {
+template <int NV, EpilogueKind kKind>
+void store_rows(const int32_t* sums, Destination to) {
   constexpr int MR = 4;
   for (int p = 0; p < kRows; p += MR, sums += MR * NV * 16, to.advance(MR)) {
     __m512i acc[MR][NV];
     VITKD_UNROLL(MR * NV, i) { acc[i / NV][i % NV] = _mm512_load_si512(sums + i * 16); }
     VITKD_END;
-    finish_tile<MR, NV, kFinish>(acc, to);
+    store_tile<MR, NV, kKind>(acc, to);
   }
 }
 
@@ -78,7 +78,7 @@ VITKD_INLINE void multiply(const Packed& packed, const uint8_t* weights, const u
   if constexpr (NV > 3) _tile_stored(3, sums + 48, NV * kLine);
 }
 
-template <int NV, Finish kFinish>
+template <int NV, EpilogueKind kKind>
 void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall& call) {
   alignas(kLine) int32_t sums[2][kRows * NV * 16];
   const uint8_t* const weights = packed.data + panel.weights;
@@ -99,33 +99,33 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
     if (before >= 0) {
       Destination to = start;
       to.advance(before);
-      finish<NV, kFinish>(sums[turn ^ 1], to);
+      store_rows<NV, kKind>(sums[turn ^ 1], to);
     }
     before = pixel;
   }
   if (call.fetched != nullptr) *call.fetched = next;
   Destination to = start;
   to.advance(before);
-  finish<NV, kFinish>(sums[turn ^ 1], to);
+  store_rows<NV, kKind>(sums[turn ^ 1], to);
 }
 
-template <Finish kFinish>
-void gemm_finish(const Packed& packed, const GemmCall& call) {
+template <EpilogueKind kKind>
+void gemm_panels(const Packed& packed, const GemmCall& call) {
   _tile_loadconfig(&kWholeTiles);
   for (int i = call.panel; i < call.panel_end; ++i) {
     const Packed::Panel& panel = packed.panels[i];
     switch (panel.vectors) {
       case 1:
-        gemm_panel<1, kFinish>(packed, panel, call);
+        gemm_panel<1, kKind>(packed, panel, call);
         break;
       case 2:
-        gemm_panel<2, kFinish>(packed, panel, call);
+        gemm_panel<2, kKind>(packed, panel, call);
         break;
       case 3:
-        gemm_panel<3, kFinish>(packed, panel, call);
+        gemm_panel<3, kKind>(packed, panel, call);
         break;
       default:
-        gemm_panel<4, kFinish>(packed, panel, call);
+        gemm_panel<4, kKind>(packed, panel, call);
     }
   }
   _tile_release();
@@ -134,15 +134,15 @@ void gemm_finish(const Packed& packed, const GemmCall& call) {
 void gemm(const Packed& packed, const GemmCall& call) {
   // no whole tile of pixels, or packed for vpdpbusd
   if (call.pixels < kRows || packed.stride % kSteps != 0) return kAvx512Vnni.gemm(packed, call);
-  switch (packed.spec.epilogue.finish) {
-    case Finish::bytes:
-      return gemm_finish<Finish::bytes>(packed, call);
-    case Finish::hardswish:
-      return gemm_finish<Finish::hardswish>(packed, call);
-    case Finish::residual:
-      return gemm_finish<Finish::residual>(packed, call);
-    case Finish::logits:
-      return gemm_finish<Finish::logits>(packed, call);
+  switch (packed.spec.epilogue.kind) {
+    case EpilogueKind::bytes:
+      return gemm_panels<EpilogueKind::bytes>(packed, call);
+    case EpilogueKind::hardswish:
+      return gemm_panels<EpilogueKind::hardswish>(packed, call);
+    case EpilogueKind::residual:
+      return gemm_panels<EpilogueKind::residual>(packed, call);
+    case EpilogueKind::logits:
+      return gemm_panels<EpilogueKind::logits>(packed, call);
   }
 }
 
@@ -154,7 +154,7 @@ namespace {
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   // where the product is short, sums on their way through memory cost more than tiles save
   if (spec.taps() * spec.in < kShort) return kAvx512Vnni.pack_gemm(spec, pixel, packed);
-  const bool magic = spec.epilogue.finish != Finish::logits;
+  const bool magic = spec.epilogue.kind != EpilogueKind::logits;
   lay_out_gemm(spec, pixel, {4, 0, 0, magic, gemm_order(spec), kSteps}, packed);
 }
 

@@ -10,8 +10,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/target.h"
-#include "int8/kernels.h"
+#include "int8/kernels/kernels.h"
+#include "simd/target.h"
 
 namespace vitkd::int8 {
 namespace {
@@ -67,22 +67,22 @@ VITKD_INLINE __m256 hardswish(__m256 t, float k) {
   return _mm256_mul_ps(_mm256_mul_ps(t, u), _mm256_set1_ps(k));
 }
 
-VITKD_INLINE void finish(Sum acc, const float* m, const Epilogue& e, const uint8_t* residual,
-                         uint8_t* y, int lanes) {
+VITKD_INLINE void store_sums(Sum acc, const float* m, const Epilogue& e, const uint8_t* residual,
+                             uint8_t* y, int lanes) {
   Value v;
   for (int h = 0; h < 2; ++h) {
     v.half[h] = _mm256_mul_ps(_mm256_cvtepi32_ps(acc.half[h]), _mm256_load_ps(m + 8 * h));
   }
-  if (e.finish == Finish::logits) {
+  if (e.kind == EpilogueKind::logits) {
     float out[16];
     _mm256_storeu_ps(out, v.half[0]);
     _mm256_storeu_ps(out + 8, v.half[1]);
     std::memcpy(y, out, 4 * lanes);
     return;
   }
-  if (e.finish == Finish::hardswish) {
+  if (e.kind == EpilogueKind::hardswish) {
     for (__m256& half : v.half) half = hardswish(half, e.requantize.hardswish_scale);
-  } else if (e.finish == Finish::residual) {
+  } else if (e.kind == EpilogueKind::residual) {
     const Sum q = widen(residual);
     for (int h = 0; h < 2; ++h) {
       const __m256 b = centred(q.half[h], _mm256_set1_epi32(e.residual_zero_point));
@@ -124,10 +124,10 @@ VITKD_INLINE void gemm_tile(const Packed& packed, const Packed::Panel& panel, co
   }
   const Epilogue& e = packed.spec.epilogue;
   const auto* m = reinterpret_cast<const float*>(constants + 64);
-  const int64_t at = panel.channel * (e.finish == Finish::logits ? 4 : 1);
+  const int64_t at = panel.channel * (e.kind == EpilogueKind::logits ? 4 : 1);
   for (int i = 0; i < kPixels; ++i) {
-    finish(acc[i], m, e, call.residual + (p + i) * call.residual_pixel + panel.channel,
-           call.y + (p + i) * call.y_pixel + at, std::min(16, packed.spec.out - panel.channel));
+    store_sums(acc[i], m, e, call.residual + (p + i) * call.residual_pixel + panel.channel,
+               call.y + (p + i) * call.y_pixel + at, std::min(16, packed.spec.out - panel.channel));
   }
 }
 
@@ -167,7 +167,7 @@ void depthwise(const Packed& packed, const DepthwiseCall& call) {
           acc.half[1] = _mm256_add_epi32(acc.half[1], high);
         }
         uint8_t* y = call.y.row(row) + column * call.y.pixel + panel.channel;
-        finish(acc, m, spec.epilogue, nullptr, y, 16);
+        store_sums(acc, m, spec.epilogue, nullptr, y, 16);
       }
     }
   }
@@ -239,7 +239,7 @@ namespace {
 // weights [segments][steps][16 lanes][4]; offsets [panels][segments][steps]: whether a pair's sum
 // may saturate
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
-  const LaneOrder lanes = spec.epilogue.finish == Finish::logits ? in_order : halves_order;
+  const LaneOrder lanes = spec.epilogue.kind == EpilogueKind::logits ? in_order : halves_order;
   lay_out_gemm(spec, pixel, {1, 0, 0, false, lanes}, packed);
   for (const Packed::Panel& panel : packed->panels) {
     auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);

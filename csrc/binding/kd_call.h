@@ -1,7 +1,7 @@
 // One call of kd_loss, as every backend sees it: pointers, strides and options, free of tensors.
 #pragma once
 
-#include "common.h"
+#include "binding/common.h"
 #include "math/kd.h"
 
 namespace vitkd::kd {

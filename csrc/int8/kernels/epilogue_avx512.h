@@ -14,8 +14,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "cpu/target.h"
-#include "int8/kernels.h"
+#include "int8/kernels/kernels.h"
+#include "simd/target.h"
 
 #define VITKD_VNNI "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma"
 
@@ -30,7 +30,7 @@ inline int in_order(int, int vector, int lane) { return vector * 16 + lane; }
 // lanes of a panel of pointwise weights: of four vectors as packing wants them, of fewer in order,
 // to be permuted after packing
 inline LaneOrder gemm_order(const ConvSpec& spec) {
-  if (spec.epilogue.finish == Finish::logits) return in_order;
+  if (spec.epilogue.kind == EpilogueKind::logits) return in_order;
   return [](int width, int vector, int lane) {
     return width == 4 ? packed_order(width, vector, lane) : in_order(width, vector, lane);
   };
@@ -61,7 +61,7 @@ VITKD_INLINE void dot4(__m512i& acc, __m512i x, const uint8_t* w) {
 }
 
 // the epilogue's constants, in memory: registers belong to the accumulators
-struct Finisher {
+struct EpilogueConstants {
   alignas(kLine) int16_t zero_point[32];
   alignas(kLine) uint8_t lo[64], hi[64];
   alignas(kLine) float hardswish_scale[16], residual_multiplier[16];
@@ -69,9 +69,9 @@ struct Finisher {
   bool bits, shifts, clamps;
 };
 
-inline Finisher finisher(const Epilogue& e, bool bits) {
+inline EpilogueConstants epilogue_constants(const Epilogue& e, bool bits) {
   const Requantize& r = e.requantize;
-  Finisher f;
+  EpilogueConstants f;
   std::fill_n(f.zero_point, 32, static_cast<int16_t>(r.zero_point));
   std::fill_n(f.lo, 64, static_cast<uint8_t>(r.lo));
   std::fill_n(f.hi, 64, static_cast<uint8_t>(r.hi));
@@ -93,20 +93,20 @@ VITKD_INLINE __m512 product(__m512i acc, const float* m, const float* shift, boo
   return _mm512_fmadd_ps(sum, _mm512_load_ps(m), _mm512_load_ps(shift));
 }
 
-VITKD_INLINE __m512 hardswish(__m512 t, const Finisher& f) {
+VITKD_INLINE __m512 hardswish(__m512 t, const EpilogueConstants& f) {
   __m512 u = _mm512_add_ps(t, _mm512_set1_ps(3.0f));
   u = _mm512_min_ps(_mm512_max_ps(u, _mm512_setzero_ps()), _mm512_set1_ps(6.0f));
   return _mm512_mul_ps(_mm512_mul_ps(t, u), _mm512_load_ps(f.hardswish_scale));
 }
 
-VITKD_INLINE __m512 plus_residual(__m512 v, __m512i q, const Finisher& f) {
+VITKD_INLINE __m512 plus_residual(__m512 v, __m512i q, const EpilogueConstants& f) {
   const __m512 b =
       _mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_load_si512(f.residual_zero_point)));
   return _mm512_add_ps(v, _mm512_mul_ps(b, _mm512_load_ps(f.residual_multiplier)));
 }
 
 // bytes from two vectors of words
-VITKD_INLINE __m512i pack_words(__m512i ab, __m512i cd, const Finisher& f) {
+VITKD_INLINE __m512i pack_words(__m512i ab, __m512i cd, const EpilogueConstants& f) {
   if (f.shifts) {
     ab = _mm512_adds_epi16(ab, _mm512_load_si512(f.zero_point));
     cd = _mm512_adds_epi16(cd, _mm512_load_si512(f.zero_point));
@@ -121,13 +121,13 @@ VITKD_INLINE __m512i pack_words(__m512i ab, __m512i cd, const Finisher& f) {
 
 // words from two vectors of values (kBitsGrid: bytes already)
 template <bool kBits = false>
-VITKD_INLINE __m512i pack_values(__m512 a, __m512 b, const Finisher& f) {
+VITKD_INLINE __m512i pack_values(__m512 a, __m512 b, const EpilogueConstants& f) {
   if (kBits || f.bits) return _mm512_packus_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b));
   return _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
 }
 
 // lane i of the result: four bytes of lane i of each vector
-VITKD_INLINE __m512i pack4(__m512 a, __m512 b, __m512 c, __m512 d, const Finisher& f) {
+VITKD_INLINE __m512i pack4(__m512 a, __m512 b, __m512 c, __m512 d, const EpilogueConstants& f) {
   return pack_words(pack_values(a, b, f), pack_values(c, d, f), f);
 }
 
@@ -149,7 +149,7 @@ struct Destination {
   int64_t residual_pixel;
   int channels;  // from the panel's first on
   bool magic;
-  Finisher finisher;
+  EpilogueConstants epilogue;
 
   void advance(int64_t pixels) {
     y += pixels * y_pixel;
@@ -159,7 +159,7 @@ struct Destination {
 
 inline Destination destination(const Packed& packed, const Packed::Panel& panel,
                                const GemmCall& call, int64_t first) {
-  const int bytes = packed.spec.epilogue.finish == Finish::logits ? 4 : 1;
+  const int bytes = packed.spec.epilogue.kind == EpilogueKind::logits ? 4 : 1;
   return {packed.data + panel.constants,
           call.y + first * call.y_pixel + panel.channel * bytes,
           call.y_pixel,
@@ -167,13 +167,13 @@ inline Destination destination(const Packed& packed, const Packed::Panel& panel,
           call.residual_pixel,
           packed.spec.out - panel.channel,
           panel.magic,
-          finisher(packed.spec.epilogue, panel.bits)};
+          epilogue_constants(packed.spec.epilogue, panel.bits)};
 }
 
 // MR pixels and NV vectors of sums, the bias in them, to bytes or logits
-template <int MR, int NV, Finish kFinish>
-VITKD_INLINE void finish_tile(const __m512i (&acc)[MR][NV], const Destination& t) {
-  const Finisher& f = t.finisher;
+template <int MR, int NV, EpilogueKind kKind>
+VITKD_INLINE void store_tile(const __m512i (&acc)[MR][NV], const Destination& t) {
+  const EpilogueConstants& f = t.epilogue;
   const bool magic = t.magic;
   const auto* m = reinterpret_cast<const float*>(t.constants) + NV * 16;
   const float* shift = m + NV * 16;
@@ -183,7 +183,7 @@ VITKD_INLINE void finish_tile(const __m512i (&acc)[MR][NV], const Destination& t
   VITKD_UNROLL(NV, v) {
     VITKD_UNROLL(MR, r) {
       value[r][v] = product(acc[r][v], m + v * 16, shift + v * 16, magic);
-      if constexpr (kFinish == Finish::hardswish) {
+      if constexpr (kKind == EpilogueKind::hardswish) {
         value[r][v] = hardswish(value[r][v], f);
       }
     }
@@ -191,7 +191,7 @@ VITKD_INLINE void finish_tile(const __m512i (&acc)[MR][NV], const Destination& t
   }
   VITKD_END;
 
-  if constexpr (kFinish == Finish::logits) {
+  if constexpr (kKind == EpilogueKind::logits) {
     VITKD_UNROLL(MR, r) {
       VITKD_UNROLL(NV, v) {
         const int left = t.channels - v * 16;
@@ -203,7 +203,7 @@ VITKD_INLINE void finish_tile(const __m512i (&acc)[MR][NV], const Destination& t
     VITKD_END;
     return;
   }
-  if constexpr (kFinish == Finish::residual) {
+  if constexpr (kKind == EpilogueKind::residual) {
     VITKD_UNROLL(MR, r) {
       const uint8_t* b = t.residual + r * t.residual_pixel;
       if constexpr (NV == 4) {

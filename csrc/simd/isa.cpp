@@ -1,7 +1,7 @@
 // Instruction sets by __builtin_cpu_supports, which also asks whether the system saves their
 // registers.
 
-#include "isa.h"
+#include "simd/isa.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "common.h"
+#include "binding/common.h"
 #include "math/attention_map.h"
 
 namespace vitkd::attention_map {

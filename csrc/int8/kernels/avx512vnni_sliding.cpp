@@ -4,7 +4,7 @@
 
 #if defined(__x86_64__)
 
-#include "int8/finish_avx512.h"
+#include "int8/kernels/epilogue_avx512.h"
 
 namespace vitkd::int8 {
 
@@ -26,7 +26,7 @@ struct RowPairs {
   const uint8_t* weights;
   uint8_t* words;  // of half a panel, kept until the other half is done
   uint64_t bytes;  // of a pixel, as a mask
-  Finisher finisher;
+  EpilogueConstants epilogue;
 };
 
 // Half a panel: two vectors of channels, whose weights and constants stay in registers, since loads
@@ -34,7 +34,7 @@ struct RowPairs {
 // input adds a tap to each. Per column of both halves 8 unpacks, 24 vpdpbusd, 8 fmas and 6 packs on
 // two ports: 23 cycles per 128 outputs of a 3x3 kernel, 39% of the vpdpbusd peak. kPlain: bytes are
 // kBitsGrid's, and not clamped.
-template <int kHalf, Finish kFinish, bool kPlain>
+template <int kHalf, EpilogueKind kKind, bool kPlain>
 VITKD_INLINE void sliding_half(const RowPairs& t) {
   __m512i weights[3][2][2], bias[2], acc[3][2][2], column[2];
   __m512 m[2], shift[2];
@@ -93,17 +93,17 @@ VITKD_INLINE void sliding_half(const RowPairs& t) {
         __m512 v[2];
         VITKD_UNROLL(2, j) {
           v[j] = _mm512_fmadd_ps(_mm512_castsi512_ps(acc[kPhase][r][j]), m[j], shift[j]);
-          if constexpr (kFinish == Finish::hardswish) v[j] = hardswish(v[j], t.finisher);
+          if constexpr (kKind == EpilogueKind::hardswish) v[j] = hardswish(v[j], t.epilogue);
         }
         VITKD_END;
-        const __m512i half = pack_values<kPlain>(v[0], v[1], t.finisher);
+        const __m512i half = pack_values<kPlain>(v[0], v[1], t.epilogue);
         uint8_t* const kept = words + r * kLine;
         if constexpr (kHalf == 0) {
           _mm512_store_si512(kept, half);
         } else {
           const __m512i a = _mm512_load_si512(kept);
           const __m512i out =
-              kPlain ? _mm512_packus_epi16(a, half) : pack_words(a, half, t.finisher);
+              kPlain ? _mm512_packus_epi16(a, half) : pack_words(a, half, t.epilogue);
           _mm512_mask_storeu_epi8(y[r] + at, t.bytes, out);
         }
       }
@@ -139,10 +139,10 @@ VITKD_INLINE void sliding_half(const RowPairs& t) {
   }
 }
 
-template <Finish kFinish, bool kPlain>
+template <EpilogueKind kKind, bool kPlain>
 void depthwise_sliding(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel,
-                       const Finisher& finisher) {
-  const Map& y = call.y;
+                       const EpilogueConstants& epilogue) {
+  const Activation& y = call.y;
   RowPairs t;
   t.width = y.width;
   t.pixel = call.x.pixel;
@@ -151,7 +151,7 @@ void depthwise_sliding(const Packed& packed, const DepthwiseCall& call, const Pa
   t.weights = packed.data + panel.weights;
   t.words = call.scratch;
   t.bytes = ~uint64_t{0} >> (64 - std::min<int64_t>(64, y.pixel - panel.channel));
-  t.finisher = finisher;
+  t.epilogue = epilogue;
   const int most = std::max(2, kKept / y.width / 2 * 2);
   for (int row = call.row; row < call.row_end; row += most) {
     const int rows = std::min(most, call.row_end - row);
@@ -161,8 +161,8 @@ void depthwise_sliding(const Packed& packed, const DepthwiseCall& call, const Pa
     }
     // a second row that is not wanted is written to the first, before it
     for (int i = 0; i < t.rows; ++i) t.y[i] = y.row(row + std::min(i, rows - 1)) + panel.channel;
-    sliding_half<0, kFinish, kPlain>(t);
-    sliding_half<1, kFinish, kPlain>(t);
+    sliding_half<0, kKind, kPlain>(t);
+    sliding_half<1, kKind, kPlain>(t);
   }
 }
 
@@ -170,13 +170,13 @@ void depthwise_sliding(const Packed& packed, const DepthwiseCall& call, const Pa
 
 void depthwise_sliding_vnni(const Packed& packed, const DepthwiseCall& call,
                             const Packed::Panel& panel) {
-  const Finisher f = finisher(packed.spec.epilogue, panel.bits);
-  if (packed.spec.epilogue.finish == Finish::hardswish) {
-    depthwise_sliding<Finish::hardswish, false>(packed, call, panel, f);
+  const EpilogueConstants f = epilogue_constants(packed.spec.epilogue, panel.bits);
+  if (packed.spec.epilogue.kind == EpilogueKind::hardswish) {
+    depthwise_sliding<EpilogueKind::hardswish, false>(packed, call, panel, f);
   } else if (f.bits && !f.clamps) {
-    depthwise_sliding<Finish::bytes, true>(packed, call, panel, f);
+    depthwise_sliding<EpilogueKind::bytes, true>(packed, call, panel, f);
   } else {
-    depthwise_sliding<Finish::bytes, false>(packed, call, panel, f);
+    depthwise_sliding<EpilogueKind::bytes, false>(packed, call, panel, f);
   }
 }
 

@@ -1,18 +1,18 @@
 // Channels are padded to whole vectors here, which the engine does once per map.
 
-#include "int8/plain.h"
+#include "int8/kernels/plain.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "int8/kernels.h"
+#include "int8/kernels/kernels.h"
 
 namespace vitkd::int8 {
 namespace {
 
 Epilogue epilogue_of(const Requantize& requantize) {
   const bool hardswish = requantize.hardswish_scale != 0.0f;
-  return {requantize, hardswish ? Finish::hardswish : Finish::bytes, 0, 0};
+  return {requantize, hardswish ? EpilogueKind::hardswish : EpilogueKind::bytes, 0, 0};
 }
 
 // [pixels, channels] with `to` bytes per pixel instead of `from`

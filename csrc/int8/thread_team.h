@@ -8,12 +8,12 @@
 
 namespace vitkd::int8 {
 
-class Team {
+class ThreadTeam {
  public:
-  explicit Team(int threads);
-  ~Team();
-  Team(const Team&) = delete;
-  Team& operator=(const Team&) = delete;
+  explicit ThreadTeam(int threads);
+  ~ThreadTeam();
+  ThreadTeam(const ThreadTeam&) = delete;
+  ThreadTeam& operator=(const ThreadTeam&) = delete;
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
   // f(0) here, f(1), f(2), ... in the workers; returns when all have

@@ -1,6 +1,6 @@
 // What all instruction sets share: the pick of one, and the layout of panels and their constants.
 
-#include "int8/kernels.h"
+#include "int8/kernels/kernels.h"
 
 #include <algorithm>
 #include <cmath>
@@ -62,7 +62,7 @@ void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed) {
     panel.weights = end + panel.vectors * 3 * kLine;
     panel.magic = layout.magic;
     const Epilogue& e = spec.epilogue;
-    panel.bits = e.finish == Finish::bytes && e.requantize.zero_point % 2 == 0;
+    panel.bits = e.kind == EpilogueKind::bytes && e.requantize.zero_point % 2 == 0;
     const int channels = std::min(spec.out - channel, panel.width * 16);
     for (int i = 0; i < channels && panel.magic; ++i) restrict(spec, channel + i, &panel);
     panel.bits &= panel.magic;

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "int8/kernels.h"
+#include "int8/kernels/kernels.h"
 
 namespace vitkd::int8 {
 namespace {
@@ -38,13 +38,14 @@ void gemm(const Packed& packed, const GemmCall& call) {
           }
         }
       }
-      uint8_t* y = call.y + p * call.y_pixel + panel.channel * (e.finish == Finish::logits ? 4 : 1);
+      uint8_t* y =
+          call.y + p * call.y_pixel + panel.channel * (e.kind == EpilogueKind::logits ? 4 : 1);
       const uint8_t* b = call.residual + p * call.residual_pixel + panel.channel;
       for (int lane = 0; lane < lanes; ++lane) {
         const float v = mul(static_cast<float>(acc[lane]), m[lane]);
-        if (e.finish == Finish::logits) {
+        if (e.kind == EpilogueKind::logits) {
           std::memcpy(y + 4 * lane, &v, 4);
-        } else if (e.finish == Finish::residual) {
+        } else if (e.kind == EpilogueKind::residual) {
           const auto q = static_cast<float>(b[lane] - e.residual_zero_point);
           y[lane] = to_byte(vitkd::int8::add(v, mul(q, e.residual_multiplier)), e.requantize);
         } else {

@@ -9,7 +9,7 @@
 #include <chrono>
 #include <cstring>
 
-#include "int8/finish_avx512.h"
+#include "int8/kernels/epilogue_avx512.h"
 
 namespace vitkd::int8 {
 VITKD_TARGET_BEGIN(VITKD_VNNI)
@@ -30,7 +30,7 @@ struct GemmTile {
 };
 
 // MR pixels and NV vectors of channels
-template <int MR, int NV, Finish kFinish>
+template <int MR, int NV, EpilogueKind kKind>
 VITKD_INLINE void gemm_tile(const GemmTile& t) {
   __m512i acc[MR][NV];
   VITKD_UNROLL(NV, v) {
@@ -67,10 +67,10 @@ VITKD_INLINE void gemm_tile(const GemmTile& t) {
     }
   }
   forget(&t);
-  finish_tile<MR, NV, kFinish>(acc, t.to);
+  store_tile<MR, NV, kKind>(acc, t.to);
 }
 
-template <int MR, int NV, Finish kFinish>
+template <int MR, int NV, EpilogueKind kKind>
 void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall& call,
                 int64_t first, int64_t end) {
   GemmTile t;
@@ -95,22 +95,22 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
   };
   int64_t left = end - first;
   for (; left >= MR; left -= MR) {
-    gemm_tile<MR, NV, kFinish>(t);
+    gemm_tile<MR, NV, kKind>(t);
     advance(MR);
   }
   if (left > 2 && end - first >= MR) {
     advance(left - MR);  // again what lies before: the same bytes
-    gemm_tile<MR, NV, kFinish>(t);
+    gemm_tile<MR, NV, kKind>(t);
     return;
   }
   for (; left > 0; --left) {
-    gemm_tile<1, NV, kFinish>(t);
+    gemm_tile<1, NV, kKind>(t);
     advance(1);
   }
 }
 
-template <Finish kFinish>
-void gemm_finish(const Packed& packed, const GemmCall& call) {
+template <EpilogueKind kKind>
+void gemm_panels(const Packed& packed, const GemmCall& call) {
   // pixels that stay in L1 while the panels pass by, unless re-reading the weights would cost more
   const int64_t depth = int64_t{4} * packed.segments * packed.steps;
   int64_t chunk = std::max<int64_t>(48, (20 << 10) / depth / 48 * 48);
@@ -121,31 +121,31 @@ void gemm_finish(const Packed& packed, const GemmCall& call) {
       const Packed::Panel& panel = packed.panels[i];
       switch (panel.vectors) {
         case 1:
-          gemm_panel<16, 1, kFinish>(packed, panel, call, first, end);
+          gemm_panel<16, 1, kKind>(packed, panel, call, first, end);
           break;
         case 2:
-          gemm_panel<12, 2, kFinish>(packed, panel, call, first, end);
+          gemm_panel<12, 2, kKind>(packed, panel, call, first, end);
           break;
         case 3:
-          gemm_panel<8, 3, kFinish>(packed, panel, call, first, end);
+          gemm_panel<8, 3, kKind>(packed, panel, call, first, end);
           break;
         default:
-          gemm_panel<6, 4, kFinish>(packed, panel, call, first, end);
+          gemm_panel<6, 4, kKind>(packed, panel, call, first, end);
       }
     }
   }
 }
 
 void gemm(const Packed& packed, const GemmCall& call) {
-  switch (packed.spec.epilogue.finish) {
-    case Finish::bytes:
-      return gemm_finish<Finish::bytes>(packed, call);
-    case Finish::hardswish:
-      return gemm_finish<Finish::hardswish>(packed, call);
-    case Finish::residual:
-      return gemm_finish<Finish::residual>(packed, call);
-    case Finish::logits:
-      return gemm_finish<Finish::logits>(packed, call);
+  switch (packed.spec.epilogue.kind) {
+    case EpilogueKind::bytes:
+      return gemm_panels<EpilogueKind::bytes>(packed, call);
+    case EpilogueKind::hardswish:
+      return gemm_panels<EpilogueKind::hardswish>(packed, call);
+    case EpilogueKind::residual:
+      return gemm_panels<EpilogueKind::residual>(packed, call);
+    case EpilogueKind::logits:
+      return gemm_panels<EpilogueKind::logits>(packed, call);
   }
 }
 
@@ -156,7 +156,7 @@ VITKD_INLINE __m512 centred(const uint8_t* x, __m512i zero_point) {
   return _mm512_cvtepi32_ps(_mm512_sub_epi32(q, zero_point));
 }
 
-VITKD_INLINE void store16(uint8_t* y, __m512 v, const Finisher& f) {
+VITKD_INLINE void store16(uint8_t* y, __m512 v, const EpilogueConstants& f) {
   const __m512i dword = _mm512_cvtps_epi32(v);
   __m256i word = _mm512_cvtsepi32_epi16(dword);
   word = _mm256_adds_epi16(word, *reinterpret_cast<const __m256i*>(f.zero_point));
@@ -169,7 +169,7 @@ VITKD_INLINE void store16(uint8_t* y, __m512 v, const Finisher& f) {
 
 void add(const uint8_t* a, int z_a, float m_a, const uint8_t* b, int z_b, float m_b,
          const Requantize& requantize, int64_t n, uint8_t* y) {
-  const Finisher f = finisher({requantize, Finish::bytes, 0, 0}, false);
+  const EpilogueConstants f = epilogue_constants({requantize, EpilogueKind::bytes, 0, 0}, false);
   const __m512i zero_a = _mm512_set1_epi32(z_a), zero_b = _mm512_set1_epi32(z_b);
   const __m512 scale_a = _mm512_set1_ps(m_a), scale_b = _mm512_set1_ps(m_b);
   for (int64_t i = 0; i < n; i += 16) {
@@ -197,7 +197,7 @@ void channel_sums(const uint8_t* x, int64_t pixels, int64_t pixel, int64_t chann
 
 void scale(const uint8_t* x, int z, const float* factor, const Requantize& requantize,
            int64_t pixels, int64_t pixel, uint8_t* y) {
-  const Finisher f = finisher({requantize, Finish::bytes, 0, 0}, false);
+  const EpilogueConstants f = epilogue_constants({requantize, EpilogueKind::bytes, 0, 0}, false);
   const __m512i zero = _mm512_set1_epi32(z);
   for (int64_t p = 0; p < pixels; ++p, x += pixel, y += pixel) {
     for (int64_t c = 0; c < pixel; c += 16) {
@@ -284,7 +284,7 @@ VITKD_TARGET_END
 namespace {
 
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
-  const bool magic = spec.epilogue.finish != Finish::logits;
+  const bool magic = spec.epilogue.kind != EpilogueKind::logits;
   lay_out_gemm(spec, pixel, {4, 0, 0, magic, gemm_order(spec)}, packed);
 }
 

@@ -13,8 +13,8 @@
 #include <new>
 #include <vector>
 
-#include "int8/isa.h"
 #include "math/requantize.h"
+#include "simd/isa.h"
 
 namespace vitkd::int8 {
 
@@ -42,7 +42,7 @@ class Buffer {
   std::unique_ptr<uint8_t, Free> data_;
 };
 
-struct Map {
+struct Activation {
   uint8_t* data = nullptr;
   int height = 1;
   int width = 1;
@@ -55,11 +55,11 @@ struct Map {
 };
 
 // What becomes of a sum, as graph.py's Conv states it.
-enum class Finish { bytes, hardswish, residual, logits };
+enum class EpilogueKind { bytes, hardswish, residual, logits };
 
 struct Epilogue {
   Requantize requantize;
-  Finish finish = Finish::bytes;
+  EpilogueKind kind = EpilogueKind::bytes;
   int32_t residual_zero_point = 0;
   float residual_multiplier = 0;
 };
@@ -105,7 +105,7 @@ struct Packed {
   std::vector<int32_t> groups;   // depthwise: four (row, column) per interleaved vector
 };
 
-// y [pixels, out] = finish(sum over segments of x [pixels, 4 * steps] . weights)
+// y [pixels, out] = epilogue(sum over segments of x [pixels, 4 * steps] . weights)
 struct GemmCall {
   const uint8_t* const* x = nullptr;  // by segment
   int64_t x_pixel = 0;
@@ -120,7 +120,7 @@ struct GemmCall {
 
 // Rows [row, row_end) and panels of a depthwise convolution.
 struct DepthwiseCall {
-  Map x, y;
+  Activation x, y;
   const uint8_t* padding_row = nullptr;  // a row of x that holds only the padding byte
   int top = 0, left = 0;                 // padding
   int row = 0, row_end = 0;

@@ -6,8 +6,9 @@
 #include <sstream>
 #include <string>
 
-#include "common.h"
-#include "int8/plain.h"
+#include "binding/common.h"
+#include "math/depthwise.h"
+#include "math/requantize.h"
 
 namespace vitkd::int8 {
 

@@ -1,4 +1,4 @@
-#include "int8/team.h"
+#include "int8/thread_team.h"
 
 #include <chrono>
 
@@ -40,7 +40,7 @@ void wait_while(const std::atomic<int>& value, int old, microseconds spin) {
 
 }  // namespace
 
-Team::Team(int threads) {
+ThreadTeam::ThreadTeam(int threads) {
   try {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
   } catch (...) {
@@ -49,16 +49,16 @@ Team::Team(int threads) {
   }
 }
 
-Team::~Team() { stop(); }
+ThreadTeam::~ThreadTeam() { stop(); }
 
-void Team::stop() {
+void ThreadTeam::stop() {
   stop_ = true;
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();
   for (std::thread& worker : workers_) worker.join();
 }
 
-void Team::work(int index) {
+void ThreadTeam::work(int index) {
   for (int round = 0;; ++round) {
     wait_while(round_, round, kBetweenCalls);
     if (stop_) return;
@@ -67,7 +67,7 @@ void Team::work(int index) {
   }
 }
 
-void Team::start(Job job, const void* argument) {
+void ThreadTeam::start(Job job, const void* argument) {
   job_ = job;
   argument_ = argument;
   if (!workers_.empty()) {
@@ -78,7 +78,7 @@ void Team::start(Job job, const void* argument) {
   barrier();
 }
 
-void Team::barrier() {
+void ThreadTeam::barrier() {
   if (workers_.empty()) return;
   const int phase = phase_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads()) {

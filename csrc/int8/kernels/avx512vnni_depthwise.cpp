@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "int8/finish_avx512.h"
+#include "int8/kernels/epilogue_avx512.h"
 
 namespace vitkd::int8 {
 namespace {
@@ -132,9 +132,9 @@ VITKD_INLINE void interleave(const Strip& s, int begin, int end) {
 }
 
 // vector j of the sums of some outputs, to words of two vectors
-template <int j, int kOutputs, Finish kFinish>
+template <int j, int kOutputs, EpilogueKind kKind>
 VITKD_INLINE void words_of(__m512i (&acc)[kOutputs], const uint8_t* constants, bool magic,
-                           const Finisher& f, __m512i (&pair)[2][kOutputs]) {
+                           const EpilogueConstants& f, __m512i (&pair)[2][kOutputs]) {
   if (!magic) {
     VITKD_UNROLL(kOutputs, i) { acc[i] = _mm512_castps_si512(_mm512_cvtepi32_ps(acc[i])); }
     VITKD_END;
@@ -143,7 +143,7 @@ VITKD_INLINE void words_of(__m512i (&acc)[kOutputs], const uint8_t* constants, b
   const __m512 shift = _mm512_load_ps(constants + (8 + j) * kLine);
   VITKD_UNROLL(kOutputs, i) {
     __m512 v = _mm512_fmadd_ps(_mm512_castsi512_ps(acc[i]), m, shift);
-    if constexpr (kFinish == Finish::hardswish) v = hardswish(v, f);
+    if constexpr (kKind == EpilogueKind::hardswish) v = hardswish(v, f);
     __m512i& to = pair[j / 2][i];
     to = j % 2 == 0 ? _mm512_castps_si512(v) : pack_values(_mm512_castsi512_ps(to), v, f);
   }
@@ -162,11 +162,11 @@ struct DepthwiseTile {
   int64_t bytes;  // of a pixel
   int pixels;     // to the end of the row
   bool magic;
-  Finisher finisher;
+  EpilogueConstants epilogue;
 };
 
 // Phase 2: kRows output rows of kColumns positions of kPixels pixels, vector by vector of channels.
-template <int kRows, int kColumns, int kPixels, Finish kFinish>
+template <int kRows, int kColumns, int kPixels, EpilogueKind kKind>
 VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
   constexpr int kOutputs = kRows * kColumns;
   __m512i pair[2][kOutputs];  // words of two vectors
@@ -189,7 +189,7 @@ VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
       }
       VITKD_END;
     }
-    words_of<j, kOutputs, kFinish>(acc, t.constants, t.magic, t.finisher, pair);
+    words_of<j, kOutputs, kKind>(acc, t.constants, t.magic, t.epilogue, pair);
   }
   VITKD_END;
   VITKD_UNROLL(kRows, r) {
@@ -198,7 +198,7 @@ VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
         constexpr int i = r * kColumns + c;
         store_pixels<kPixels>(t.y[r] + c * kPixels * t.y_pixel, t.y_pixel, t.bytes,
                               t.pixels - c * kPixels,
-                              pack_words(pair[0][i], pair[1][i], t.finisher));
+                              pack_words(pair[0][i], pair[1][i], t.epilogue));
       }
       VITKD_END;
     }
@@ -206,7 +206,7 @@ VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
   VITKD_END;
 }
 
-template <int kRows, int kPixels, Finish kFinish>
+template <int kRows, int kPixels, EpilogueKind kKind>
 void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
   const ConvSpec& spec = packed.spec;
   Strip s;
@@ -229,7 +229,7 @@ void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Pack
   t.y_pixel = call.y.pixel;
   t.bytes = std::min<int64_t>(64 / kPixels, call.y.pixel - panel.channel);
   t.magic = panel.magic;
-  t.finisher = finisher(spec.epilogue, panel.bits);
+  t.epilogue = epilogue_constants(spec.epilogue, panel.bits);
   // strips so short that the scratch stays in L1
   const int wanted = std::min<int64_t>(s.group_bytes / 256, (24 << 10) / s.groups / 256);
   const int at_once = std::max(1, (wanted - spec.kernel_w) / s.step + 1);
@@ -254,7 +254,7 @@ void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Pack
         }
         t.x = call.scratch + (at - begin) * t.step;
         t.pixels = call.y.width - at * kPixels;
-        depthwise_tile<kRows, kColumns, kPixels, kFinish>(t);
+        depthwise_tile<kRows, kColumns, kPixels, kKind>(t);
       };
       int at = begin;
       for (; at + 4 <= end; at += 4) tile.template operator()<4>(at);
@@ -284,7 +284,7 @@ VITKD_INLINE FourRows four_rows(const Packed& packed, const DepthwiseCall& call,
 // one interleaved column
 template <int kPixels>
 VITKD_INLINE void load_interleaved(const FourRows& rows, const uint8_t* edge, int column,
-                                   int stride, const Map& map, __m512i* to) {
+                                   int stride, const Activation& map, __m512i* to) {
   __m512i v[4];
   if constexpr (kPixels == 1) {
     // padding, interleaved, is padding
@@ -311,13 +311,13 @@ VITKD_INLINE void load_interleaved(const FourRows& rows, const uint8_t* edge, in
 // The three columns of an output stay in registers; kNew of them are new at each position. Per 64
 // outputs of a 3x3 kernel with stride 2: 16 unpacks, 12 vpdpbusd and 11 others on two ports, 20
 // cycles.
-template <int kNew, int kRows, int kPixels, Finish kFinish>
+template <int kNew, int kRows, int kPixels, EpilogueKind kKind>
 void depthwise_three(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
   const ConvSpec& spec = packed.spec;
   const uint8_t* const constants = packed.data + panel.constants;
   const uint8_t* const weights = packed.data + panel.weights;
   const auto* const m = reinterpret_cast<const float*>(constants) + 64;
-  const Finisher f = finisher(spec.epilogue, panel.bits);
+  const EpilogueConstants f = epilogue_constants(spec.epilogue, panel.bits);
   const uint8_t* const edge = call.padding_row + panel.channel;
   const int64_t y_pixel = call.y.pixel;
   const int64_t bytes = std::min<int64_t>(64 / kPixels, y_pixel - panel.channel);
@@ -361,7 +361,7 @@ void depthwise_three(const Packed& packed, const DepthwiseCall& call, const Pack
         __m512 v[4];
         VITKD_UNROLL(4, j) {
           v[j] = product(acc[r][j], m + j * 16, m + 64 + j * 16, panel.magic);
-          if constexpr (kFinish == Finish::hardswish) v[j] = hardswish(v[j], f);
+          if constexpr (kKind == EpilogueKind::hardswish) v[j] = hardswish(v[j], f);
         }
         VITKD_END;
         store_pixels<kPixels>(y[r] + at * y_pixel, y_pixel, bytes, call.y.width - at,
@@ -372,49 +372,49 @@ void depthwise_three(const Packed& packed, const DepthwiseCall& call, const Pack
   }
 }
 
-template <int kRows, int kPixels, Finish kFinish>
+template <int kRows, int kPixels, EpilogueKind kKind>
 void depthwise_pixels(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
   const int step = packed.spec.stride_w * kPixels;
   if (packed.spec.kernel_w != 3 || packed.groups.size() > 8 || packed.groups[7] > 0) {
-    depthwise_panel<kRows, kPixels, kFinish>(packed, call, panel);
+    depthwise_panel<kRows, kPixels, kKind>(packed, call, panel);
   } else if (step > 2) {
-    depthwise_three<3, kRows, kPixels, kFinish>(packed, call, panel);
+    depthwise_three<3, kRows, kPixels, kKind>(packed, call, panel);
   } else if (step == 2) {
-    depthwise_three<2, kRows, kPixels, kFinish>(packed, call, panel);
+    depthwise_three<2, kRows, kPixels, kKind>(packed, call, panel);
   } else if (kRows == 1 || call.left != 1 || call.x.width != call.y.width || !panel.magic ||
              call.y.width > kDepthwiseScratch / kLine / 2) {
-    depthwise_three<1, kRows, kPixels, kFinish>(packed, call, panel);
+    depthwise_three<1, kRows, kPixels, kKind>(packed, call, panel);
   } else {
     depthwise_sliding_vnni(packed, call, panel);
   }
 }
 
-template <int kRows, Finish kFinish>
+template <int kRows, EpilogueKind kKind>
 void depthwise_rows(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
   switch (panel.width) {
     case 1:
-      return depthwise_pixels<kRows, 4, kFinish>(packed, call, panel);
+      return depthwise_pixels<kRows, 4, kKind>(packed, call, panel);
     case 2:
-      return depthwise_pixels<kRows, 2, kFinish>(packed, call, panel);
+      return depthwise_pixels<kRows, 2, kKind>(packed, call, panel);
     default:
-      return depthwise_pixels<kRows, 1, kFinish>(packed, call, panel);
+      return depthwise_pixels<kRows, 1, kKind>(packed, call, panel);
   }
 }
 
-template <Finish kFinish>
-void depthwise_finish(const Packed& packed, const DepthwiseCall& call) {
+template <EpilogueKind kKind>
+void depthwise_panels(const Packed& packed, const DepthwiseCall& call) {
   for (int i = call.panel; i < call.panel_end; ++i) {
-    packed.spec.stride_h == 1 ? depthwise_rows<2, kFinish>(packed, call, packed.panels[i])
-                              : depthwise_rows<1, kFinish>(packed, call, packed.panels[i]);
+    packed.spec.stride_h == 1 ? depthwise_rows<2, kKind>(packed, call, packed.panels[i])
+                              : depthwise_rows<1, kKind>(packed, call, packed.panels[i]);
   }
 }
 
 }  // namespace
 
 void depthwise_vnni(const Packed& packed, const DepthwiseCall& call) {
-  packed.spec.epilogue.finish == Finish::hardswish
-      ? depthwise_finish<Finish::hardswish>(packed, call)
-      : depthwise_finish<Finish::bytes>(packed, call);
+  packed.spec.epilogue.kind == EpilogueKind::hardswish
+      ? depthwise_panels<EpilogueKind::hardswish>(packed, call)
+      : depthwise_panels<EpilogueKind::bytes>(packed, call);
 }
 
 VITKD_TARGET_END
