@@ -231,7 +231,7 @@ def check(
     exact = results_of(exactly, rounded(given, DOUBLE))
     own: list[Tensor] = [torch.zeros(())] * len(exact)
     # a few numbers may all be rounded luckily
-    draws = 4 if max(x.numel() for x in given.values()) > 5000 else 32
+    draws = 16 if max(x.numel() for x in given.values()) > 5000 else 32
     for scale in torch.linspace(1, 1 + 2**-12, draws):
         drawn = {k: x.float() * scale for k, x in given.items()}
         pairs = zip(
