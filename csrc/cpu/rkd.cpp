@@ -151,7 +151,7 @@ Kernels<A> selected_kernels() {
 #if defined(__x86_64__)
     const Isa isa = selected_isa();
     if (isa >= Isa::avx512) return avx512::kKernels;
-    if (isa == Isa::avx2) return avx2::kKernels;
+    if (isa >= Isa::avx2) return avx2::kKernels;
 #endif
     return float32::kKernels;
   }

@@ -70,6 +70,7 @@ struct Workspace {
       : arena(plan.arena),
         rings(plan.rings),
         scratch(scratch_bytes(plan)),
+        gemm_scratch(gemm_scratch_bytes(plan)),
         sums(plan.channels * 4),
         means(plan.channels * 4),
         middle(plan.channels * 4),
@@ -84,15 +85,22 @@ struct Workspace {
     return most + kSlack;
   }
 
+  static size_t gemm_scratch_bytes(const Plan& plan) {
+    size_t most = 0;
+    for (const Layer& layer : plan.layers) most = std::max(most, layer.packed.scratch);
+    return most;
+  }
+
   float* floats(const Buffer& buffer) const { return reinterpret_cast<float*>(buffer.data()); }
 
   void poison() const {
-    for (const Buffer* b : {&arena, &rings, &scratch, &sums, &means, &middle, &factors}) {
+    for (const Buffer* b :
+         {&arena, &rings, &scratch, &gemm_scratch, &sums, &means, &middle, &factors}) {
       std::memset(b->data(), 0xA5, b->size() + kSlack);
     }
   }
 
-  Buffer arena, rings, scratch, sums, means, middle, factors;
+  Buffer arena, rings, scratch, gemm_scratch, sums, means, middle, factors;
 };
 
 }  // namespace
@@ -150,6 +158,7 @@ class Runner {
         arena_(shared.arena.data()),
         rings_(own.rings.data()),
         scratch_(own.scratch.data()),
+        gemm_scratch_(own.gemm_scratch.data()),
         sums_(reinterpret_cast<int32_t*>(shared.sums.data())),
         means_(shared.floats(shared.means)),
         middle_(shared.floats(shared.middle)),
@@ -271,6 +280,7 @@ class Runner {
     const Layer& layer = plan_.layers[i];
     call.y_pixel = layer.node.op == Op::classifier ? 4 * layer.out.channels : layer.pixel;
     call.fetched = &fetched_;
+    call.scratch = gemm_scratch_;
     return call;
   }
 
@@ -480,7 +490,7 @@ class Runner {
   }
 
   const Plan& plan_;
-  uint8_t *const arena_, *const rings_, *const scratch_;
+  uint8_t *const arena_, *const rings_, *const scratch_, *const gemm_scratch_;
   int32_t* const sums_;
   float *const means_, *const middle_, *const factors_;
   ThreadTeam* const team_;

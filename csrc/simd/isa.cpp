@@ -19,9 +19,16 @@
 namespace vitkd {
 namespace {
 
-constexpr Isa kBestFirst[] = {Isa::amx, Isa::avx512vnni, Isa::avx512, Isa::avx2, Isa::scalar};
+constexpr Isa kBestFirst[] = {Isa::amx,     Isa::avx512vnni, Isa::avx512,
+                              Isa::avxvnni, Isa::avx2,       Isa::scalar};
 
 #if defined(__x86_64__)
+// gcc 12's __builtin_cpu_supports does not know it
+bool avxvnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4) != 0;
+}
+
 // Linux hands out the registers of tiles on request, for the whole process and for good
 bool tiles_granted() {
   unsigned a, b, c, d;
@@ -49,6 +56,8 @@ bool cpu_has(Isa isa) {
       return true;
     case Isa::avx2:
       return avx2;
+    case Isa::avxvnni:
+      return avx2 && avxvnni();
     case Isa::avx512:
       return avx512;
     case Isa::avx512vnni:
@@ -89,6 +98,8 @@ const char* name(Isa isa) {
       return "scalar";
     case Isa::avx2:
       return "avx2";
+    case Isa::avxvnni:
+      return "avxvnni";
     case Isa::avx512:
       return "avx512";
     case Isa::avx512vnni:

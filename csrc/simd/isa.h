@@ -1,7 +1,7 @@
 // The CPU's instruction sets, and the one that the kernels use (torch-free: compiled into both
 // extensions). A kernel is written once per instruction set and the pick is made at run time, so
-// that a wheel built anywhere runs everywhere. VITKD_FAST_ISA=scalar|avx2|avx512|avx512vnni|amx
-// lowers the pick, which is how every path is tested on one machine.
+// that a wheel built anywhere runs everywhere. VITKD_FAST_ISA names another, scalar, avx2,
+// avxvnni, avx512, avx512vnni or amx,, which is how every path is tested on one machine.
 
 #pragma once
 
@@ -9,11 +9,13 @@
 
 namespace vitkd {
 
-// In rising order: each set contains the ones before it.
+// In rising order: each set contains the ones before it, but for avxvnni, which some CPUs with
+// AVX-512 VNNI lack and which code for torch's operations takes for avx2.
 enum class Isa {
   scalar,
   avx2,        // AVX2, FMA, F16C
-  avx512,      // and AVX-512 F, BW, VL, DQ
+  avxvnni,     // and AVX-VNNI
+  avx512,      // AVX2 and AVX-512 F, BW, VL, DQ
   avx512vnni,  // and AVX-512 VNNI
   amx,         // and AMX-INT8 and AMX-BF16, their tiles granted by the system
 };

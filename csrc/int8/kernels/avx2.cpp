@@ -1,280 +1,365 @@
-// The kernels in AVX2, 16 channels at a time. vpmaddubsw adds two products to 16 bits and
-// saturates; packing finds out which steps cannot (positive and negative weights of each pair
-// within +-128), and the others multiply even and odd bytes apart: the same bytes, twice the
-// instructions.
+// The kernels in AVX2. vpmaddubsw adds two products of bytes to 16 bits and saturates. Whether a
+// pair of weights can get there is known when they are packed, and of 16 inputs' orders there is
+// nearly always one in which none of the pairs of 16 channels can: each panel has orders of its
+// own, made by a shuffle of every pixel's 16 bytes. Where a pair is left, its weights are halved,
+// and their halves multiplied one after the other.
 
 #if defined(__x86_64__)
+
+#define VITKD_YMM VITKD_AVX2
 
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstring>
+#include <array>
+#include <vector>
 
-#include "int8/kernels/kernels.h"
 #include "simd/target.h"
 
+VITKD_TARGET_BEGIN(VITKD_YMM)
 namespace vitkd::int8 {
 namespace {
 
-// two halves of 8 lanes that vpackssdw puts in order
-int halves_order(int, int, int lane) { return lane % 8 / 4 * 8 + lane / 8 * 4 + lane % 4; }
+alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-int in_order(int, int, int lane) { return lane; }
+struct Dot {
+  static constexpr bool kWords = true;
+  static VITKD_INLINE void add(__m256i& acc, __m256i x, __m256i w) {
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(x, w));
+  }
+  static VITKD_INLINE void add_bytes(__m256i& acc, __m256i x, __m256i w) {
+    // the 1s in memory: 12 accumulators, two weights, bytes and products take all registers
+    __m256i pairs = _mm256_maddubs_epi16(x, w);
+    asm("vpmaddwd %1, %0, %0" : "+x"(pairs) : "m"(kOnes));
+    acc = _mm256_add_epi32(acc, pairs);
+  }
+};
 
 }  // namespace
+}  // namespace vitkd::int8
+VITKD_TARGET_END
 
-VITKD_TARGET_BEGIN(VITKD_AVX2)
+#include "int8/kernels/avx2_sliding.h"
+#include "int8/kernels/gemm_ymm.h"
+
+VITKD_TARGET_BEGIN(VITKD_YMM)
+namespace vitkd::int8 {
 namespace {
 
-struct Sum {  // 16 lanes
-  __m256i half[2];
-};
+constexpr int64_t kChunkBytes = 12 << 10;  // of pixels in a panel's order, which stay in L1
 
-struct Value {
-  __m256 half[2];
-};
-
-VITKD_INLINE __m256i load(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+int64_t row_bytes(const Packed& packed) {
+  int most = 0;
+  for (const Packed::Panel& panel : packed.panels) most = std::max(most, panel.steps);
+  return round_up(int64_t{4} * most, 16) + kYmm;  // a store may begin at the last step
 }
 
-VITKD_INLINE Sum load_sum(const uint8_t* p) { return {{load(p), load(p + 32)}}; }
-
-// halves in halves_order from 16 bytes in order
-VITKD_INLINE Sum widen(const uint8_t* p) {
-  const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i zero = _mm256_setzero_si256();
-  return {{_mm256_unpacklo_epi16(words, zero), _mm256_unpackhi_epi16(words, zero)}};
+int64_t pixels_at_once(int64_t row) {
+  return std::max<int64_t>(1, kChunkBytes / row / kRows) * kRows;
 }
 
-VITKD_INLINE __m256 centred(__m256i q, __m256i zero_point) {
-  return _mm256_cvtepi32_ps(_mm256_sub_epi32(q, zero_point));
-}
-
-VITKD_INLINE void store16(uint8_t* y, Value v, const Requantize& r) {
-  __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.half[0]), _mm256_cvtps_epi32(v.half[1]));
-  words = _mm256_adds_epi16(words, _mm256_set1_epi16(static_cast<int16_t>(r.zero_point)));
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(words, words), 0x08);
-  __m128i bytes = _mm256_castsi256_si128(packed);
-  bytes = _mm_max_epu8(bytes, _mm_set1_epi8(static_cast<char>(r.lo)));
-  bytes = _mm_min_epu8(bytes, _mm_set1_epi8(static_cast<char>(r.hi)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), bytes);
-}
-
-VITKD_INLINE __m256 hardswish(__m256 t, float k) {
-  __m256 u = _mm256_add_ps(t, _mm256_set1_ps(3.0f));
-  u = _mm256_min_ps(_mm256_max_ps(u, _mm256_setzero_ps()), _mm256_set1_ps(6.0f));
-  return _mm256_mul_ps(_mm256_mul_ps(t, u), _mm256_set1_ps(k));
-}
-
-VITKD_INLINE void store_sums(Sum acc, const float* m, const Epilogue& e, const uint8_t* residual,
-                             uint8_t* y, int lanes) {
-  Value v;
-  for (int h = 0; h < 2; ++h) {
-    v.half[h] = _mm256_mul_ps(_mm256_cvtepi32_ps(acc.half[h]), _mm256_load_ps(m + 8 * h));
-  }
-  if (e.kind == EpilogueKind::logits) {
-    float out[16];
-    _mm256_storeu_ps(out, v.half[0]);
-    _mm256_storeu_ps(out + 8, v.half[1]);
-    std::memcpy(y, out, 4 * lanes);
-    return;
-  }
-  if (e.kind == EpilogueKind::hardswish) {
-    for (__m256& half : v.half) half = hardswish(half, e.requantize.hardswish_scale);
-  } else if (e.kind == EpilogueKind::residual) {
-    const Sum q = widen(residual);
-    for (int h = 0; h < 2; ++h) {
-      const __m256 b = centred(q.half[h], _mm256_set1_epi32(e.residual_zero_point));
-      v.half[h] = _mm256_add_ps(v.half[h], _mm256_mul_ps(b, _mm256_set1_ps(e.residual_multiplier)));
-    }
-  }
-  store16(y, v, e.requantize);
-}
-
-template <int kPixels>
-VITKD_INLINE void gemm_tile(const Packed& packed, const Packed::Panel& panel, const int32_t* unsafe,
-                            const GemmCall& call, int64_t p) {
-  const uint8_t* constants = packed.data + panel.constants;
-  const uint8_t* w = packed.data + panel.weights;
-  Sum acc[kPixels];
-  for (Sum& sum : acc) sum = load_sum(constants);
-  const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi16(0xFF);
-  for (int segment = 0; segment < packed.segments; ++segment, unsafe += packed.steps) {
-    const uint8_t* x = call.x[segment] + p * call.x_pixel;
-    for (int step = 0; step < packed.steps; ++step, w += 64) {
-      const Sum weights = load_sum(w);
-      for (int i = 0; i < kPixels; ++i) {
-        int32_t four;
-        std::memcpy(&four, x + i * call.x_pixel + 4 * step, 4);
-        const __m256i bytes = _mm256_set1_epi32(four);
-        for (int h = 0; h < 2; ++h) {
-          __m256i pairs = _mm256_maddubs_epi16(bytes, weights.half[h]);
-          if (unsafe[step]) {
-            const __m256i even = _mm256_and_si256(bytes, low);
-            const __m256i odd = _mm256_andnot_si256(low, bytes);
-            pairs = _mm256_maddubs_epi16(even, weights.half[h]);
-            const __m256i others = _mm256_maddubs_epi16(odd, weights.half[h]);
-            acc[i].half[h] = _mm256_add_epi32(acc[i].half[h], _mm256_madd_epi16(others, ones));
-          }
-          acc[i].half[h] = _mm256_add_epi32(acc[i].half[h], _mm256_madd_epi16(pairs, ones));
-        }
+// kBytes of each pixel: not one more is read, as the last pixel's are the last of the image
+template <int kBytes>
+VITKD_INLINE void shuffle(const uint8_t* x, int64_t x_pixel, const uint8_t* masks, int64_t pixels,
+                          uint8_t* to, int64_t row) {
+  const __m256i mask = load(masks);
+#pragma GCC unroll 4
+  for (int64_t p = 0; p < pixels; ++p, x += x_pixel, to += row) {
+    if constexpr (kBytes == 32) {
+      store(to, _mm256_shuffle_epi8(load(x), mask));
+    } else {
+      __m128i bytes = kBytes == 4    ? _mm_loadu_si32(x)
+                      : kBytes == 16 ? load16(x)
+                                     : _mm_loadu_si64(x);
+      if constexpr (kBytes == 12) {
+        int32_t last;
+        std::memcpy(&last, x + 8, 4);
+        bytes = _mm_insert_epi32(bytes, last, 2);
       }
+      store16(to, _mm_shuffle_epi8(bytes, _mm256_castsi256_si128(mask)));
     }
-  }
-  const Epilogue& e = packed.spec.epilogue;
-  const auto* m = reinterpret_cast<const float*>(constants + 64);
-  const int64_t at = panel.channel * (e.kind == EpilogueKind::logits ? 4 : 1);
-  for (int i = 0; i < kPixels; ++i) {
-    store_sums(acc[i], m, e, call.residual + (p + i) * call.residual_pixel + panel.channel,
-               call.y + (p + i) * call.y_pixel + at, std::min(16, packed.spec.out - panel.channel));
   }
 }
 
 void gemm(const Packed& packed, const GemmCall& call) {
-  for (int i = call.panel; i < call.panel_end; ++i) {
-    const int32_t* unsafe = packed.offsets.data() + int64_t{i} * packed.segments * packed.stride;
-    int64_t p = 0;
-    for (; p + 4 <= call.pixels; p += 4) gemm_tile<4>(packed, packed.panels[i], unsafe, call, p);
-    for (; p < call.pixels; ++p) gemm_tile<1>(packed, packed.panels[i], unsafe, call, p);
+  const int64_t row = packed.row_bytes, chunk = pixels_at_once(row);
+  const uint8_t* x = call.scratch;
+  GemmCall part = call;
+  part.x = &x;
+  part.x_pixel = row;
+  for (int64_t first = 0; first < call.pixels; first += chunk) {
+    part.pixels = std::min(chunk, call.pixels - first);
+    for (part.panel = call.panel; part.panel < call.panel_end; ++part.panel) {
+      part.panel_end = part.panel + 1;
+      const Packed::Panel& panel = packed.panels[part.panel];
+      for (int i = panel.gathers; i < panel.gathers_end; ++i) {
+        const Packed::Gather& gather = packed.gathers[i];
+        const uint8_t* from = call.x[gather.segment] + first * call.x_pixel + gather.from;
+        uint8_t* to = call.scratch + gather.to;
+        const uint8_t* mask = packed.data + gather.mask;
+        switch (gather.bytes) {
+          case 4:
+            shuffle<4>(from, call.x_pixel, mask, part.pixels, to, row);
+            break;
+          case 8:
+            shuffle<8>(from, call.x_pixel, mask, part.pixels, to, row);
+            break;
+          case 12:
+            shuffle<12>(from, call.x_pixel, mask, part.pixels, to, row);
+            break;
+          case 16:
+            shuffle<16>(from, call.x_pixel, mask, part.pixels, to, row);
+            break;
+          default:
+            shuffle<32>(from, call.x_pixel, mask, part.pixels, to, row);
+            ++i;
+        }
+      }
+      multiply(packed, part);
+    }
+    part.y += part.pixels * call.y_pixel;
+    part.residual += part.pixels * call.residual_pixel;
   }
 }
 
-void depthwise(const Packed& packed, const DepthwiseCall& call) {
-  const ConvSpec& spec = packed.spec;
-  for (int i = call.panel; i < call.panel_end; ++i) {
-    const Packed::Panel& panel = packed.panels[i];
-    const uint8_t* constants = packed.data + panel.constants;
-    const auto* m = reinterpret_cast<const float*>(constants + 64);
-    for (int row = call.row; row < call.row_end; ++row) {
-      for (int column = 0; column < call.y.width; ++column) {
-        const auto at = [&](int tap) __attribute__((always_inline)) {
-          const int r = row * spec.stride_h - call.top + tap / spec.kernel_w;
-          const int c = column * spec.stride_w - call.left + tap % spec.kernel_w;
-          const bool inside = r >= 0 && r < call.x.height && c >= 0 && c < call.x.width;
-          const uint8_t* p = inside ? call.x.row(r) + c * call.x.pixel : call.padding_row;
-          return _mm256_cvtepu8_epi16(
-              _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + panel.channel)));
-        };
-        const uint8_t* w = packed.data + panel.weights;
-        Sum acc = load_sum(constants);
-        for (int tap = 0; tap < spec.taps(); tap += 2, w += 64) {
-          const __m256i a = at(tap);
-          const __m256i b = tap + 1 < spec.taps() ? at(tap + 1) : a;  // whose weights are 0
-          const __m256i low = _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), load(w));
-          const __m256i high = _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), load(w + 32));
-          acc.half[0] = _mm256_add_epi32(acc.half[0], low);
-          acc.half[1] = _mm256_add_epi32(acc.half[1], high);
-        }
-        uint8_t* y = call.y.row(row) + column * call.y.pixel + panel.channel;
-        store_sums(acc, m, spec.epilogue, nullptr, y, 16);
-      }
-    }
-  }
+// ---- elementwise ----
+
+VITKD_INLINE __m256i words_of(const __m256 (&v)[2], const EpilogueConstants& f) {
+  return pack_values(v[0], v[1], f);
+}
+
+VITKD_INLINE void store_value(uint8_t* y, const __m256 (&v)[2], const EpilogueConstants& f) {
+  const __m256i words = words_of(v, f);
+  store16(y, _mm256_castsi256_si128(pack_pixels(words, words, f)));
 }
 
 void add(const uint8_t* a, int z_a, float m_a, const uint8_t* b, int z_b, float m_b,
          const Requantize& requantize, int64_t n, uint8_t* y) {
+  const EpilogueConstants f = epilogue_constants({requantize, EpilogueKind::bytes, 0, 0}, false);
+  const __m256i zero_a = _mm256_set1_epi32(z_a), zero_b = _mm256_set1_epi32(z_b);
+  const __m256 scale_a = _mm256_set1_ps(m_a), scale_b = _mm256_set1_ps(m_b);
   for (int64_t i = 0; i < n; i += 16) {
-    const Sum q_a = widen(a + i), q_b = widen(b + i);
-    Value v;
+    __m256i q_a[2], q_b[2];
+    widen(a + i, q_a), widen(b + i, q_b);
+    __m256 v[2];
     for (int h = 0; h < 2; ++h) {
-      v.half[h] = _mm256_add_ps(
-          _mm256_mul_ps(centred(q_a.half[h], _mm256_set1_epi32(z_a)), _mm256_set1_ps(m_a)),
-          _mm256_mul_ps(centred(q_b.half[h], _mm256_set1_epi32(z_b)), _mm256_set1_ps(m_b)));
+      v[h] = _mm256_mul_ps(centred(q_a[h], zero_a), scale_a);
+      v[h] = _mm256_add_ps(v[h], _mm256_mul_ps(centred(q_b[h], zero_b), scale_b));
     }
-    store16(y + i, v, requantize);
+    store_value(y + i, v, f);
   }
 }
 
 void channel_sums(const uint8_t* x, int64_t pixels, int64_t pixel, int64_t channels,
                   int32_t* sums) {
-  for (int64_t p = 0; p < pixels; ++p, x += pixel) {
-    for (int64_t c = 0; c < channels; c += 8) {
-      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x + c));
-      const __m256i sum = _mm256_add_epi32(load(sums + c), _mm256_cvtepu8_epi32(eight));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + c), sum);
+  for (int64_t c = 0; c < channels; c += 16) {
+    const uint8_t* p = x + c;
+    __m256i low = load(sums + c), high = load(sums + c + 8);
+    for (int64_t left = pixels; left > 0; left -= 256) {
+      __m256i part = _mm256_setzero_si256();
+      for (int64_t i = std::min<int64_t>(left, 256); i > 0; --i, p += pixel) {
+        part = _mm256_add_epi16(part, _mm256_cvtepu8_epi16(load16(p)));
+      }
+      low = _mm256_add_epi32(low, _mm256_cvtepu16_epi32(_mm256_castsi256_si128(part)));
+      high = _mm256_add_epi32(high, _mm256_cvtepu16_epi32(_mm256_extracti128_si256(part, 1)));
     }
+    store(reinterpret_cast<uint8_t*>(sums + c), low);
+    store(reinterpret_cast<uint8_t*>(sums + c + 8), high);
   }
 }
 
 void scale(const uint8_t* x, int z, const float* factor, const Requantize& requantize,
            int64_t pixels, int64_t pixel, uint8_t* y) {
-  for (int64_t p = 0; p < pixels; ++p, x += pixel, y += pixel) {
-    for (int64_t c = 0; c < pixel; c += 16) {
-      const Sum q = widen(x + c);
-      // the factors of halves_order
-      const __m256 first = _mm256_loadu_ps(factor + c), second = _mm256_loadu_ps(factor + c + 8);
-      const __m256 factors[2] = {_mm256_permute2f128_ps(first, second, 0x20),
-                                 _mm256_permute2f128_ps(first, second, 0x31)};
-      Value v;
-      for (int h = 0; h < 2; ++h) {
-        v.half[h] = _mm256_mul_ps(centred(q.half[h], _mm256_set1_epi32(z)), factors[h]);
-      }
-      store16(y + c, v, requantize);
+  const EpilogueConstants f = epilogue_constants({requantize, EpilogueKind::bytes, 0, 0}, false);
+  const __m256i zero = _mm256_set1_epi32(z);
+  for (int64_t c = 0; c < pixel; c += 16) {
+    // in halves_order
+    const __m256 first = _mm256_loadu_ps(factor + c), second = _mm256_loadu_ps(factor + c + 8);
+    const __m256 factors[2] = {_mm256_permute2f128_ps(first, second, 0x20),
+                               _mm256_permute2f128_ps(first, second, 0x31)};
+    for (int64_t p = 0; p < pixels; ++p) {
+      __m256i q[2];
+      widen(x + p * pixel + c, q);
+      __m256 v[2];
+      for (int h = 0; h < 2; ++h) v[h] = _mm256_mul_ps(centred(q[h], zero), factors[h]);
+      store_value(y + p * pixel + c, v, f);
     }
   }
 }
 
 void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
             float* h) {
-  for (int j = 0; j < out; j += 8) {
-    const __m256 scale = _mm256_loadu_ps(s + j);
-    __m256 sum = _mm256_loadu_ps(h + j);
-    const int8_t* from = q + j;
-    for (int c = 0; c < in; ++c, from += stride) {
-      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-      const __m256 w = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), scale);
-      sum = _mm256_add_ps(sum, _mm256_mul_ps(w, _mm256_set1_ps(x[c])));
+  // four vectors at once: additions to one sum wait for each other
+  for (int j = 0; j < out; j += 32) {
+    __m256 sum[4], scale[4];
+    const int vectors = std::min(4, (out - j) / 8);
+    for (int v = 0; v < 4; ++v) {
+      sum[v] = v < vectors ? _mm256_loadu_ps(h + j + v * 8) : _mm256_setzero_ps();
+      scale[v] = v < vectors ? _mm256_loadu_ps(s + j + v * 8) : _mm256_setzero_ps();
     }
-    _mm256_storeu_ps(h + j, sum);
+    const int8_t* from = q + j;
+    // what lies past `out` is computed and thrown away: rows have slack
+    for (int c = 0; c < in; ++c, from += stride) {
+      const __m256 mean = _mm256_set1_ps(x[c]);
+      _mm_prefetch(reinterpret_cast<const char*>(from + 16 * stride), _MM_HINT_T0);
+      VITKD_UNROLL(4, v) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + v * 8));
+        const __m256 w = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), scale[v]);
+        sum[v] = _mm256_add_ps(sum[v], _mm256_mul_ps(w, mean));
+      }
+      VITKD_END;
+    }
+    for (int v = 0; v < vectors; ++v) _mm256_storeu_ps(h + j + v * 8, sum[v]);
   }
 }
 
 }  // namespace
+}  // namespace vitkd::int8
 VITKD_TARGET_END
 
+namespace vitkd::int8 {
 namespace {
 
-// weights [segments][steps][16 lanes][4]; offsets [panels][segments][steps]: whether a pair's sum
-// may saturate
-void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
-  const LaneOrder lanes = spec.epilogue.kind == EpilogueKind::logits ? in_order : halves_order;
-  lay_out_gemm(spec, pixel, {1, 0, 0, false, lanes}, packed);
-  for (const Packed::Panel& panel : packed->panels) {
-    auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
-    for (int step = 0; step < packed->segments * packed->stride; ++step) {
-      bool unsafe = false;
-      for (int pair = 0; pair < 32; ++pair) {
-        const int a = weights[step * 64 + pair * 2], b = weights[step * 64 + pair * 2 + 1];
-        unsafe |= std::max(a, 0) + std::max(b, 0) > 128 || std::min(a, 0) + std::min(b, 0) < -128;
-      }
-      packed->offsets.push_back(unsafe);
-    }
-  }
-}
+// What 16 inputs of a segment are multiplied with: the sums of 16 channels' pairs of weights are
+// looked at for each pair of inputs.
+struct Block {
+  int count;                // inputs, the rest is padding
+  int16_t weights[16][16];  // [input][lane]
 
-// weights of two taps side by side as words, [pairs of taps][16 lanes][2]
-void pack_depthwise(const ConvSpec& spec, Packed* packed) {
-  lay_out(spec, {1, 0, size_t{64} * ((spec.taps() + 1) / 2), false, halves_order}, packed);
-  for (const Packed::Panel& panel : packed->panels) {
-    auto* weights = reinterpret_cast<int16_t*>(packed->own.data() + panel.weights);
-    for (int tap = 0; tap < spec.taps(); ++tap) {
-      for (int lane = 0; lane < 16; ++lane) {
-        const int channel = panel.channel + halves_order(1, 0, lane);
-        if (channel < spec.out) {
-          weights[(tap / 2 * 16 + lane) * 2 + tap % 2] = spec.at(channel, tap, 0);
-        }
+  // 255 * 128 fits into 16 bits
+  bool fits(int a, int b) const {
+    int most = 0, least = 0;
+    for (int lane = 0; lane < 16; ++lane) {
+      const int p = weights[a][lane], q = weights[b][lane];
+      most = std::max(most, std::max(p, 0) + std::max(q, 0));
+      least = std::min(least, std::min(p, 0) + std::min(q, 0));
+    }
+    return most <= 128 && least >= -128;
+  }
+
+  // Pairs of inputs, those that fit first: each finds the partner with the fewest others, and one
+  // that finds none takes one from another pair.
+  std::vector<std::array<int, 2>> pairs() const {
+    std::array<std::array<bool, 16>, 16> fit = {};
+    std::array<int, 16> degree = {}, partner, order;
+    for (int a = 0; a < count; ++a) {
+      for (int b = 0; b < a; ++b) fit[a][b] = fit[b][a] = fits(a, b);
+    }
+    for (int a = 0; a < count; ++a) degree[a] = std::count(fit[a].begin(), fit[a].end(), true);
+    partner.fill(-1);
+    for (int i = 0; i < 16; ++i) order[i] = i;
+    std::stable_sort(order.begin(), order.begin() + count,
+                     [&](int a, int b) { return degree[a] < degree[b]; });
+    const auto join = [&](int a, int b) { partner[a] = b, partner[b] = a; };
+    for (int i = 0; i < count; ++i) {
+      const int a = order[i];
+      for (int j = i + 1; j < count && partner[a] < 0; ++j) {
+        if (partner[order[j]] < 0 && fit[a][order[j]]) join(a, order[j]);
       }
     }
+    std::vector<int> alone;
+    for (int a = 0; a < count; ++a) {
+      if (partner[a] < 0) alone.push_back(a);
+    }
+    std::vector<std::array<int, 2>> result, left;
+    for (size_t i = 0; i + 1 < alone.size(); i += 2) {
+      const int a = alone[i], b = alone[i + 1];
+      bool found = false;
+      for (int c = 0; c < count && !found; ++c) {
+        const int d = partner[c];
+        if (d >= 0 && fit[a][c] && fit[b][d]) join(a, c), join(b, d), found = true;
+      }
+      if (!found) left.push_back({a, b});
+    }
+    for (int a = 0; a < count; ++a) {
+      if (partner[a] > a) result.push_back({a, partner[a]});
+    }
+    result.insert(result.end(), left.begin(), left.end());
+    return result;
   }
+};
+
+// weights [steps][16 lanes][4] of each panel in its own order, behind its constants and shuffles
+void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
+  const bool magic = spec.epilogue.kind != EpilogueKind::logits;
+  lay_out_gemm(spec, pixel, {1, 0, 0, magic, magic ? halves_order : in_order}, packed);
+  const Buffer bytes_in_order = std::move(packed->own);
+  const int segment_bytes = 4 * packed->steps;
+  std::vector<uint8_t> all;
+  for (Packed::Panel& panel : packed->panels) {
+    const auto* in_order = reinterpret_cast<const int8_t*>(bytes_in_order.data() + panel.weights);
+    const uint8_t* constants = bytes_in_order.data() + panel.constants;
+    panel.constants = all.size();
+    all.insert(all.end(), constants, constants + 3 * kLine);
+    panel.gathers = static_cast<int>(packed->gathers.size());
+    std::vector<int8_t> weights;
+    std::vector<std::array<uint8_t, 16>> masks;
+    for (int segment = 0; segment < packed->segments; ++segment) {
+      for (int k = 0; k < segment_bytes; k += 16) {
+        Block block = {std::min(16, segment_bytes - k), {}};
+        for (int i = 0; i < block.count; ++i) {
+          const int8_t* step = in_order + (segment * packed->steps + (k + i) / 4) * kLine;
+          for (int lane = 0; lane < 16; ++lane) block.weights[i][lane] = step[lane * 4 + i % 4];
+        }
+        // the last block begins where it still ends within the segment
+        const int from = std::max(0, std::min(k, segment_bytes - 16));
+        // two pairs a step; where one does not fit, two steps with half of the weights each
+        const auto pairs = block.pairs();
+        std::array<uint8_t, 16> mask = {};
+        int bytes = 0;
+        const auto flush = [&] {
+          if (bytes == 0) return;
+          const int to = static_cast<int>(weights.size() / 16) - bytes;
+          if (masks.size() % 2 == 1) {
+            Packed::Gather& last = packed->gathers.back();
+            const bool on = last.segment == segment && last.from + 16 == from && last.to + 16 == to;
+            if (on && last.bytes == 16) last.bytes = 32;
+          }
+          packed->gathers.push_back({segment, from, to, std::min(16, segment_bytes), 0});
+          masks.push_back(mask);
+          bytes = 0;
+        };
+        for (size_t i = 0; i < pairs.size(); i += 2) {
+          const std::array<int, 4> inputs = {pairs[i][0], pairs[i][1], pairs[i + 1][0],
+                                             pairs[i + 1][1]};
+          const bool halved =
+              !block.fits(inputs[0], inputs[1]) || !block.fits(inputs[2], inputs[3]);
+          for (int half = 0; half <= halved; ++half) {
+            if (bytes == 16) flush();
+            for (int lane = 0; lane < 16; ++lane) {
+              for (const int input : inputs) {
+                const int w = block.weights[input][lane];
+                weights.push_back(static_cast<int8_t>(!halved ? w : half ? w - w / 2 : w / 2));
+              }
+            }
+            for (const int input : inputs) mask[bytes++] = static_cast<uint8_t>(k - from + input);
+          }
+        }
+        flush();
+      }
+    }
+    panel.gathers_end = static_cast<int>(packed->gathers.size());
+    panel.steps = static_cast<int>(weights.size() / kLine);
+    for (size_t i = 0; i < masks.size(); ++i) {
+      packed->gathers[panel.gathers + i].mask = all.size();
+      all.insert(all.end(), masks[i].begin(), masks[i].end());
+    }
+    all.resize(round_up(all.size() + 16, kLine));  // 32 bytes of masks are read at a time
+    panel.weights = all.size();
+    all.insert(all.end(), weights.begin(), weights.end());
+  }
+  packed->own = Buffer(all.size());
+  std::memcpy(packed->own.data(), all.data(), all.size());
+  packed->data = packed->own.data();
+  packed->row_bytes = row_bytes(*packed);
+  packed->scratch = pixels_at_once(packed->row_bytes) * packed->row_bytes + kSlack;
 }
 
 }  // namespace
 
 const Kernels kAvx2{Isa::avx2,
-                    "gemm_u8s8_4x16_avx2",
-                    "depthwise_1x16_avx2",
+                    "gemm_u8s8_6x16_avx2",
+                    "depthwise_2x4x16_avx2",
                     pack_gemm,
                     gemm,
                     pack_depthwise,

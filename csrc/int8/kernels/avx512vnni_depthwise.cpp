@@ -419,58 +419,12 @@ void depthwise_vnni(const Packed& packed, const DepthwiseCall& call) {
 
 VITKD_TARGET_END
 
-// Groups of four (row, column) whose bytes lie side by side, and taps, each a group at a column
-// with weights for one or two output rows; [taps][rows][4 vectors][16 lanes][4 bytes].
 void pack_depthwise_vnni(const ConvSpec& spec, Packed* packed) {
-  const int variants = spec.stride_h == 1 ? 2 : 1;
-  const int rows = spec.kernel_h + variants - 1;
-  struct Tap {
-    int group, column;
-  };
-  std::vector<Tap> taps;
-  const auto group = [&](int row, int row_step, int columns) {
-    // four rows of one column, two rows of two columns or one row of four
-    const int per_column = 4 / columns, index = static_cast<int>(packed->groups.size()) / 8;
-    for (int i = 0; i < 4; ++i) {
-      packed->groups.push_back(std::min(row + i % per_column * row_step, rows - 1));
-    }
-    for (int i = 0; i < 4; ++i) packed->groups.push_back(i / per_column);
-    for (int c = 0; c < spec.kernel_w; c += columns) taps.push_back({index, c});
-  };
-  for (int row = 0; row < rows;) {
-    const int left = rows - row;
-    group(row, 1, left >= 3 ? 1 : left == 2 ? 2 : 4);
-    row += left >= 3 ? 4 : left;
-  }
-  packed->steps = static_cast<int>(taps.size());
-  const int64_t group_bytes = kDepthwiseScratch / (packed->groups.size() / 8) / 256 * 256;
-  for (const Tap& tap : taps) {
-    packed->offsets.push_back(static_cast<int32_t>(tap.group * group_bytes + tap.column * 256));
-  }
   // a panel of 48 channels is as one of 64
   const auto order = [](int width, int vector, int lane) {
     return depthwise_order(width == 3 ? 4 : width, vector, lane);
   };
-  lay_out(spec, {4, 4, size_t{kLine} * taps.size() * variants, true, order}, packed);
-  for (const Packed::Panel& panel : packed->panels) {
-    auto* w = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
-    for (const Tap& tap : taps) {
-      const int32_t* place = &packed->groups[8 * tap.group];
-      for (int variant = 0; variant < variants; ++variant) {
-        for (int i = 0; i < 64; ++i) {
-          const int channel = panel.channel + order(panel.width, i / 16, i % 16);
-          for (int k = 0; k < 4; ++k, ++w) {
-            const int y = place[k] - variant, x = tap.column + place[4 + k];
-            // of rows that fill a group up, only the first counts
-            const bool again = place[4 + k] == 0 && k > 0 && place[k] == place[k - 1];
-            if (channel < spec.out && !again && y >= 0 && y < spec.kernel_h && x < spec.kernel_w) {
-              *w = spec.at(channel, y * spec.kernel_w + x, 0);
-            }
-          }
-        }
-      }
-    }
-  }
+  lay_out_depthwise<int8_t>(spec, {4, 4, 0, true, order}, 4, packed);
 }
 
 }  // namespace vitkd::int8

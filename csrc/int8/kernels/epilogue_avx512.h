@@ -37,22 +37,15 @@ inline LaneOrder gemm_order(const ConvSpec& spec) {
 }
 
 }  // namespace
+}  // namespace vitkd::int8
 
 VITKD_TARGET_BEGIN(VITKD_VNNI)
+#include "int8/kernels/unroll.h"
+
+namespace vitkd::int8 {
 namespace {
 
-// constant indices keep accumulators in registers, and asm keeps gcc 12 from copying them around
-template <int N, class F, int... I>
-VITKD_INLINE void unroll_over(F&& f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class F>
-VITKD_INLINE void unroll(F&& f) {
-  unroll_over<N>(f, std::make_integer_sequence<int, N>{});
-}
-#define VITKD_UNROLL(n, i) unroll<n>([&](auto i) __attribute__((always_inline))
-#define VITKD_END )
-
+// asm keeps gcc 12 from copying accumulators around
 VITKD_INLINE void dot4(__m512i& acc, __m512i x, __m512i w) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
 }
@@ -263,6 +256,5 @@ VITKD_INLINE void store_tile(const __m512i (&acc)[MR][NV], const Destination& t)
 }
 
 }  // namespace
-VITKD_TARGET_END
-
 }  // namespace vitkd::int8
+VITKD_TARGET_END

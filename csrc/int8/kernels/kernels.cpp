@@ -41,6 +41,8 @@ const Kernels& kernels(Isa isa) {
       return amx_kernels();
     case Isa::avx512vnni:
       return kAvx512Vnni;
+    case Isa::avxvnni:
+      return avxvnni_kernels();
     case Isa::avx512:
     case Isa::avx2:
       return kAvx2;
@@ -117,5 +119,58 @@ void lay_out_gemm(const ConvSpec& spec, int64_t pixel, Layout layout, Packed* pa
     }
   }
 }
+
+template <class T>
+void lay_out_depthwise(const ConvSpec& spec, Layout layout, int group_size, Packed* packed) {
+  const int variants = spec.stride_h == 1 ? 2 : 1;
+  const int rows = spec.kernel_h + variants - 1;
+  struct Tap {
+    int group, column;
+  };
+  std::vector<Tap> taps;
+  int groups = 0;
+  for (int row = 0; row < rows; ++groups) {
+    // all rows of one column, or what is left of them, of two or four columns
+    const int left = rows - row;
+    const int per_column = std::min(group_size, left >= 3 ? 4 : left);
+    const int columns = group_size / per_column;
+    for (int i = 0; i < group_size; ++i) {
+      packed->groups.push_back(std::min(row + i % per_column, rows - 1));
+    }
+    for (int i = 0; i < group_size; ++i) packed->groups.push_back(i / per_column);
+    for (int c = 0; c < spec.kernel_w; c += columns) taps.push_back({groups, c});
+    row += per_column;
+  }
+  packed->steps = static_cast<int>(taps.size());
+  const int lanes = layout.vectors * 16;
+  const int column_bytes = lanes * group_size * static_cast<int>(sizeof(T));
+  const int group_bytes = kDepthwiseScratch / groups / column_bytes * column_bytes;
+  for (const Tap& tap : taps) {
+    packed->offsets.push_back(tap.group * group_bytes + tap.column * column_bytes);
+  }
+  layout.weight_bytes = taps.size() * variants * (column_bytes / layout.vectors);
+  lay_out(spec, layout, packed);
+  for (const Packed::Panel& panel : packed->panels) {
+    auto* w = reinterpret_cast<T*>(packed->own.data() + panel.weights);
+    for (const Tap& tap : taps) {
+      const int32_t* place = &packed->groups[2 * group_size * tap.group];
+      for (int variant = 0; variant < variants; ++variant) {
+        for (int i = 0; i < lanes; ++i) {
+          const int channel = panel.channel + layout.lanes(panel.width, i / 16, i % 16);
+          for (int k = 0; k < group_size; ++k, ++w) {
+            const int y = place[k] - variant, x = tap.column + place[group_size + k];
+            // of rows that fill a group up, only the first counts
+            const bool again = place[group_size + k] == 0 && k > 0 && place[k] == place[k - 1];
+            if (channel < spec.out && !again && y >= 0 && y < spec.kernel_h && x < spec.kernel_w) {
+              *w = spec.at(channel, y * spec.kernel_w + x, 0);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+template void lay_out_depthwise<int8_t>(const ConvSpec&, Layout, int, Packed*);
+template void lay_out_depthwise<int16_t>(const ConvSpec&, Layout, int, Packed*);
 
 }  // namespace vitkd::int8

@@ -92,17 +92,28 @@ struct Packed {
     size_t weights = 0;    // offset in bytes
     bool magic = false;    // see kMagicBits
     bool bits = false;     // see kBitsGrid
+    int steps = 0;         // avx2: its own, of its own order of the inputs
+    int gathers = 0, gathers_end = 0;
   };
-  ConvSpec spec;     // its pointers are not kept
-  int segments = 1;  // of a product: one per row of the kernel
-  int steps = 0;     // of a segment, four bytes deep each; depthwise: taps
-  int stride = 0;    // steps from one segment's weights to the next's
+  // avx2: bytes of a segment, shuffled: 4, 8, 12 or 16, or 32 together with those of the next
+  struct Gather {
+    int segment, from, to, bytes;
+    size_t mask;  // offset in bytes
+  };
+  ConvSpec spec;          // its pointers are not kept
+  int segments = 1;       // of a product: one per row of the kernel
+  int steps = 0;          // of a segment, four bytes deep each; depthwise: taps
+  int stride = 0;         // steps from one segment's weights to the next's
+  bool slides = false;    // depthwise: packed for columns that slide through registers
+  size_t scratch = 0;     // bytes that a product needs
+  int64_t row_bytes = 0;  // avx2: of a pixel in it
   std::vector<Panel> panels;
   // a plan moves all of them to one place, in the order of their use: kernels fetch ahead
   const uint8_t* data = nullptr;
   Buffer own;
-  std::vector<int32_t> offsets;  // avx2: where the bytes of a step lie; depthwise: of a tap
-  std::vector<int32_t> groups;   // depthwise: four (row, column) per interleaved vector
+  std::vector<int32_t> offsets;  // depthwise: where the bytes of a tap lie
+  std::vector<Gather> gathers;   // avx2: how a panel's order of the inputs is made
+  std::vector<int32_t> groups;   // depthwise: rows and columns of what lies side by side
 };
 
 // y [pixels, out] = epilogue(sum over segments of x [pixels, 4 * steps] . weights)
@@ -116,6 +127,7 @@ struct GemmCall {
   int64_t residual_pixel = 0;
   int panel = 0, panel_end = 0;
   const uint8_t** fetched = nullptr;  // how far weights have been fetched ahead
+  uint8_t* scratch = nullptr;         // Packed::scratch bytes
 };
 
 // Rows [row, row_end) and panels of a depthwise convolution.
@@ -160,7 +172,8 @@ void pack_depthwise_vnni(const ConvSpec& spec, Packed* packed);
 void depthwise_vnni(const Packed& packed, const DepthwiseCall& call);
 void depthwise_sliding_vnni(const Packed& packed, const DepthwiseCall& call,
                             const Packed::Panel& panel);
-const Kernels& amx_kernels();  // kAvx512Vnni, with products on tiles
+const Kernels& amx_kernels();      // kAvx512Vnni, with products on tiles
+const Kernels& avxvnni_kernels();  // kAvx2, with products and depthwise convolutions by vpdpbusd
 
 // The most multiply-adds a second that vpdpbusd, and vfmadd231ps, reach on registers; need AVX-512
 // VNNI.
@@ -199,5 +212,10 @@ struct Layout {
 void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed);
 // the same, with weights [segments][steps][vectors * 16][4] in the room
 void lay_out_gemm(const ConvSpec& spec, int64_t pixel, Layout layout, Packed* packed);
+// the same for a depthwise convolution: groups of `group_size` (row, column) whose inputs lie side
+// by side, and taps, each a group at a column with weights for one or two output rows,
+// [taps][rows][vectors * 16][group_size]
+template <class T>
+void lay_out_depthwise(const ConvSpec& spec, Layout layout, int group_size, Packed* packed);
 
 }  // namespace vitkd::int8

@@ -76,7 +76,9 @@ void pointwise(int64_t pixels, int64_t in, int64_t out, const Requantize& requan
   const bool pad_x = x_pixel != in, pad_y = y_pixel != out;
   constexpr int64_t kAtOnce = 1024;
   const Buffer x_padded(pad_x ? kAtOnce * x_pixel : 0), y_padded(pad_y ? kAtOnce * y_pixel : 0);
+  const Buffer scratch(packed.scratch);
   GemmCall call;
+  call.scratch = scratch.data();
   call.x_pixel = x_pixel, call.y_pixel = y_pixel;
   call.panel_end = static_cast<int>(packed.panels.size());
   for (int64_t p = 0; p < pixels; p += kAtOnce) {
