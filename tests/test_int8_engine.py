@@ -149,16 +149,15 @@ def test_extreme_weights(value: str, hardswish: bool) -> None:
     full = np.float32(1e-6).view(np.uint32) | np.uint32(0xFFF)
     fields: dict[str, Any] = {"multiplier": full.view(np.float32), "zero_point": 128}
     if hardswish:
-        fields |= {"hardswish_scale": 0.7}
+        fields |= {"hardswish_scale": float(np.float32(0.7))}
     # 0 or 255 in each channel
     b.conv(160, inputs=(-1,), weight=weight(160, 1, 1, 3), bias=0, multiplier=1.0, zero_point=0)
     b.conv(160, inputs=(0,), weight=weight(160, 1, 1, 160), bias=0, **fields)
     b.conv(34, 3, inputs=(0,), weight=weight(34, 3, 3, 160), bias=0, padding="same", **fields)
     b.conv(None, 7, inputs=(0,), weight=weight(7, 7, 160), bias=0, padding="same", **fields)
     b.conv(None, 31, inputs=(0,), weight=weight(31, 31, 160), bias=0, padding="same", **fields)
-    b.conv(160, inputs=(3, 4), residual_multiplier=None if hardswish else 0.3, **fields) if (
-        not hardswish
-    ) else b.conv(160, inputs=(3,), **fields)
+    residual = {} if hardswish else {"residual_multiplier": float(np.float32(0.3))}
+    b.conv(160, inputs=(3,) if hardswish else (3, 4), **residual, **fields)
     b.add(Pool, (0,), 160, ratio=255.0, zero_point=0)
     b.conv(18, cls=Classifier, weight=weight(18, 160), bias=2**24 + 1, multiplier=1.0)
     graph = Graph(nodes=tuple(b.nodes), image_size=9, **FIELDS)

@@ -174,7 +174,9 @@ def test_sums_that_are_too_large_are_refused(block: nn.Module) -> None:
         model.fc.weight[:, 1::2] = -2e8
         model.head.weight[1::2] = model.head.weight[0::2]
         model.head.bias[1::2] = model.head.bias[0::2]
-    with pytest.raises(ValueError, match=r"quantize: node 10 \(fc\): channel 0: .*; look at the"):
+    with pytest.raises(
+        ValueError, match=r"quantize: node 10 \(fc\): multiplier: .* in channel 0; look at the"
+    ):
         quantize(model, [IMAGES], **PIXELS)
 
 

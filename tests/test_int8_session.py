@@ -106,7 +106,7 @@ def test_refused_out(graph: Graph, images: Array) -> None:
     fixed.flags.writeable = False
     every_other = np.zeros((5, 2 * shape[1]), np.float32)[:, ::2]
     for out in (np.zeros(shape), np.zeros((4, shape[1]), np.float32), fixed, every_other, "out"):
-        with pytest.raises(ValueError, match=re.escape(f"float32 ndarray {list(shape)}")):
+        with pytest.raises(ValueError, match=re.escape(f"float32 ndarray {list(shape)}, got ")):
             session(images, out=out)  # type: ignore[arg-type]
 
 
@@ -128,10 +128,10 @@ def test_options(graph: Graph) -> None:
     assert int8.load(graph).isa == int8.isa()[0].replace(
         "avx512", "avx2", int8.isa()[0] == "avx512"
     )
-    with pytest.raises(ValueError, match=r"isa is sse; accepted .*scalar"):
+    with pytest.raises(ValueError, match=r"isa: expected .*scalar, got sse"):
         int8.load(graph, isa="sse")
     for threads in (0, -1, 257, 1.0, "2", None):
-        with pytest.raises(ValueError, match=r"threads is .*; accepted are 1 to 256"):
+        with pytest.raises(ValueError, match=r"threads: expected 1 to 256, got "):
             int8.load(graph, threads=threads)  # type: ignore[arg-type]
     for size in (0, -3, 8193, 1.5):
         with pytest.raises(ValueError, match="image_size"):
@@ -312,9 +312,9 @@ def test_state_of_the_callers_floats(graph: Graph, images: Array) -> None:
     b = Builder()
     b.conv(16, inputs=(-1,), zero_point=0)
     # the factor of a mean is denormal; the sum, grown again, moves q / 2 off a tie
-    gates = {"q1": np.full((16, 512), 127, np.int8), "q2": np.full((512, 16), 127, np.int8)}
-    gates |= {f"s{i}": np.full(n, 2.0**38, np.float32) for i, n in ((1, 512), (2, 16))}
-    gates |= {f"b{i}": np.zeros(n, np.float32) for i, n in ((1, 512), (2, 16))}
+    gates = {"q1": np.full((16, 4096), 127, np.int8), "q2": np.full((4096, 16), 127, np.int8)}
+    gates |= {f"s{i}": np.full(n, 4e9, np.float32) for i, n in ((1, 4096), (2, 16))}
+    gates |= {f"b{i}": np.zeros(n, np.float32) for i, n in ((1, 4096), (2, 16))}
     b.add(SqueezeExcite, None, 16, scale=1e-36, ratio=1.0, **gates)
     b.conv(None, inputs=(1,), weight=64, bias=0, multiplier=1 / 64)
     denormal = b.graph(12)

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "int8/from_python.h"
 #include "int8/session.h"
 #include "simd/isa.h"
 
@@ -17,91 +18,21 @@ using namespace vitkd::int8;
 
 namespace {
 
-// a contiguous array of exactly this type, borrowed from an attribute of a node
-template <class T>
-Array<T> array_of(const py::handle& node, const char* name) {
-  const py::object value = node.attr(name);
-  if (!py::isinstance<py::array>(value)) throw GraphError(std::string(name) + " is no array");
-  const auto array = py::cast<py::array>(value);
-  constexpr int kFlags =
-      py::array::c_style | static_cast<int>(py::detail::npy_api::NPY_ARRAY_ALIGNED_);
-  if (!array.dtype().equal(py::dtype::of<T>()) || (array.flags() & kFlags) != kFlags) {
-    throw GraphError(std::string(name) + " is of the wrong dtype, not contiguous or not aligned");
-  }
-  return {static_cast<const T*>(array.data()), {array.shape(), array.shape() + array.ndim()}};
-}
-
-Node node_of(const py::handle& from) {
-  const auto op = from.attr("op").cast<std::string>();
-  Node n;
-  n.name = from.attr("name").cast<std::string>();
-  n.inputs = from.attr("inputs").cast<std::vector<int>>();
-  if (op == "conv" || op == "depthwise" || op == "classifier") {
-    n.op = op == "conv" ? Op::conv : op == "depthwise" ? Op::depthwise : Op::classifier;
-    n.weight = array_of<int8_t>(from, "weight");
-    n.bias = array_of<int32_t>(from, "bias");
-    n.multiplier = array_of<float>(from, "multiplier");
-    if (n.op == Op::classifier) return n;
-    n.stride = from.attr("stride").cast<std::array<int, 2>>();
-    const py::object padding = from.attr("padding");
-    n.same = py::isinstance<py::str>(padding);
-    if (!n.same) n.padding = padding.cast<std::array<int, 4>>();
-    if (const py::object k = from.attr("hardswish_scale"); !k.is_none()) {
-      n.hardswish = true;
-      n.hardswish_scale = k.cast<float>();
-    }
-    if (n.op == Op::conv) {
-      if (const py::object m = from.attr("residual_multiplier"); !m.is_none()) {
-        n.residual = true;
-        n.residual_multiplier = m.cast<float>();
-      }
-    }
-  } else if (op == "add") {
-    n.op = Op::add;
-    n.multipliers = from.attr("multipliers").cast<std::array<float, 2>>();
-  } else if (op == "squeeze_excite") {
-    n.op = Op::squeeze_excite;
-    n.q1 = array_of<int8_t>(from, "q1"), n.q2 = array_of<int8_t>(from, "q2");
-    n.s1 = array_of<float>(from, "s1"), n.b1 = array_of<float>(from, "b1");
-    n.s2 = array_of<float>(from, "s2"), n.b2 = array_of<float>(from, "b2");
-    n.hidden_hardswish = from.attr("hidden_hardswish").cast<bool>();
-    n.scale = from.attr("scale").cast<double>();
-    n.ratio = from.attr("ratio").cast<double>();
-  } else if (op == "pool") {
-    n.op = Op::pool;
-    n.ratio = from.attr("ratio").cast<double>();
-  } else {
-    throw GraphError("operation " + op + " is unknown");
-  }
-  n.zero_point = from.attr("zero_point").cast<int>();
-  n.lo = from.attr("lo").cast<int>();
-  n.hi = from.attr("hi").cast<int>();
-  return n;
-}
-
 Isa isa_of(const std::string& wanted) {
   std::string accepted;
   for (Isa isa : available_isas()) {
     if (wanted.empty() || wanted == name(isa)) return isa;
     accepted += (accepted.empty() ? "" : ", ") + std::string(name(isa));
   }
-  throw std::invalid_argument("isa is " + wanted + "; accepted on this machine are " + accepted);
+  throw std::invalid_argument("isa: expected one of this machine's, " + accepted + ", got " +
+                              wanted);
 }
 
 std::unique_ptr<Session> make_session(const py::object& from, int image_size, int threads,
                                       const std::string& isa, bool fuse, bool poison) {
-  Graph graph;
-  // the arrays belong to the nodes, and an iterator would let go of them
-  const py::tuple nodes(from.attr("nodes"));
-  try {
-    for (const py::handle node : nodes) graph.nodes.push_back(node_of(node));
-    graph.padding_bytes = from.attr("padding_bytes").cast<std::array<int, 3>>();
-  } catch (const py::cast_error& error) {
-    throw GraphError("node " + std::to_string(graph.nodes.size()) + ": " + error.what());
-  }
+  const Graph graph = graph_from_python(from);
   if (threads < 1 || threads > 256) {
-    throw std::invalid_argument("threads is " + std::to_string(threads) +
-                                "; accepted are 1 to 256");
+    throw std::invalid_argument("threads: expected 1 to 256, got " + std::to_string(threads));
   }
   const Options options{image_size, threads, isa_of(isa), fuse, poison};
   const py::gil_scoped_release release;
@@ -171,6 +102,12 @@ py::list maps(Session& session, const Images& image) {
 PYBIND11_MODULE(_int8, module) {
   module.doc() = "The compiled int8 engine of vitkd_fast.";
   py::register_exception<GraphError>(module, "GraphError", PyExc_ValueError);
+  // the number of logits
+  module.def("check", [](const py::object& from) {
+    const Graph graph = graph_from_python(from);
+    const py::gil_scoped_release release;
+    return check(graph, graph.image_size).back().channels;
+  });
   module.def("isa", [] {
     std::vector<std::string> names;
     for (Isa isa : available_isas()) names.emplace_back(name(isa));

@@ -1,6 +1,6 @@
 // The quantised graph as it comes from a file (vitkd_fast/int8/graph.py states what it means), and
 // the checks that make it safe to run: whatever `check` accepts reads and writes only its own
-// memory.
+// memory, and no sum or value overflows. They hold for every graph that is saved or loaded.
 #pragma once
 
 #include <array>
@@ -30,6 +30,9 @@ struct Array {
 };
 
 enum class Op { conv, depthwise, add, squeeze_excite, pool, classifier };
+// as files spell them
+inline constexpr std::array kOps{"conv",           "depthwise", "add",
+                                 "squeeze_excite", "pool",      "classifier"};
 
 struct Node {
   Op op = Op::conv;
@@ -60,6 +63,7 @@ struct Node {
 struct Graph {
   std::vector<Node> nodes;
   std::array<int, 3> padding_bytes = {0, 0, 0};
+  int image_size = 0;  // a session may have another
 };
 
 struct Shape {
@@ -70,7 +74,11 @@ struct Shape {
 // Padding before an axis of `size`.
 int padding_before(const Node& node, int axis, int size);
 
-// Checks everything and returns each node's output shape; throws GraphError naming the node.
+// "node 3 (blocks.0.conv_pw): ", in printable ASCII and short, for messages.
+std::string describe(size_t index, const std::string& name);
+
+// Checks everything and returns each node's output shape; throws GraphError, which says node,
+// field, what was expected and what was given.
 std::vector<Shape> check(const Graph& graph, int image_size);
 
 }  // namespace vitkd::int8

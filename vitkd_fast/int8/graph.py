@@ -2,7 +2,8 @@
 
 A node makes one u8 tensor [N, H, W, C] from earlier nodes; the last makes float32 logits. Every
 constant is stored as it is used, already rounded. Index -1 is the image: u8, scale 1, padded
-with `Graph.padding_bytes`. Nothing in this module needs torch.
+with `Graph.padding_bytes`. Arrays are contiguous. The types are exactly those of the fields;
+csrc/int8/graph.cpp checks the rest. Nothing in this module needs torch.
 """
 
 from __future__ import annotations

@@ -73,19 +73,17 @@ class Session:
         image_size: int | None = None,
     ) -> None:
         if not isinstance(threads, int) or not 1 <= threads <= 256:
-            raise ValueError(f"int8.load: threads is {threads!r}; accepted are 1 to 256")
+            raise ValueError(f"int8.load: threads: expected 1 to 256, got {threads!r}")
         warn_of_threads("int8.load: threads", threads)
         if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-            raise ValueError(f"int8.load: image_size is {image_size!r}; accepted is 1 or more")
+            raise ValueError(f"int8.load: image_size: expected 1 or more, got {image_size!r}")
         size = graph.image_size if image_size is None else image_size
         try:
             self._engine: _int8.Session | None = _int8.Session(
                 graph, image_size=size, threads=threads, isa=isa or ""
             )
         except _int8.GraphError as error:
-            if size != graph.image_size:
-                raise ValueError(f"int8.load: image_size {size}: {error}") from error
-            raise file.FileError(str(error)) from error
+            raise ValueError(f"int8.load: image_size {size}: {error}") from error
         self.image_size, self.threads, self.isa = size, threads, self._engine.isa
         self.mean, self.std = graph.mean, graph.std
         self.crop_pct, self.interpolation = graph.crop_pct, graph.interpolation
@@ -106,8 +104,8 @@ class Session:
         size = self.image_size
         if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
             raise ValueError(
-                f"int8.Session: images are {array.dtype} {list(array.shape)}; accepted is uint8 "
-                f"[N, {size}, {size}, 3]"
+                f"int8.Session: images: expected uint8 [N, {size}, {size}, 3], got {array.dtype} "
+                f"{list(array.shape)}"
             )
         return np.ascontiguousarray(array)
 
@@ -133,8 +131,8 @@ class Session:
         ):
             given = f"{getattr(out, 'dtype', type(out).__name__)} {list(np.shape(out))}"
             raise ValueError(
-                f"int8.Session: out is {given}; accepted is a contiguous, writeable float32 "
-                f"ndarray {list(shape)}"
+                "int8.Session: out: expected a contiguous, writeable float32 ndarray "
+                f"{list(shape)}, got {given}"
             )
         engine.run(images, out)
         return out
@@ -143,7 +141,10 @@ class Session:
         """What each layer takes on one thread: the median of some rounds over the images."""
         engine, images = self._open(), self._batch(images)
         if len(images) == 0 or rounds < 1:
-            raise ValueError("int8.Session.profile: it takes at least one image and one round")
+            raise ValueError(
+                "int8.Session.profile: expected at least one image and one round, got "
+                f"{len(images)} and {rounds}"
+            )
         out = np.empty((len(images), engine.classes), np.float32)
         engine.profile(images, out)  # warms the caches
         runs = [engine.profile(images, out) for _ in range(rounds)]
@@ -191,9 +192,13 @@ def load(
         image_size: the side of the images; None: as the file says.
 
     Raises:
-        FileError: the file is damaged, or no such file; it names what is wrong.
+        FileError: the file is damaged or no such file, or the graph breaks a rule of
+            `file.validate`; it names what is wrong.
         FileNotFoundError: there is no file.
         ValueError: threads, isa or image_size out of what is accepted.
     """
-    graph = source if isinstance(source, Graph) else file.read(source)
+    if isinstance(source, Graph):
+        file.validate(graph := source)
+    else:
+        graph = file.read(source)
     return Session(graph, threads=threads, isa=isa, image_size=image_size)
