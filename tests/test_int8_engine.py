@@ -39,8 +39,8 @@ def assert_equal(
         for fuse in (True, False):
             what = f"{isa}, fuse={fuse}"
             session = engine(graph, isa=isa, fuse=fuse, image_size=size)
-            for index, output in enumerate(session.maps(images[0])):
-                # the classifier's is no map, and of a chain there is only the last
+            for index, output in enumerate(session.activations(images[0])):
+                # none for the classifier, and of a chain only the last
                 if output is None or output.tobytes() == maps[index][0].tobytes():
                     continue
                 wrong = np.argwhere(output != maps[index][0])

@@ -79,22 +79,22 @@ py::list profile(Session& session, const Images& images, Logits logits) {
   return rows;
 }
 
-py::list maps(Session& session, const Images& image) {
+py::list activations(Session& session, const Images& image) {
   const py::ssize_t size = session.plan().options.image_size;
   if (image.size() != size * size * 3) throw std::invalid_argument("an image of the wrong size");
-  py::list maps;
-  const std::vector<std::vector<uint8_t>> all = session.maps(image.data());
+  py::list activations;
+  const std::vector<std::vector<uint8_t>> all = session.activations(image.data());
   for (size_t i = 0; i < all.size(); ++i) {
     const Shape& shape = session.plan().layers[i].out;
     if (all[i].empty()) {
-      maps.append(py::none());
+      activations.append(py::none());
       continue;
     }
-    py::array_t<uint8_t> map({shape.height, shape.width, shape.channels});
-    std::memcpy(map.mutable_data(), all[i].data(), all[i].size());
-    maps.append(map);
+    py::array_t<uint8_t> output({shape.height, shape.width, shape.channels});
+    std::memcpy(output.mutable_data(), all[i].data(), all[i].size());
+    activations.append(output);
   }
-  return maps;
+  return activations;
 }
 
 }  // namespace
@@ -128,7 +128,7 @@ PYBIND11_MODULE(_int8, module) {
            py::arg("poison") = false)
       .def("run", &run)
       .def("profile", &profile)
-      .def("maps", &maps)
+      .def("activations", &activations)
       .def_property_readonly("classes", &Session::classes)
       .def_property_readonly("isa", [](const Session& s) { return name(s.plan().with.isa); })
       .def_property_readonly("weight_bytes", [](const Session& s) { return s.plan().weights; })

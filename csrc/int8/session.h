@@ -31,8 +31,8 @@ class Session {
   void run(const uint8_t* images, int64_t count, float* logits);
   // the same on one thread, timed node by node
   std::vector<NodeProfile> profile(const uint8_t* images, int64_t count, float* logits);
-  // every node's map [height, width, channels] of one image, computed node by node
-  std::vector<std::vector<uint8_t>> maps(const uint8_t* image);
+  // every node's output [height, width, channels] for one image; none inside a chain
+  std::vector<std::vector<uint8_t>> activations(const uint8_t* image);
 
  private:
   struct Caller;
