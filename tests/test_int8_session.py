@@ -156,6 +156,41 @@ def test_profile(graph: Graph, images: Array) -> None:
     assert len(str(profile).splitlines()) == len(graph.nodes) + 2
 
 
+_KERNELS = {
+    "scalar": ["gemm 1x16", *["depthwise 1x1x16"] * 4, *["gemm 1x16"] * 2, "depthwise 1x1x16",
+               "gemm 1x16", "pool", "gemm 1x16"],
+    "avx2": ["gemm 4x16", *["depthwise 1x1x16"] * 4, *["gemm 4x16"] * 2, "depthwise 1x1x16",
+             "gemm 4x16", "pool", "gemm 1x16"],
+    "avx512vnni": ["gemm 6x64", "depthwise w3 sliding 2x3x32", "depthwise w3 2x1x64",
+                   "depthwise w3 1x1x64", "depthwise 2x4x64", "gemm 6x64", "gemm 16x16",
+                   "depthwise w3 2x4x16", "gemm 12x32", "pool", "gemm 1x16"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_profile_names_the_kernels_that_ran(isa: str) -> None:
+    b = Builder()
+    ones = (1, 1, 1, 1)
+    b.conv(64, 3, inputs=(-1,), stride=(2, 2), padding=ones)
+    b.conv(None, 3, padding=ones, multiplier=2.0**-9)  # its sums are floats: kMagicBits
+    b.conv(None, 3, padding=ones)
+    b.conv(None, 3, stride=(2, 2), padding=ones)
+    b.conv(None, 5, padding=(2, 2, 2, 2))
+    b.conv(96)  # panels of 64 and 32
+    b.conv(16)
+    b.conv(None, 3, padding=ones)
+    b.conv(32)  # too short a sum for tiles
+    graph = b.graph(64)
+    names = [n.kernel for n in int8.load(graph, isa=isa).profile(images_for(graph, 1)).layers]
+    set_of = ["avx512vnni" if isa == "amx" else isa] * len(names)
+    want = list(_KERNELS[set_of[0]])
+    if isa == "amx":
+        for i, kernel in ((5, "gemm 16x64"), (6, "gemm 16x16")):
+            want[i], set_of[i] = kernel, "amx"
+    gemm = [x.replace("gemm", "gemm u8s8").replace(" ", "_") for x in want]
+    assert names == [x if x == "pool" else f"{x}_{y}" for x, y in zip(gemm, set_of, strict=True)]
+
+
 def test_many_callers_at_once(graph: Graph, images: Array, want: bytes) -> None:
     sessions = [int8.load(graph, threads=threads) for threads in (1, 2)]
     wrong: list[Any] = []

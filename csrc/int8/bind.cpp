@@ -73,7 +73,7 @@ py::list profile(Session& session, const Images& images, Logits logits) {
   for (const NodeProfile& p : profile) {
     const Layer& layer = *p.layer;
     const std::array<int, 3> shape{layer.out.height, layer.out.width, layer.out.channels};
-    rows.append(py::make_tuple(p.step, layer.node.name, layer.kernel, shape, p.seconds, layer.macs,
+    rows.append(py::make_tuple(p.step, layer.node.name, p.kernel, shape, p.seconds, layer.macs,
                                layer.bytes));
   }
   return rows;

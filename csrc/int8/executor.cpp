@@ -90,10 +90,18 @@ class Executor {
 
   template <class F>
   void timed(int i, F&& f) {
-    if (observed_.seconds == nullptr) return f();
+    if (observed_.times == nullptr) return f();
     const double start = now();
     f();
-    (*observed_.seconds)[i] += now() - start;
+    (*observed_.times)[i].seconds += now() - start;
+  }
+
+  template <class Call>
+  void note_kernel(int i, const char* (*name)(const Packed&, const Call&), const Call& call,
+                   int64_t pixels) {
+    if (observed_.times == nullptr || pixels <= (*observed_.times)[i].pixels) return;
+    (*observed_.times)[i].kernel = name(plan_.layers[i].packed, call);
+    (*observed_.times)[i].pixels = pixels;
   }
 
   Activation activation(int i) const {
@@ -206,6 +214,7 @@ class Executor {
       call.pixels = run * layer.out.width;
       at_row(i, y, static_cast<int>(row), &call);
       plan_.with.gemm(layer.packed, call);
+      note_kernel(i, plan_.with.gemm_name, call, call.pixels);
       row += run;
     }
   }
@@ -233,6 +242,7 @@ class Executor {
       if (call.residual != nullptr) call.residual += column * call.residual_pixel;
       call.pixels = pixels;
       plan_.with.gemm(layer.packed, call);
+      note_kernel(i, plan_.with.gemm_name, call, pixels);
     };
     for (int row = static_cast<int>(rows.begin); row < rows.end; ++row) {
       for (int k = 0; k < spec.kernel_h; ++k) {
@@ -272,6 +282,7 @@ class Executor {
     call.panel = static_cast<int>(panels.begin), call.panel_end = static_cast<int>(panels.end);
     call.scratch = scratch_;
     plan_.with.depthwise(layer.packed, call);
+    note_kernel(i, plan_.with.depthwise_name, call, (rows.end - rows.begin) * call.y.width);
   }
 
   // strips of the last map; each pulls the rows that it needs through the maps before it

@@ -17,9 +17,15 @@ struct Workspace {
   Buffer arena, rings, scratch, gemm_scratch, sums, means, middle, factors;
 };
 
+struct NodeTime {
+  double seconds = 0;
+  const char* kernel = nullptr;  // of the largest call, where there is one
+  int64_t pixels = 0;            // of that call
+};
+
 // What is observed of a run, by node.
 struct Observed {
-  std::vector<double>* seconds = nullptr;
+  std::vector<NodeTime>* times = nullptr;
   std::vector<std::vector<uint8_t>>* activations = nullptr;  // of the last image; none in a chain
 };
 

@@ -80,10 +80,8 @@ void Plan::pack_layer(const Node& n, const std::array<int, 3>& image_padding, La
       }
       if (spec.depthwise) {
         with.pack_depthwise(spec, &layer.packed);
-        layer.kernel = with.depthwise_name;
       } else {
         with.pack_gemm(spec, in_pixel, &layer.packed);
-        layer.kernel = with.pointwise_name;
       }
       layer.padding = Buffer(layer.in.width * in_pixel);
       weights += layer.padding.size();
@@ -99,11 +97,9 @@ void Plan::pack_layer(const Node& n, const std::array<int, 3>& image_padding, La
       break;
     }
     case Op::add:
-      layer.kernel = "add";
       layer.bytes += layer.out.pixels() * layer.out.channels;
       break;
     case Op::squeeze_excite: {
-      layer.kernel = "squeeze_excite";
       const int64_t middle = n.b1.shape[0], channels = layer.in.channels;
       layer.middle = static_cast<int>(middle);
       layer.q1 = keep(n.q1, channels, middle), layer.q2 = keep(n.q2, middle, channels);
@@ -116,7 +112,6 @@ void Plan::pack_layer(const Node& n, const std::array<int, 3>& image_padding, La
       break;
     }
     case Op::pool:
-      layer.kernel = "pool";
       layer.mean_multiplier = static_cast<float>(n.ratio / static_cast<double>(layer.in.pixels()));
       break;
   }

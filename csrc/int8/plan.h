@@ -37,8 +37,7 @@ struct Layer {
   size_t offset = 0;              // of the output, in the arena or (ring > 0) in a thread's rings
   int ring = 0;                   // rows in memory, inside a chain
   bool by_panels = false;         // how threads share it; else by rows
-  int images = 1;  // whose outputs lie one after another: the head takes several at once
-  const char* kernel = "";
+  int images = 1;     // whose outputs lie one after another: the head takes several at once
   int64_t macs = 0;   // per image
   int64_t bytes = 0;  // read and written per image, if each were once
 

@@ -131,14 +131,17 @@ void Session::run(const uint8_t* images, int64_t count, float* logits) {
 }
 
 std::vector<NodeProfile> Session::profile(const uint8_t* images, int64_t count, float* logits) {
-  std::vector<double> seconds(plan_.layers.size(), 0);
+  std::vector<NodeTime> times(plan_.layers.size());
   Lease lease(*this);
   const FloatState state;
-  execute(plan_, (*lease).workspaces[0], images, count, logits, {&seconds, nullptr});
+  execute(plan_, (*lease).workspaces[0], images, count, logits, {&times, nullptr});
   std::vector<NodeProfile> profile;
   for (size_t s = 0; s < plan_.steps.size(); ++s) {
     for (int i = plan_.steps[s].first; i <= plan_.steps[s].last; ++i) {
-      profile.push_back({&plan_.layers[i], static_cast<int>(s), seconds[i]});
+      const Layer& layer = plan_.layers[i];
+      const char* op = kOps[static_cast<int>(layer.node.op)];
+      const char* kernel = times[i].kernel != nullptr ? times[i].kernel : op;
+      profile.push_back({&layer, kernel, static_cast<int>(s), times[i].seconds});
     }
   }
   return profile;

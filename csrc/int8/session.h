@@ -13,6 +13,7 @@ namespace vitkd::int8 {
 
 struct NodeProfile {
   const Layer* layer;
+  const char* kernel;
   int step;        // nodes of one step make a chain
   double seconds;  // for all images
 };

@@ -21,7 +21,7 @@ class LayerProfile:
 
     step: int
     name: str
-    kernel: str
+    kernel: str  # that computed most of it
     shape: tuple[int, int, int]  # of its output: H, W, C
     us: float  # per image
     gmacs: float  # 1e9 multiply-adds a second
@@ -40,14 +40,14 @@ class Profile:
         return sum(layer.us for layer in self.layers)
 
     def __str__(self) -> str:
-        rows = [f"{'layer':44} {'kernel':28} {'output':>14} {'us':>8} {'GMAC/s':>7} {'kB':>8}"]
+        rows = [f"{'layer':44} {'kernel':38} {'output':>14} {'us':>8} {'GMAC/s':>7} {'kB':>8}"]
         for n in self.layers:
             size = "x".join(map(str, n.shape))
             rows.append(
-                f"{n.step:3} {n.name:40} {n.kernel:28} {size:>14} {n.us:8.1f} {n.gmacs:7.1f} "
+                f"{n.step:3} {n.name:40} {n.kernel:38} {size:>14} {n.us:8.1f} {n.gmacs:7.1f} "
                 f"{n.bytes / 1e3:8.1f}"
             )
-        return "\n".join([*rows, f"{'all':88} {self.us:8.1f}"])
+        return "\n".join([*rows, f"{'all':98} {self.us:8.1f}"])
 
 
 class Session:

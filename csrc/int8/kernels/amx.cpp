@@ -18,6 +18,11 @@ constexpr int kRows = 16;   // pixels of a tile
 constexpr int kSteps = 16;  // of four bytes
 constexpr int kShort = 48;  // bytes of a product
 
+// whether there is a whole tile of pixels, and weights are packed for tiles
+bool on_tiles(const Packed& packed, const GemmCall& call) {
+  return call.pixels >= kRows && packed.stride % kSteps == 0;
+}
+
 }  // namespace
 
 VITKD_TARGET_BEGIN(VITKD_VNNI)
@@ -132,8 +137,7 @@ void gemm_panels(const Packed& packed, const GemmCall& call) {
 }
 
 void gemm(const Packed& packed, const GemmCall& call) {
-  // no whole tile of pixels, or packed for vpdpbusd
-  if (call.pixels < kRows || packed.stride % kSteps != 0) return kAvx512Vnni.gemm(packed, call);
+  if (!on_tiles(packed, call)) return kAvx512Vnni.gemm(packed, call);
   switch (packed.spec.epilogue.kind) {
     case EpilogueKind::bytes:
       return gemm_panels<EpilogueKind::bytes>(packed, call);
@@ -158,10 +162,17 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   lay_out_gemm(spec, pixel, {4, 0, 0, magic, gemm_order(spec), kSteps}, packed);
 }
 
+const char* gemm_name(const Packed& packed, const GemmCall& call) {
+  static constexpr const char* kNames[] = {"gemm_u8s8_16x16_amx", "gemm_u8s8_16x32_amx",
+                                           "gemm_u8s8_16x48_amx", "gemm_u8s8_16x64_amx"};
+  if (!on_tiles(packed, call)) return kAvx512Vnni.gemm_name(packed, call);
+  return kNames[packed.panels[call.panel].vectors - 1];  // none is wider than the first
+}
+
 Kernels with_tiles() {
   Kernels kernels = kAvx512Vnni;
   kernels.isa = Isa::amx;
-  kernels.pointwise_name = "gemm_u8s8_16x64_amx";
+  kernels.gemm_name = gemm_name;
   kernels.pack_gemm = pack_gemm;
   kernels.gemm = gemm;
   return kernels;

@@ -355,11 +355,23 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   packed->scratch = pixels_at_once(packed->row_bytes) * packed->row_bytes + kSlack;
 }
 
+const char* gemm_name(const Packed&, const GemmCall& call) {
+  return call.pixels < kRows ? "gemm_u8s8_1x16_avx2" : "gemm_u8s8_6x16_avx2";
+}
+
+const char* depthwise_name(const Packed& packed, const DepthwiseCall&) {
+  const bool two_rows = packed.spec.stride_h == 1;
+  if (packed.slides) {
+    return two_rows ? "depthwise_3x3_sliding_2x1x16_avx2" : "depthwise_3x3_sliding_1x1x16_avx2";
+  }
+  return two_rows ? "depthwise_2x4x16_avx2" : "depthwise_1x4x16_avx2";
+}
+
 }  // namespace
 
 const Kernels kAvx2{Isa::avx2,
-                    "gemm_u8s8_6x16_avx2",
-                    "depthwise_2x4x16_avx2",
+                    gemm_name,
+                    depthwise_name,
                     pack_gemm,
                     gemm,
                     pack_depthwise,

@@ -15,7 +15,8 @@ namespace vitkd::int8 {
 VITKD_TARGET_BEGIN(VITKD_VNNI)
 namespace {
 
-constexpr int kAhead = 8 << 10;  // bytes that a single pass over weights fetches ahead
+constexpr int kPixels[] = {0, 16, 12, 8, 6};  // of a tile, by its vectors of channels
+constexpr int kAhead = 8 << 10;               // bytes that a single pass over weights fetches ahead
 
 struct GemmTile {
   const uint8_t* const* x;
@@ -121,16 +122,16 @@ void gemm_panels(const Packed& packed, const GemmCall& call) {
       const Packed::Panel& panel = packed.panels[i];
       switch (panel.vectors) {
         case 1:
-          gemm_panel<16, 1, kKind>(packed, panel, call, first, end);
+          gemm_panel<kPixels[1], 1, kKind>(packed, panel, call, first, end);
           break;
         case 2:
-          gemm_panel<12, 2, kKind>(packed, panel, call, first, end);
+          gemm_panel<kPixels[2], 2, kKind>(packed, panel, call, first, end);
           break;
         case 3:
-          gemm_panel<8, 3, kKind>(packed, panel, call, first, end);
+          gemm_panel<kPixels[3], 3, kKind>(packed, panel, call, first, end);
           break;
         default:
-          gemm_panel<6, 4, kKind>(packed, panel, call, first, end);
+          gemm_panel<kPixels[4], 4, kKind>(packed, panel, call, first, end);
       }
     }
   }
@@ -288,22 +289,24 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   lay_out_gemm(spec, pixel, {4, 0, 0, magic, gemm_order(spec)}, packed);
 }
 
+const char* gemm_name(const Packed& packed, const GemmCall& call) {
+  static constexpr const char* kOne[] = {"gemm_u8s8_1x16_avx512vnni", "gemm_u8s8_1x32_avx512vnni",
+                                         "gemm_u8s8_1x48_avx512vnni", "gemm_u8s8_1x64_avx512vnni"};
+  static constexpr const char* kMany[] = {"gemm_u8s8_16x16_avx512vnni",
+                                          "gemm_u8s8_12x32_avx512vnni", "gemm_u8s8_8x48_avx512vnni",
+                                          "gemm_u8s8_6x64_avx512vnni"};
+  const int vectors = packed.panels[call.panel].vectors;  // none is wider than the first
+  return (call.pixels < kPixels[vectors] ? kOne : kMany)[vectors - 1];
+}
+
 }  // namespace
 
 double vnni_peak(double seconds) { return peak(seconds, dot_loop, 64); }
 double fma_peak(double seconds) { return peak(seconds, fma_loop, 16); }
 
-const Kernels kAvx512Vnni{Isa::avx512vnni,
-                          "gemm_u8s8_6x64_avx512vnni",
-                          "depthwise_2x3x64_avx512vnni",
-                          pack_gemm,
-                          gemm,
-                          pack_depthwise_vnni,
-                          depthwise_vnni,
-                          add,
-                          channel_sums,
-                          scale,
-                          linear};
+const Kernels kAvx512Vnni{
+    Isa::avx512vnni, gemm_name, depthwise_name_vnni, pack_gemm, gemm,  pack_depthwise_vnni,
+    depthwise_vnni,  add,       channel_sums,        scale,     linear};
 
 }  // namespace vitkd::int8
 

@@ -372,20 +372,30 @@ void depthwise_three(const Packed& packed, const DepthwiseCall& call, const Pack
   }
 }
 
+enum class Kind { general, three, sliding };
+
+// which kernel computes a panel
+Kind kind_of(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
+  const ConvSpec& spec = packed.spec;
+  if (spec.kernel_w != 3 || packed.groups.size() > 8 || packed.groups[7] > 0) return Kind::general;
+  const bool slides = spec.stride_h == 1 && spec.stride_w == 1 && panel.width > 2 &&
+                      call.left == 1 && call.x.width == call.y.width && panel.magic &&
+                      call.y.width <= kDepthwiseScratch / kLine / 2;
+  return slides ? Kind::sliding : Kind::three;
+}
+
 template <int kRows, int kPixels, EpilogueKind kKind>
 void depthwise_pixels(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
   const int step = packed.spec.stride_w * kPixels;
-  if (packed.spec.kernel_w != 3 || packed.groups.size() > 8 || packed.groups[7] > 0) {
-    depthwise_panel<kRows, kPixels, kKind>(packed, call, panel);
-  } else if (step > 2) {
-    depthwise_three<3, kRows, kPixels, kKind>(packed, call, panel);
-  } else if (step == 2) {
-    depthwise_three<2, kRows, kPixels, kKind>(packed, call, panel);
-  } else if (kRows == 1 || call.left != 1 || call.x.width != call.y.width || !panel.magic ||
-             call.y.width > kDepthwiseScratch / kLine / 2) {
-    depthwise_three<1, kRows, kPixels, kKind>(packed, call, panel);
-  } else {
-    depthwise_sliding_vnni(packed, call, panel);
+  switch (kind_of(packed, call, panel)) {
+    case Kind::general:
+      return depthwise_panel<kRows, kPixels, kKind>(packed, call, panel);
+    case Kind::three:
+      if (step > 2) return depthwise_three<3, kRows, kPixels, kKind>(packed, call, panel);
+      if (step == 2) return depthwise_three<2, kRows, kPixels, kKind>(packed, call, panel);
+      return depthwise_three<1, kRows, kPixels, kKind>(packed, call, panel);
+    case Kind::sliding:
+      return depthwise_sliding_vnni(packed, call, panel);
   }
 }
 
@@ -409,12 +419,43 @@ void depthwise_panels(const Packed& packed, const DepthwiseCall& call) {
   }
 }
 
+// rows x pixels x channels of a tile; three: of a kernel three columns wide
+const char* name_of(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
+  static constexpr const char* kNames[2][2][3] = {
+      {{"depthwise_1x16x16_avx512vnni", "depthwise_1x8x32_avx512vnni",
+        "depthwise_1x4x64_avx512vnni"},
+       {"depthwise_2x16x16_avx512vnni", "depthwise_2x8x32_avx512vnni",
+        "depthwise_2x4x64_avx512vnni"}},
+      {{"depthwise_w3_1x4x16_avx512vnni", "depthwise_w3_1x2x32_avx512vnni",
+        "depthwise_w3_1x1x64_avx512vnni"},
+       {"depthwise_w3_2x4x16_avx512vnni", "depthwise_w3_2x2x32_avx512vnni",
+        "depthwise_w3_2x1x64_avx512vnni"}}};
+  const Kind kind = kind_of(packed, call, panel);
+  if (kind == Kind::sliding) return "depthwise_w3_sliding_2x3x32_avx512vnni";
+  const int two_rows = packed.spec.stride_h == 1;
+  return kNames[kind == Kind::three][two_rows][std::min(panel.width, 3) - 1];
+}
+
 }  // namespace
 
 void depthwise_vnni(const Packed& packed, const DepthwiseCall& call) {
   packed.spec.epilogue.kind == EpilogueKind::hardswish
       ? depthwise_panels<EpilogueKind::hardswish>(packed, call)
       : depthwise_panels<EpilogueKind::bytes>(packed, call);
+}
+
+const char* depthwise_name_vnni(const Packed& packed, const DepthwiseCall& call) {
+  const char* most = "";
+  int most_channels = 0;
+  for (int i = call.panel; i < call.panel_end; ++i) {
+    const char* const name = name_of(packed, call, packed.panels[i]);
+    int channels = 0;
+    for (int j = call.panel; j < call.panel_end; ++j) {
+      if (name_of(packed, call, packed.panels[j]) == name) channels += packed.panels[j].width;
+    }
+    if (channels > most_channels) most = name, most_channels = channels;
+  }
+  return most;
 }
 
 VITKD_TARGET_END

@@ -38,14 +38,25 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   lay_out_gemm(spec, pixel, {1, 0, 0, magic, magic ? halves_order : in_order}, packed);
 }
 
+const char* gemm_name(const Packed&, const GemmCall& call) {
+  return call.pixels < kRows ? "gemm_u8s8_1x16_avxvnni" : "gemm_u8s8_6x16_avxvnni";
+}
+
+const char* depthwise_name(const Packed& packed, const DepthwiseCall& call) {
+  static constexpr const char* kNames[2][2] = {
+      {"depthwise_1x8x16_avxvnni", "depthwise_1x4x32_avxvnni"},
+      {"depthwise_2x8x16_avxvnni", "depthwise_2x4x32_avxvnni"}};
+  return kNames[packed.spec.stride_h == 1][packed.panels[call.panel].width - 1];
+}
+
 }  // namespace
 
 const Kernels& avxvnni_kernels() {
   static const Kernels kernels = [] {
     Kernels k = kAvx2;
     k.isa = Isa::avxvnni;
-    k.pointwise_name = "gemm_u8s8_6x16_avxvnni";
-    k.depthwise_name = "depthwise_2x4x32_avxvnni";
+    k.gemm_name = gemm_name;
+    k.depthwise_name = depthwise_name;
     k.pack_gemm = pack_gemm;
     k.gemm = multiply;
     k.pack_depthwise = pack_depthwise;

@@ -145,8 +145,9 @@ constexpr int kDepthwiseScratch = 64 << 10;
 
 struct Kernels {
   Isa isa;
-  const char* pointwise_name;
-  const char* depthwise_name;
+  // the kernel that computes most channels of a call: its tile, [rows x] pixels x channels, and set
+  const char* (*gemm_name)(const Packed&, const GemmCall&);
+  const char* (*depthwise_name)(const Packed&, const DepthwiseCall&);
   // a segment's bytes are those of `kernel_w` pixels, `pixel` bytes apart
   void (*pack_gemm)(const ConvSpec&, int64_t pixel, Packed*);
   void (*gemm)(const Packed&, const GemmCall&);
@@ -170,6 +171,7 @@ const Kernels& kernels(Isa isa);
 extern const Kernels kScalar, kAvx2, kAvx512Vnni;
 void pack_depthwise_vnni(const ConvSpec& spec, Packed* packed);
 void depthwise_vnni(const Packed& packed, const DepthwiseCall& call);
+const char* depthwise_name_vnni(const Packed& packed, const DepthwiseCall& call);
 void depthwise_sliding_vnni(const Packed& packed, const DepthwiseCall& call,
                             const Packed::Panel& panel);
 const Kernels& amx_kernels();      // kAvx512Vnni, with products on tiles

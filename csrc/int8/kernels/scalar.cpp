@@ -19,7 +19,7 @@ const int32_t* bias_of(const Packed& packed, const Packed::Panel& panel) {
   return reinterpret_cast<const int32_t*>(packed.data + panel.constants);
 }
 
-void gemm(const Packed& packed, const GemmCall& call) {
+void gemm_u8s8_1x16_scalar(const Packed& packed, const GemmCall& call) {
   const Epilogue& e = packed.spec.epilogue;
   for (int i = call.panel; i < call.panel_end; ++i) {
     const Packed::Panel& panel = packed.panels[i];
@@ -69,7 +69,7 @@ void pack_depthwise(const ConvSpec& spec, Packed* packed) {
   }
 }
 
-void depthwise(const Packed& packed, const DepthwiseCall& call) {
+void depthwise_1x1x16_scalar(const Packed& packed, const DepthwiseCall& call) {
   const ConvSpec& spec = packed.spec;
   for (int i = call.panel; i < call.panel_end; ++i) {
     const Packed::Panel& panel = packed.panels[i];
@@ -136,12 +136,12 @@ void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int
 }  // namespace
 
 const Kernels kScalar{Isa::scalar,
-                      "gemm_u8s8_1x16_scalar",
-                      "depthwise_1x16_scalar",
+                      [](const Packed&, const GemmCall&) { return "gemm_u8s8_1x16_scalar"; },
+                      [](const Packed&, const DepthwiseCall&) { return "depthwise_1x1x16_scalar"; },
                       pack_gemm,
-                      gemm,
+                      gemm_u8s8_1x16_scalar,
                       pack_depthwise,
-                      depthwise,
+                      depthwise_1x1x16_scalar,
                       add,
                       channel_sums,
                       scale,
