@@ -41,7 +41,7 @@ size_t gemm_scratch_bytes(const Plan& plan) {
 
 float* floats(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
 
-// One image on `threads` threads, of which this is one; they meet where the plan says so.
+// One of `threads` threads that compute images together, with barriers where the plan says so.
 class Executor {
  public:
   Executor(const Plan& plan, const Workspace& shared, const Workspace& own, ThreadTeam* team,
@@ -60,7 +60,7 @@ class Executor {
         threads_(threads),
         observed_(observed) {}
 
-  // images one by one, their heads several at once
+  // the body for one image at a time, the head for several
   void run(const uint8_t* images, int64_t count, float* logits) {
     const int64_t size = plan_.options.image_size;
     const int64_t classes = plan_.layers.back().out.channels;
@@ -70,7 +70,7 @@ class Executor {
       for (image_index_ = 0; image_index_ < group_; ++image_index_, images += size * size * 3) {
         image_ = images;
         fetched_ = nullptr;
-        // without a head the classifier's turn comes with each image
+        // a plan without a head runs the classifier here
         for (size_t s = 0; s <= plan_.head && s < plan_.steps.size(); ++s) run(plan_.steps[s]);
       }
       for (size_t s = plan_.head + 1; s < plan_.steps.size(); ++s) run(plan_.steps[s]);
@@ -185,7 +185,7 @@ class Executor {
   void at_row(int i, const Activation& y, int row, GemmCall* call) const {
     const Layer& layer = plan_.layers[i];
     if (layer.node.op == Op::classifier) {
-      // without a head there is one row, of the image at hand
+      // without a head there is one row, of the current image
       const int64_t at = layer.images > 1 ? row : image_index_;
       call->y = reinterpret_cast<uint8_t*>(logits_ + at * layer.out.channels);
       return;
@@ -198,7 +198,7 @@ class Executor {
     }
   }
 
-  // runs of rows that lie one after another in both maps
+  // runs of rows that are contiguous in both activations
   void pointwise(int i, Range rows, Range panels) {
     const Layer& layer = plan_.layers[i];
     const Activation x = activation(layer.node.inputs[0]);
@@ -219,15 +219,16 @@ class Executor {
     }
   }
 
-  // A segment per row of the kernel: pixels whose bytes all lie inside a row are read in place,
-  // rows outside are rows of padding, and the few pixels at the sides are gathered first.
+  // An implicit GEMM with one segment per row of the kernel. Output pixels whose taps all lie
+  // inside the input's rows are read in place; rows outside are the padding row. For the few pixels
+  // at the sides the taps are copied to the scratch first.
   void dense(int i, Range rows, Range panels) {
     const Layer& layer = plan_.layers[i];
     const ConvSpec& spec = layer.packed.spec;
     const Activation x = activation(layer.node.inputs[0]), y = activation(i);
     const int64_t segment = int64_t{4} * layer.packed.stride;
     const int64_t step = spec.stride_w * x.pixel;
-    // the image belongs to somebody else: not a byte past it is read
+    // the image is the caller's memory: not a byte past its end is read
     const int64_t beyond = segment - spec.kernel_w * x.pixel;
     const int kernel_w = spec.kernel_w + static_cast<int>((std::max<int64_t>(beyond, 0) + 2) / 3);
     const int inside = layer.node.inputs[0] < 0 ? kernel_w : spec.kernel_w;
@@ -285,11 +286,11 @@ class Executor {
     note_kernel(i, plan_.with.depthwise_name, call, (rows.end - rows.begin) * call.y.width);
   }
 
-  // strips of the last map; each pulls the rows that it needs through the maps before it
+  // strips of the last output; each pulls the rows that it needs through the nodes before it
   void chain(const Step& step) {
     const Range mine = part_of(plan_.layers[step.last].out.height, 1, thread_, threads_);
     if (mine.begin >= mine.end) return;
-    std::array<int, kLongestChain> made;  // rows of each map, from the first that is needed
+    std::array<int, kLongestChain> made;  // by node: the next row to compute
     int row = static_cast<int>(mine.begin);
     for (int i = step.last; i >= step.first; --i) {
       made[i - step.first] = row;
@@ -325,7 +326,7 @@ class Executor {
                    {n.zero_point, n.lo, n.hi, 0}, mine.end - mine.begin, y.data + mine.begin);
   }
 
-  // sums less zero points of this thread's channels
+  // sums of q - zero_point over the pixels, of this thread's channels
   Range centred_sums(int i) {
     const Layer& layer = plan_.layers[i];
     const Activation x = activation(layer.node.inputs[0]);
@@ -417,7 +418,8 @@ Workspace::Workspace(const Plan& plan)
       factors(plan.channels * 4) {}
 
 void Workspace::poison() const {
-  for (const Buffer* b : {&arena, &rings, &scratch, &gemm_scratch, &sums, &means, &middle, &factors}) {
+  for (const Buffer* b :
+       {&arena, &rings, &scratch, &gemm_scratch, &sums, &means, &middle, &factors}) {
     std::memset(b->data(), 0xA5, b->size() + kSlack);
   }
 }

@@ -6,7 +6,7 @@
 namespace vitkd::int8 {
 namespace {
 
-constexpr int64_t kNear = 192 << 10;   // bytes of a map that may be written whole
+constexpr int64_t kNear = 192 << 10;   // bytes of an activation that is not worth a ring buffer
 constexpr int64_t kStripPixels = 192;  // of a chain's output, at least
 
 // the node without its arrays, which the file owns
@@ -117,7 +117,7 @@ void Plan::pack_layer(const Node& n, const std::array<int, 3>& image_padding, La
   }
 }
 
-// All weights of convolutions side by side, in the order of their use.
+// The weights of all convolutions side by side, in the order of their use: kernels prefetch ahead.
 void Plan::pack_weights() {
   size_t bytes = 0;
   for (const Layer& layer : layers) bytes += round_up(layer.packed.own.size(), kLine);
@@ -134,9 +134,9 @@ void Plan::pack_weights() {
   }
 }
 
-// Chains: a node joins the one before it if it is that one's only reader and the map between them
-// is too large to stay near. What that saves is a trip of the map to a farther cache and back; what
-// it costs is the rows that two threads both make, and shorter runs of pixels.
+// A node joins the chain of the node before it if it is its only reader and the activation between
+// them exceeds the near cache. That saves a round trip of the activation to a farther cache. It
+// costs the rows that two threads both compute, and shorter runs of pixels.
 void Plan::fuse_chains() {
   const int count = static_cast<int>(layers.size());
   std::vector<int> uses(count, 0);
@@ -163,7 +163,7 @@ void Plan::fuse_chains() {
     const Layer& last = layers[step.last];
     step.strip_rows = static_cast<int>(
         std::min<int64_t>(round_up(kStripPixels / last.out.width + 1, 2), last.out.height));
-    // the rows of each map that one strip of its reader touches
+    // the rows of each activation that one strip of its reader touches
     int rows = step.strip_rows;
     for (int i = step.last; i > step.first; --i) {
       const ConvSpec& reader = layers[i].packed.spec;
@@ -174,8 +174,8 @@ void Plan::fuse_chains() {
   }
 }
 
-// The head reads all its weights for one pixel: it takes the images of a batch together. It
-// begins at the last pool, if all that follows is a row of products.
+// The head: the last pool and all that follows it, if that is a sequence of products of one pixel.
+// Its weights are read for one pixel each, so it computes several images of a batch together.
 void Plan::find_head() {
   head = steps.size();
   for (size_t s = steps.size(); s-- > 0;) {
@@ -193,8 +193,8 @@ void Plan::find_head() {
   for (size_t s = head; s < steps.size(); ++s) layers[steps[s].last].images = kImages;
 }
 
-// How threads share each node. By panels each weight is read by one of them, by rows each byte of a
-// map; what one wrote and another reads has to go from core to core.
+// How threads share each node. By panels, each weight is read by one thread only; by rows, each
+// byte of the activation. What one thread wrote and another reads moves from core to core.
 void Plan::split_work() {
   const int threads = options.threads;
   for (size_t s = 0; s < steps.size(); ++s) {
@@ -233,14 +233,14 @@ bool Plan::keeps_apart(int node, int reader) const {
                     [](const auto& x, const auto& y) { return x.channel == y.channel; });
 }
 
-// Maps in the arena, first fit by lifetime, the head's after all others; rings one after another in
-// each thread's own memory.
+// Activations are placed in the arena, first fit by lifetime, those of the head after all others.
+// Rings lie one after another in each thread's own memory.
 void Plan::plan_memory() {
   struct Placed {
     size_t begin, end, last_round;
   };
   std::vector<Placed> live;
-  // a round ends where threads meet: in it, one may be steps ahead of another
+  // a round ends at a barrier: within it, one thread may be steps ahead of another
   std::vector<size_t> last_use(layers.size(), 0), rounds(steps.size(), 0);
   for (size_t s = 0; s < steps.size(); ++s) {
     if (s > 0) rounds[s] = rounds[s - 1] + steps[s - 1].barrier_after;
@@ -254,7 +254,7 @@ void Plan::plan_memory() {
     size_t ring = 0;
     for (int i = steps[s].first; i < steps[s].last; ++i) {
       layers[i].offset = ring;
-      ring += layers[i].map_bytes();
+      ring += layers[i].activation_bytes();
     }
     rings = std::max(rings, ring);
     Layer& last = layers[steps[s].last];
@@ -263,10 +263,10 @@ void Plan::plan_memory() {
     std::sort(live.begin(), live.end(), [](auto& a, auto& b) { return a.begin < b.begin; });
     if (s >= head) last.offset = arena;
     for (const Placed& p : live) {
-      if (s >= head || last.offset + last.map_bytes() <= p.begin) break;
+      if (s >= head || last.offset + last.activation_bytes() <= p.begin) break;
       last.offset = std::max(last.offset, p.end);
     }
-    const size_t end = last.offset + last.map_bytes();
+    const size_t end = last.offset + last.activation_bytes();
     live.push_back({last.offset, end, last_use[steps[s].last]});
     arena = std::max(arena, end);
   }

@@ -1,9 +1,10 @@
-// What a session does, worked out once per file and image size: weights packed, padding and shapes
-// known, every map placed, nodes joined to chains.
+// The execution plan of a graph at one image size and thread count: shapes and padding resolved,
+// weights packed, a place in memory for every activation, convolutions fused to chains.
 //
-// A step is one node, which the threads share by pixels or by panels, or a chain: convolutions with
-// maps between them that are too large to stay near. A chain's output is made in strips of rows,
-// and of each map inside it only the rows are kept that its reader still needs, in a ring.
+// A step is one node or one fused chain. A chain holds convolutions whose intermediate activations
+// do not fit the near cache. Its output is computed in strips of rows, and of each intermediate
+// activation only the rows that its reader still needs are kept, in a ring buffer. Threads share a
+// node by rows or by panels of channels, and a chain by rows.
 #pragma once
 
 #include <array>
@@ -37,23 +38,23 @@ struct Layer {
   size_t offset = 0;              // of the output, in the arena or (ring > 0) in a thread's rings
   int ring = 0;                   // rows in memory, inside a chain
   bool by_panels = false;         // how threads share it; else by rows
-  int images = 1;     // whose outputs lie one after another: the head takes several at once
-  int64_t macs = 0;   // per image
-  int64_t bytes = 0;  // read and written per image, if each were once
+  int images = 1;                 // in one output: the head computes several images at once
+  int64_t macs = 0;               // per image
+  int64_t bytes = 0;              // read and written per image, each once
 
-  size_t map_bytes() const {
+  size_t activation_bytes() const {
     const size_t rows = ring > 0 ? ring : out.height * images;
     return round_up(rows * out.width * pixel + kSlack, kLine);
   }
 };
 
 constexpr int kLongestChain = 16;
-constexpr int kImages = 8;  // that pass through the head at once
+constexpr int kImages = 8;  // that the head computes at once
 
 struct Step {
   int first, last;  // nodes
   int strip_rows;
-  bool barrier_after;  // threads wait for each other after it
+  bool barrier_after;  // all threads finish it before any starts the next step
 };
 
 struct Plan {
@@ -64,11 +65,11 @@ struct Plan {
   std::vector<Layer> layers;
   std::vector<Step> steps;
   size_t head = 0;      // the step of the pool and what follows it: products of single pixels
-  size_t arena = 0;     // bytes of maps
+  size_t arena = 0;     // bytes of activations outside chains
   size_t rings = 0;     // bytes of the largest chain's rings, per thread
   Buffer convolutions;  // what `Layer::packed` points to
   size_t weights = 0;   // bytes packed
-  size_t channels = 0;  // the most of any vector
+  size_t channels = 0;  // of the widest activation
   int64_t macs = 0;     // of one image
 
   int zero_point(int node) const { return node < 0 ? 0 : layers[node].node.zero_point; }

@@ -57,14 +57,14 @@ struct Session::Caller {
   std::vector<Workspace> workspaces;  // by thread
 };
 
-// A caller, made or waiting idle, for the time of a call.
+// Holds a caller for the time of a call: an idle one, or a new one.
 class Session::Lease {
  public:
   explicit Lease(Session& session) : session_(session) {
     {
       const std::lock_guard lock(forks().mutex);
       if (session.generation_ != forks().generation) {
-        // their threads did not survive the fork: nothing of them can be taken apart
+        // their threads did not survive the fork: they cannot be destroyed, only leaked
         for (auto& caller : session.idle_) static_cast<void>(caller.release());
         session.idle_.clear();
         session.generation_ = forks().generation;
@@ -107,7 +107,7 @@ void Session::run(const uint8_t* images, int64_t count, float* logits) {
   const int threads = plan_.options.threads;
   Lease lease(*this);
   Caller& caller = *lease;
-  // meeting after every layer takes longer than a few layers of a small image
+  // barriers after every layer take longer than a few layers of a small image
   const bool small = plan_.macs < kWorthSharing && !plan_.options.poison;
   if (threads == 1 || (count < threads && small)) {
     const FloatState state;
@@ -115,7 +115,7 @@ void Session::run(const uint8_t* images, int64_t count, float* logits) {
     if (plan_.options.poison) own.poison();
     return execute(plan_, own, images, count, logits);
   }
-  // as many images as there are threads: a part each; of what is left, all threads share each
+  // equal numbers of whole images for each thread; all threads share each of the remaining ones
   const int64_t apart = count / threads * threads;
   caller.team.run([&](int thread) {
     const FloatState state;

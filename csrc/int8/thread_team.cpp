@@ -12,10 +12,10 @@ namespace {
 using std::chrono::microseconds;
 using std::chrono::steady_clock;
 
-// Waking a thread that sleeps takes some 40 us, in which the one that woke it gets through its part
-// of a layer: two that went to sleep sooner than that would take turns at sleeping.
+// Waking a sleeping thread takes some 40 us, as long as a thread's part of a layer. Threads that
+// slept sooner than that would wait for each other's wake-up at every barrier.
 constexpr microseconds kBetweenLayers{1000}, kBetweenCalls{200};
-constexpr microseconds kAlone{20};  // then others may have this core, perhaps the one waited for
+constexpr microseconds kAlone{20};  // then yields the core, perhaps to the thread it waits for
 
 void pause() {
 #if defined(__x86_64__)

@@ -369,17 +369,8 @@ const char* depthwise_name(const Packed& packed, const DepthwiseCall&) {
 
 }  // namespace
 
-const Kernels kAvx2{Isa::avx2,
-                    gemm_name,
-                    depthwise_name,
-                    pack_gemm,
-                    gemm,
-                    pack_depthwise,
-                    depthwise,
-                    add,
-                    channel_sums,
-                    scale,
-                    linear};
+const Kernels kAvx2{Isa::avx2, gemm_name, depthwise_name, pack_gemm, gemm,  pack_depthwise,
+                    depthwise, add,       channel_sums,   scale,     linear};
 
 }  // namespace vitkd::int8
 

@@ -50,7 +50,7 @@ struct Strip {
   uint8_t* scratch;
   const uint8_t* edge;  // padding bytes
   int64_t pixel;
-  int width;  // of the map
+  int width;  // of the input
   int stride;
   int column;      // negative in the padding
   int step, used;  // of every `step` columns the first `used` are read
@@ -284,24 +284,24 @@ VITKD_INLINE FourRows four_rows(const Packed& packed, const DepthwiseCall& call,
 // one interleaved column
 template <int kPixels>
 VITKD_INLINE void load_interleaved(const FourRows& rows, const uint8_t* edge, int column,
-                                   int stride, const Activation& map, __m512i* to) {
+                                   int stride, const Activation& input, __m512i* to) {
   __m512i v[4];
   if constexpr (kPixels == 1) {
     // padding, interleaved, is padding
-    if (column < 0 || column >= map.width) {
+    if (column < 0 || column >= input.width) {
       VITKD_UNROLL(4, j) { to[j] = _mm512_loadu_si512(edge); }
       VITKD_END;
       return;
     }
   }
-  if (column >= 0 && column + (kPixels - 1) * stride < map.width) {
+  if (column >= 0 && column + (kPixels - 1) * stride < input.width) {
     VITKD_UNROLL(4, i) {
-      v[i] = load_column<kPixels>(rows.at[i] + column * map.pixel, stride * map.pixel);
+      v[i] = load_column<kPixels>(rows.at[i] + column * input.pixel, stride * input.pixel);
     }
     VITKD_END;
   } else {
     VITKD_UNROLL(4, i) {
-      v[i] = load_edge<kPixels>(rows.at[i], edge, column, stride, map.width, map.pixel);
+      v[i] = load_edge<kPixels>(rows.at[i], edge, column, stride, input.width, input.pixel);
     }
     VITKD_END;
   }

@@ -11,7 +11,7 @@ namespace vitkd::int8 {
 VITKD_TARGET_BEGIN(VITKD_VNNI)
 namespace {
 
-constexpr int kWords = 8 << 10;        // bytes that stay in L1 beside the rows of a map
+constexpr int kWords = 8 << 10;        // bytes that stay in L1 beside the rows of the input
 constexpr int kKept = kWords / kLine;  // pixels
 
 // Some pairs of output rows of a panel.

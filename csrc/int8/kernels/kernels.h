@@ -1,9 +1,9 @@
-// What the engine computes with, once per instruction set: the same bytes from each.
+// The kernel table of each instruction set. All give the same bytes.
 //
-// A map is u8 [rows, width, pixel], pixel = channels rounded up to 16: bytes past the channels, and
-// up to kSlack past the end of a map, are read but never matter. A map may hold only its last
-// `ring` rows. Weights are packed when a file is loaded: panels of up to four vectors of 16
-// channels, each with its constants.
+// An activation is u8 [rows, width, pixel], pixel = channels rounded up to 16. Bytes past the
+// channels, and up to kSlack past the end, are read but never matter. It may be a ring buffer of
+// its last `ring` rows. Weights are packed when a file is loaded: panels of up to four vectors of
+// 16 channels, each with its constants.
 #pragma once
 
 #include <cstddef>
@@ -54,7 +54,7 @@ struct Activation {
   }
 };
 
-// What becomes of a sum, as graph.py's Conv states it.
+// What is done to a sum, as graph.py's Conv states it.
 enum class EpilogueKind { bytes, hardswish, residual, logits };
 
 struct Epilogue {
@@ -108,7 +108,7 @@ struct Packed {
   size_t scratch = 0;     // bytes that a product needs
   int64_t row_bytes = 0;  // avx2: of a pixel in it
   std::vector<Panel> panels;
-  // a plan moves all of them to one place, in the order of their use: kernels fetch ahead
+  // a plan moves all weights to one buffer, in the order of their use: kernels prefetch ahead
   const uint8_t* data = nullptr;
   Buffer own;
   std::vector<int32_t> offsets;  // depthwise: where the bytes of a tap lie
@@ -126,7 +126,7 @@ struct GemmCall {
   const uint8_t* residual = nullptr;
   int64_t residual_pixel = 0;
   int panel = 0, panel_end = 0;
-  const uint8_t** fetched = nullptr;  // how far weights have been fetched ahead
+  const uint8_t** fetched = nullptr;  // how far weights have been prefetched
   uint8_t* scratch = nullptr;         // Packed::scratch bytes
 };
 

@@ -1,4 +1,4 @@
-// Channels are padded to whole vectors here, which the engine does once per map.
+// Channels are padded to whole vectors here, which the engine does once per activation.
 
 #include "int8/kernels/plain.h"
 
@@ -49,7 +49,7 @@ void depthwise(const DepthwiseShape& s, const Requantize& requantize, const uint
   call.panel_end = static_cast<int>(packed.panels.size());
   call.scratch = scratch.data();
   for (int64_t n = 0; n < s.batch; ++n) {
-    // also where nothing is padded: kernels read past the end of a map
+    // also where nothing is padded: kernels read past the end of an activation
     copy_pixels(x + n * in * s.channels, s.channels, x_padded.data(), pixel, in, s.channels);
     uint8_t* to = y + n * out * s.channels;
     call.x = {x_padded.data(), static_cast<int>(s.height), static_cast<int>(s.width),
