@@ -51,7 +51,7 @@ test-oldest: wheel $(OLDEST)/ready  ## the wheel, built with the newest torch, i
 	$(OLDEST)/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
 	$(OLDEST)/bin/pip check
 	cd $(OLDEST) && bin/vitkd show
-	cd $(OLDEST) && bin/pytest -m "not slow" -c ../pyproject.toml $(addprefix ../,$(wildcard tests/test_kd*.py))
+	cd $(OLDEST) && bin/pytest -m "not slow" -c ../pyproject.toml $(addprefix ../,$(wildcard tests/ops/test_kd*.py))
 
 test-triton: $(TRITONS:%=test-triton-%)  ## the Triton tests with every Triton from 3.6 to 3.9
 
@@ -66,7 +66,7 @@ $(TRITONS:%=test-triton-%): test-triton-%: .venv-triton-%/ready
 	  { echo "make test-triton: tests fail with Triton $*" >&2; exit 1; }
 
 fuzz: install  ## 10,000 damaged int8 files and graphs, the engine under both sanitizers
-	$(PY) tests/fuzz_int8.py --files 10000 --sanitize
+	$(PY) tests/int8/fuzz.py --files 10000 --sanitize
 
 # manylinux but for torch's libraries and CUDA's, which the installed torch brings; `auditwheel show`
 # cannot be told so, and calls a wheel with _C linux

@@ -27,12 +27,12 @@ import torch
 
 pytest.importorskip("timm")
 
-import int8_peers
-from int8_builder import Builder
-from int8_peers import PEERS, Network
 from PIL import Image
-from turns import Contender
 
+import int8_peers
+from int8_peers import PEERS, Network
+from support.int8_builder import Builder
+from turns import Contender
 from vitkd_fast import _int8, int8
 from vitkd_fast.int8 import reference
 from vitkd_fast.int8.graph import Classifier, Conv, Depthwise, Graph, SqueezeExcite, padding_of

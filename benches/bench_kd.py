@@ -12,8 +12,8 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_tools import captured
 
+from support.cuda_tools import captured
 from vitkd_fast import functional, reference
 
 T = 4.0

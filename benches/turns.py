@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from int8_peers import PEERS, Pixels
 
 Array = np.ndarray

@@ -14,16 +14,13 @@ import pytest
 import torch
 
 # helpers that compare: a failure there shows its numbers, too
-pytest.register_assert_rewrite(
-    *(f"{__package__}.{stem}_tools" for stem in ("attention_map", "feature", "kd"))
-)
+pytest.register_assert_rewrite("support")
 
 # where only the losses' dependencies are, as on a bare machine with a GPU, the loop is left out
 _EXTRA = "jinja2 matplotlib pydantic rich scipy sklearn tensorboard timm torchmetrics yaml".split()
 _MISSING = [name for name in _EXTRA if not find_spec(name)]
-_LOOP = """cli config data evaluate examples identity images int8_cli loop models report timm_task
-           weights wheel""".split()
-collect_ignore = [f"test_{stem}.py" for stem in _LOOP] if _MISSING else []
+_LOOP = ["distill", "int8/test_cli.py", "test_examples.py", "test_images.py", "test_wheel.py"]
+collect_ignore = _LOOP if _MISSING else []
 
 
 def pytest_report_header() -> list[str]:
@@ -112,9 +109,8 @@ def data() -> Path:
 @pytest.fixture(scope="session")
 def emulated_amx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library with attention_map's AMX kernels on the emulator; skips without AVX-512."""
+    from support.amx_tools import build
     from vitkd_fast import int8
-
-    from .amx_tools import build
 
     if "avx512" not in int8.isa():
         pytest.skip(f"the emulator of AMX needs AVX-512; this CPU has {', '.join(int8.isa())}")

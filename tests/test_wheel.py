@@ -14,12 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import int8_builder
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from PIL import Image
 
+from support import int8_builder
 from vitkd_fast.int8 import file
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,421 @@
+"""attention_map_loss as a part of torch: autograd, torch.library and torch.compile."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from support.attention_map_tools import (
+    BFLOAT,
+    DOUBLE,
+    FLOAT,
+    HALF,
+    KINDS,
+    MAIN_OPTIONS,
+    OPERATIONS,
+    OPS,
+    OPTIONS,
+    PATHS,
+    REDUCTIONS,
+    Maps,
+    assert_all_close,
+    assert_same,
+    check,
+    draw,
+    every_device,
+    every_kind,
+    every_reduction,
+    key_mask,
+    loss_and_grads,
+    maps,
+    operation_options,
+)
+from vitkd_fast import _ops
+from vitkd_fast.functional import attention_map_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# autograd
+
+every_path = pytest.mark.parametrize(("dtype", "reduction"), PATHS, ids=str)
+SMALL = (2, 2, 5, 7, 16, 8)
+
+
+@every_device
+@every_kind
+@every_reduction
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_gradcheck(name: str, reduction: str, kind: str, device: str) -> None:
+    x = maps(2, 1, 3, 4, 3, 2, dtype=DOUBLE, device=device)
+    options = OPTIONS[name](x) | {"kind": kind, "reduction": reduction}
+    function = lambda q, k: attention_map_loss(q, k, *x.teacher, **options)  # noqa: E731
+    assert torch.autograd.gradcheck(function, [y.requires_grad_() for y in x.student])
+
+
+@every_device
+@every_path
+def test_loss_times_a_factor(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """The incoming gradient is any number, and 0 for what has no share in the result.
+
+    In bfloat16 a gradient that was formed in the forward is rounded again by a factor that is no
+    power of 2.
+    """
+    x = maps(*SMALL, dtype=dtype, device=device)
+    for factor in (3.0, -0.7, 0.0, 65536.0, 2.0**-10):
+        for kind, name in zip(KINDS, itertools.cycle(MAIN_OPTIONS), strict=False):
+            check(
+                x, kind=kind, reductions=[reduction], grad_loss=factor,
+                roundings=2 if dtype == BFLOAT and factor in (3.0, -0.7) else 1,
+                **OPTIONS[name](x),
+            )  # fmt: skip
+
+
+@every_device
+def test_gradient_scale_reaches_float16_before_it_is_rounded(device: str) -> None:
+    """Scaled by 65536, gradients that float16 would have lost: many of them are lost without."""
+    x = maps(16, 8, 49, dtype=HALF, device=device)
+    near = (x.q_s.float() * (1 + 2e-3)).half()
+    x = Maps(*x.student, near, x.k_s)
+    for kind in KINDS:
+        lost = loss_and_grads(x, kind=kind)
+        assert min((y == 0).float().mean() for y in lost[1:]) > 0.3
+        incoming = torch.tensor(65536.0, device=device)
+        kept = loss_and_grads(x, incoming=incoming, kind=kind)
+        assert max((y == 0).float().mean() for y in kept[1:]) < 0.001
+        check(x, kind=kind, reductions=["mean"], grad_loss=65536.0)
+
+
+@every_device
+@every_kind
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=str)
+def test_incoming_gradient_of_any_strides(dtype: torch.dtype, kind: str, device: str) -> None:
+    x = maps(2, 3, 5, dtype=dtype, device=device)
+    new = partial(draw, dtype=DOUBLE if dtype == DOUBLE else FLOAT, device=device)
+    given = partial(loss_and_grads, x, kind=kind, reduction="none")
+    for strided in (
+        new(1, 1, 1).expand(2, 3, 5),
+        new(2, 1, 5).expand(2, 3, 5),
+        new(2, 5, 3).transpose(1, 2),
+        new(2, 3, 10)[..., ::2],
+        new(5, 3, 2).permute(2, 1, 0),
+    ):
+        assert_same(given(incoming=strided), given(incoming=strided.contiguous()))
+    leaves = [y.detach().requires_grad_() for y in x.student]
+    loss = attention_map_loss(*leaves, *x.teacher, kind=kind, reduction="none")
+    assert_same(torch.autograd.grad(loss.sum(), leaves), given()[1:])  # expanded by autograd
+
+
+@every_device
+@every_path
+@pytest.mark.parametrize("of", [(True, False), (False, True)], ids=["q_s", "k_s"])
+def test_gradient_of_one_alone(
+    of: tuple[bool, bool], dtype: torch.dtype, reduction: str, device: str
+) -> None:
+    x = maps(*SMALL, dtype=dtype, device=device)
+    want = loss_and_grads(x, reduction=reduction)
+    leaves = [
+        y.detach().requires_grad_(required) for y, required in zip(x.student, of, strict=True)
+    ]
+    attention_map_loss(*leaves, *x.teacher, reduction=reduction).sum().backward()
+    for leaf, required, grad in zip(leaves, of, want[1:], strict=True):
+        if required:
+            assert torch.equal(leaf.grad, grad)
+        else:
+            assert leaf.grad is None
+
+
+@every_device
+@every_path
+def test_loss_used_twice(dtype: torch.dtype, reduction: str, device: str) -> None:
+    x = maps(*SMALL, dtype=dtype, device=device)
+    leaves = [y.clone().requires_grad_() for y in x.student]
+    loss = attention_map_loss(*leaves, *x.teacher, reduction=reduction)
+    (3 * loss + loss).sum().backward()
+    four = lambda *y: 4 * attention_map_loss(*y, reduction=reduction)  # noqa: E731
+    want = loss_and_grads(x, four)[1:]
+    compare = assert_all_close if dtype == DOUBLE else assert_same  # 3 + 1 in another order
+    compare([leaf.grad for leaf in leaves], want)
+
+
+@every_device
+@every_path
+def test_backward_twice(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """Each gives the same gradients, its own to keep; and none a third time."""
+    x = maps(*SMALL, dtype=dtype, device=device)
+    leaves = [y.requires_grad_() for y in x.student]
+    options = OPTIONS["everything"](x)
+    loss = attention_map_loss(*leaves, *x.teacher, reduction=reduction, **options).sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    second = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+    assert_same(first, kept)
+    doubled = lambda *y: 2 * attention_map_loss(*y, reduction=reduction, **options)  # noqa: E731
+    assert_same(second, loss_and_grads(x, doubled)[1:])
+    assert len({grad.data_ptr() for grad in (*first, *second)}) == 4
+
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_same([leaf.grad for leaf in leaves], [2 * grad for grad in kept])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    assert_same([leaf.grad for leaf in leaves], [2 * grad for grad in kept])
+
+
+@every_device
+@every_path
+def test_gradients_accumulate(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """Into the tensors that are there, over losses and steps."""
+    x = maps(*SMALL, dtype=dtype, device=device)
+    leaves = [y.clone().requires_grad_() for y in x.student]
+    there, wanted = [], []
+    for leaf in leaves:
+        leaf.grad = torch.ones_like(leaf)
+        there.append(leaf.grad)
+        wanted.append(torch.ones_like(leaf))
+    for kind in KINDS:
+        options = {"kind": kind, "reduction": reduction}
+        attention_map_loss(*leaves, *x.teacher, **options).sum().backward()
+        for want, grad in zip(wanted, loss_and_grads(x, **options)[1:], strict=True):
+            want += grad
+    assert all(leaf.grad is y for leaf, y in zip(leaves, there, strict=True))
+    assert_same(there, wanted)
+
+    for leaf in leaves:  # the first gradient may become .grad itself: the next must not spoil it
+        leaf.grad = None
+    attention_map_loss(*leaves, *x.teacher, reduction=reduction).sum().backward()
+    first = [leaf.grad.clone() for leaf in leaves]
+    other = Maps(*x.student, 2 * x.q_t, x.k_t)
+    attention_map_loss(*leaves, *other.teacher, reduction=reduction).sum().backward()
+    second = loss_and_grads(other, reduction=reduction)[1:]
+    assert_same([leaf.grad for leaf in leaves], [a + b for a, b in zip(first, second, strict=True)])
+
+
+@every_device
+@every_path
+def test_loss_is_differentiable_once(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """A penalty on the gradient is an error, and never left out silently.
+
+    In float64, which autograd serves, it is there.
+    """
+    x = maps(*SMALL, dtype=dtype, device=device)
+    leaves = [y.requires_grad_() for y in x.student]
+    if dtype == DOUBLE:
+        x = maps(1, 1, 2, 3, 2, dtype=dtype, device=device)
+        function = lambda q, k: attention_map_loss(q, k, *x.teacher, reduction=reduction)  # noqa: E731
+        assert torch.autograd.gradgradcheck(function, [y.requires_grad_() for y in x.student])
+        return
+    # the incoming gradient does not require grad, and does
+    for function in (lambda loss: loss.sum(), lambda loss: loss.square().sum()):
+        loss = function(attention_map_loss(*leaves, *x.teacher, reduction=reduction))
+        for grad in torch.autograd.grad(loss, leaves, create_graph=True):
+            with pytest.raises(RuntimeError, match="differentiable once"):
+                (loss + grad.float().square().sum()).backward(retain_graph=True)
+
+
+@every_device
+@every_path
+def test_constants_made_in_inference_mode(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """Teacher and mask as a teacher run under torch.inference_mode leaves them."""
+    x = maps(*SMALL, dtype=dtype, device=device)
+    options = OPTIONS["everything"](x) | {"reduction": reduction}
+    with torch.inference_mode():
+        teacher = [y.clone() for y in x.teacher]
+        mask = options["key_mask"].clone()
+    given = loss_and_grads(Maps(*x.student, *teacher), **options | {"key_mask": mask})
+    assert_same(given, loss_and_grads(x, **options))
+
+
+@every_device
+@every_path
+def test_without_gradient(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """The same loss, as good as the one with a gradient, and no graph."""
+    x = maps(*SMALL, dtype=dtype, device=device)
+    options = OPTIONS["everything"](x) | {"reduction": reduction}
+    want, *_ = loss_and_grads(x, **options)
+    leaves = [y.clone().requires_grad_() for y in x.student]
+    with torch.no_grad():
+        losses = [attention_map_loss(*leaves, *x.teacher, **options)]
+    with torch.inference_mode():
+        losses.append(attention_map_loss(*leaves, *x.teacher, **options))
+    losses.append(attention_map_loss(*x, **options))
+    for loss in losses:
+        assert not loss.requires_grad
+        assert_close(loss, want)
+
+
+@every_device
+@every_path
+@pytest.mark.parametrize("which", [0, 1], ids=["q_s", "k_s"])
+def test_student_changed_in_place_gives_no_wrong_gradient(
+    which: int, dtype: torch.dtype, reduction: str, device: str
+) -> None:
+    """Either the gradients at the tensors of the forward, or an error."""
+    x = maps(*SMALL, dtype=dtype, device=device)
+    want = loss_and_grads(x, reduction=reduction)[1:]
+    leaves = [y.clone().requires_grad_() for y in x.student]
+    student = [leaf * 1 for leaf in leaves]
+    loss = attention_map_loss(*student, *x.teacher, reduction=reduction).sum()
+    with torch.no_grad():
+        student[which].add_(1)
+    formed_in_forward = reduction != "none" and dtype in (FLOAT, BFLOAT)
+    if formed_in_forward:
+        assert_same(torch.autograd.grad(loss, leaves, retain_graph=True), want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@every_device
+@every_kind
+def test_operations_change_no_input(kind: str, device: str) -> None:
+    for dtype in (FLOAT, HALF):
+        x = maps(*SMALL, dtype=dtype, device=device)
+        options = OPTIONS["everything"](x)
+        held = [*x, options["key_mask"]]
+        before = [y.clone() for y in held]
+        for reduction in REDUCTIONS:
+            loss_and_grads(x, kind=kind, reduction=reduction, **options)
+        assert_same(held, before)
+
+
+# the same bits
+
+
+@every_device
+@every_kind
+@pytest.mark.parametrize(
+    "shape", [(3, 2, 49, 49, 24), (1, 5, 100, 197, 16), (1, 1, 20, 150, 16)], ids=str
+)
+def test_bitwise_the_same(shape: tuple[int, ...], kind: str, device: str) -> None:
+    """Twice, and for any number of threads."""
+    x = maps(*shape, device=device)
+    options = OPTIONS["mask"](x) | {"kind": kind}
+    for reduction in REDUCTIONS:
+        results = []
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            results.append(loss_and_grads(x, reduction=reduction, **options))
+        for result in results[1:]:
+            assert_same(result, results[0])
+
+
+@every_kind
+def test_head_is_the_same_alone(kind: str) -> None:
+    """Wherever it stands in a batch, and whoever stands beside it: threads share the heads out."""
+    if _ops.backends()["attention_map_fwd"]["CPU"] == "reference":
+        pytest.skip("torch's products may depend on the batch")
+    x = maps(3, 2, 20, 33, 24)
+    for reduction in ("sum", "none"):
+        _, *grads = loss_and_grads(x, kind=kind, reduction=reduction)
+        for i, j in itertools.product(range(3), range(2)):
+            alone = Maps(*(y[i : i + 1, j : j + 1] for y in x))
+            given = loss_and_grads(alone, kind=kind, reduction=reduction)[1:]
+            assert_same(given, [grad[i : i + 1, j : j + 1] for grad in grads])
+
+
+# torch.library and torch.compile
+
+
+def opcheck_inputs(case: str, device: str) -> tuple[Maps, dict[str, Any]]:
+    new = partial(draw, device=device)
+    dtype = {"bfloat16": BFLOAT, "float16": HALF}.get(case, FLOAT)
+    if case == "strided":
+        q_s, k_s, _ = new(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        return Maps(q_s, k_s, new(2, 3, 4, 5).mT, new(2, 1, 5, 4).expand(-1, 3, -1, -1)), {}
+    if case == "transposed":
+        return Maps(new(2, 3, 4, 5).mT, new(2, 3, 4, 10).mT[:, :, ::2], new(2, 3, 5, 4),
+                    new(2, 3, 5, 8)[..., ::2]), {}  # fmt: skip
+    x = maps(2, 3, 5, 7, 4, 6, dtype, FLOAT, device)
+    return x, {} if case == "plain" else OPTIONS["everything"](x)
+
+
+@every_device
+@pytest.mark.parametrize(
+    ("case", "kind", "reduction"),
+    [
+        ("plain", "kl", "mean"), ("bfloat16", "js", "sum"), ("float16", "mse", "none"),
+        ("strided", "reverse_kl", "none"), ("transposed", "kl", "mean"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_opcheck(operation: str, case: str, kind: str, reduction: str, device: str) -> None:
+    """Schema, fake, autograd registration and AOT dispatch, by torch's own checks."""
+    if operation == "attention_map_fwd_grad" and reduction == "none":
+        reduction = "sum"  # it has one number to give
+    x, options = opcheck_inputs(case, device)
+    arguments = operation_options(x, kind=kind, reduction=reduction, **options)
+    loss, stats = OPS.attention_map_fwd(*x, *arguments)
+    inputs = (*x, *arguments)
+    if operation == "attention_map_bwd":
+        inputs = (torch.ones_like(loss), *x, stats, *arguments)
+    results = torch.library.opcheck(getattr(OPS, operation).default, inputs)
+    assert set(results.values()) == {"SUCCESS"}
+    assert len(results) == 4
+
+
+@every_device
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype"),
+    [
+        ("plain", "kl", FLOAT), ("everything", "js", FLOAT), ("mask", "reverse_kl", BFLOAT),
+        ("T_4", "mse", HALF), ("everything", "kl", DOUBLE),
+    ],
+)  # fmt: skip
+def test_compile(
+    name: str, kind: str, dtype: torch.dtype, dynamic: bool, device: str, compiled: Callable
+) -> None:
+    """One graph, as good as eager in value and gradient."""
+    x = maps(2, 3, 5, 7, 16, 24, dtype=dtype, device=device)
+    function = compiled(attention_map_loss, dynamic=dynamic)
+    options = OPTIONS[name](x) | {"kind": kind, "reductions": ["mean", "none"]}
+    check(x, function=function, **options)
+
+
+@every_device
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile_once_for_all_shapes(reduction: str, device: str, compiled: Callable) -> None:
+    function = compiled(attention_map_loss)
+    for batch, queries, keys in ((2, 5, 7), (3, 9, 8), (4, 33, 40)):
+        x = maps(batch, 3, queries, keys, 16, 24, device=device)
+        mask = key_mask(batch, keys, device)
+        leaves = [y.clone().requires_grad_() for y in x.student]
+        for y in (*leaves, *x.teacher):
+            torch._dynamo.mark_dynamic(y, 0)
+            torch._dynamo.mark_dynamic(y, 2)
+        torch._dynamo.mark_dynamic(mask, 0)
+        torch._dynamo.mark_dynamic(mask, 1)
+        stance = "default" if batch == 2 else "fail_on_recompile"
+        with torch.compiler.set_stance(stance):
+            loss = function(*leaves, *x.teacher, reduction=reduction, key_mask=mask)
+        given = loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+        assert_all_close(given, loss_and_grads(x, reduction=reduction, key_mask=mask))
+
+
+@every_device
+def test_compile_without_gradient(device: str, compiled: Callable) -> None:
+    x = maps(*SMALL, device=device)
+    function = compiled(attention_map_loss)
+    assert_close(function(*x), attention_map_loss(*x))
+    with torch.no_grad():
+        loss = function(*(y.clone().requires_grad_() for y in x.student), *x.teacher)
+    assert not loss.requires_grad
+    assert_close(loss, attention_map_loss(*x))
+
+
+@every_device
+def test_compile_with_inductor(device: str) -> None:
+    """Among other operations, which inductor fuses and ours does not disturb."""
+    torch._dynamo.reset()
+    x = maps(*SMALL, device=device)
+
+    def step(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+        return 3 * attention_map_loss(2 * q_s + 1, k_s.sigmoid(), q_t.tanh(), k_t, temperature=2.0)
+
+    given = loss_and_grads(x, torch.compile(step, fullgraph=True))
+    assert_all_close(given, loss_and_grads(x, step))

@@ -1,0 +1,148 @@
+"""The CUDA kernels without a GPU: what the compiler made of them, and what they do when emulated.
+
+The emulator (cuda_emulator/emulator.h) runs the tests that compare with the float64 references, and
+under sanitizers those that a GPU has for compute-sanitizer.
+"""
+
+import importlib.util
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support import cuda_tools
+from support.cuda_tools import CSRC, build_emulated
+from support.process_tools import files_of, run_tests
+
+FILES = sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def test_no_register_spills() -> None:
+    """On any architecture that the extension holds."""
+    spec = importlib.util.find_spec("vitkd_fast._C")
+    triton = importlib.util.find_spec("triton")
+    if spec is None or triton is None or not (spec.origin and triton.origin):
+        pytest.skip("the extension is not built, or there is no Triton, which has cuobjdump")
+    cuobjdump = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    result = subprocess.run(
+        [cuobjdump, "-res-usage", spec.origin], capture_output=True, text=True, check=False
+    )
+    cubins = [x for x in result.stdout.split("\nFatbin elf code:") if "Resource usage" in x]
+    if not cubins:
+        pytest.skip("the extension was built without CUDA")
+    assert {re.search(r"(\w+\.cu)\n", x)[1] for x in cubins} == {f.name for f in FILES}
+    for cubin in cubins:
+        kernels = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*? LOCAL:(\d+)", cubin)
+        assert kernels
+        assert [name for name, *of_memory in kernels if of_memory != ["0", "0"]] == []
+
+
+# on the emulator
+
+if platform.machine() != "x86_64":
+    pytest.skip("the emulator switches stacks in x86-64 assembly", allow_module_level=True)
+
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_emulated(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_emulated(tmp_path_factory.mktemp("sanitized"), *SANITIZERS)
+
+
+def run_emulated(
+    library: Path, cwd: Path, stem: str, chosen: str, marked: str = "not gpu and not slow",
+    **environment: str,
+) -> None:  # fmt: skip
+    run_tests(
+        cwd, [cuda_tools.__file__], *files_of(stem), "-k", chosen, "-m", marked, "-s",
+        "-p", "no:faulthandler", VITKD_EMULATED=str(library), **environment,
+    )  # fmt: skip
+
+
+def sanitizers() -> dict[str, str]:
+    """The environment in which a library with sanitizers can be loaded."""
+    libraries = [
+        subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
+        for name in ("asan", "ubsan")
+    ]
+    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options}
+
+
+# forms of every kind of test that are quick there
+QUICK = {
+    "kd": "match and (plain or everything or 1001 or 70000 or layouts) or extreme and few "
+          "or bitwise and labels or in_any_form",
+    "attention_map": "(shapes_match and 49 and not long) or (dtypes_match and js) or "
+                     "(layouts_match and bfloat16 and 20) or (bitwise and 150) or "
+                     "(extreme and few and (mse or reverse_kl))",
+    "int8_ops": "shapes_match and (24 or 40) or forms_match or ties_match or extreme_sums",
+    "rkd": "rkd and (match or extreme)",
+}  # fmt: skip
+NOT_THERE = "not on_the_cpu and not instruction_set and not backend and not 10000"
+
+
+@pytest.mark.parametrize("stem", QUICK)
+def test_values(stem: str, emulated: Path, tmp_path: Path) -> None:
+    chosen = f"({QUICK[stem]}) and {NOT_THERE}"
+    run_emulated(emulated, tmp_path, stem, chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", QUICK)
+def test_all_values(stem: str, emulated: Path, tmp_path: Path) -> None:
+    chosen = f"(match or extreme or bitwise or factor or compile) and {NOT_THERE}"
+    run_emulated(emulated, tmp_path, stem, chosen, "not gpu")
+
+
+@pytest.mark.parametrize(
+    ("stem", "chosen"),
+    [
+        ("kd", "Sanitize"), ("int8_ops", "Sanitize"), ("rkd", "Sanitize"),
+        ("attention_map", "Sanitize and not (values and (js or mse))"),
+        pytest.param("attention_map", "Sanitize", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_under_sanitizers(stem: str, chosen: str, sanitized: Path, tmp_path: Path) -> None:
+    """No byte beside an array is touched, and every thread meets the others where it must."""
+    run_emulated(sanitized, tmp_path, stem, chosen, **sanitizers())
+
+
+MISTAKES = {
+    "no barrier": ("kd", "x;\n  __syncthreads();\n  x =", "x;\n  x =", "bitwise and 70000"),
+    "no barrier between uses": ("rkd", "  __syncthreads();  // of what", "  // of what", "bitwise"),
+    "no barrier between walks":
+        ("attention_map", "    __syncthreads();  // an earlier", "    // an earlier",
+         "bitwise and 150 and js"),
+    "no wait": ("attention_map", "      wait_for_all_but<0>();\n", "", "bitwise and 150 and js"),
+    "wait for too little":
+        ("int8_pwconv", "but<kStages - 2>", "but<kStages - 1>", "pwconv_forms_match"),
+    "a lane too few": ("rkd", "step /= 2) x +=", "step /= 2) if (threadIdx.x % 32 != 5) x +=",
+                       "bitwise and rkd"),
+    "a row too many": ("attention_map", "first + r < x.tokens ?", "first + r <= x.tokens ?",
+                       "Sanitize and 65"),
+    "a column too many": ("int8_dwconv", "<= c.width", "<= c.width + 1", "Sanitize"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_found(mistake: str, tmp_path: Path) -> None:
+    stem, right, wrong, chosen = MISTAKES[mistake]
+
+    def change(text: str) -> str:
+        assert text.count(right) == 1
+        return text.replace(right, wrong)
+
+    library = build_emulated(tmp_path, *SANITIZERS, only=stem, change=change)
+    tests = stem.replace("dwconv", "ops").replace("pwconv", "ops")
+    with pytest.raises(AssertionError, match=r"FAILED|AddressSanitizer|CUDA emulator"):
+        run_emulated(library, tmp_path, tests, chosen, **sanitizers())

@@ -1,0 +1,408 @@
+"""What holds for at_loss, feature_loss, nst_loss and rkd_loss alike.
+
+Values and gradients are compared with the usual, materialising forms in float64 on the same rounded
+inputs. Tests whose names hold "match" or "extreme" also run for rkd_loss once per instruction set
+of the host, and on the reference backend (test_rkd.py).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from support.cuda_tools import captured
+from support.feature_tools import (
+    BFLOAT,
+    DOUBLE,
+    FLOAT,
+    HALF,
+    KINDS,
+    LOSSES,
+    SPATIAL,
+    USUAL,
+    as_tokens,
+    assert_near,
+    check,
+    draw,
+    every_device,
+    every_dtype,
+    every_loss,
+    every_spatial,
+    loss_and_grad,
+)
+from vitkd_fast.functional import _features, at_loss, feature_loss, nst_loss, rkd_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# values
+
+
+@every_device
+@every_loss
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 6, 5, 7, 4), (1, 1, 1, 1, 1), (3, 5, 1, 1, 2), (3, 3, 4, 4, 3), (7, 33, 3, 3, 17)],
+    ids=str,
+)
+def test_shapes_match(name: str, shape: tuple[int, ...], device: str) -> None:
+    """[batch, C_s, H, W] beside [batch, C_t, H, W]."""
+    batch, c_s, height, width, c_t = shape
+    if name == "cosine":  # of one channel, it is +-1 and has no gradient
+        c_s, c_t = max(c_s, 2), max(c_t, 2)
+    check(
+        name,
+        draw(batch, c_s, height, width, device=device),
+        draw(batch, c_t, height, width, device=device),
+    )
+
+
+@every_device
+@every_loss
+@every_dtype
+def test_dtypes_match(name: str, dtype: torch.dtype, device: str) -> None:
+    check(name, draw(6, 5, 4, 4, dtype=dtype, device=device), draw(6, 7, 4, 4, device=device))
+
+
+@every_device
+@every_spatial
+@pytest.mark.parametrize("form", ["tokens", "with_cls", "channels_last", "crop", "expanded"])
+def test_teachers_in_any_form_match(name: str, form: str, device: str) -> None:
+    """Read in place, whatever the strides."""
+    x, t = draw(3, 5, 4, 6, device=device), draw(3, 8, 4, 6, device=device)
+    given = {
+        "tokens": as_tokens(t).contiguous(),
+        "with_cls": torch.cat([draw(3, 5, 8, device=device), as_tokens(t)], 1)[:, 5:],
+        "channels_last": t.to(memory_format=torch.channels_last),
+        "crop": F.pad(t, (1, 2, 3, 1))[:, :, 3:7, 1:7],
+        "expanded": t[:1].expand(3, -1, -1, -1),
+    }[form]
+    check(name, x, given if form == "expanded" else t, given)
+
+
+@every_device
+@every_spatial
+@pytest.mark.parametrize("form", ["tokens", "channels_last", "crop", "expanded", "transposed"])
+def test_students_in_any_form_match(name: str, form: str, device: str) -> None:
+    x, t = draw(3, 5, 4, 6, device=device), draw(3, 8, 4, 6, device=device)
+    if form == "tokens":
+        value, grad = loss_and_grad(LOSSES[name], as_tokens(x).contiguous(), t)
+        want, want_grad = loss_and_grad(LOSSES[name], x, t)
+        assert_near(value, want.double(), 64)
+        assert_near(grad, as_tokens(want_grad).double(), 64)
+        return
+    given = {
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "crop": F.pad(x, (1, 2, 3, 1))[:, :, 3:7, 1:7],
+        "expanded": x[:1].expand(3, -1, -1, -1),
+        "transposed": x.transpose(0, 1).contiguous().transpose(0, 1),
+    }[form]
+    check(name, given, t)
+
+
+@every_device
+@pytest.mark.parametrize(
+    ("grid", "teacher"),
+    [((14, 14), (7, 7)), ((7, 7), (14, 14)), ((6, 4), (3, 8)), ((8, 6), (5, 3))],
+    ids=str,
+)
+@every_spatial
+def test_grids_that_differ_match(
+    name: str, grid: tuple[int, int], teacher: tuple[int, int], device: str
+) -> None:
+    """The student is resized: its map q for at, else its features."""
+    x, t = draw(2, 5, *grid, device=device), draw(2, 4, *teacher, device=device)
+
+    def resized(a: Tensor) -> Tensor:
+        if grid[0] >= teacher[0] and grid[1] >= teacher[1]:
+            return F.adaptive_avg_pool2d(a, teacher)
+        return F.interpolate(a, teacher, mode="bilinear", align_corners=False)
+
+    def usual(a: Tensor, b: Tensor) -> Tensor:
+        if not name.startswith("at"):
+            return USUAL[name](resized(a), b)
+        p = {"at": 2.0, "at_p1": 1.0, "at_p3": 3.0}[name]
+        q_s = resized(a.abs().pow(p).sum(1, keepdim=True)).flatten(1)
+        q_t = b.abs().pow(p).sum(1).flatten(1)
+        return (F.normalize(q_s) - F.normalize(q_t)).square().sum(1).mean()
+
+    want, want_grad = loss_and_grad(usual, x.double(), t.double())
+    for given, options in ((t, {}), (as_tokens(t), {"teacher_grid": teacher})):
+        value, grad = loss_and_grad(partial(LOSSES[name], **options), x, given)
+        assert_near(value, want, 64)
+        assert_near(grad, want_grad, 64)
+    if teacher[0] == teacher[1]:  # a square needs no telling
+        assert torch.equal(LOSSES[name](x, as_tokens(t)), value)
+
+
+@pytest.mark.parametrize("tile", [1, 40, 200, 1000])
+@pytest.mark.parametrize("name", [*SPATIAL])
+def test_tiles_match(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of parts of a sample, of one and of a few."""
+    monkeypatch.setattr(_features, "TILE", tile)
+    x, t = draw(5, 6, 4, 3), draw(5, 7, 4, 3)
+    check(name, x, t)
+    check(name, x.to(memory_format=torch.channels_last), t)
+
+
+@every_device
+@every_spatial
+def test_reductions_match(name: str, device: str) -> None:
+    x, t = draw(4, 5, 3, 3, device=device), draw(4, 6, 3, 3, device=device)
+    value, grad = loss_and_grad(LOSSES[name], x, t)
+    total, total_grad = loss_and_grad(partial(LOSSES[name], reduction="sum"), x, t)
+    count = {"mse": 4 * 6 * 9, "smooth_l1": 4 * 6 * 9, "cosine": 4 * 9}.get(name, 4)
+    assert_near(total, count * value.double())
+    assert_near(total_grad, count * grad.double())
+    if count != 4:
+        return
+    leaf = x.clone().requires_grad_()
+    rows = LOSSES[name](leaf, t, reduction="none")
+    assert rows.shape == (4,)
+    assert_near(rows.detach().mean(), value.double())
+    by = draw(4, device=device)
+    (given,) = torch.autograd.grad(rows, leaf, by)
+    assert_near(given, by.double().view(4, 1, 1, 1) * total_grad.double())
+
+
+# what holds for all
+
+
+@every_device
+@every_loss
+@every_dtype
+def test_extreme_identical_inputs_give_zero(name: str, dtype: torch.dtype, device: str) -> None:
+    """Exactly, where no product stands between the features and their difference."""
+    x = draw(5, 6, 4, 4, dtype=dtype, device=device)
+    loss = feature_loss if name in KINDS else LOSSES[name]
+    if name in KINDS:
+        loss = partial(feature_loss, kind=name)
+    value, grad = loss_and_grad(loss, x, x.clone())
+    if name in ("cosine", "nst"):
+        eps = torch.finfo(value.dtype).eps
+        assert value.abs() <= (4 * eps if name == "cosine" else 64 * eps**2)
+        assert grad.abs().max() <= 8 * eps
+    else:
+        assert value == 0
+        assert (grad == 0).all()
+
+
+@every_device
+@every_loss
+def test_empty_batch(name: str, device: str) -> None:
+    x, t = draw(0, 5, 4, 4, device=device), draw(0, 6, 4, 4, device=device)
+    value, grad = loss_and_grad(LOSSES[name], x, t)
+    assert value == 0
+    assert grad.shape == x.shape
+    if name != "rkd":
+        value, grad = loss_and_grad(LOSSES[name], draw(0, 5, 8, 8, device=device), t)
+        assert value == 0
+
+
+@every_device
+@every_loss
+def test_bitwise_the_same_twice(name: str, device: str) -> None:
+    torch.set_num_threads(2)
+    x, t = draw(40, 12, 7, 7, device=device), draw(40, 16, 7, 7, device=device)
+    first, second = (loss_and_grad(LOSSES[name], x, t) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name: str) -> None:
+    x, t = draw(3, 4, 2, 3, dtype=DOUBLE), draw(3, 5, 2, 3, dtype=DOUBLE)
+    assert torch.autograd.gradcheck(lambda a: LOSSES[name](a, t), x.requires_grad_())
+
+
+@every_device
+@every_loss
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT], ids=str)
+def test_loss_times_a_factor(name: str, dtype: torch.dtype, device: str) -> None:
+    """A loss scale reaches float16 before it is rounded."""
+    x = draw(6, 5, 4, 4, dtype=dtype, device=device)
+    t = draw(6, 7, 4, 4, dtype=dtype, device=device)
+    wide = LOSSES[name]
+    if name in KINDS:
+        weight = draw(7, 5, dtype=dtype, device=device)
+        wide = partial(feature_loss, weight=weight.float(), kind=name)
+    _, want = loss_and_grad(wide, x.float(), t.float())
+    narrow = partial(wide, weight=weight) if name in KINDS else wide
+    for factor in (1.0, 1024.0, -0.5):
+        _, grad = loss_and_grad(lambda a, b, by=factor: by * narrow(a, b), x, t)
+        assert grad.dtype == dtype
+        assert_near(grad, factor * want.double(), 64)
+
+
+@every_loss
+def test_backward_twice_and_used_twice(name: str) -> None:
+    x, t = draw(6, 5, 4, 4).requires_grad_(), draw(6, 7, 4, 4)
+    loss = LOSSES[name](x, t)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(2 * loss, x, retain_graph=True)
+    assert torch.equal(first, kept)
+    assert torch.equal(second, 2 * kept)
+    (loss + 3 * loss).backward()
+    assert torch.equal(x.grad, 4 * kept)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@every_loss
+def test_differentiable_once(name: str) -> None:
+    x, t = draw(6, 5, 4, 4).requires_grad_(), draw(6, 7, 4, 4)
+    loss = LOSSES[name](x, t)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.square().sum().backward()
+
+
+@every_loss
+def test_teacher_is_a_constant(name: str) -> None:
+    """Also where it comes from inference mode; the loss is the same without a gradient."""
+    x = draw(6, 5, 4, 4)
+    with torch.inference_mode():
+        t = draw(6, 7, 4, 4)
+    want = loss_and_grad(LOSSES[name], x, t.clone())
+    given = loss_and_grad(LOSSES[name], x, t)
+    assert all(map(torch.equal, given, want))
+    x.requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(LOSSES[name](x, t), want[0])
+    with torch.inference_mode():
+        assert torch.equal(LOSSES[name](x, t), want[0])
+
+
+@every_spatial
+def test_layout_of_the_gradient(name: str) -> None:
+    """As the student's, so that what comes before it need not be reordered."""
+    x, t = draw(2, 5, 4, 4).to(memory_format=torch.channels_last), draw(2, 6, 4, 4)
+    _, grad = loss_and_grad(LOSSES[name], x, t)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in a tensor that any operation gave back as its own memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and not func.is_view:
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_large_is_made(name: str) -> None:
+    """Nothing of the teacher's size, of the projected size, or of pairs of channels or triplets."""
+    x, t = draw(16, 8, 14, 14), draw(16, 197, 384)[:, 1:]
+    if name == "rkd":
+        x, t = draw(64, 500), draw(64, 3000)
+    with Largest() as largest:
+        loss_and_grad(LOSSES[name], x, t)
+    assert 0 < largest.numel <= max(x.numel(), _features.TILE)
+    assert largest.numel < t.numel() / 4
+
+
+# compilers
+
+
+@every_device
+@every_loss
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
+def test_compile(name: str, dtype: torch.dtype, device: str) -> None:
+    torch.compiler.reset()
+    new = partial(draw, dtype=dtype, device=device)
+    x, t, weight = new(4, 5, 4, 4), new(4, 17, 7)[:, 1:], new(7, 5)
+    loss = partial(LOSSES[name], weight=weight) if name in KINDS else LOSSES[name]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    want = loss_and_grad(loss, x, t)
+    for a, b in zip(loss_and_grad(compiled, x, t), want, strict=True):
+        assert a.dtype == b.dtype
+        tolerance = 1e-5 if a.dtype == FLOAT else 1e-2
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["at", "rkd"])
+def test_compile_with_dynamic_shapes(name: str) -> None:
+    """Batch and grid."""
+    torch.compiler.reset()
+    weight = draw(7, 5)
+    loss = partial(LOSSES[name], weight=weight) if name in KINDS else LOSSES[name]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch, side in ((4, 4), (6, 3)):
+        x, t = draw(batch, 5, side, side), draw(batch, side * side + 1, 7)[:, 1:]
+        want = loss_and_grad(loss, x, t)
+        for a, b in zip(loss_and_grad(compiled, x, t), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+@every_device
+def test_compile_with_inductor(device: str) -> None:
+    def losses(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
+        total = at_loss(x, t) + nst_loss(x, t) + feature_loss(x, t, w)
+        return total + rkd_loss(x.flatten(1), t.flatten(1))
+
+    torch.compiler.reset()
+    x, t, w = (draw(*shape, device=device) for shape in ((4, 5, 4, 4), (4, 16, 7), (7, 5)))
+    want = loss_and_grad(partial(losses, w=w), x, t)
+    given = loss_and_grad(torch.compile(partial(losses, w=w), fullgraph=True), x, t)
+    for a, b in zip(given, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+# what only a GPU has
+
+
+def on_gpu(name: str) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
+    """A loss, its projection already on the GPU, and a student and a teacher for it."""
+    loss = LOSSES[name]
+    if name in KINDS:
+        loss = partial(loss, weight=draw(17, 12, device="cuda"))
+    return loss, draw(16, 12, 7, 7, device="cuda"), draw(16, 17, 7, 7, device="cuda")
+
+
+@pytest.mark.gpu
+@every_loss
+def test_cuda_graph(name: str) -> None:
+    """Forward and backward replayed, while student and teacher change."""
+    loss, x, t = on_gpu(name)
+    leaf = x.requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        value = loss(leaf, t)
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    graph, results = captured(step)
+    for _ in range(3):
+        with torch.no_grad():
+            leaf.copy_(draw(*x.shape))
+            t.copy_(draw(*t.shape))
+        graph.replay()
+        given = [y.clone() for y in results]
+        for y, want in zip(given, step(), strict=True):
+            assert_near(y, want.double(), 64)
+
+
+@pytest.mark.gpu
+@every_loss
+def test_no_host_synchronisation(name: str) -> None:
+    loss, x, t = on_gpu(name)
+    loss_and_grad(loss, x, t)  # compiles, loads and allocates what may synchronise the first time
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_and_grad(loss, x, t)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

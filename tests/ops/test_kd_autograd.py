@@ -1,0 +1,388 @@
+"""kd_loss as a part of torch: autograd, torch.library and torch.compile."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from support.kd_tools import (
+    BFLOAT,
+    DOUBLE,
+    FLOAT,
+    HALF,
+    MAIN_OPTIONS,
+    OPS,
+    OPTIONS,
+    PATHS,
+    REDUCTIONS,
+    check,
+    draw,
+    every_device,
+    every_reduction,
+    is_tensor,
+    loss_and_grad,
+    operation_options,
+    options_for,
+    pair,
+)
+from vitkd_fast.functional import kd_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# autograd
+
+every_path = pytest.mark.parametrize(("dtype", "reduction"), PATHS, ids=str)
+
+
+@every_device
+@every_reduction
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradcheck(name: str, reduction: str, device: str) -> None:
+    """The gradient is formed in the forward for "mean" and "sum", in the backward for "none"."""
+    student, teacher = pair(4, 5, 2, dtype=DOUBLE, device=device)
+    options = options_for(name, student, 1)
+    function = partial(kd_loss, teacher=teacher, reduction=reduction, **options)
+    assert torch.autograd.gradcheck(function, student.requires_grad_())
+
+
+@every_device
+@every_path
+def test_loss_times_a_factor(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """The incoming gradient is any number, and 0 for what has no share in the result.
+
+    In bfloat16 a gradient that was formed in the forward is rounded again by a factor that is no
+    power of 2.
+    """
+    student, teacher = pair(9, 33, dtype=dtype, device=device)
+    for factor in (3.0, -0.7, 0.0, 65536.0, 2.0**-10):
+        for name in MAIN_OPTIONS:
+            check(
+                student, teacher, reductions=[reduction], grad_loss=factor,
+                roundings=2 if dtype == BFLOAT and factor in (3.0, -0.7) else 1,
+                **options_for(name, student),
+            )  # fmt: skip
+
+
+@every_device
+def test_gradient_scale_reaches_float16_before_it_is_rounded(device: str) -> None:
+    """Scaled by 65536, gradients that float16 would have lost: most of them are lost without."""
+    student, teacher = pair(512, 1000, dtype=HALF, device=device)
+    teacher = student + 0.01 * teacher
+    (lost,) = torch.autograd.grad(kd_loss(student.requires_grad_(), teacher), student)
+    assert (lost == 0).float().mean() > 0.5
+    for reduction in ("mean", "sum", "none"):
+        check(student, teacher, reductions=[reduction], grad_loss=65536.0)
+
+
+@every_device
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=str)
+def test_incoming_gradient_of_any_strides(dtype: torch.dtype, device: str) -> None:
+    student, teacher = pair(2, 13, 5, 7, dtype=dtype, device=device)
+    leaf = student.requires_grad_()
+    loss = kd_loss(leaf, teacher, class_dim=1, reduction="none")
+    new = partial(draw, dtype=loss.dtype, device=device)
+    for strided in (
+        new(1, 1, 1).expand(2, 5, 7),
+        new(2, 1, 7).expand(2, 5, 7),
+        new(2, 7, 5).transpose(1, 2),
+        new(2, 5, 14)[..., ::2],
+        new(7, 5, 2).permute(2, 1, 0),
+    ):
+        given, want = (
+            torch.autograd.grad(loss, leaf, x, retain_graph=True)[0]
+            for x in (strided, strided.contiguous())
+        )
+        assert torch.equal(given, want)
+    (given,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=True)  # expanded by autograd
+    assert torch.equal(given, torch.autograd.grad(loss, leaf, torch.ones_like(loss))[0])
+
+
+@every_device
+@every_path
+def test_loss_used_twice(dtype: torch.dtype, reduction: str, device: str) -> None:
+    student, teacher = pair(6, 40, dtype=dtype, device=device)
+    leaf = student.clone().requires_grad_()
+    loss = kd_loss(leaf, teacher, reduction=reduction)
+    (3 * loss + loss).sum().backward()
+    want = loss_and_grad(student, teacher, lambda *x: 4 * kd_loss(*x, reduction=reduction))
+    assert torch.equal(leaf.grad, want[1])
+
+
+@every_device
+@every_path
+def test_backward_twice(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """Each gives the same gradient, its own to keep; and none a third time."""
+    student, teacher = pair(6, 40, dtype=dtype, device=device)
+    leaf = student.requires_grad_()
+    options = options_for("labels", student)
+    loss = kd_loss(leaf, teacher, reduction=reduction, **options).sum()
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(2 * loss, leaf, retain_graph=True)
+    assert torch.equal(first, kept)
+    assert torch.equal(second, 2 * kept)
+    assert first.data_ptr() != second.data_ptr()
+
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert torch.equal(leaf.grad, 2 * kept)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    assert torch.equal(leaf.grad, 2 * kept)
+
+
+@every_device
+@every_path
+def test_gradients_accumulate(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """Into the tensor that is there, over losses and steps."""
+    student, teacher = pair(6, 40, dtype=dtype, device=device)
+    leaf = student.clone().requires_grad_()
+    leaf.grad = there = torch.ones_like(student)
+    wanted = torch.ones_like(student)
+    for temperature in (1.0, 4.0):
+        options = {"temperature": temperature, "reduction": reduction}
+        kd_loss(leaf, teacher, **options).sum().backward()
+        wanted += loss_and_grad(student, teacher, **options)[1]
+    assert leaf.grad is there
+    assert torch.equal(there, wanted)
+
+    leaf.grad = None  # the first gradient may become .grad itself: the next must not spoil it
+    kd_loss(leaf, teacher, reduction=reduction).sum().backward()
+    first = leaf.grad.clone()
+    kd_loss(leaf, 2 * teacher, reduction=reduction).sum().backward()
+    second = loss_and_grad(student, 2 * teacher, reduction=reduction)[1]
+    assert torch.equal(leaf.grad, first + second)
+
+
+@every_device
+@every_path
+def test_loss_is_differentiable_once(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """A penalty on the gradient is an error, and never left out silently."""
+    student, teacher = pair(6, 40, dtype=dtype, device=device)
+    leaf = student.requires_grad_()
+    # the incoming gradient does not require grad, and does
+    for function in (lambda loss: loss.sum(), lambda loss: loss.square().sum()):
+        loss = function(kd_loss(leaf, teacher, reduction=reduction))
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            (loss + grad.float().square().sum()).backward()
+
+
+@every_device
+@every_path
+def test_gradient_flows_through_the_student(
+    dtype: torch.dtype, reduction: str, device: str
+) -> None:
+    student, teacher = pair(6, 40, dtype=dtype, device=device)
+    weight = torch.ones(40, dtype=dtype, device=device, requires_grad=True)
+    kd_loss(student * weight, teacher, reduction=reduction).sum().backward()
+    _, grad = loss_and_grad(student, teacher, reduction=reduction)
+    assert_close(weight.grad, (grad * student).sum(0))
+
+
+@every_device
+@every_path
+def test_constants_made_in_inference_mode(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """Teacher, labels and the rest as a teacher run under torch.inference_mode leaves them."""
+    student = draw(6, 40, dtype=dtype, device=device)
+    with torch.inference_mode():
+        teacher = draw(6, 40, dtype=dtype, device=device)
+        options = options_for("everything", teacher) | {"reduction": reduction}
+    ordinary = {k: v.clone() if is_tensor(v) else v for k, v in options.items()}
+    ordinary["labels"] = tuple(x.clone() for x in options["labels"])
+    given = loss_and_grad(student, teacher, **options)
+    want = loss_and_grad(student, teacher.clone(), **ordinary)
+    assert torch.equal(given[0], want[0])
+    assert torch.equal(given[1], want[1])
+
+
+@every_device
+@every_path
+def test_without_gradient(dtype: torch.dtype, reduction: str, device: str) -> None:
+    """The same loss, as good as the one with a gradient, and no graph."""
+    student, teacher = pair(6, 40, dtype=dtype, device=device)
+    options = options_for("everything", student) | {"reduction": reduction}
+    want, _ = loss_and_grad(student, teacher, **options)
+    leaf = student.clone().requires_grad_()
+    with torch.no_grad():
+        losses = [kd_loss(leaf, teacher, **options)]
+    with torch.inference_mode():
+        losses.append(kd_loss(leaf, teacher, **options))
+    losses.append(kd_loss(student, teacher, **options))
+    for loss in losses:
+        assert not loss.requires_grad
+        assert_close(loss, want)
+
+
+@every_device
+@every_path
+def test_student_changed_in_place_gives_no_wrong_gradient(
+    dtype: torch.dtype, reduction: str, device: str
+) -> None:
+    """Either the gradient at the logits of the forward, or an error."""
+    student, teacher = pair(6, 40, dtype=dtype, device=device)
+    _, want = loss_and_grad(student, teacher, reduction=reduction)
+    leaf = student.clone().requires_grad_()
+    logits = leaf * 1
+    loss = kd_loss(logits, teacher, reduction=reduction).sum()
+    with torch.no_grad():
+        logits.add_(1)
+    formed_in_forward = reduction != "none" and dtype != HALF
+    if formed_in_forward:
+        assert torch.equal(torch.autograd.grad(loss, leaf, retain_graph=True)[0], want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@every_device
+def test_operations_change_no_input(device: str) -> None:
+    student, teacher = pair(9, 40, device=device)
+    options = options_for("everything", student)
+    before = [student.clone(), teacher.clone(), *(x.clone() for x in options["labels"])]
+    before += [options["temperature"].clone(), options["row_weights"].clone()]
+    for reduction in REDUCTIONS:
+        loss_and_grad(student, teacher, reduction=reduction, **options)
+    after = [student, teacher, *options["labels"], options["temperature"], options["row_weights"]]
+    assert all(map(torch.equal, after, before))
+
+
+# torch.library and torch.compile
+
+
+@every_device
+@pytest.mark.parametrize(
+    ("name", "reduction", "dtype", "logits"),
+    [
+        ("plain", "mean", FLOAT, lambda new: (new(4, 10), 2 * new(4, 10))),
+        ("labels", "sum", BFLOAT, lambda new: (new(4, 40), new(4, 40).float())),
+        ("everything", "none", DOUBLE, lambda new: (new(3, 7), new(3, 7))),
+        ("everything", "mean", HALF, lambda new: (new(2, 5, 3, 4), new(2, 5, 3, 4))),
+        (
+            "mixup",
+            "none",
+            FLOAT,
+            lambda new: (
+                new(2, 5, 3, 4).to(memory_format=torch.channels_last),
+                new(4, 5, 3, 4)[::2],
+            ),
+        ),
+        ("smoothing", "sum", FLOAT, lambda new: (new(10, 4).t(), new(4, 20)[:, ::2])),
+        ("T_4", "none", FLOAT, lambda new: (new(5), new(5))),
+    ],
+    ids=["plain", "bfloat16", "float64", "dense", "strided", "transposed", "one_row"],
+)
+@pytest.mark.parametrize("operation", ["kd_fwd", "kd_fwd_grad", "kd_bwd", "kd_scale_"])
+def test_opcheck(
+    operation: str, name: str, reduction: str, dtype: torch.dtype, logits: Callable, device: str
+) -> None:
+    """Schema, fake, autograd registration and AOT dispatch, by torch's own checks."""
+    student, teacher = logits(partial(draw, dtype=dtype, device=device))
+    options = options_for(name, student, 1 if student.dim() == 4 else -1)
+    arguments = operation_options(student, reduction=reduction, **options)
+    loss, stats = OPS.kd_fwd(student, teacher, *arguments)
+    inputs = {
+        "kd_fwd": (student, teacher, *arguments),
+        "kd_fwd_grad": (student, teacher, *arguments),
+        "kd_bwd": (torch.ones_like(loss), student, teacher, stats, *arguments),
+        "kd_scale_": (torch.empty_like(student).copy_(student), stats.new_tensor(3.0)),
+    }[operation]
+    results = torch.library.opcheck(getattr(OPS, operation).default, inputs)
+    assert set(results.values()) == {"SUCCESS"}
+    assert len(results) == 4
+
+
+@every_device
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "class_dim"),
+    [
+        ("plain", FLOAT, (6, 40), -1),
+        ("everything", FLOAT, (6, 40), -1),
+        ("mixup_tensor", BFLOAT, (2, 5, 3, 4), 1),
+        ("T_tensor", HALF, (6, 40), -1),
+        ("ignored", DOUBLE, (4, 3, 7), -2),
+    ],
+)
+def test_compile(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], class_dim: int, dynamic: bool,
+    device: str, compiled: Callable,
+) -> None:  # fmt: skip
+    """One graph, as good as eager in value and gradient."""
+    student, teacher = pair(*shape, dtype=dtype, device=device)
+    options = options_for(name, student, class_dim)
+    check(student, teacher, function=compiled(kd_loss, dynamic=dynamic), **options)
+
+
+@every_device
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_compile_once_for_all_shapes(
+    name: str, reduction: str, device: str, compiled: Callable
+) -> None:
+    function = compiled(kd_loss)
+    for rows, classes in ((6, 40), (9, 33), (31, 1001)):
+        student, teacher = pair(rows, classes, device=device)
+        options = options_for(name, student)
+        beside = [x for x in options.values() if is_tensor(x)] + [*options.get("labels", ())]
+        leaf = student.clone().requires_grad_()
+        for x in (leaf, teacher, *beside):
+            torch._dynamo.mark_dynamic(x, 0)
+        for x in (leaf, teacher):
+            torch._dynamo.mark_dynamic(x, 1)
+        stance = "default" if rows == 6 else "fail_on_recompile"
+        with torch.compiler.set_stance(stance):
+            loss = function(leaf, teacher, reduction=reduction, **options)
+        (grad,) = torch.autograd.grad(loss.sum(), leaf)
+        want, want_grad = loss_and_grad(student, teacher, reduction=reduction, **options)
+        assert_close(loss, want)
+        assert_close(grad, want_grad)
+
+
+@every_device
+@pytest.mark.parametrize("kind", ["floats", "tensors"])
+def test_compile_with_changing_options(kind: str, device: str, compiled: Callable) -> None:
+    """Temperature and lam from call to call: tensors compile once. The teacher requires grad."""
+    student, teacher = pair(6, 40, device=device)
+    labels = torch.randint(40, (2, 6), device=device)
+    function = compiled(kd_loss)
+    for call, numbers in enumerate([(1.5, 0.3), (2.0, 0.5), (4.0, 0.7), (1.0, 1.0)]):
+        temperature, lam = torch.tensor(numbers, device=device) if kind == "tensors" else numbers
+        options = {"temperature": temperature, "ce_weight": 0.5, "labels": (*labels, lam)}
+        once = kind == "tensors" and call > 0
+        with torch.compiler.set_stance("fail_on_recompile" if once else "default"):
+            check(student, teacher, function=function, reductions=["mean"], **options)
+
+
+@every_device
+def test_compile_without_gradient(device: str, compiled: Callable) -> None:
+    student, teacher = pair(6, 40, device=device)
+    function = compiled(kd_loss)
+    assert_close(function(student, teacher), kd_loss(student, teacher))
+    with torch.no_grad():
+        loss = function(student.requires_grad_(), teacher)
+    assert not loss.requires_grad
+    assert_close(loss, kd_loss(student.detach(), teacher))
+
+
+@every_device
+def test_compile_with_inductor(device: str) -> None:
+    """Among other operations, which inductor fuses and ours does not disturb."""
+    torch._dynamo.reset()
+    student, teacher = pair(6, 40, device=device)
+    labels = torch.randint(40, (6,), device=device)
+
+    def step(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+        loss = kd_loss(2 * student + 1, teacher.sigmoid(), **options)
+        return loss * 3
+
+    function = torch.compile(step, fullgraph=True)
+    options = {"temperature": 4.0, "labels": labels, "ce_weight": 0.5}
+    given = loss_and_grad(student, teacher, function, **options)
+    want = loss_and_grad(student, teacher, step, **options)
+    assert_close(given[0], want[0])
+    assert_close(given[1], want[1])

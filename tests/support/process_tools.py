@@ -1,0 +1,83 @@
+"""Tests in processes of their own: other backends, other instruction sets, the interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitkd_fast import _ops
+
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+
+# other stems whose tests call the operations of one, too
+CALLERS = {"attention_map": ["relation"], "rkd": ["at", "feature", "nst"]}
+
+MATCHES = "match or extreme"  # tests that compare with the reference
+
+
+def files_of(stem: str) -> list[str]:
+    """The files with tests of an operation, but for Triton's, which run these in processes."""
+    found = [
+        file
+        for name in (stem, *CALLERS.get(stem, []))
+        for pattern in (f"test_{name}.py", f"test_{name}_*.py")
+        for file in (TESTS / "ops").glob(pattern)
+    ]
+    return sorted(str(file) for file in found if not file.stem.endswith("_triton"))
+
+
+def _environment(changes: dict[str, str]) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VITKD_FAST_", "TRITON_"))}
+    return kept | changes
+
+
+def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code outside the checkout."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd, env=_environment(environment), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def run_tests(cwd: Path, start: list[str], *arguments: str, **environment: str) -> None:
+    """Runs pytest in a process of its own, outside the checkout."""
+    fixed = ["-q", "--tb=short", "-p", "no:cacheprovider"]
+    fixed += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    result = subprocess.run(
+        [sys.executable, *start, *fixed, *arguments],
+        cwd=cwd, env=_environment(environment), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+    assert " failed" not in result.stdout
+
+
+def run_in_interpreter(cwd: Path, *arguments: str) -> None:
+    """Where Triton's kernels, interpreted, are the CPU's operations."""
+    start = [str(TESTS / "support/triton_tools.py")]
+    interpreted = {"TRITON_INTERPRET": "1", "VITKD_FAST_BACKEND": "reference"}
+    run_tests(cwd, start, *arguments, **interpreted)
+
+
+def run_matches(cwd: Path, stem: str, marked: str, **environment: str) -> None:
+    """The comparisons with the reference, where another environment chooses the kernels."""
+    files = files_of(stem)
+    run_tests(cwd, ["-m", "pytest"], *files, "-k", MATCHES, "-m", marked, **environment)
+
+
+def run_matches_on_a_gpu(cwd: Path, stem: str, backend: str) -> None:
+    """Skips where tests in this process run on that backend, or this build does not have it."""
+    name = {"reference": "reference", "triton": "Triton", "cuda": "CUDA C++"}[backend]
+    if name == _ops.backends()["kd_fwd"]["CUDA"]:  # all operations have the same
+        pytest.skip(f"the other files ran on {name}")
+    code = "from vitkd_fast import _ops; print({on['CUDA'] for on in _ops.backends().values()})"
+    served = python(code, cwd, VITKD_FAST_BACKEND=backend)
+    if backend == "cuda" and "has no CUDA C++ kernel in this build" in served.stderr:
+        pytest.skip("the extension was built without CUDA")
+    if backend == "triton":
+        pytest.importorskip("triton")
+    assert served.stdout == f"{{{name!r}}}\n", served.stderr
+    run_matches(cwd, stem, "gpu", VITKD_FAST_BACKEND=backend)
