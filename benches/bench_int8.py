@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("timm")
 
@@ -31,7 +33,6 @@ from PIL import Image
 
 import int8_peers
 from int8_peers import PEERS, Network
-from support.int8_builder import Builder
 from turns import Contender
 from vitkd_fast import _int8, int8
 from vitkd_fast.int8 import reference
@@ -214,14 +215,17 @@ def bench_depthwise(benchmark, capsys, channels, side, kernel):
     """
     if "avx512vnni" not in int8.isa():
         pytest.skip("needs AVX-512 VNNI")
-    builder = Builder()
-    builder.conv(channels, 3, inputs=(-1,), stride=(2, 2), padding=(1, 1, 1, 1), zero_point=0)
-    for _ in range(8):
-        # a multiple of 2^-16, as `quantize` has them before a ReLU
-        builder.conv(None, kernel, padding=(kernel // 2,) * 4, zero_point=0, multiplier=2.0**-9)
-    graph = builder.graph(2 * side)
+    images = int8_peers.smooth_images(8, 2 * side)
+    depthwise = functools.partial(
+        nn.Conv2d, channels, channels, kernel, padding="same", groups=channels
+    )
+    blocks = [layer for _ in range(8) for layer in (depthwise(), nn.ReLU())]
+    first = [nn.Conv2d(3, channels, 3, stride=2, padding=1), nn.ReLU()]
+    last = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 7)]
+    model = nn.Sequential(*first, *itertools.chain(*blocks), *last).eval()
+    graph = int8.quantize(model, images, **NORMALISED).graph
     session = int8.load(graph, isa="avx512vnni")
-    image = int8_peers.smooth_images(1)[:, : 2 * side, : 2 * side].copy()
+    image = images[:1]
     np.testing.assert_array_equal(session(image), reference.run(graph, image))
     rates, peaks = [], []
     for _ in range(7):

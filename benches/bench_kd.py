@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.cuda_tools import captured
 from vitkd_fast import functional, reference
 
 T = 4.0
@@ -168,7 +167,15 @@ def bench_forward(race, device, where, shape, dtype):
 
 def graphed(step):
     """The step as a CUDA graph: what remains without launch overhead."""
-    graph, value = captured(step)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step()
 
     def replay():
         graph.replay()
