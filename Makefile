@@ -107,7 +107,7 @@ gpu-sanitize: install  ## compute-sanitizer over the GPU tests made for it
 	@compute-sanitizer --error-exitcode 1 $(PY) -c "import torch; torch.ones(1, device='cuda')" || \
 	  { echo "make gpu-sanitize: unavailable: compute-sanitizer does not run on this GPU" >&2; exit 1; }
 	for tool in memcheck racecheck initcheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/pytest -m gpu -k sanitize || exit 1; \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/pytest -m "sanitized and gpu" || exit 1; \
 	done
 
 # the package is there already: pip adds what the extra names

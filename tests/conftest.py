@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -35,6 +36,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped, and why: a line for each reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:6} {reason}")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Of a marker with keywords, only the forms that have the values named there keep it."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    item.own_markers[:] = [
+        mark
+        for mark in item.own_markers
+        if mark.name not in ("every_isa", "emulated", "interpreted")
+        or all(params[name] in values for name, values in mark.kwargs.items())
+    ]
 
 
 @pytest.fixture(autouse=True)

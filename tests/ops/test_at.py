@@ -16,6 +16,7 @@ from vitkd_fast.functional import at_loss
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.every_isa
 @every_device
 def test_ready_map_matches(device: str) -> None:
     """The teacher's attention from the CLS token is a map already."""

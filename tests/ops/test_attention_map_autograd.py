@@ -58,6 +58,7 @@ def test_gradcheck(name: str, reduction: str, kind: str, device: str) -> None:
     assert torch.autograd.gradcheck(function, [y.requires_grad_() for y in x.student])
 
 
+@pytest.mark.every_isa
 @every_device
 @every_path
 def test_loss_times_a_factor(dtype: torch.dtype, reduction: str, device: str) -> None:
@@ -286,6 +287,8 @@ def test_operations_change_no_input(kind: str, device: str) -> None:
 # the same bits
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[(1, 1, 20, 150, 16)])
 @every_device
 @every_kind
 @pytest.mark.parametrize(
@@ -358,6 +361,7 @@ def test_opcheck(operation: str, case: str, kind: str, reduction: str, device: s
     assert len(results) == 4
 
 
+@pytest.mark.emulated(name=["everything"], dynamic=[False])
 @every_device
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(

@@ -14,11 +14,10 @@ import torch
 from support import amx_tools
 from support.attention_map_tools import loss_and_grads, maps, torch_rows
 from support.process_tools import (
-    MATCHES,
     files_of,
     python,
-    run_matches,
-    run_matches_on_a_gpu,
+    run_every_isa,
+    run_every_isa_on_a_gpu,
     run_tests,
 )
 from vitkd_fast import _ops, int8
@@ -111,18 +110,18 @@ def test_every_instruction_set(
         library = request.getfixturevalue("emulated_amx")
         start = [amx_tools.__file__]
         run_tests(
-            tmp_path, start, *files_of("attention_map"), "-k", MATCHES, "-m", marked,
+            tmp_path, start, *files_of("attention_map"), "-m", f"every_isa and {marked}",
             VITKD_EMULATED_AMX=str(library),
         )  # fmt: skip
     elif isa in int8.isa():
-        run_matches(tmp_path, "attention_map", marked, VITKD_FAST_ISA=isa)
+        run_every_isa(tmp_path, "attention_map", marked, VITKD_FAST_ISA=isa)
     else:
         pytest.skip(f"{isa} is not among what this CPU has: {', '.join(int8.isa())}")
 
 
 @pytest.mark.slow  # every day, test_reference_matches_torch looks at its maths
 def test_reference_backend(tmp_path: Path) -> None:
-    run_matches(tmp_path, "attention_map", "not gpu", VITKD_FAST_BACKEND="reference")
+    run_every_isa(tmp_path, "attention_map", "not gpu", VITKD_FAST_BACKEND="reference")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +130,7 @@ def test_reference_backend(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_backends_on_a_gpu(backend: str, tmp_path: Path) -> None:
     """Each that this build has, also those that another one usually stands in for."""
-    run_matches_on_a_gpu(tmp_path, "attention_map", backend)
+    run_every_isa_on_a_gpu(tmp_path, "attention_map", backend)
 
 
 @pytest.mark.parametrize("line", ["allow_tf32 = True", "fp32_precision = 'tf32'"])

@@ -59,43 +59,20 @@ every_device = pytest.mark.parametrize(
 
 # the processes that run what follows
 
-# each kind of test, on forms that are quick there: tens of milliseconds per program
-QUICK = "Values and (" + " or ".join(
-    f"({x})"
-    for x in (
-        "test_shapes and (js or reverse_kl) and not (130 or 100)",
-        "wide and 300 and js",
-        "test_dtypes and 0-torch.bfloat16 and reverse_kl",
-        "test_dtypes and 1-torch.float16 and mse",
-        "mixed and dtype1 and js",
-        "reductions and 4.0-1 and (mse or reverse_kl)",
-        "masks and 33 and float32 and (js or mse)",
-        "masks and 300 and float16 and js",
-        "without_keys and mse",
-        "layouts and reverse_kl",
-        "the_same_twice and js",
-        "equality and float32 and 100",
-        "extreme and reverse_kl",
-        "close_student and js",
-        "empty and mse",
-        "nan_stays and js",
-    )
-) + ")"  # fmt: skip
-
 
 def test_in_the_interpreter(tmp_path: Path) -> None:
-    run_in_interpreter(tmp_path, __file__, "-m", "not gpu and not slow", "-k", QUICK)
+    run_in_interpreter(tmp_path, __file__, "-m", "interpreted and not gpu and not slow")
 
 
 @pytest.mark.slow
 def test_all_in_the_interpreter(tmp_path: Path) -> None:
-    run_in_interpreter(tmp_path, __file__, "-m", "not gpu", "-k", "Values")
+    run_in_interpreter(tmp_path, __file__, "-m", "every_isa and not gpu")
 
 
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path) -> None:
     run_tests(
-        tmp_path, ["-m", "pytest"], __file__, "-m", "gpu", "-k", "Values",
+        tmp_path, ["-m", "pytest"], __file__, "-m", "every_isa and gpu",
         VITKD_FAST_BACKEND="triton",
     )  # fmt: skip
 
@@ -287,9 +264,11 @@ LONG_SHAPES = [(1, 1, 197, 197, 64, 64), (1, 1, 577, 577, 64, 32), (1, 2, 20, 10
 WIDE_SHAPES = [(1, 1, 17, 33, 192, 256), (1, 1, 33, 17, 300, 64), (1, 2, 9, 20, 64, 384)]
 
 
+@pytest.mark.every_isa
 @every_device
 @every_kind
 class TestValues:
+    @pytest.mark.interpreted(kind=[reference.JS, reference.REVERSE_KL])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_shapes_match(self, shape: tuple[int, ...], kind: int, device: str) -> None:
         check(draw(*shape, device=device), kind)
@@ -300,11 +279,15 @@ class TestValues:
         for dtype in (FLOAT, HALF, BFLOAT):
             check(draw(*shape, dtype=dtype, device=device), kind)
 
+    @pytest.mark.interpreted(shape=[WIDE_SHAPES[1]], kind=[reference.JS])
     @pytest.mark.parametrize("shape", WIDE_SHAPES, ids=str)
     def test_wide_shapes_match(self, shape: tuple[int, ...], kind: int, device: str) -> None:
         """A dim that is read block by block."""
         check(draw(*shape, dtype=HALF, device=device), kind)
 
+    @pytest.mark.interpreted(
+        reduction=[NONE, MEAN], dtype=[HALF, BFLOAT], kind=[reference.MSE, reference.REVERSE_KL]
+    )
     @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
     @pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
     def test_dtypes_match(
@@ -314,6 +297,7 @@ class TestValues:
         for queries, keys in ((17, 50), (40, 100), (40, 197), (40, 300)):
             check(draw(1, 2, queries, keys, 24, 32, dtype, device=device), kind, reduction)
 
+    @pytest.mark.interpreted(dtype=[BFLOAT], kind=[reference.JS])
     @pytest.mark.parametrize(
         ("dtype", "teacher"), [(FLOAT, BFLOAT), (BFLOAT, FLOAT), (HALF, BFLOAT)]
     )
@@ -322,6 +306,9 @@ class TestValues:
     ) -> None:
         check(draw(1, 2, 17, 33, 32, 16, dtype, teacher, device), kind)
 
+    @pytest.mark.interpreted(
+        temperature=[4.0], reduction=[MEAN], kind=[reference.MSE, reference.REVERSE_KL]
+    )
     @pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
     @pytest.mark.parametrize("temperature", [0.5, 4.0])
     def test_reductions_match(
@@ -329,6 +316,7 @@ class TestValues:
     ) -> None:
         check(draw(2, 2, 17, 33, 16, 16, device=device), kind, reduction, None, temperature)
 
+    @pytest.mark.interpreted(keys=[33, 300], kind=[reference.JS, reference.MSE])
     @pytest.mark.parametrize("keys", [33, 100, 300])
     @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
     def test_masks_match(self, dtype: torch.dtype, keys: int, kind: int, device: str) -> None:
@@ -341,6 +329,7 @@ class TestValues:
         for reduction in (NONE, MEAN):
             check(tensors, kind, reduction, mask.to(device))
 
+    @pytest.mark.interpreted(kind=[reference.MSE])
     def test_without_keys_gives_0(self, kind: int, device: str) -> None:
         from vitkd_fast.kernels import attention_map as kernels
 
@@ -353,6 +342,7 @@ class TestValues:
             for x in (loss, stats, *grads):
                 assert not x.any()
 
+    @pytest.mark.interpreted(kind=[reference.REVERSE_KL])
     def test_layouts_match(self, kind: int, device: str) -> None:
         """q and k cut out of qkv, dims apart in memory, expanded, and starting at any address."""
 
@@ -367,6 +357,7 @@ class TestValues:
         check([odd, new(2, 3, 17, 33).mT, q_t, k_t], kind)
         check([new(1, 3, 33, 24).expand(2, 3, 33, 24), new(2, 3, 24, 33).mT, q_t, k_t], kind)
 
+    @pytest.mark.interpreted(kind=[reference.JS])
     def test_the_same_twice(self, kind: int, device: str) -> None:
         from vitkd_fast.kernels import attention_map as kernels
 
@@ -375,6 +366,7 @@ class TestValues:
         first, second = (kernels.attention_map_fwd_grad(*tensors, *options) for _ in range(2))
         assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
+    @pytest.mark.interpreted(keys=[100], dtype=[FLOAT])
     @pytest.mark.parametrize("keys", [20, 100, 300])
     @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
     def test_equality_gives_0(
@@ -387,6 +379,7 @@ class TestValues:
         for x in kernels.attention_map_fwd_grad(q, k, q, k, *options):
             assert not x.any()
 
+    @pytest.mark.interpreted(kind=[reference.REVERSE_KL])
     def test_extreme_scores_match(self, kind: int, device: str) -> None:
         """Most exponentials underflow, and nothing overflows."""
         from vitkd_fast.kernels import attention_map as kernels
@@ -399,6 +392,7 @@ class TestValues:
             for x in kernels.attention_map_fwd_grad(*tensors, *options):
                 assert x.isfinite().all()
 
+    @pytest.mark.interpreted(kind=[reference.JS])
     def test_a_close_student_in_float16(self, kind: int, device: str) -> None:
         """Slopes of 1e-5 are no subnormal numbers on their way through tensor cores."""
         if kind == reference.REVERSE_KL:
@@ -417,6 +411,7 @@ class TestValues:
         ):
             assert (x.double() - want).norm() <= 2e-3 * want.norm()
 
+    @pytest.mark.interpreted(kind=[reference.MSE])
     def test_empty(self, kind: int, device: str) -> None:
         from vitkd_fast.kernels import attention_map as kernels
 
@@ -436,6 +431,7 @@ class TestValues:
                     assert x.shape == like.shape
                     assert not x.any()
 
+    @pytest.mark.interpreted(kind=[reference.JS])
     def test_nan_stays_in_its_row(self, kind: int, device: str) -> None:
         from vitkd_fast.kernels import attention_map as kernels
 

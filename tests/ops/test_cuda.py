@@ -58,12 +58,11 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_emulated(
-    library: Path, cwd: Path, stem: str, chosen: str, marked: str = "not gpu and not slow",
-    **environment: str,
+    library: Path, cwd: Path, stem: str, marked: str, *more: str, **environment: str
 ) -> None:  # fmt: skip
     run_tests(
-        cwd, [cuda_tools.__file__], *files_of(stem), "-k", chosen, "-m", marked, "-s",
-        "-p", "no:faulthandler", VITKD_EMULATED=str(library), **environment,
+        cwd, [cuda_tools.__file__], *files_of(stem), "-m", f"{marked} and not gpu", "-s",
+        "-p", "no:faulthandler", *more, VITKD_EMULATED=str(library), **environment,
     )  # fmt: skip
 
 
@@ -77,66 +76,54 @@ def sanitizers() -> dict[str, str]:
     return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options}
 
 
-# forms of every kind of test that are quick there
-QUICK = {
-    "kd": "match and (plain or everything or 1001 or 70000 or layouts) or extreme and few "
-          "or bitwise and labels or in_any_form",
-    "attention_map": "(shapes_match and 49 and not long) or (dtypes_match and js) or "
-                     "(layouts_match and bfloat16 and 20) or (bitwise and 150) or "
-                     "(extreme and few and (mse or reverse_kl))",
-    "int8_ops": "shapes_match and (24 or 40) or forms_match or ties_match or extreme_sums",
-    "rkd": "rkd and (match or extreme)",
-}  # fmt: skip
-NOT_THERE = "not on_the_cpu and not instruction_set and not backend and not 10000"
+STEMS = ["kd", "attention_map", "int8_ops", "rkd"]
 
 
-@pytest.mark.parametrize("stem", QUICK)
+@pytest.mark.parametrize("stem", STEMS)
 def test_values(stem: str, emulated: Path, tmp_path: Path) -> None:
-    chosen = f"({QUICK[stem]}) and {NOT_THERE}"
-    run_emulated(emulated, tmp_path, stem, chosen)
+    run_emulated(emulated, tmp_path, stem, "emulated and not slow")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", QUICK)
+@pytest.mark.parametrize("stem", STEMS)
 def test_all_values(stem: str, emulated: Path, tmp_path: Path) -> None:
-    chosen = f"(match or extreme or bitwise or factor or compile) and {NOT_THERE}"
-    run_emulated(emulated, tmp_path, stem, chosen, "not gpu")
+    run_emulated(emulated, tmp_path, stem, "(every_isa or emulated)")
 
 
 @pytest.mark.parametrize(
-    ("stem", "chosen"),
+    ("stem", "marked"),
     [
-        ("kd", "Sanitize"), ("int8_ops", "Sanitize"), ("rkd", "Sanitize"),
-        ("attention_map", "Sanitize and not (values and (js or mse))"),
-        pytest.param("attention_map", "Sanitize", marks=pytest.mark.slow),
+        *((stem, "sanitized and not slow") for stem in STEMS),
+        pytest.param("attention_map", "sanitized and slow", marks=pytest.mark.slow),
     ],
-)  # fmt: skip
-def test_under_sanitizers(stem: str, chosen: str, sanitized: Path, tmp_path: Path) -> None:
+)
+def test_under_sanitizers(stem: str, marked: str, sanitized: Path, tmp_path: Path) -> None:
     """No byte beside an array is touched, and every thread meets the others where it must."""
-    run_emulated(sanitized, tmp_path, stem, chosen, **sanitizers())
+    run_emulated(sanitized, tmp_path, stem, marked, **sanitizers())
 
 
 MISTAKES = {
-    "no barrier": ("kd", "x;\n  __syncthreads();\n  x =", "x;\n  x =", "bitwise and 70000"),
-    "no barrier between uses": ("rkd", "  __syncthreads();  // of what", "  // of what", "bitwise"),
+    "no barrier": ("kd", "x;\n  __syncthreads();\n  x =", "x;\n  x =", "emulated"),
+    "no barrier between uses":
+        ("rkd", "  __syncthreads();  // of what", "  // of what", "emulated"),
     "no barrier between walks":
         ("attention_map", "    __syncthreads();  // an earlier", "    // an earlier",
-         "bitwise and 150 and js"),
-    "no wait": ("attention_map", "      wait_for_all_but<0>();\n", "", "bitwise and 150 and js"),
+         "emulated"),
+    "no wait": ("attention_map", "      wait_for_all_but<0>();\n", "", "emulated"),
     "wait for too little":
-        ("int8_pwconv", "but<kStages - 2>", "but<kStages - 1>", "pwconv_forms_match"),
+        ("int8_pwconv", "but<kStages - 2>", "but<kStages - 1>", "emulated"),
     "a lane too few": ("rkd", "step /= 2) x +=", "step /= 2) if (threadIdx.x % 32 != 5) x +=",
-                       "bitwise and rkd"),
+                       "emulated"),
     "a row too many": ("attention_map", "first + r < x.tokens ?", "first + r <= x.tokens ?",
-                       "Sanitize and 65"),
-    "a column too many": ("int8_dwconv", "<= c.width", "<= c.width + 1", "Sanitize"),
+                       "sanitized"),
+    "a column too many": ("int8_dwconv", "<= c.width", "<= c.width + 1", "sanitized"),
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake: str, tmp_path: Path) -> None:
-    stem, right, wrong, chosen = MISTAKES[mistake]
+    stem, right, wrong, marked = MISTAKES[mistake]
 
     def change(text: str) -> str:
         assert text.count(right) == 1
@@ -145,4 +132,4 @@ def test_a_mistake_is_found(mistake: str, tmp_path: Path) -> None:
     library = build_emulated(tmp_path, *SANITIZERS, only=stem, change=change)
     tests = stem.replace("dwconv", "ops").replace("pwconv", "ops")
     with pytest.raises(AssertionError, match=r"FAILED|AddressSanitizer|CUDA emulator"):
-        run_emulated(library, tmp_path, tests, chosen, **sanitizers())
+        run_emulated(library, tmp_path, tests, f"{marked} and not slow", "-x", **sanitizers())

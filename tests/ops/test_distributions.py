@@ -334,6 +334,7 @@ DISTRIBUTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.every_isa(loss=[x for x in LOSSES if not x.startswith(("at_", "feature", "nst"))])
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("loss", LOSSES)
@@ -347,8 +348,6 @@ def test_contract(
 
 # instruction sets, each in a process of its own
 
-OF_KERNELS = "test_contract and (kd or attention_map or relation or rkd)"
-
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "amx"])
 def test_every_instruction_set(isa: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
@@ -356,7 +355,7 @@ def test_every_instruction_set(isa: str, request: pytest.FixtureRequest, tmp_pat
     best = int8.isa()[0]
     if isa == best or (isa == "avx512" and best == "avx512vnni"):
         pytest.skip(f"the tests above ran on the kernels of {isa}")
-    tests = [__file__, "-k", OF_KERNELS, "-m", "not gpu"]
+    tests = [__file__, "-m", "every_isa and not gpu"]
     if isa == "amx":
         library = request.getfixturevalue("emulated_amx")
         run_tests(tmp_path, [amx_tools.__file__], *tests, VITKD_EMULATED_AMX=str(library))

@@ -26,6 +26,7 @@ from vitkd_fast.functional import feature_loss
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.every_isa
 @every_device
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,6 +44,7 @@ def test_weights_in_low_precision_match(kind: str, dtype: torch.dtype, device: s
         assert_near(got, wanted, 16)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("normalize", ["layer_norm", "l2"])
 def test_normalized_teachers_match(kind: str, normalize: str) -> None:
@@ -58,6 +60,7 @@ def test_normalized_teachers_match(kind: str, normalize: str) -> None:
     assert_near(grad, want_grad, 16)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0, 5.0])
 def test_beta_matches(beta: float) -> None:
     x, t = draw(3, 5, 4, 4), draw(3, 5, 4, 4)

@@ -43,6 +43,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # values
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(name=["rkd"])
 @every_device
 @every_loss
 @pytest.mark.parametrize(
@@ -62,6 +64,8 @@ def test_shapes_match(name: str, shape: tuple[int, ...], device: str) -> None:
     )
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(name=["rkd"])
 @every_device
 @every_loss
 @every_dtype
@@ -69,6 +73,7 @@ def test_dtypes_match(name: str, dtype: torch.dtype, device: str) -> None:
     check(name, draw(6, 5, 4, 4, dtype=dtype, device=device), draw(6, 7, 4, 4, device=device))
 
 
+@pytest.mark.every_isa
 @every_device
 @every_spatial
 @pytest.mark.parametrize("form", ["tokens", "with_cls", "channels_last", "crop", "expanded"])
@@ -85,6 +90,7 @@ def test_teachers_in_any_form_match(name: str, form: str, device: str) -> None:
     check(name, x, given if form == "expanded" else t, given)
 
 
+@pytest.mark.every_isa
 @every_device
 @every_spatial
 @pytest.mark.parametrize("form", ["tokens", "channels_last", "crop", "expanded", "transposed"])
@@ -105,6 +111,7 @@ def test_students_in_any_form_match(name: str, form: str, device: str) -> None:
     check(name, given, t)
 
 
+@pytest.mark.every_isa
 @every_device
 @pytest.mark.parametrize(
     ("grid", "teacher"),
@@ -140,6 +147,7 @@ def test_grids_that_differ_match(
         assert torch.equal(LOSSES[name](x, as_tokens(t)), value)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("tile", [1, 40, 200, 1000])
 @pytest.mark.parametrize("name", [*SPATIAL])
 def test_tiles_match(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +158,7 @@ def test_tiles_match(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> N
     check(name, x.to(memory_format=torch.channels_last), t)
 
 
+@pytest.mark.every_isa
 @every_device
 @every_spatial
 def test_reductions_match(name: str, device: str) -> None:
@@ -173,6 +182,9 @@ def test_reductions_match(name: str, device: str) -> None:
 # what holds for all
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(name=["rkd"])
+@pytest.mark.interpreted(name=["rkd"], dtype=[FLOAT])
 @every_device
 @every_loss
 @every_dtype
@@ -204,6 +216,8 @@ def test_empty_batch(name: str, device: str) -> None:
         assert value == 0
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(name=["rkd"])
 @every_device
 @every_loss
 def test_bitwise_the_same_twice(name: str, device: str) -> None:
@@ -220,6 +234,7 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(lambda a: LOSSES[name](a, t), x.requires_grad_())
 
 
+@pytest.mark.every_isa
 @every_device
 @every_loss
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT], ids=str)
@@ -317,6 +332,7 @@ def test_nothing_large_is_made(name: str) -> None:
 # compilers
 
 
+@pytest.mark.emulated(name=["rkd"], dtype=[FLOAT])
 @every_device
 @every_loss
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)

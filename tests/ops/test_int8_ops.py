@@ -91,6 +91,9 @@ def test_reference_of_pwconv(shape: tuple[int, ...], finish: Finish) -> None:
 # every backend, against the specification
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(channels=[24, 40])
+@pytest.mark.interpreted(channels=[17, 24], kernel=[2, 3], stride=[2])
 @every_device
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [2, 3, 5, 7])
@@ -108,30 +111,35 @@ def test_dwconv_shapes_match(channels: int, kernel: int, stride: int, device: st
             check("int8_dwconv", *arguments, device=device)
 
 
+SMALL_FORMS = [  # of dwconv: shape, kernel, stride, padding
+    ((1, 12, 11, 20), (1, 1), (1, 1), (0, 0, 0, 0)),
+    ((2, 9, 12, 33), (3, 5), (1, 1), (1, 1, 2, 2)),
+    ((2, 9, 12, 32), (5, 3), (2, 1), (2, 2, 1, 1)),
+    ((1, 9, 12, 16), (3, 3), (1, 2), (1, 1, 1, 1)),
+    ((1, 13, 12, 48), (3, 3), (3, 4), (1, 1, 1, 1)),
+    ((1, 13, 12, 24), (5, 5), (7, 7), (2, 2, 2, 2)),
+    ((1, 4, 4, 16), (3, 3), (1, 1), (5, 4, 3, 6)),
+    ((1, 4, 4, 16), (5, 5), (2, 2), (9, 0, 0, 11)),
+    ((1, 3, 130, 8), (3, 3), (1, 1), (1, 1, 1, 1)),
+]
+FORMS = [
+    *SMALL_FORMS,
+    ((1, 40, 33, 5), (31, 31), (1, 1), (3, 0, 0, 4)),
+    ((1, 33, 40, 65), (31, 30), (2, 3), (15, 15, 15, 15)),
+    ((1, 70, 2, 260), (5, 5), (1, 1), (2, 2, 2, 2)),
+    ((5, 1, 1, 1024), (3, 3), (1, 1), (1, 1, 1, 1)),
+    ((1, 112, 112, 32), (3, 3), (1, 1), (1, 1, 1, 1)),
+    ((1, 112, 112, 96), (3, 3), (2, 2), (0, 1, 0, 1)),
+    ((3, 28, 28, 72), (5, 5), (2, 2), (1, 2, 1, 2)),
+    ((3, 7, 7, 960), (5, 5), (1, 1), (2, 2, 2, 2)),
+]
+
+
+@pytest.mark.every_isa
+@pytest.mark.emulated
+@pytest.mark.interpreted(shape=[form[0] for form in SMALL_FORMS])
 @every_device
-@pytest.mark.parametrize(
-    ("shape", "kernel", "stride", "padding"),
-    [
-        ((1, 12, 11, 20), (1, 1), (1, 1), (0, 0, 0, 0)),
-        ((2, 9, 12, 33), (3, 5), (1, 1), (1, 1, 2, 2)),
-        ((2, 9, 12, 32), (5, 3), (2, 1), (2, 2, 1, 1)),
-        ((1, 9, 12, 16), (3, 3), (1, 2), (1, 1, 1, 1)),
-        ((1, 13, 12, 48), (3, 3), (3, 4), (1, 1, 1, 1)),
-        ((1, 13, 12, 24), (5, 5), (7, 7), (2, 2, 2, 2)),
-        ((1, 4, 4, 16), (3, 3), (1, 1), (5, 4, 3, 6)),
-        ((1, 4, 4, 16), (5, 5), (2, 2), (9, 0, 0, 11)),
-        ((1, 40, 33, 5), (31, 31), (1, 1), (3, 0, 0, 4)),
-        ((1, 33, 40, 65), (31, 30), (2, 3), (15, 15, 15, 15)),
-        ((1, 3, 130, 8), (3, 3), (1, 1), (1, 1, 1, 1)),
-        ((1, 70, 2, 260), (5, 5), (1, 1), (2, 2, 2, 2)),
-        ((5, 1, 1, 1024), (3, 3), (1, 1), (1, 1, 1, 1)),
-        ((1, 112, 112, 32), (3, 3), (1, 1), (1, 1, 1, 1)),
-        ((1, 112, 112, 96), (3, 3), (2, 2), (0, 1, 0, 1)),
-        ((3, 28, 28, 72), (5, 5), (2, 2), (1, 2, 1, 2)),
-        ((3, 7, 7, 960), (5, 5), (1, 1), (2, 2, 2, 2)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("shape", "kernel", "stride", "padding"), FORMS, ids=str)
 def test_dwconv_forms_match(
     shape: tuple[int, ...], kernel: tuple[int, int], stride: tuple[int, int],
     padding: tuple[int, ...], device: str,
@@ -144,6 +152,9 @@ def test_dwconv_forms_match(
         assert values.unique().numel() > 20
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
+@pytest.mark.interpreted(channels=[17, 24], out=[40, 72])
 @every_device
 @pytest.mark.parametrize("out", CHANNELS)
 @pytest.mark.parametrize("channels", [*CHANNELS, 320])
@@ -156,6 +167,9 @@ def test_pwconv_shapes_match(channels: int, out: int, device: str) -> None:
         check("int8_pwconv", *arguments, device=device)
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
+@pytest.mark.interpreted(out=[3, 4, 7])
 @every_device
 @pytest.mark.parametrize(
     ("shape", "out"),
@@ -172,6 +186,8 @@ def test_pwconv_forms_match(shape: tuple[int, ...], out: int, device: str) -> No
         check("int8_pwconv", *pwconv_arguments(x, weight, finish), device=device)
 
 
+@pytest.mark.every_isa
+@pytest.mark.interpreted(channels=[19])
 @every_device
 @pytest.mark.parametrize("name", FINISHES)
 @pytest.mark.parametrize("channels", [16, 19, 64])
@@ -184,6 +200,9 @@ def test_finishes_match(channels: int, name: str, device: str) -> None:
     check("int8_pwconv", *arguments, device=device)
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
+@pytest.mark.interpreted(channels=[17])
 @every_device
 @pytest.mark.parametrize("channels", [8, 17, 64, 144])
 def test_extreme_sums_match(channels: int, device: str) -> None:
@@ -207,6 +226,9 @@ def test_extreme_sums_match(channels: int, device: str) -> None:
                 check("int8_pwconv", x, dense, *arguments, *finish, device=device)
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
+@pytest.mark.interpreted
 @every_device
 @pytest.mark.parametrize("zero_point", [0, 1, 128, 255])
 def test_ties_match(zero_point: int, device: str) -> None:
@@ -225,6 +247,8 @@ def test_ties_match(zero_point: int, device: str) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.every_isa
+@pytest.mark.interpreted
 @every_device
 @pytest.mark.parametrize("scale", [None, 1.0], ids=["plain", "hardswish"])
 def test_any_multiplier_matches(scale: float | None, device: str) -> None:
@@ -254,6 +278,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {  # of [2, 7, 6, 24]
 }
 
 
+@pytest.mark.every_isa
+@pytest.mark.interpreted
 @every_device
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_match(layout: str, device: str) -> None:
@@ -276,6 +302,8 @@ def test_layouts_match(layout: str, device: str) -> None:
         assert torch.equal(got, reference.int8_pwconv(*dense_arguments))
 
 
+@pytest.mark.every_isa
+@pytest.mark.interpreted
 @every_device
 def test_empty_batch_matches(device: str) -> None:
     weight, dense = random_weights(3, 3, 8), random_weights(5, 8)
@@ -332,6 +360,7 @@ def test_one_number_stands_for_each_direction() -> None:
     assert torch.equal(OPS.int8_dwconv(*arguments[:4], 2, 1, *arguments[6:]), want)
 
 
+@pytest.mark.emulated(dynamic=[False])
 @every_device
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic: bool, device: str, compiled: Callable) -> None:

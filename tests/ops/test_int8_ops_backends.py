@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from support.process_tools import run_matches, run_matches_on_a_gpu
+from support.process_tools import run_every_isa, run_every_isa_on_a_gpu
 from vitkd_fast import int8
 
 
 @pytest.mark.parametrize("isa", int8.isa()[1:])
 def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
     """The best one runs the other files."""
-    run_matches(tmp_path, "int8_ops", "not gpu", VITKD_FAST_ISA=isa)
+    run_every_isa(tmp_path, "int8_ops", "not gpu", VITKD_FAST_ISA=isa)
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_backends_on_a_gpu(backend: str, tmp_path: Path) -> None:
     """Each that this build has, also those that another one usually stands in for."""
-    run_matches_on_a_gpu(tmp_path, "int8_ops", backend)
+    run_every_isa_on_a_gpu(tmp_path, "int8_ops", backend)

@@ -89,6 +89,7 @@ def test_offsets_beyond_int32(channels: int) -> None:
         assert (y[1:-1] == y[1]).all()
 
 
+@pytest.mark.sanitized
 @needs_gpu_or_emulator
 class TestSanitize:
     """Every way through the kernels once, small enough for compute-sanitizer."""

@@ -23,28 +23,15 @@ pytestmark = [
 ]
 
 SHARED = files_of("int8_ops")
-# milliseconds per program and tap: the small forms
-QUICK = " or ".join(
-    f"({x})"
-    for x in (
-        "dwconv_shapes_match and (17-2-1 or 24-3-2)",
-        "dwconv_forms_match and not 31 and not 112 and not 28 and not 960 and not 70 and not 1024",
-        "pwconv_shapes_match and (17-40 or 24-72 or 144-8)",
-        "pwconv_forms_match and (3 or 7) and not 960 and not 2000",
-        "finishes_match and 19",
-        "extreme_sums_match and 17",
-        "ties_match or any_multiplier_matches or layouts_match or empty_batch_matches",
-    )
-)
 
 
 def test_in_the_interpreter(tmp_path: Path) -> None:
-    run_in_interpreter(tmp_path, *SHARED, "-m", "not gpu", "-k", QUICK)
+    run_in_interpreter(tmp_path, *SHARED, "-m", "interpreted and not gpu")
 
 
 @pytest.mark.slow
 def test_all_in_the_interpreter(tmp_path: Path) -> None:
-    run_in_interpreter(tmp_path, *SHARED, "-m", "not gpu", "-k", "match")
+    run_in_interpreter(tmp_path, *SHARED, "-m", "every_isa and not gpu")
 
 
 capability = pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)

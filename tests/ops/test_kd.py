@@ -57,6 +57,8 @@ def test_new_memory_is_poisoned() -> None:
 # against the reference
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(name=["plain", "everything"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_reference_matches_torch(name: str) -> None:
     """The specification: rows by torch's functions, shares by hand, gradients by autograd."""
@@ -87,6 +89,9 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[(5, 1001), (2, 70000)])
+@pytest.mark.interpreted(shape=[(5, 1001), (1, 65536)])
 @every_device
 @pytest.mark.parametrize(("shape", "class_dim"), SHAPES, ids=str)
 def test_shapes_match(shape: tuple[int, ...], class_dim: int, device: str) -> None:
@@ -95,6 +100,9 @@ def test_shapes_match(shape: tuple[int, ...], class_dim: int, device: str) -> No
         check(student, teacher, **options_for(name, student, class_dim))
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[(8, 1001), (2, 13, 5, 7)])
+@pytest.mark.interpreted(shape=[(2, 13, 5, 7)])
 @every_device
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(
@@ -105,6 +113,9 @@ def test_options_match(shape: tuple[int, ...], class_dim: int, name: str, device
     check(student, teacher, **options_for(name, student, class_dim))
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[(3, 1001)])
+@pytest.mark.interpreted(shape=[(21, 10), (2, 40, 3, 7)])
 @every_device
 @pytest.mark.parametrize("student_dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
 @pytest.mark.parametrize("teacher_dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
@@ -135,6 +146,9 @@ LAYOUTS: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {  # [6, 40]
 }
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
+@pytest.mark.interpreted(layout=["rows_apart", "expanded_rows", "channels_last"], dtype=[FLOAT])
 @every_device
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
 @pytest.mark.parametrize(
@@ -160,6 +174,9 @@ def test_layouts_match(
             assert grad.stride() == torch.empty_like(student).stride()
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(name=["plain", "everything"])
+@pytest.mark.interpreted(name=["plain", "everything"])
 @every_device
 @every_reduction
 @pytest.mark.parametrize("name", OPTIONS)
@@ -201,6 +218,7 @@ def test_operations_match(name: str, reduction: str, device: str) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.every_isa
 @every_device
 @pytest.mark.parametrize(("shape", "class_dim"), [((1, 1), -1), ((4, 1), -1), ((1, 1, 9), 1)])
 def test_operations_match_of_one_class(shape: tuple[int, ...], class_dim: int, device: str) -> None:
@@ -211,6 +229,7 @@ def test_operations_match_of_one_class(shape: tuple[int, ...], class_dim: int, d
         assert (result == 0).all()
 
 
+@pytest.mark.every_isa
 @every_device
 def test_the_numbers_of_a_forward_may_be_strided_and_match(device: str) -> None:
     student, teacher = pair(21, 40, device=device)
@@ -223,6 +242,8 @@ def test_the_numbers_of_a_forward_may_be_strided_and_match(device: str) -> None:
     )
 
 
+@pytest.mark.every_isa
+@pytest.mark.interpreted
 @every_device
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
 @pytest.mark.parametrize("factor", [1.0, 0.0, 3.0, -1e-3])
@@ -248,6 +269,9 @@ def test_scale_matches(factor: float, dtype: torch.dtype, device: str) -> None:
         assert torch.equal(whole, want)
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
+@pytest.mark.interpreted
 @every_device
 def test_mixed_labels_as_a_list_and_lam_in_any_form_match(device: str) -> None:
     student, teacher = pair(6, 10, device=device)
@@ -264,6 +288,9 @@ def test_mixed_labels_as_a_list_and_lam_in_any_form_match(device: str) -> None:
         assert torch.equal(grad, results[0][1])
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
+@pytest.mark.interpreted
 @every_device
 def test_temperature_in_any_form_matches(device: str) -> None:
     """T^2 is per row: each row is as if it were alone with its own temperature."""
@@ -279,6 +306,8 @@ def test_temperature_in_any_form_matches(device: str) -> None:
             assert torch.equal(alike[i], grads[i])
 
 
+@pytest.mark.every_isa
+@pytest.mark.interpreted
 @every_device
 @every_reduction
 @pytest.mark.parametrize(
@@ -300,6 +329,9 @@ def test_empty_matches(shape: tuple[int, ...], class_dim: int, reduction: str, d
 every_form = pytest.mark.parametrize(("shape", "class_dim"), FORMS.values(), ids=FORMS)
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[FORMS["few"][0]])
+@pytest.mark.interpreted(shape=[FORMS["few"][0], FORMS["long"][0]], temperature=[4.0])
 @every_device
 @every_form
 @temperatures
@@ -318,6 +350,9 @@ def test_extreme_logits(
     check(student.half(), teacher.bfloat16(), **options)
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[FORMS["few"][0]])
+@pytest.mark.interpreted(shape=[FORMS["row"][0], FORMS["long"][0]], temperature=[0.1])
 @every_device
 @every_form
 @temperatures
@@ -338,6 +373,9 @@ def test_extreme_masked_teacher(
     check(both[0], of[0], like=(both[1], of[1]), **options)
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[FORMS["few"][0]])
+@pytest.mark.interpreted(shape=[FORMS["row"][0], FORMS["long"][0]], temperature=[0.1])
 @every_device
 @every_form
 @temperatures
@@ -357,6 +395,9 @@ def test_extreme_masked_student(
     assert kd_loss(student, teacher, **options) == INF
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[FORMS["few"][0]])
+@pytest.mark.interpreted(shape=[FORMS["row"][0]])
 @every_device
 @every_form
 def test_extreme_student_of_minus_inf_only(
@@ -370,6 +411,9 @@ def test_extreme_student_of_minus_inf_only(
     assert rows[1:].isfinite().all()
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[FORMS["few"][0]])
+@pytest.mark.interpreted(shape=[FORMS["row"][0]])
 @every_device
 @every_form
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
@@ -389,6 +433,9 @@ def test_extreme_cross_entropy_of_minus_inf(
     assert kd_loss(student, teacher, **options) == INF
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[FORMS["few"][0]])
+@pytest.mark.interpreted(shape=[FORMS["few"][0]], dtype=[FLOAT, BFLOAT])
 @every_device
 @every_form
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
@@ -408,6 +455,9 @@ def test_extreme_equality_gives_zero(
             assert (grad == 0).all()
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[FORMS["few"][0]])
+@pytest.mark.interpreted(shape=[FORMS["few"][0]], bad=[NAN])
 @every_device
 @every_form
 @every_reduction
@@ -441,6 +491,9 @@ def test_extreme_ignored_rows_are_not_looked_at(
         assert (grad == 0).all()
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(shape=[FORMS["few"][0]])
+@pytest.mark.interpreted(shape=[FORMS["few"][0]])
 @every_device
 @every_form
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -469,6 +522,8 @@ def test_extreme_nan_stays(
         assert torch.equal(grad.isnan(), want_grad.isnan())
 
 
+@pytest.mark.every_isa
+@pytest.mark.interpreted
 @every_device
 def test_extreme_weights_of_zero_switch_terms_off(device: str) -> None:
     """Also terms that are infinite or NaN."""
@@ -488,6 +543,8 @@ def test_extreme_weights_of_zero_switch_terms_off(device: str) -> None:
 # the same bits
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated(name=["labels"])
 @every_device
 @pytest.mark.parametrize("name", MAIN_OPTIONS)
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_gradcheck(name: str, reduction: str, device: str) -> None:
     assert torch.autograd.gradcheck(function, student.requires_grad_())
 
 
+@pytest.mark.every_isa
 @every_device
 @every_path
 def test_loss_times_a_factor(dtype: torch.dtype, reduction: str, device: str) -> None:
@@ -296,6 +297,7 @@ def test_opcheck(
     assert len(results) == 4
 
 
+@pytest.mark.emulated(name=["everything"], dynamic=[False])
 @every_device
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from support.process_tools import python, run_matches, run_matches_on_a_gpu
+from support.process_tools import python, run_every_isa, run_every_isa_on_a_gpu
 from vitkd_fast import _ops, int8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,7 +16,7 @@ def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
         pytest.skip(f"{isa} is not among what this CPU has: {', '.join(int8.isa())}")
     if isa == int8.isa()[0] or (isa == "avx512" and int8.isa()[0] in ("avx512vnni", "amx")):
         pytest.skip(f"the other files ran on the kernels of {isa}")
-    run_matches(tmp_path, "kd", "not gpu", VITKD_FAST_ISA=isa)
+    run_every_isa(tmp_path, "kd", "not gpu", VITKD_FAST_ISA=isa)
 
 
 def test_reference_backend(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_reference_backend(tmp_path: Path) -> None:
     result = python(code, tmp_path, VITKD_FAST_BACKEND="reference")
     everywhere = {"CPU": "reference", "CUDA": "reference"}
     assert result.stdout == f"{ ({str(everywhere)})!r}\n", result.stderr
-    run_matches(tmp_path, "kd", "not gpu", VITKD_FAST_BACKEND="reference")
+    run_every_isa(tmp_path, "kd", "not gpu", VITKD_FAST_BACKEND="reference")
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_reference_backend(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_backends_on_a_gpu(backend: str, tmp_path: Path) -> None:
     """Each that this build has, also those that another one usually stands in for."""
-    run_matches_on_a_gpu(tmp_path, "kd", backend)
+    run_every_isa_on_a_gpu(tmp_path, "kd", backend)
 
 
 def test_backend_is_checked(tmp_path: Path) -> None:

@@ -215,6 +215,7 @@ def test_temperature_that_is_not_positive_gives_nan_on_a_gpu() -> None:
     assert loss.isnan().tolist() == [False, True, True, True]
 
 
+@pytest.mark.sanitized
 @needs_gpu_or_emulator
 class TestSanitize:
     """Every way through the kernels once, small enough for compute-sanitizer."""

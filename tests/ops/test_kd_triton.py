@@ -25,35 +25,14 @@ SHARED = files_of("kd")
 
 # in the interpreter
 
-# each kind of test, on forms that are quick there: milliseconds per program and tile
-QUICK = " or ".join(
-    f"({x})"
-    for x in (
-        "alone",
-        "options_match and 13",
-        "operations_match and (plain or everything)",
-        "dtypes_match and (21 or 40 and bfloat16 and not float64)",
-        "shapes_match and (65536 or 1001)",
-        "layouts_match and float32 and (channels_last-torch or rows_apart or expanded_rows)",
-        "scale_matches or empty_matches or in_any_form",
-        "extreme_logits and 4.0 and (few or long)",
-        "extreme_masked and 0.1 and (row or long)",
-        "minus_inf and row",
-        "equality and (bfloat16 or float32) and few",
-        "ignored_rows and nan and few",
-        "nan_stays and few",
-        "weights_of_zero",
-    )
-)
-
 
 def test_in_the_interpreter(tmp_path: Path) -> None:
-    run_in_interpreter(tmp_path, *SHARED, __file__, "-m", "not gpu and not slow", "-k", QUICK)
+    run_in_interpreter(tmp_path, *SHARED, __file__, "-m", "interpreted and not gpu and not slow")
 
 
 @pytest.mark.slow
 def test_all_in_the_interpreter(tmp_path: Path) -> None:
-    run_in_interpreter(tmp_path, *SHARED, "-m", "not gpu", "-k", "match or extreme")
+    run_in_interpreter(tmp_path, *SHARED, "-m", "every_isa and not gpu")
 
 
 # what Triton alone does, in the interpreter or on a GPU that it serves
@@ -78,6 +57,7 @@ only_triton = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.interpreted
 @only_triton
 @pytest.mark.parametrize(
     ("shape", "kd_weight", "ce_weight"),
@@ -104,6 +84,7 @@ def test_alone_label_out_of_range_gives_nan(
             assert kd_loss(student, teacher, labels=labels, **options).isnan()
 
 
+@pytest.mark.interpreted
 @only_triton
 @pytest.mark.parametrize("shape", [(4, 10), (4, 5000)], ids=str)
 def test_alone_temperature_not_positive_gives_nan(shape: tuple[int, int], device: str) -> None:
@@ -124,8 +105,8 @@ class TestGPU:
     def test_on_a_gpu(self, tmp_path: Path) -> None:
         """The quick forms, and what Triton alone does, where Triton serves the GPU."""
         run_tests(
-            tmp_path, ["-m", "pytest"], *SHARED, __file__, "-m", "gpu and not slow",
-            "-k", QUICK, VITKD_FAST_BACKEND="triton",
+            tmp_path, ["-m", "pytest"], *SHARED, __file__,
+            "-m", "interpreted and gpu and not slow", VITKD_FAST_BACKEND="triton",
         )  # fmt: skip
 
 

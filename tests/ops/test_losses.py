@@ -118,7 +118,7 @@ def test_autocast_changes_nothing(call: Call, dtype: torch.dtype) -> None:
 
 
 def test_autocast_changes_nothing_in_the_reference_backend(tmp_path: Path) -> None:
-    tests = [__file__, "-k", "autocast and not backend"]
+    tests = [f"{__file__}::test_autocast_changes_nothing"]
     run_tests(tmp_path, ["-m", "pytest"], *tests, VITKD_FAST_BACKEND="reference")
 
 

@@ -33,6 +33,7 @@ from vitkd_fast.functional import relation_loss
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.every_isa
 @every_device
 @every_kind
 @every_reduction
@@ -57,6 +58,7 @@ def test_relations_match(dtype: torch.dtype, reduction: str, kind: str, device: 
         assert_close(grad, torch.autograd.grad(summed.sum() * share, autograd)[0])
 
 
+@pytest.mark.every_isa
 @every_device
 @every_reduction
 def test_relations_of_three_dimensions_match(reduction: str, device: str) -> None:

@@ -23,7 +23,7 @@ from support.feature_tools import (
     every_device,
     loss_and_grad,
 )
-from support.process_tools import files_of, run_in_interpreter, run_tests
+from support.process_tools import files_of, run_every_isa, run_in_interpreter
 from support.triton_tools import (
     INTERPRETED,
     assert_nothing_is_spilled,
@@ -35,6 +35,9 @@ from vitkd_fast.functional import rkd_loss
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
+@pytest.mark.interpreted(batch=[17], weights=[(25.0, 50.0)])
 @every_device
 @pytest.mark.parametrize("weights", [(25.0, 50.0), (1.0, 0.0), (0.0, 2.0), (0.0, 0.0)], ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 2, 3, 15, 16, 17, 33, 64, 71])
@@ -56,6 +59,9 @@ def test_rkd_matches(batch: int, weights: tuple[float, float], device: str) -> N
             assert_near(grad, want_grad, 64 if shift == 0 else 512)
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
+@pytest.mark.interpreted(batch=[1, 5])
 @every_device
 @pytest.mark.parametrize("batch", [1, 5, 40])
 def test_rkd_operation_matches_its_reference(batch: int, device: str) -> None:
@@ -73,6 +79,9 @@ def test_rkd_operation_matches_its_reference(batch: int, device: str) -> None:
         assert_near(a, b, 64)
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
+@pytest.mark.interpreted(dtype=[FLOAT])
 @every_device
 @pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
 def test_extreme_rkd_of_identical_embeddings(dtype: torch.dtype, device: str) -> None:
@@ -92,6 +101,8 @@ def test_extreme_rkd_of_identical_embeddings(dtype: torch.dtype, device: str) ->
         assert grad.isfinite().all()
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
 @every_device
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_extreme_rkd_nan_stays(bad: float, device: str) -> None:
@@ -103,6 +114,8 @@ def test_extreme_rkd_nan_stays(bad: float, device: str) -> None:
         assert grad.isnan().any()
 
 
+@pytest.mark.every_isa
+@pytest.mark.emulated
 @every_device
 def test_rkd_of_large_batches_matches_its_reference(device: str) -> None:
     """More columns than a tile has."""
@@ -153,27 +166,22 @@ def test_bad_input(name: str) -> None:
 
 # instruction sets and backends, each in a process of its own
 
-RKD = ["-m", "not gpu", "-k", "rkd and match or extreme and rkd"]
-
-
-def run_rkd(cwd: Path, **environment: str) -> None:
-    run_tests(cwd, ["-m", "pytest"], *files_of("rkd"), *RKD, **environment)
-
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
     if isa not in int8.isa() or isa == int8.isa()[0]:
         pytest.skip(f"{isa} is not below what this CPU has: {', '.join(int8.isa())}")
-    run_rkd(tmp_path, VITKD_FAST_ISA=isa)
+    run_every_isa(tmp_path, "rkd", "not gpu", VITKD_FAST_ISA=isa)
 
 
 def test_reference_backend(tmp_path: Path) -> None:
-    run_rkd(tmp_path, VITKD_FAST_BACKEND="reference")
+    run_every_isa(tmp_path, "rkd", "not gpu", VITKD_FAST_BACKEND="reference")
 
 
 # what only a GPU or the emulator has
 
 
+@pytest.mark.sanitized
 @needs_gpu_or_emulator
 class TestSanitize:
     """Every way through rkd's kernels once, small enough for compute-sanitizer."""
@@ -193,9 +201,7 @@ class TestSanitize:
 @pytest.mark.triton
 def test_triton_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    quick = "(operation_matches and not 40) or (rkd_matches and 17-weights0)"
-    quick += " or (extreme and rkd and float32)"
-    run_in_interpreter(tmp_path, *files_of("rkd"), "-m", "not gpu", "-k", quick)
+    run_in_interpreter(tmp_path, *files_of("rkd"), "-m", "interpreted and not gpu")
 
 
 @pytest.mark.triton

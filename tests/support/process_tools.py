@@ -15,8 +15,6 @@ ROOT = TESTS.parent
 # other stems whose tests call the operations of one, too
 CALLERS = {"attention_map": ["relation"], "rkd": ["at", "feature", "nst"]}
 
-MATCHES = "match or extreme"  # tests that compare with the reference
-
 
 def files_of(stem: str) -> list[str]:
     """The files with tests of an operation, but for Triton's, which run these in processes."""
@@ -62,13 +60,14 @@ def run_in_interpreter(cwd: Path, *arguments: str) -> None:
     run_tests(cwd, start, *arguments, **interpreted)
 
 
-def run_matches(cwd: Path, stem: str, marked: str, **environment: str) -> None:
-    """The comparisons with the reference, where another environment chooses the kernels."""
-    files = files_of(stem)
-    run_tests(cwd, ["-m", "pytest"], *files, "-k", MATCHES, "-m", marked, **environment)
+def run_every_isa(cwd: Path, stem: str, marked: str, **environment: str) -> None:
+    """What is marked every_isa, where another environment chooses the kernels."""
+    run_tests(
+        cwd, ["-m", "pytest"], *files_of(stem), "-m", f"every_isa and {marked}", **environment
+    )
 
 
-def run_matches_on_a_gpu(cwd: Path, stem: str, backend: str) -> None:
+def run_every_isa_on_a_gpu(cwd: Path, stem: str, backend: str) -> None:
     """Skips where tests in this process run on that backend, or this build does not have it."""
     name = {"reference": "reference", "triton": "Triton", "cuda": "CUDA C++"}[backend]
     if name == _ops.backends()["kd_fwd"]["CUDA"]:  # all operations have the same
@@ -80,4 +79,4 @@ def run_matches_on_a_gpu(cwd: Path, stem: str, backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     assert served.stdout == f"{{{name!r}}}\n", served.stderr
-    run_matches(cwd, stem, "gpu", VITKD_FAST_BACKEND=backend)
+    run_every_isa(cwd, stem, "gpu", VITKD_FAST_BACKEND=backend)
