@@ -254,46 +254,6 @@ def test_loss_times_a_factor(name: str, dtype: torch.dtype, device: str) -> None
         assert_near(grad, factor * want.double(), 64)
 
 
-@every_loss
-def test_backward_twice_and_used_twice(name: str) -> None:
-    x, t = draw(6, 5, 4, 4).requires_grad_(), draw(6, 7, 4, 4)
-    loss = LOSSES[name](x, t)
-    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
-    kept = first.clone()
-    (second,) = torch.autograd.grad(2 * loss, x, retain_graph=True)
-    assert torch.equal(first, kept)
-    assert torch.equal(second, 2 * kept)
-    (loss + 3 * loss).backward()
-    assert torch.equal(x.grad, 4 * kept)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        loss.backward()
-
-
-@every_loss
-def test_differentiable_once(name: str) -> None:
-    x, t = draw(6, 5, 4, 4).requires_grad_(), draw(6, 7, 4, 4)
-    loss = LOSSES[name](x, t)
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        grad.square().sum().backward()
-
-
-@every_loss
-def test_teacher_is_a_constant(name: str) -> None:
-    """Also where it comes from inference mode; the loss is the same without a gradient."""
-    x = draw(6, 5, 4, 4)
-    with torch.inference_mode():
-        t = draw(6, 7, 4, 4)
-    want = loss_and_grad(LOSSES[name], x, t.clone())
-    given = loss_and_grad(LOSSES[name], x, t)
-    assert all(map(torch.equal, given, want))
-    x.requires_grad_()
-    with torch.no_grad():
-        assert torch.equal(LOSSES[name](x, t), want[0])
-    with torch.inference_mode():
-        assert torch.equal(LOSSES[name](x, t), want[0])
-
-
 @every_spatial
 def test_layout_of_the_gradient(name: str) -> None:
     """As the student's, so that what comes before it need not be reordered."""

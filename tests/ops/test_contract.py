@@ -1,0 +1,155 @@
+"""What holds for every loss alike, as a part of autograd: the table is support/operations.py."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils._pytree import tree_map_only
+
+from support.attention_map_tools import assert_same
+from support.feature_tools import LOSSES as EXACT  # the same bits with and without a gradient
+from support.kd_tools import every_device
+from support.operations import DOUBLE, HALF, OPERATIONS, PATHS, Operation, Tensors, gradients
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Case:
+    """A loss on one of its paths."""
+
+    def __init__(self, name: str, dtype: torch.dtype, reduction: str | None, device: str) -> None:
+        self.name, self.dtype, self.reduction = name, dtype, reduction
+        self.operation: Operation = OPERATIONS[name]
+        self.student, self.teacher = self.operation.draw(dtype, device)
+        self.options = self.operation.options(self.student)
+        self.by_autograd = dtype == DOUBLE and self.operation.float64_by_autograd
+        self.reduced = {} if reduction is None else {"reduction": reduction}
+        self.loss: Callable[..., Tensor] = partial(self.operation.loss, **self.reduced)
+
+    def leaves(self) -> Tensors:
+        return [x.clone().requires_grad_() for x in self.student]
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: "-".join(map(str, path)))
+def case(request: pytest.FixtureRequest, device: str) -> Case:
+    return Case(*request.param, device)
+
+
+@every_device
+def test_loss_used_twice(case: Case) -> None:
+    leaves = case.leaves()
+    loss = case.loss(*leaves, *case.teacher)
+    (3 * loss + loss).sum().backward()
+    want = gradients(lambda *x: 4 * case.loss(*x), case.student, *case.teacher)
+    compare = assert_close if case.by_autograd else assert_same  # 3 + 1 in another order
+    compare([leaf.grad for leaf in leaves], want[1:])
+
+
+@every_device
+def test_backward_twice(case: Case) -> None:
+    """Each gives the same gradients, its own to keep; and none a third time."""
+    leaves, given = case.leaves(), partial(case.loss, **case.options)
+    loss = given(*leaves, *case.teacher).sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    second = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+    assert_same(first, kept)
+    assert_same(second, gradients(lambda *x: 2 * given(*x), case.student, *case.teacher)[1:])
+    if not case.by_autograd and case.dtype != HALF:  # which rounds what is near 0
+        assert_same(second, [2 * grad for grad in kept])
+    assert len({grad.data_ptr() for grad in (*first, *second)}) == 2 * len(leaves)
+
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_same([leaf.grad for leaf in leaves], [2 * grad for grad in kept])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    assert_same([leaf.grad for leaf in leaves], [2 * grad for grad in kept])
+
+
+@every_device
+def test_gradients_accumulate(case: Case) -> None:
+    """Into the tensors that are there, over losses and steps."""
+    leaves = case.leaves()
+    there, wanted = ([torch.ones_like(leaf) for leaf in leaves] for _ in range(2))
+    for leaf, grad in zip(leaves, there, strict=True):
+        leaf.grad = grad
+    for options in case.operation.variants:
+        loss = partial(case.loss, **options)
+        loss(*leaves, *case.teacher).sum().backward()
+        _, *grads = gradients(loss, case.student, *case.teacher)
+        wanted = [want + grad for want, grad in zip(wanted, grads, strict=True)]
+    assert all(leaf.grad is grad for leaf, grad in zip(leaves, there, strict=True))
+    assert_same(there, wanted)
+
+    other = [2 * case.teacher[0], *case.teacher[1:]]
+    for leaf in leaves:  # the first gradient may become .grad itself: the next must not spoil it
+        leaf.grad = None
+    case.loss(*leaves, *case.teacher).sum().backward()
+    first = [leaf.grad.clone() for leaf in leaves]
+    case.loss(*leaves, *other).sum().backward()
+    second = gradients(case.loss, case.student, *other)[1:]
+    assert_same([leaf.grad for leaf in leaves], [a + b for a, b in zip(first, second, strict=True)])
+
+
+@every_device
+def test_loss_is_differentiable_once(case: Case) -> None:
+    """A penalty on the gradient is an error, and never left out silently."""
+    leaves = case.leaves()
+    if case.by_autograd:  # which has the second derivative
+        assert torch.autograd.gradgradcheck(lambda *x: case.loss(*x, *case.teacher), leaves)
+        return
+    # the incoming gradient does not require grad, and does
+    for function in (lambda loss: loss.sum(), lambda loss: loss.square().sum()):
+        loss = function(case.loss(*leaves, *case.teacher))
+        for grad in torch.autograd.grad(loss, leaves, create_graph=True):
+            with pytest.raises(RuntimeError, match="differentiable once"):
+                (loss + grad.float().square().sum()).backward(retain_graph=True)
+
+
+@every_device
+def test_constants_made_in_inference_mode(case: Case) -> None:
+    """Teacher, labels, masks as a teacher run under torch.inference_mode leaves them."""
+    with torch.inference_mode():
+        teacher, options = tree_map_only(Tensor, torch.clone, (case.teacher, case.options))
+    given = gradients(partial(case.loss, **options), case.student, *teacher)
+    assert_same(given, gradients(partial(case.loss, **case.options), case.student, *case.teacher))
+
+
+@every_device
+def test_without_gradient(case: Case) -> None:
+    """The same loss, as good as the one with a gradient, and no graph."""
+    leaves, loss = case.leaves(), partial(case.loss, **case.options)
+    want, *_ = gradients(loss, case.student, *case.teacher)
+    with torch.no_grad():
+        losses = [loss(*leaves, *case.teacher)]
+    with torch.inference_mode():
+        losses.append(loss(*leaves, *case.teacher))
+    losses.append(loss(*case.student, *case.teacher))
+    for given in losses:
+        assert not given.requires_grad
+        if case.name in EXACT:
+            assert torch.equal(given, want)
+        else:
+            assert_close(given, want)
+
+
+@every_device
+def test_student_changed_in_place_gives_no_wrong_gradient(case: Case) -> None:
+    """Either the gradients at the tensors of the forward, or an error."""
+    if not (formed := case.operation.formed_in_forward):
+        return
+    want = gradients(case.loss, case.student, *case.teacher)[1:]
+    for which in range(len(case.student)):
+        leaves = case.leaves()
+        student = [leaf * 1 for leaf in leaves]
+        loss = case.loss(*student, *case.teacher).sum()
+        with torch.no_grad():
+            student[which].add_(1)
+        if formed(case.dtype, case.reduction):
+            assert_same(torch.autograd.grad(loss, leaves, retain_graph=True), want)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
