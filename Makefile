@@ -23,6 +23,10 @@ STAMP := $(VENV)/installed
 PACKAGE := -e .[dev]
 endif
 
+# processes that share the files of tests out, where pytest-xdist is
+JOBS ?= 2
+PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --dist loadfile --no-loadscope-reorder")
+
 OLDEST := .venv-oldest
 # what test-triton runs with, from the one of torch 2.11 on, and which of the tests
 TRITONS ?= 3.6 3.7 3.8 3.9
@@ -40,11 +44,14 @@ install: $(STAMP)  ## environment, dependencies, both extensions (CUDA too where
 demo: install  ## real work, and what it did
 	$(BIN)/vitkd demo
 
+# threads of several processes on the same cores wait for one another
+test test-all: export OMP_NUM_THREADS ?= 1
+
 test: install  ## the tests for every day
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 test-all: install  ## every test
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 # the wheel, not the checkout: run from a folder outside it, so that nothing else can be imported
 test-oldest: wheel $(OLDEST)/ready  ## the wheel, built with the newest torch, in torch 2.11

@@ -70,7 +70,7 @@ def pip(python: Path, *arguments: object, **variables: str) -> subprocess.Comple
 def build(into: Path, python: Path, **variables: str) -> tuple[Path, str]:
     """A wheel from a copy of the checkout, and what the build said."""
     checkout = into / "checkout"
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.so")
     shutil.copytree(ROOT, checkout, ignore=ignored)
     options = ("--no-build-isolation", "--no-deps", "--verbose", "--wheel-dir", into)
     result = pip(python, "wheel", *options, checkout, **variables)
