@@ -2,8 +2,8 @@
 
 They are compared with the reference in float64 on the same rounded inputs. What is allowed there
 comes from the naive form by torch's own functions in float32 (see `attention_map_tools.check`); it
-is never tuned. Tests whose names hold "match" or "extreme" also run once per instruction set of the
-host, and on the reference backend (test_attention_map_backends.py).
+is never tuned. Tests marked every_isa also run once per instruction set of the host, and on the
+reference backend (test_attention_map_backends.py).
 """
 
 import itertools

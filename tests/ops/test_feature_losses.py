@@ -1,8 +1,8 @@
 """What holds for at_loss, feature_loss, nst_loss and rkd_loss alike.
 
 Values and gradients are compared with the usual, materialising forms in float64 on the same rounded
-inputs. Tests whose names hold "match" or "extreme" also run for rkd_loss once per instruction set
-of the host, and on the reference backend (test_rkd.py).
+inputs. Tests marked every_isa also run once per instruction set of the host, and on the reference
+backend (test_rkd.py).
 """
 
 from collections.abc import Callable

@@ -2,8 +2,8 @@
 
 They are compared with the reference in float64 on the same rounded inputs. What is allowed there
 comes from torch's own functions in float32 (see `kd_tools.check`); it is never tuned.
-Tests whose names hold "match" or "extreme" also run once per instruction set of the host, and on
-the reference backend (test_kd_backends.py).
+Tests marked every_isa also run once per instruction set of the host, and on the reference backend
+(test_kd_backends.py).
 """
 
 import itertools

@@ -1,7 +1,6 @@
 """rkd_loss and the operation under it.
 
-Tests whose names hold "match" or "extreme" also run once per instruction set of the host, and on
-the reference backend.
+Tests marked every_isa also run once per instruction set of the host, and on the reference backend.
 """
 
 from functools import partial
