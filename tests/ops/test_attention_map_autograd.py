@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.testing import assert_close
 
 from support.attention_map_tools import (
     BFLOAT,
@@ -29,7 +28,6 @@ from support.attention_map_tools import (
     draw,
     every_device,
     every_kind,
-    every_reduction,
     key_mask,
     loss_and_grads,
     maps,
@@ -45,17 +43,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 every_path = pytest.mark.parametrize(("dtype", "reduction"), PATHS, ids=str)
 SMALL = (2, 2, 5, 7, 16, 8)
-
-
-@every_device
-@every_kind
-@every_reduction
-@pytest.mark.parametrize("name", ["plain", "everything"])
-def test_gradcheck(name: str, reduction: str, kind: str, device: str) -> None:
-    x = maps(2, 1, 3, 4, 3, 2, dtype=DOUBLE, device=device)
-    options = OPTIONS[name](x) | {"kind": kind, "reduction": reduction}
-    function = lambda q, k: attention_map_loss(q, k, *x.teacher, **options)  # noqa: E731
-    assert torch.autograd.gradcheck(function, [y.requires_grad_() for y in x.student])
 
 
 @pytest.mark.every_isa
@@ -259,17 +246,6 @@ def test_compile_once_for_all_shapes(reduction: str, device: str, compiled: Call
             loss = function(*leaves, *x.teacher, reduction=reduction, key_mask=mask)
         given = loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
         assert_all_close(given, loss_and_grads(x, reduction=reduction, key_mask=mask))
-
-
-@every_device
-def test_compile_without_gradient(device: str, compiled: Callable) -> None:
-    x = maps(*SMALL, device=device)
-    function = compiled(attention_map_loss)
-    assert_close(function(*x), attention_map_loss(*x))
-    with torch.no_grad():
-        loss = function(*(y.clone().requires_grad_() for y in x.student), *x.teacher)
-    assert not loss.requires_grad
-    assert_close(loss, attention_map_loss(*x))
 
 
 @every_device

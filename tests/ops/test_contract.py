@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from support.attention_map_tools import assert_same
 from support.feature_tools import LOSSES as EXACT  # the same bits with and without a gradient
 from support.kd_tools import every_device
-from support.operations import DOUBLE, HALF, OPERATIONS, PATHS, Operation, Tensors, gradients
+from support.operations import CASES, DOUBLE, HALF, OPERATIONS, PATHS, Operation, Tensors, gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,10 +113,11 @@ def test_loss_is_differentiable_once(case: Case) -> None:
 @every_device
 def test_constants_made_in_inference_mode(case: Case) -> None:
     """Teacher, labels, masks as a teacher run under torch.inference_mode leaves them."""
+    options = {k: v for k, v in case.options.items() if k != "weight"}  # which learns
+    want = gradients(partial(case.loss, **options), case.student, *case.teacher)
     with torch.inference_mode():
-        teacher, options = tree_map_only(Tensor, torch.clone, (case.teacher, case.options))
-    given = gradients(partial(case.loss, **options), case.student, *teacher)
-    assert_same(given, gradients(partial(case.loss, **case.options), case.student, *case.teacher))
+        teacher, options = tree_map_only(Tensor, torch.clone, (case.teacher, options))
+    assert_same(gradients(partial(case.loss, **options), case.student, *teacher), want)
 
 
 @every_device
@@ -153,3 +154,28 @@ def test_student_changed_in_place_gives_no_wrong_gradient(case: Case) -> None:
             assert_same(torch.autograd.grad(loss, leaves, retain_graph=True), want)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@every_device
+@pytest.mark.parametrize(("name", "case", "reduction"), CASES)
+def test_gradcheck(name: str, case: str, reduction: str | None, device: str) -> None:
+    """The gradient is formed in the forward for "mean" and "sum", in the backward for "none"."""
+    of = OPERATIONS[name]
+    student, teacher = of.draw_small(DOUBLE, device)
+    options = of.cases[case](student) | ({"reduction": reduction} if reduction else {})
+    leaves = [x.requires_grad_() for x in student]
+    assert torch.autograd.gradcheck(lambda *x: of.loss(*x, *teacher, **options), leaves)
+
+
+@every_device
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_compile_without_gradient(name: str, device: str, compiled: Callable) -> None:
+    of = OPERATIONS[name]
+    student, teacher = of.draw(torch.float32, device)
+    loss = partial(of.loss, **of.options(student))
+    want, function = loss(*student, *teacher), compiled(loss)
+    assert_close(function(*student, *teacher), want)
+    with torch.no_grad():
+        given = function(*(x.clone().requires_grad_() for x in student), *teacher)
+    assert not given.requires_grad
+    assert_close(given, want)

@@ -16,13 +16,11 @@ from support.kd_tools import (
     HALF,
     MAIN_OPTIONS,
     OPS,
-    OPTIONS,
     PATHS,
     REDUCTIONS,
     check,
     draw,
     every_device,
-    every_reduction,
     is_tensor,
     loss_and_grad,
     operation_options,
@@ -37,17 +35,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # autograd
 
 every_path = pytest.mark.parametrize(("dtype", "reduction"), PATHS, ids=str)
-
-
-@every_device
-@every_reduction
-@pytest.mark.parametrize("name", OPTIONS)
-def test_gradcheck(name: str, reduction: str, device: str) -> None:
-    """The gradient is formed in the forward for "mean" and "sum", in the backward for "none"."""
-    student, teacher = pair(4, 5, 2, dtype=DOUBLE, device=device)
-    options = options_for(name, student, 1)
-    function = partial(kd_loss, teacher=teacher, reduction=reduction, **options)
-    assert torch.autograd.gradcheck(function, student.requires_grad_())
 
 
 @pytest.mark.every_isa
@@ -233,17 +220,6 @@ def test_compile_with_changing_options(kind: str, device: str, compiled: Callabl
         once = kind == "tensors" and call > 0
         with torch.compiler.set_stance("fail_on_recompile" if once else "default"):
             check(student, teacher, function=function, reductions=["mean"], **options)
-
-
-@every_device
-def test_compile_without_gradient(device: str, compiled: Callable) -> None:
-    student, teacher = pair(6, 40, device=device)
-    function = compiled(kd_loss)
-    assert_close(function(student, teacher), kd_loss(student, teacher))
-    with torch.no_grad():
-        loss = function(student.requires_grad_(), teacher)
-    assert not loss.requires_grad
-    assert_close(loss, kd_loss(student.detach(), teacher))
 
 
 @every_device

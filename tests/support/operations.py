@@ -26,77 +26,116 @@ class Operation(NamedTuple):
     # some, each with another loss
     variants: list[dict[str, Any]]
     paths: list[Path]
+    # as `draw` for gradcheck, in float64; with each of the options that it tries
+    draw_small: Callable[[torch.dtype, str], tuple[Tensors, Tensors]]
+    cases: dict[str, Callable[[Tensors], dict[str, Any]]]
     # paths where the forward forms the gradient; None: not said
-    formed_in_forward: Callable[[torch.dtype, str | None], bool] | None
+    formed_in_forward: Callable[[torch.dtype, str | None], bool] | None = None
     # float64 is served by autograd, which has any derivative
     float64_by_autograd: bool = False
 
 
-def _logits(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
-    student, teacher = kd_tools.pair(6, 40, dtype=dtype, device=device)
-    return [student], [teacher]
+def _drawn(*shapes: tuple[int, ...]) -> Callable[[torch.dtype, str], tuple[Tensors, Tensors]]:
+    """One tensor of the student's, and one of the teacher's."""
 
-
-def _maps(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
-    x = attention_map_tools.maps(2, 2, 5, 7, 16, 8, dtype=dtype, device=device)
-    return list(x.student), list(x.teacher)
-
-
-def _map_options(student: Tensors) -> dict[str, Any]:
-    return attention_map_tools.OPTIONS["everything"](attention_map_tools.Maps(*student, *student))
-
-
-def _features(*shape: int) -> Callable[[torch.dtype, str], tuple[Tensors, Tensors]]:
     def draw(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
-        new = partial(feature_tools.draw, dtype=dtype, device=device)
-        return [new(*shape)], [new(shape[0], shape[1] + 2, *shape[2:])]
+        student, teacher = (feature_tools.draw(*x, dtype=dtype, device=device) for x in shapes)
+        return [student], [teacher]
 
     return draw
 
 
-def _relations(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
-    new = partial(feature_tools.draw, dtype=dtype, device=device)
-    return [new(2, 2, 5, 8)], [new(2, 2, 5, 16)]
+def _logits(*shape: int) -> Callable[[torch.dtype, str], tuple[Tensors, Tensors]]:
+    def draw(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+        student, teacher = kd_tools.pair(*shape, dtype=dtype, device=device)
+        return [student], [teacher]
+
+    return draw
+
+
+def _maps(*shape: int) -> Callable[[torch.dtype, str], tuple[Tensors, Tensors]]:
+    def draw(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+        x = attention_map_tools.maps(*shape, dtype=dtype, device=device)
+        return list(x.student), list(x.teacher)
+
+    return draw
+
+
+def _logit_options(student: Tensors, name: str = "everything") -> dict[str, Any]:
+    return kd_tools.options_for(name, student[0], 1)
+
+
+def _map_options(student: Tensors, name: str = "everything", **kind: str) -> dict[str, Any]:
+    maps = attention_map_tools.Maps(*student, *student)
+    return attention_map_tools.OPTIONS[name](maps) | kind
 
 
 def _none(student: Tensors) -> dict[str, Any]:
     return {}
 
 
+def _weight(student: Tensors) -> dict[str, Any]:
+    (x,) = student
+    return {"weight": feature_tools.draw(7, 5, dtype=x.dtype, device=str(x.device))}
+
+
 KINDS = [{"kind": kind} for kind in attention_map_tools.KINDS]
 OPERATIONS = {
     "kd": Operation(
         kd_loss,
-        _logits,
-        lambda student: kd_tools.options_for("everything", student[0]),
+        _logits(6, 40),
+        _logit_options,
         [{"temperature": 1.0}, {"temperature": 4.0}],
         kd_tools.PATHS,
+        _logits(4, 5, 2),
+        {name: partial(_logit_options, name=name) for name in kd_tools.OPTIONS},
         lambda dtype, reduction: reduction != "none" and dtype != HALF,
     ),
     "attention_map": Operation(
         attention_map_loss,
-        _maps,
+        _maps(2, 2, 5, 7, 16, 8),
         _map_options,
         KINDS,
         attention_map_tools.PATHS,
+        _maps(2, 1, 3, 4, 3, 2),
+        {
+            f"{name}-{kind}": partial(_map_options, name=name, kind=kind)
+            for name in ("plain", "everything")
+            for kind in attention_map_tools.KINDS
+        },
         lambda dtype, reduction: reduction != "none" and dtype in (FLOAT, BFLOAT),
         float64_by_autograd=True,
     ),
     "relation": Operation(
         relation_loss,
-        _relations,
+        _drawn((2, 2, 5, 8), (2, 2, 5, 16)),
         _none,
         KINDS,
         attention_map_tools.PATHS,
-        None,
+        _drawn((2, 3, 4), (2, 3, 4)),
+        {of["kind"]: lambda student, of=of: of for of in KINDS},
         float64_by_autograd=True,
     ),
     **{
-        name: Operation(loss, _features(6, 5, 4, 4), _none, [{}, {}], [(FLOAT, None)], None)
+        name: Operation(
+            loss,
+            _drawn((6, 5, 4, 4), (6, 7, 4, 4)),
+            _weight if name in feature_tools.KINDS else _none,
+            [{}, {}],
+            [(FLOAT, None)],
+            _drawn((3, 4, 2, 3), (3, 5, 2, 3)),
+            {"plain": _none},
+        )
         for name, loss in feature_tools.LOSSES.items()
     },
 }
 PATHS = [(name, *path) for name, of in OPERATIONS.items() for path in of.paths]
+CASES = [
+    (name, case, reduction)
+    for name, of in OPERATIONS.items()
+    for case in of.cases
+    for reduction in sorted({reduction for _, reduction in of.paths}, key=str)
+]
 
 
 def gradients(loss: Callable[..., Tensor], student: Tensors, *teacher: Tensor) -> Tensors:
