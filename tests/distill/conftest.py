@@ -1,0 +1,40 @@
+"""Images, and a run on them that many tests read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.run_tools import INT8, arguments
+from vitkd_fast import cli
+from vitkd_fast.distill import sources
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as PNG files, in train/<class>/ and val/<class>/."""
+    root = tmp_path_factory.mktemp("images")
+    digits = sources.Digits()
+    for i in range(200):
+        image, label = digits.read(i)
+        folder = root / ("val" if i % 4 == 0 else "train") / digits.classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def run_folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vitkd", "distill", *arguments(image_folder, folder), *INT8])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    torch.set_num_threads(threads)
+    assert not stop.value.code
+    return folder

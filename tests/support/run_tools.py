@@ -1,0 +1,28 @@
+"""The arguments of a run that takes seconds."""
+
+from pathlib import Path
+
+
+def arguments(image_folder: Path, folder: Path) -> list[str]:
+    return [
+        f"data.train={image_folder}/train",
+        f"data.val={image_folder}/val",
+        "data.image_size=32",
+        "data.batch_size=16",
+        "data.workers=0",
+        "teacher.model=vit_tiny_patch16_224",
+        "teacher.options={patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}",
+        "teacher.epochs=8",  # enough to be better than guessing
+        "teacher.optimizer={lr: 4e-3, warmup_epochs: 1}",
+        "augmentation.scale=[0.8, 1.0]",
+        "augmentation.hflip=0.0",
+        "student.model=mobilenetv2_035",
+        "losses.kd.temperature=4",
+        "run.epochs=1",
+        "run.seeds=[0, 1]",
+        f"run.folder={folder}",
+        "int8.enabled=false",
+    ]
+
+
+INT8 = ["int8.enabled=true", "int8.calibration_images=32"]
