@@ -2,8 +2,8 @@
 
 They are compared with the reference in float64 on the same rounded inputs. What is allowed there
 comes from the naive form by torch's own functions in float32 (see `attention_map_tools.check`); it
-is never tuned. Tests marked every_isa also run once per instruction set of the host, and on the
-reference backend (test_attention_map_backends.py).
+is never tuned. The tests also run once per instruction set of the host, and on the reference
+backend (test_attention_map_backends.py).
 """
 
 import itertools
@@ -45,10 +45,11 @@ from support.attention_map_tools import (
     operation_options,
     torch_rows,
 )
+from support.cuda_tools import EMULATED
 from vitkd_fast import _ops, reference
 from vitkd_fast.functional import attention_map_loss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.every_isa, pytest.mark.usefixtures("one_thread")]
 
 
 def test_new_memory_is_poisoned() -> None:
@@ -60,7 +61,6 @@ def test_new_memory_is_poisoned() -> None:
 # against the reference
 
 
-@pytest.mark.every_isa
 @every_device
 @every_kind
 @pytest.mark.parametrize("name", OPTIONS)
@@ -91,7 +91,6 @@ def test_reference_keeps_the_digits_of_js() -> None:
         torch.testing.assert_close(rows, torch.full_like(rows, math.log(2)), rtol=2e-7, atol=0)
 
 
-@pytest.mark.every_isa
 @every_kind
 def test_reference_matches_probabilities(kind: str) -> None:
     """The divergences once more, as they are written on paper."""
@@ -124,7 +123,6 @@ LONGER_SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[(1, 2, 49, 49, 64, 64), (2, 1, 13, 49, 128, 96)])
 @every_device
 @every_kind
@@ -135,7 +133,6 @@ def test_shapes_match(shape: tuple[int, ...], kind: str, device: str) -> None:
         check(x, kind=kind, **OPTIONS[name](x))
 
 
-@pytest.mark.every_isa
 @every_device
 @every_kind
 @pytest.mark.parametrize("shape", LONG_SHAPES, ids=str)
@@ -143,7 +140,6 @@ def test_long_shapes_match(shape: tuple[int, ...], kind: str, device: str) -> No
     check(maps(*shape, device=device), kind=kind, reductions=["mean"])
 
 
-@pytest.mark.every_isa
 @every_device
 @every_kind
 @pytest.mark.parametrize("shape", LONGER_SHAPES, ids=str)
@@ -155,7 +151,6 @@ def test_longer_shapes_match(shape: tuple[int, ...], kind: str, device: str) -> 
             check(x, kind=kind, reductions=["mean", "none"], **OPTIONS[name](x))
 
 
-@pytest.mark.every_isa
 @every_device
 @every_kind
 @pytest.mark.parametrize("name", OPTIONS)
@@ -165,7 +160,6 @@ def test_options_match(name: str, kind: str, device: str) -> None:
         check(x, kind=kind, **OPTIONS[name](x))
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(kind=["js"])
 @every_device
 @every_kind
@@ -184,7 +178,6 @@ def test_dtypes_match(student: torch.dtype, teacher: torch.dtype, kind: str, dev
         check(x, kind=kind, **OPTIONS["everything"](x))
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(dim=[20], dtype=[BFLOAT])
 @every_device
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
@@ -204,7 +197,6 @@ def test_layouts_match(layout: str, dim: int, dtype: torch.dtype, device: str) -
                 assert grad.stride() == torch.empty_like(like).stride()
 
 
-@pytest.mark.every_isa
 @every_device
 @every_kind
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
@@ -223,7 +215,6 @@ def test_one_qkv_of_each_matches(dtype: torch.dtype, kind: str, device: str) -> 
     assert_same(grad.permute(2, 0, 3, 1, 4), (want.d_q, want.d_k, torch.zeros_like(q)))
 
 
-@pytest.mark.every_isa
 @every_device
 @every_kind
 @every_reduction
@@ -275,7 +266,6 @@ def test_operations_match(name: str, reduction: str, kind: str, device: str) -> 
 CLOSE = {"rtol": 1.3e-6, "atol": 1e-5}  # torch's own tolerance for float32
 
 
-@pytest.mark.every_isa
 @every_device
 @every_reduction
 @every_kind
@@ -301,7 +291,6 @@ def test_empty_matches(shape: tuple[int, ...], kind: str, reduction: str, device
 # the mask
 
 
-@pytest.mark.every_isa
 @every_device
 @every_kind
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT, DOUBLE], ids=str)
@@ -328,7 +317,6 @@ def test_mask_matches_fewer_keys(dtype: torch.dtype, kind: str, device: str) -> 
             assert (d_k[:, :, ~keep] == 0).all()
 
 
-@pytest.mark.every_isa
 @every_device
 def test_mask_of_any_strides_matches(device: str) -> None:
     x = maps(3, 2, 5, 12, device=device)
@@ -341,7 +329,6 @@ def test_mask_of_any_strides_matches(device: str) -> None:
         assert_same(loss_and_grads(x, key_mask=mask), want)
 
 
-@pytest.mark.every_isa
 @every_device
 @every_kind
 @pytest.mark.parametrize("garbage", [0.0, 1e4, -1e12, 3e31])
@@ -364,7 +351,6 @@ def test_extreme_numbers_in_masked_keys_are_not_looked_at(
         assert (given.d_k[where] == 0).all()
 
 
-@pytest.mark.every_isa
 @every_device
 @every_kind
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -383,8 +369,8 @@ def test_extreme_nan_in_masked_keys_gives_nothing_wrong(bad: float, kind: str, d
 @every_kind
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
 def test_a_row_without_keys_is_an_error_on_the_cpu(dtype: torch.dtype, kind: str) -> None:
-    if _ops.backends()["attention_map_fwd"]["CPU"] == "reference":
-        pytest.skip("the reference gives 0 on any device")
+    if EMULATED or _ops.backends()["attention_map_fwd"]["CPU"] == "reference":
+        pytest.skip("the reference and CUDA's kernels give 0 there")
     x = maps(3, 2, 5, 12, dtype=dtype)
     mask = key_mask(3, 12)
     mask[1] = False
@@ -398,7 +384,6 @@ def loss_and_grads_of_function(*x: Tensor, **options: Any) -> Results:
     return loss_and_grads(Maps(*x), **options)
 
 
-@pytest.mark.every_isa
 @pytest.mark.parametrize(
     "device",
     [
@@ -440,7 +425,6 @@ FORMS = {"few": (2, 2, 5, 7, 3), "vectors": (1, 2, 33, 64, 16), "rest": (1, 1, 3
 every_form = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"]], kind=["mse", "reverse_kl"])
 @every_device
 @every_kind
@@ -457,7 +441,6 @@ def test_extreme_scores(temperature: float, shape: tuple[int, ...], kind: str, d
     check(Maps(*far), **options)
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(scale=[1e-30, 0.0], shape=[FORMS["few"]], kind=["mse", "reverse_kl"])
 @every_device
 @every_kind
@@ -469,7 +452,6 @@ def test_extreme_scales(scale: float, shape: tuple[int, ...], kind: str, device:
         check(x, kind=kind, reductions=["mean"], **scales)
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"]], kind=["mse", "reverse_kl"])
 @every_device
 @every_kind
@@ -497,7 +479,6 @@ def test_extreme_attention_to_one_key(
         assert on_tensor_cores(x) or all((grad == 0).all() for grad in grads)
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"]], kind=["mse", "reverse_kl"])
 @every_device
 @every_kind
@@ -522,7 +503,6 @@ def test_extreme_equality_gives_zero(
             assert result.abs().max() <= most, f"{name}, {reduction}: {result.abs().max():.3g}"
 
 
-@pytest.mark.every_isa
 @every_device
 @every_kind
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=str)
@@ -534,7 +514,6 @@ def test_extreme_zeros(zero: float, dtype: torch.dtype, kind: str, device: str) 
         assert_close(result, torch.zeros_like(result), rtol=0, atol=1e-7)
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"]], kind=["mse", "reverse_kl"])
 @every_device
 @every_kind
@@ -545,7 +524,6 @@ def test_extreme_closeness(shape: tuple[int, ...], kind: str, device: str) -> No
     check(Maps(x.q_s * (1 + 1e-4), x.k_s, x.q_s, x.k_s), kind=kind, reductions=["mean", "none"])
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"]], kind=["mse", "reverse_kl"])
 @every_device
 @every_kind

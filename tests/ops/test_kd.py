@@ -2,7 +2,7 @@
 
 They are compared with the reference in float64 on the same rounded inputs. What is allowed there
 comes from torch's own functions in float32 (see `kd_tools.check`); it is never tuned.
-Tests marked every_isa also run once per instruction set of the host, and on the reference backend
+The tests also run once per instruction set of the host, and on the reference backend
 (test_kd_backends.py).
 """
 
@@ -45,7 +45,7 @@ from support.kd_tools import (
 from vitkd_fast import reference
 from vitkd_fast.functional import kd_loss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.every_isa, pytest.mark.usefixtures("one_thread")]
 
 
 def test_new_memory_is_poisoned() -> None:
@@ -57,7 +57,6 @@ def test_new_memory_is_poisoned() -> None:
 # against the reference
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(name=["plain", "everything"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_reference_matches_torch(name: str) -> None:
@@ -89,7 +88,6 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[(5, 1001), (2, 70000)])
 @pytest.mark.interpreted(shape=[(5, 1001), (1, 65536)])
 @every_device
@@ -100,7 +98,6 @@ def test_shapes_match(shape: tuple[int, ...], class_dim: int, device: str) -> No
         check(student, teacher, **options_for(name, student, class_dim))
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[(8, 1001), (2, 13, 5, 7)])
 @pytest.mark.interpreted(shape=[(2, 13, 5, 7)])
 @every_device
@@ -113,7 +110,6 @@ def test_options_match(shape: tuple[int, ...], class_dim: int, name: str, device
     check(student, teacher, **options_for(name, student, class_dim))
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[(3, 1001)])
 @pytest.mark.interpreted(shape=[(21, 10), (2, 40, 3, 7)])
 @every_device
@@ -146,7 +142,6 @@ LAYOUTS: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {  # [6, 40]
 }
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated
 @pytest.mark.interpreted(layout=["rows_apart", "expanded_rows", "channels_last"], dtype=[FLOAT])
 @every_device
@@ -174,7 +169,6 @@ def test_layouts_match(
             assert grad.stride() == torch.empty_like(student).stride()
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(name=["plain", "everything"])
 @pytest.mark.interpreted(name=["plain", "everything"])
 @every_device
@@ -218,7 +212,6 @@ def test_operations_match(name: str, reduction: str, device: str) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.every_isa
 @every_device
 @pytest.mark.parametrize(("shape", "class_dim"), [((1, 1), -1), ((4, 1), -1), ((1, 1, 9), 1)])
 def test_operations_match_of_one_class(shape: tuple[int, ...], class_dim: int, device: str) -> None:
@@ -229,7 +222,6 @@ def test_operations_match_of_one_class(shape: tuple[int, ...], class_dim: int, d
         assert (result == 0).all()
 
 
-@pytest.mark.every_isa
 @every_device
 def test_the_numbers_of_a_forward_may_be_strided_and_match(device: str) -> None:
     student, teacher = pair(21, 40, device=device)
@@ -242,7 +234,6 @@ def test_the_numbers_of_a_forward_may_be_strided_and_match(device: str) -> None:
     )
 
 
-@pytest.mark.every_isa
 @pytest.mark.interpreted
 @every_device
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
@@ -269,7 +260,6 @@ def test_scale_matches(factor: float, dtype: torch.dtype, device: str) -> None:
         assert torch.equal(whole, want)
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated
 @pytest.mark.interpreted
 @every_device
@@ -288,7 +278,6 @@ def test_mixed_labels_as_a_list_and_lam_in_any_form_match(device: str) -> None:
         assert torch.equal(grad, results[0][1])
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated
 @pytest.mark.interpreted
 @every_device
@@ -306,7 +295,6 @@ def test_temperature_in_any_form_matches(device: str) -> None:
             assert torch.equal(alike[i], grads[i])
 
 
-@pytest.mark.every_isa
 @pytest.mark.interpreted
 @every_device
 @every_reduction
@@ -329,7 +317,6 @@ def test_empty_matches(shape: tuple[int, ...], class_dim: int, reduction: str, d
 every_form = pytest.mark.parametrize(("shape", "class_dim"), FORMS.values(), ids=FORMS)
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"][0]])
 @pytest.mark.interpreted(shape=[FORMS["few"][0], FORMS["long"][0]], temperature=[4.0])
 @every_device
@@ -350,7 +337,6 @@ def test_extreme_logits(
     check(student.half(), teacher.bfloat16(), **options)
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"][0]])
 @pytest.mark.interpreted(shape=[FORMS["row"][0], FORMS["long"][0]], temperature=[0.1])
 @every_device
@@ -373,7 +359,6 @@ def test_extreme_masked_teacher(
     check(both[0], of[0], like=(both[1], of[1]), **options)
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"][0]])
 @pytest.mark.interpreted(shape=[FORMS["row"][0], FORMS["long"][0]], temperature=[0.1])
 @every_device
@@ -395,7 +380,6 @@ def test_extreme_masked_student(
     assert kd_loss(student, teacher, **options) == INF
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"][0]])
 @pytest.mark.interpreted(shape=[FORMS["row"][0]])
 @every_device
@@ -411,7 +395,6 @@ def test_extreme_student_of_minus_inf_only(
     assert rows[1:].isfinite().all()
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"][0]])
 @pytest.mark.interpreted(shape=[FORMS["row"][0]])
 @every_device
@@ -433,7 +416,6 @@ def test_extreme_cross_entropy_of_minus_inf(
     assert kd_loss(student, teacher, **options) == INF
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"][0]])
 @pytest.mark.interpreted(shape=[FORMS["few"][0]], dtype=[FLOAT, BFLOAT])
 @every_device
@@ -455,7 +437,6 @@ def test_extreme_equality_gives_zero(
             assert (grad == 0).all()
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"][0]])
 @pytest.mark.interpreted(shape=[FORMS["few"][0]], bad=[NAN])
 @every_device
@@ -491,7 +472,6 @@ def test_extreme_ignored_rows_are_not_looked_at(
         assert (grad == 0).all()
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(shape=[FORMS["few"][0]])
 @pytest.mark.interpreted(shape=[FORMS["few"][0]])
 @every_device
@@ -522,7 +502,6 @@ def test_extreme_nan_stays(
         assert torch.equal(grad.isnan(), want_grad.isnan())
 
 
-@pytest.mark.every_isa
 @pytest.mark.interpreted
 @every_device
 def test_extreme_weights_of_zero_switch_terms_off(device: str) -> None:
@@ -543,7 +522,6 @@ def test_extreme_weights_of_zero_switch_terms_off(device: str) -> None:
 # the same bits
 
 
-@pytest.mark.every_isa
 @pytest.mark.emulated(name=["labels"])
 @every_device
 @pytest.mark.parametrize("name", MAIN_OPTIONS)
