@@ -106,35 +106,27 @@ def compute(node: Node, inputs: list[tuple[Array, Array]]) -> Array:
 
 def sums(node: Conv | Depthwise | Classifier, x: Array, pad: Array) -> Array:
     """The int32 sums, the bias in them, as float64 [N, H, W, C_out]; |sum| < 2^31 is exact."""
-    import torch
-    from torch.nn import functional as F
-
-    weight = node.weight
+    weight = node.weight.astype(np.float64)
     if isinstance(node, Classifier):
-        weight = weight[:, None, None, :]
-    elif isinstance(node, Depthwise):
-        weight = weight.transpose(2, 0, 1)[..., None]
-    stride = (1, 1) if isinstance(node, Classifier) else node.stride
-    if not isinstance(node, Classifier):
-        n, height, width, channels = x.shape
-        kernel = weight.shape[1:3]
-        (top, bottom), (left, right) = (
-            padding_of(x.shape[1 + axis], kernel[axis], stride[axis], node.padding, axis)
-            for axis in (0, 1)
-        )
-        padded = np.empty((n, height + top + bottom, width + left + right, channels), np.uint8)
-        padded[:] = pad
-        padded[:, top : top + height, left : left + width] = x
-        x = padded
-    groups = len(weight) if isinstance(node, Depthwise) else 1
-    result = F.conv2d(
-        torch.from_numpy(x.transpose(0, 3, 1, 2).astype(np.float64)),
-        torch.from_numpy(weight.transpose(0, 3, 1, 2).astype(np.float64)),
-        torch.from_numpy(node.bias.astype(np.float64)),
-        stride,
-        groups=groups,
+        return x @ weight.T + node.bias
+    if isinstance(node, Conv):
+        weight = weight.transpose(1, 2, 3, 0)  # [kh, kw, C_in, C_out]
+    (top, bottom), (left, right) = (
+        padding_of(x.shape[1 + axis], weight.shape[axis], node.stride[axis], node.padding, axis)
+        for axis in (0, 1)
     )
-    return result.numpy().transpose(0, 2, 3, 1)
+    n, height, width, channels = x.shape
+    padded = np.empty((n, height + top + bottom, width + left + right, channels))
+    padded[:] = pad
+    padded[:, top : top + height, left : left + width] = x
+    # [N, H, W, C_in, kh, kw], a view: what each output reads
+    windows = np.lib.stride_tricks.sliding_window_view(padded, weight.shape[:2], (1, 2))
+    windows = windows[:, :: node.stride[0], :: node.stride[1]]
+    total = node.bias.astype(np.float64)
+    for i, j in np.ndindex(weight.shape[:2]):
+        taps, factor = windows[..., i, j], weight[i, j]
+        total = total + (taps @ factor if isinstance(node, Conv) else taps * factor)
+    return total
 
 
 def scale_sums(node: Conv | Depthwise | Classifier, acc: Array) -> Array:
