@@ -1,9 +1,4 @@
-"""Teachers and students from timm: build, save and load them, and tap what the losses read.
-
-A tap adds no second pass: hooks that live for one call keep what the model computes anyway. Fused
-attention never forms its map, so a tap gives the queries and keys, taken from the projection and
-normalised and rotated by the attention's own parts: the map is softmax(scale * q k^T).
-"""
+"""Teachers and students from timm: create, save and load them, and prepare their images."""
 
 from __future__ import annotations
 
@@ -13,24 +8,20 @@ require("distill", __name__)
 
 import difflib
 import json
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data.config import resolve_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-from timm.layers.attention import Attention, AttentionRope
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
-from timm.models import beit, clean_state_dict, eva, swin_transformer, swin_transformer_v2
+from timm.models import clean_state_dict
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
@@ -38,9 +29,6 @@ from . import _preprocessing, weights
 from ._files import replacing
 
 _METADATA, _VERSION = "vitkd_fast", 1
-# those whose forward _queries_and_keys repeats; elsewhere the same names may mean something else
-_ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, beit.Attention,
-               swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -471,159 +459,3 @@ def class_names(classes: Sequence[str]) -> list[list[str]]:
     subset = infer_imagenet_subset({"num_classes": len(classes)})
     ids = [ImageNetInfo(subset).label_names()] if subset else []
     return [list(classes), *ids]
-
-
-@dataclass
-class TapOutputs:
-    """What one forward pass gave; keyed by the strides and blocks as they were asked for.
-
-    Outside distilled training a DeiT returns the mean of its two heads, and so `logits` is that
-    mean. Queries and keys are normalised and rotated but not scaled; keys that heads share are
-    repeated; Swin's are per window, [B * windows, heads, N, dim].
-    """
-
-    logits: Tensor  # [B, classes], what the model returns, of a pair the first
-    logits_dist: Tensor | None = None  # [B, classes]
-    pooled: Tensor | None = None  # [B, features], read by the classifier (of two, the class head)
-    # stride -> [B, C, H, W], the last map of that stride
-    maps: dict[int, Tensor] = field(default_factory=dict)
-    # block -> [B, N, C], its output, prefix tokens included
-    tokens: dict[int, Tensor] = field(default_factory=dict)
-    queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, heads, N, dim]
-    keys: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, heads, N, dim]
-
-
-def _queries_and_keys(
-    attn: Any, x: Tensor, rope: Tensor | None, outputs: Mapping[nn.Module, Any]
-) -> tuple[Tensor, Tensor]:
-    """q and k [B, heads, N, dim] of an attention that has returned from x [B, N, C].
-
-    `outputs` are its projections': by then with the bias that some attentions add in place.
-    """
-    qkv = getattr(attn, "qkv", None)
-    if qkv is None:
-        q, k = outputs[attn.q_proj], outputs[attn.k_proj]
-    elif qkv in outputs:
-        q, k, _ = outputs[qkv].chunk(3, dim=-1)
-    else:  # BEiT, EVA and SwinV2 may use the layer's weight without calling the layer
-        bias = torch.cat((attn.q_bias, attn.k_bias))
-        q, k = F.linear(x, qkv.weight[: bias.numel()], bias).chunk(2, dim=-1)
-    dtype, dim = q.dtype, q.shape[-1] // attn.num_heads
-    q, k = (t.unflatten(-1, (-1, dim)).transpose(1, 2) for t in (q, k))
-    if hasattr(attn, "q_norm"):
-        q, k = attn.q_norm(q), attn.k_norm(k)
-    if rope is not None:
-        n = attn.num_prefix_tokens
-        rotate = partial(apply_rot_embed_cat, emb=rope, half=attn.rotate_half)
-        q, k = (torch.cat((t[:, :, :n], rotate(t[:, :, n:])), 2).to(dtype) for t in (q, k))
-    if hasattr(attn, "logit_scale"):  # SwinV2: cosines, with one learned scale per head
-        scale = attn.logit_scale.clamp(max=math.log(100)).exp()
-        q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
-    return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-
-
-class Taps:
-    """Logits, pooled features, maps, tokens, queries and keys of one forward pass.
-
-    The model stays as it is: the hooks are there during a call only, also if it raises. A call
-    calls the attribute `model`, which may be set to the DistributedDataParallel around it.
-
-    Args:
-        model: from timm.
-        pooled: tap what the classifier reads.
-        maps: strides to tap. A ViT gives the patch tokens of its last block.
-        tokens: blocks to tap; negative numbers count from the end.
-        attention: blocks whose queries and keys to tap.
-
-    Attributes:
-        prefix_tokens: class, distillation and register tokens, in front of the patches.
-        grid: rows and columns of patches; None for convnets and Swin.
-        scales: by tapped block, the factor of q k^T in the softmax; 1 for SwinV2, whose scales
-            per head are in the queries. The bias that BEiT and Swin add to it is not tapped.
-
-    Raises:
-        ValueError: there is no such stride or block, or its attention is of an unknown kind.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        pooled: bool = False,
-        maps: Sequence[int] = (),
-        tokens: Sequence[int] = (),
-        attention: Sequence[int] = (),
-    ) -> None:
-        self.model = cast(Any, model)
-        self.prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)
-        # Swin's stages, in `layers`, have a grid each
-        embed = getattr(model, "patch_embed", None) if hasattr(model, "blocks") else None
-        self.grid: tuple[int, int] | None = getattr(embed, "grid_size", None)
-        self._nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        heads = self.model.get_classifier()
-        head, self._head_dist = heads if isinstance(heads, tuple) else (heads, None)
-        self._head = head if pooled else None
-        # in the order of the network, so that the last of a stride stays
-        strides = {entry["reduction"]: entry["module"] for entry in self.model.feature_info}
-        blocks: list[Any] = [m for m in model.modules() if hasattr(m, "attn")]
-        all_ = range(-len(blocks), len(blocks))
-        given = ("maps", maps, strides), ("tokens", tokens, all_), ("attention", attention, all_)
-        for name, asked, accepted in given:
-            if missing := [i for i in asked if i not in accepted]:
-                raise ValueError(
-                    f"Taps: {name} has {missing[0]}; accepted are {list(accepted) or 'none'} of "
-                    f"{type(model).__name__}"
-                )
-        self._maps = {stride: model.get_submodule(strides[stride]) for stride in maps}
-        self._tokens = {i: blocks[i] for i in tokens}
-        self._attention: dict[int, Any] = {i: blocks[i].attn for i in attention}
-        for i, attn in self._attention.items():
-            if type(attn) not in _ATTENTIONS:
-                known = ", ".join(f"{c.__module__}.{c.__name__}" for c in _ATTENTIONS)
-                raise ValueError(f"Taps: attention {i} is a {type(attn)}; accepted are {known}")
-        self.scales = {i: float(getattr(a, "scale", 1)) for i, a in self._attention.items()}
-        taps = (*self._maps.values(), *self._tokens.values(), *self._attention.values())
-        parts = [getattr(a, p, None) for a in taps for p in ("qkv", "q_proj", "k_proj")]
-        self._watched = {*taps, *parts, self._head, self._head_dist} - {None}
-
-    def compile(self, **options: Any) -> None:
-        """Compiles what a call runs, by torch.compile with these options."""
-        model = self.model
-
-        # torch.compile guards no hooks: what was compiled with them must never run without, and so
-        # has a frame of its own
-        def tapped(x: Tensor) -> Any:
-            return model(x)
-
-        self.model = torch.compile(tapped, **options)
-
-    def _as_map(self, y: Tensor) -> Tensor:
-        if y.dim() == 3:
-            return y[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
-        return y.permute(0, 3, 1, 2) if self._nhwc else y
-
-    def _as_tokens(self, y: Tensor) -> Tensor:
-        return y if y.dim() == 3 else self._as_map(y).flatten(2).transpose(1, 2)
-
-    def __call__(self, x: Tensor) -> TapOutputs:
-        """Runs the model on x [B, C, H, W], with gradients or without, as the caller has it."""
-        inputs: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
-        outputs: dict[nn.Module, Any] = {}
-
-        def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            inputs[module], outputs[module] = (args[0], kwargs.get("rope")), output
-
-        with ExitStack() as hooks:
-            for module in self._watched:
-                hooks.enter_context(module.register_forward_hook(keep, with_kwargs=True))
-            logits = self.model(x)
-        pairs = {i: _queries_and_keys(a, *inputs[a], outputs) for i, a in self._attention.items()}
-        return TapOutputs(
-            logits=logits[0] if isinstance(logits, (tuple, list)) else logits,
-            logits_dist=None if self._head_dist is None else outputs[self._head_dist],
-            pooled=None if self._head is None else inputs[self._head][0],
-            maps={stride: self._as_map(outputs[m]) for stride, m in self._maps.items()},
-            tokens={i: self._as_tokens(outputs[m]) for i, m in self._tokens.items()},
-            queries={i: q for i, (q, _) in pairs.items()},
-            keys={i: k for i, (_, k) in pairs.items()},
-        )

@@ -17,7 +17,7 @@ from . import functional
 from .functional._common import check_derivatives, check_tensors
 
 if TYPE_CHECKING:
-    from .models import Taps
+    from .taps import Taps
 
 
 class KDLoss(nn.Module):

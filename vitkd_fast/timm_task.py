@@ -38,8 +38,9 @@ except (ImportError, AttributeError) as error:
 from timm.utils.model import unwrap_model
 
 from . import functional
-from .models import Taps, input_size
+from .models import input_size
 from .nn import AttentionMapProjection
+from .taps import Taps
 
 _logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from vitkd_fast.distill.data import Batch, Loader, Mixer, eval_transform, loader
 from vitkd_fast.distill.losses import CE, KD, StepOutputs
 from vitkd_fast.distill.sources import DataError, class_folders, open_data, open_folder
 from vitkd_fast.images import EXTENSIONS, open_rgb
-from vitkd_fast.models import TapOutputs
+from vitkd_fast.taps import TapOutputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STRONG = {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5"}

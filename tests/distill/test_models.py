@@ -13,7 +13,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vitkd_fast.models import Normalize, Pixels, TapOutputs, Taps, create, load, save
+from vitkd_fast.models import Normalize, Pixels, create, load, save
+from vitkd_fast.taps import TapOutputs, Taps
 
 VIT = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 SWIN = {"depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 4}

@@ -19,7 +19,7 @@ from timm.task import DistillationTeacher, LogitDistillationTask, resume_task_ch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from vitkd_fast.models import Taps
+from vitkd_fast.taps import Taps
 from vitkd_fast.timm_task import AttentionDistillationTask, FusedLogitDistillationTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,8 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..functional import Labels, kd_loss
-from ..models import TapOutputs, Taps
 from ..nn import AttentionMapProjection
+from ..taps import TapOutputs, Taps
 
 TapSpec: TypeAlias = Mapping[str, tuple[int, ...]]  # arguments of Taps
 
@@ -66,7 +66,7 @@ class Term(Section):
     weight: Schedule = ONE  # factor of the term
 
     def taps(self) -> tuple[TapSpec, TapSpec]:
-        """What `models.Taps` should take from student and teacher; their logits come anyway."""
+        """What `Taps` should take from student and teacher; their logits come anyway."""
         return {}, {}
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:

@@ -11,7 +11,7 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import models
+from ..taps import TapOutputs, Taps
 from .losses import Losses, StepOutputs, TapSpec, Term
 
 
@@ -88,14 +88,14 @@ class DistillationTask(TrainingTask):
         )
         return self
 
-    def teacher_outputs(self, images: Tensor) -> models.TapOutputs | None:
+    def teacher_outputs(self, images: Tensor) -> TapOutputs | None:
         """What the teacher gives, without gradients."""
         if self.teacher is None:
             return None
         with torch.inference_mode():
             if self.teacher_taps:
                 return self.teacher_taps(images)
-            return models.TapOutputs(self.teacher(images))
+            return TapOutputs(self.teacher(images))
 
     def forward(self, input: Tensor, target: Any, done: float = 0.0) -> dict[str, Tensor]:
         """The losses of a batch after the share `done` of the run.
@@ -118,7 +118,7 @@ class _Trainable(nn.Module):
     def __init__(
         self,
         predict: nn.Module,
-        taps: models.Taps | None,
+        taps: Taps | None,
         terms: dict[str, Term],
         learned: nn.ModuleDict,
         autocast: Callable[[], AbstractContextManager[Any]],
@@ -129,10 +129,10 @@ class _Trainable(nn.Module):
         self.autocast = autocast
 
     def forward(
-        self, images: Tensor, teacher_outputs: models.TapOutputs | None, labels: Any, done: float
+        self, images: Tensor, teacher_outputs: TapOutputs | None, labels: Any, done: float
     ) -> tuple[Tensor, Tensor]:
         with self.autocast():
-            student = self.taps(images) if self.taps else models.TapOutputs(self.predict(images))
+            student = self.taps(images) if self.taps else TapOutputs(self.predict(images))
             outputs = StepOutputs(student, teacher_outputs, labels)
             losses = [
                 term(outputs, done, self.learned[name] if name in self.learned else None)
@@ -141,7 +141,7 @@ class _Trainable(nn.Module):
         return student.logits, torch.stack(losses)
 
 
-def _taps(predict: nn.Sequential, wanted: list[TapSpec]) -> models.Taps | None:
+def _taps(predict: nn.Sequential, wanted: list[TapSpec]) -> Taps | None:
     """What any term wants of a model, through its predictor; None if that is the logits alone."""
     merged: dict[str, tuple[int, ...]] = {}
     for arguments in wanted:
@@ -149,6 +149,6 @@ def _taps(predict: nn.Sequential, wanted: list[TapSpec]) -> models.Taps | None:
             merged[name] = tuple(dict.fromkeys((*merged.get(name, ()), *places)))
     if not merged:
         return None
-    taps = models.Taps(predict[1], **merged)  # type: ignore[arg-type]
+    taps = Taps(predict[1], **merged)  # type: ignore[arg-type]
     taps.model = predict
     return taps
