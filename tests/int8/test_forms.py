@@ -20,7 +20,8 @@ from torchvision.transforms import v2  # noqa: E402
 
 from support.int8_models import Call, check, conv, create, head, network  # noqa: E402
 from vitkd_fast import models  # noqa: E402
-from vitkd_fast.int8.lower import FloatNode, UnsupportedError, lower  # noqa: E402
+from vitkd_fast.int8.float_graph import FloatNode  # noqa: E402
+from vitkd_fast.int8.lower import UnsupportedError, lower  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,8 @@ timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 
 from support.int8_models import Call, check, conv, create, network, randomised  # noqa: E402
-from vitkd_fast.int8.lower import UnsupportedError, forward, lower  # noqa: E402
+from vitkd_fast.int8.float_graph import forward  # noqa: E402
+from vitkd_fast.int8.lower import UnsupportedError, lower  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

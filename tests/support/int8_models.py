@@ -9,8 +9,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from vitkd_fast.int8.float_graph import FloatNode, forward
 from vitkd_fast.int8.graph import Array
-from vitkd_fast.int8.lower import FloatNode, forward
 
 
 def randomised(model: nn.Module) -> nn.Module:

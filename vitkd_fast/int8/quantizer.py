@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from .. import _preprocessing
 from . import file, simulate
 from .calibrate import CALIBRATIONS, Calibration, Histogram, Scale
+from .float_graph import FloatNode, forward
 from .graph import Add, Array, Classifier, Conv, Depthwise, Graph, Node, Pool, SqueezeExcite
-from .lower import FloatNode, checked, forward, lower
+from .lower import checked, lower
 from .report import LayerReport, QuantizedModel, Report
 
 __all__ = ["QuantizedModel", "quantize"]
