@@ -34,7 +34,9 @@ from torch import nn
 
 from vitkd_fast import models
 from vitkd_fast.distill import config, data, sources
-from vitkd_fast.distill.loop import Runtime, Trainer
+from vitkd_fast.distill.loop import Trainer
+from vitkd_fast.distill.runtime import Runtime
+from vitkd_fast.distill.task import DistillationTask
 from vitkd_fast.timm_task import FusedLogitDistillationTask
 
 T, CE_WEIGHT = 4.0, 0.5
@@ -76,6 +78,7 @@ def bench_step(race, benchmark, device, where, precision, image_folders, threads
             f"data.workers={0 if where == 'cpu' else 4}",
             f"run.device={where}",
             f"run.precision={precision}",
+            "run.epochs=60",
         ],
     )
     splits, runtime = sources.open_data(recipe.data), Runtime.of(recipe)
@@ -89,10 +92,8 @@ def bench_step(race, benchmark, device, where, precision, image_folders, threads
     timm_steps = {
         name: timms(kind, recipe, *map(copy.deepcopy, pair), splits) for name, kind in kinds.items()
     }
-    trainer = Trainer(
-        recipe, student, teacher, recipe.losses, recipe.optimizer, 60, splits, tmp_path,
-        seed=0, title="bench", runtime=runtime, save_model=lambda path, model: None,
-    )  # fmt: skip
+    task = DistillationTask.create(recipe, student, teacher, runtime)
+    trainer = Trainer(recipe, task, splits, tmp_path, seed=0, save_model=lambda path, model: None)
     trainer.forward.train()
     batches = endless(trainer.loader)
     others = list(itertools.islice(data.loaders(recipe, splits, 1)[0].epoch(), 4))

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from vitkd_fast.distill import config, losses
 
 ROOT = Path(__file__).parents[1]
+AS_OPTIMIZER = "teacher.optimizer"  # has a row instead of a table of its own
 LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 INTRODUCTION = """# Configuration
 
@@ -104,17 +105,9 @@ def shown(value: Any) -> str:
     return "null" if value is None else str(value) or '""'
 
 
-def nested(annotation: Any) -> type[losses.Section] | None:
-    """The section that an annotation such as `KD | None` holds, but for schedules."""
-    for x in (annotation, *get_args(annotation)):
-        if isinstance(x, type) and issubclass(x, losses.Section) and x is not losses.Ramp:
-            return x
-    return None
-
-
-def section(model: type[BaseModel], path: str) -> str:
-    """A heading, what the section is for, and a table; then its sections."""
-    text, rows, inner = "", [], ""
+def section(path: str, model: type[losses.Section]) -> str:
+    """A heading, what the section is for, and a table of its keys that are no sections."""
+    rows = []
     said = {}
     for base in reversed(model.__mro__):
         if base in (BaseModel, losses.Section) or not issubclass(base, losses.Section):
@@ -122,11 +115,9 @@ def section(model: type[BaseModel], path: str) -> str:
         said |= comments(base)
     for name, field in model.model_fields.items():
         key = f"{path}.{name}".lstrip(".")
-        if deeper := nested(field.annotation):
-            if deeper is config.Optimizer and path == "teacher":
-                rows.append((f"`{key}`", "as `optimizer`", "null", said[name]))
-            else:
-                inner += section(deeper, key)
+        if key == AS_OPTIMIZER:
+            rows.append((f"`{key}`", "as `optimizer`", "null", said[name]))
+        if config.sections().get(key, losses.Ramp) is not losses.Ramp:
             continue
         what = kind(field.annotation)
         if bounds := " and ".join(limits(field.metadata)):
@@ -135,17 +126,20 @@ def section(model: type[BaseModel], path: str) -> str:
             )
         default = shown(field.default)
         rows.append((f"`{key}`", what, f"`{default}`", said.get(name, "")))
-    if path:
-        text += f"\n## {path}\n\n{inspect.getdoc(model)}\n"
+    text = f"\n## {path}\n\n{inspect.getdoc(model)}\n" if path else ""
     if rows:
         text += "\n| key | accepted | default | |\n|---|---|---|---|\n"
         text += "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    return text + inner
+    return text
 
 
 def page() -> str:
     """The whole page, in Markdown."""
-    return INTRODUCTION + section(config.Config, "")
+    return INTRODUCTION + "".join(
+        section(path, model)
+        for path, model in config.sections().items()
+        if model is not losses.Ramp and path != AS_OPTIMIZER
+    )
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -23,7 +23,10 @@ from torch import nn
 from vitkd_fast import models
 from vitkd_fast.distill import checkpoint, logger, sources
 from vitkd_fast.distill.config import load
-from vitkd_fast.distill.loop import Meter, NonFiniteError, Runtime, Stopped, Trainer
+from vitkd_fast.distill.logger import Meter
+from vitkd_fast.distill.loop import NonFiniteError, Stopped, Trainer
+from vitkd_fast.distill.runtime import Runtime
+from vitkd_fast.distill.task import DistillationTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,29 +62,28 @@ def teacher() -> nn.Module:
     return models.create("vit_tiny_patch16_224", num_classes=10, image_size=32, options=options)
 
 
-def trainer(folder: Path, overrides: list[str] | tuple[str, ...] = (), **changed) -> Trainer:
-    config = load("digits", [*TINY, *overrides])
-    arguments = {
-        "student": student(),
-        "teacher": teacher(),
-        "losses": config.losses,
-        "optimizer": config.optimizer,
-        "epochs": 5,
-        "splits": splits(),
-        "folder": folder,
-        "seed": 0,
-        "title": "test",
-        "runtime": Runtime.of(config),
-        "save_model": functools.partial(
-            models.save,
-            name="mobilenetv2_035",
-            options={},
-            num_classes=10,
-            pixels=models.Pixels.of(student()),
-            classes=tuple("0123456789"),
-        ),
-    }
-    return Trainer(config, **(arguments | changed))
+def trainer(
+    folder: Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    resume: bool = False,
+    **changed: nn.Module,
+) -> Trainer:
+    config = load("digits", ["run.epochs=5", *TINY, *overrides])
+    pair = {"student": student(), "teacher": teacher()} | changed
+    save_model = functools.partial(
+        models.save,
+        name="mobilenetv2_035",
+        options={},
+        num_classes=10,
+        pixels=models.Pixels.of(student()),
+        classes=tuple("0123456789"),
+    )
+    task = DistillationTask.create(config, **pair, runtime=Runtime.of(config))
+    made = Trainer(config, task, splits(), folder, seed=0, save_model=save_model)
+    if resume:
+        made.restore()
+    return made
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
@@ -123,13 +125,12 @@ def test_resume_gives_the_same_weights(tmp_path: Path, at: int, losses: list[str
 @pytest.mark.parametrize("name", ["lamb", "sgd", "muon"])
 def test_every_optimizer_is_restored(tmp_path: Path, name: str) -> None:
     changed = [f"optimizer.name={name}", "run.max_steps=3"]
-    options = load("digits", [*TINY, *changed]).optimizer
-    whole = trainer(tmp_path / "whole", changed, optimizer=options).run()
-    first = trainer(tmp_path / "cut", [*changed, "run.save_every=1"], optimizer=options)
+    whole = trainer(tmp_path / "whole", changed).run()
+    first = trainer(tmp_path / "cut", [*changed, "run.save_every=1"])
     stop_after(first, 2)
     with pytest.raises(Stopped):
         first.run()
-    assert_same(trainer(tmp_path / "cut", changed, optimizer=options, resume=True).run(), whole)
+    assert_same(trainer(tmp_path / "cut", changed, resume=True).run(), whole)
 
 
 def stop_after(run: Trainer, step: int) -> None:
@@ -284,8 +285,7 @@ def _rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     torch.manual_seed(0)
-    sgd = load("digits", [*TINY, *SGD]).optimizer
-    trainer(folder / "two", ["data.batch_size=8", *PLAIN], student=frozen(), optimizer=sgd).run()
+    trainer(folder / "two", ["data.batch_size=8", *PLAIN, *SGD], student=frozen()).run()
     # with statistics that each rank sees differently, all end with those that are saved
     live = trainer(folder / "live", ["data.batch_size=8", *PLAIN])
     if rank == 1:
@@ -307,8 +307,7 @@ def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> Non
     ]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
     torch.manual_seed(0)
-    sgd = load("digits", [*TINY, *SGD]).optimizer
-    trainer(tmp_path / "one", PLAIN, student=frozen(), optimizer=sgd).run()
+    trainer(tmp_path / "one", [*PLAIN, *SGD], student=frozen()).run()
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 6
     assert len(set(one)) == 6  # it does change from step to step
@@ -325,14 +324,12 @@ def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> Non
 
 
 def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
-    options = load("digits", [*TINY, *SGD]).optimizer
     for name, batch, accumulate in (("one", 32, 1), ("two", 16, 2)):
         torch.manual_seed(0)
         trainer(
             tmp_path / name,
-            [f"data.batch_size={batch}", *PLAIN],
+            [f"data.batch_size={batch}", *PLAIN, *SGD, f"optimizer.accumulate={accumulate}"],
             student=frozen(),
-            optimizer=options.model_copy(update={"accumulate": accumulate}),
         ).run()
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 6
@@ -350,7 +347,7 @@ def test_the_teacher_is_a_constant(tmp_path: Path) -> None:
     assert not run.teacher.training
     assert not any(p.requires_grad for p in run.teacher.parameters())
     dtypes = {p.dtype for p in run.teacher.parameters()}
-    assert dtypes == {run.runtime.teacher}
+    assert dtypes == {run.runtime.teacher_dtype}
 
 
 def test_a_student_learns_where_its_teacher_looks(tmp_path: Path) -> None:
@@ -360,9 +357,8 @@ def test_a_student_learns_where_its_teacher_looks(tmp_path: Path) -> None:
         for block in constant.blocks:
             block.attn.qkv.weight *= 8  # fresh weights look everywhere alike
     alone = ["losses={ce: {weight: 0.1}, attention: {stride: 8}}", *PLAIN[:3]]
-    options = load("digits", [*TINY, "optimizer={lr: 3e-3}"]).optimizer
-    changed = [*alone, "run.max_steps=200", "run.log_every=20"]
-    run = trainer(tmp_path, changed, teacher=constant, optimizer=options, epochs=50)
+    alone += ["optimizer={lr: 3e-3}", "run.epochs=50"]
+    run = trainer(tmp_path, [*alone, "run.max_steps=200", "run.log_every=20"], teacher=constant)
     images = next(run.loader.epoch(0)).images
     answers = run.task.teacher_outputs(images)
     queries, keys = (x[-1][:, :, 1:].float() for x in (answers.queries, answers.keys))
@@ -429,12 +425,12 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     # 1e39 is past float32's largest number: the loss is finite in the first steps
     growing = ["losses.kd={weight: {start: 1, end: 1e41, until: 1.0}}", "run.save_every=1"]
     growing += ["run.log_every=4", "optimizer={lr: 1e-9, schedule: constant}"]
-    run = trainer(tmp_path, growing, losses=load("digits", growing).losses)
+    run = trainer(tmp_path, growing)
     run.update = functools.partial(_without_learning, run, run.update)  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError) as error:
         run.run()
     assert str(error.value) == (
-        f"test: loss kd is not finite at step 1 (learning rate 1e-09); checkpoint: "
+        f"{tmp_path.name}: loss kd is not finite at step 1 (learning rate 1e-09); checkpoint: "
         f"{tmp_path}/checkpoint.safetensors is the last good one"
     )
     assert checkpoint.read_header(tmp_path / "checkpoint.safetensors")["info"]["step"] == 1
@@ -574,8 +570,8 @@ def test_precision_by_device() -> None:
     def place(*overrides: str) -> Runtime:
         return Runtime.of(load("digits", ["run.device=cpu", *overrides]))
 
-    assert place().student == torch.float32
-    assert place("run.precision=bfloat16").student == torch.bfloat16
+    assert place().student_dtype == torch.float32
+    assert place("run.precision=bfloat16").student_dtype == torch.bfloat16
 
 
 if __name__ == "__main__":

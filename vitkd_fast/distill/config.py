@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -138,6 +139,20 @@ class Config(Section):
     augmentation: Augmentation = Augmentation()
     int8: Int8 = Int8()
     run: Run = Run()
+
+    def for_baseline(self) -> Config:
+        """The student's training without its teacher."""
+        return self.model_copy(update={"losses": self.losses.baseline()})
+
+    def for_teacher(self) -> Config:
+        """The teacher's own training, on the labels, with its optimizer and epochs."""
+        epochs = {"epochs": self.teacher.epochs}
+        return self.for_baseline().model_copy(
+            update={
+                "optimizer": self.teacher.optimizer or self.optimizer,
+                "run": self.run.model_copy(update=epochs),
+            }
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -317,16 +332,35 @@ def _explain(error: Any) -> str:
         # pydantic adds "or instance of" one of our classes
         return f"{key}: {given} given; {error['msg'].split(' or instance')[0].lower()}{quote}"
     # without the path, which would make all names alike
-    valid = {name: ".".join([*path, name]) for name in _fields(Config, path)}
+    section = sections()[".".join(path)]
+    valid = {name: ".".join([*path, name]) for name in section.model_fields}
     if close := difflib.get_close_matches(last, valid, n=1, cutoff=0.5):
         return f"{key}: unknown key; the nearest is {valid[close[0]]}"
     return f"{key}: unknown key; accepted are {', '.join(valid.values())}"
 
 
-def _fields(section: Any, path: list[str]) -> list[str]:
-    """The keys of the section at `path`; annotations such as `KD | None` hold it as an argument."""
-    for part in path:
-        kind: Any = section.model_fields[part].annotation
-        options = [kind, *getattr(kind, "__args__", ())]
-        section = next(x for x in options if isinstance(x, type) and issubclass(x, Section))
-    return list(section.model_fields)
+@functools.cache
+def sections() -> dict[str, type[Section]]:
+    """Every section by its key, such as "losses.kd", in their order; Config itself is ""."""
+    found: dict[str, type[Section]] = {}
+
+    def walk(key: str, section: type[Section]) -> None:
+        found[key] = section
+        for name, field in section.model_fields.items():
+            # annotations such as `KD | None` hold a section as an argument
+            for kind in (field.annotation, *get_args(field.annotation)):
+                if isinstance(kind, type) and issubclass(kind, Section):
+                    walk(f"{key}.{name}".lstrip("."), kind)
+
+    walk("", Config)
+    return found
+
+
+def differing(begun: dict[str, Any], config: Config) -> list[str]:
+    """The keys, such as "data.image_size", in which a run's saved configuration is another."""
+    return [
+        f"{name}.{key}"
+        for name, section in config.model_dump().items()
+        for key, value in section.items()
+        if (begun.get(name) or {}).get(key) != value
+    ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import json
 import tempfile
@@ -20,20 +18,22 @@ from torch import Tensor, nn
 
 from .. import int8, models
 from .._files import replacing
-from . import checkpoint, data, evaluate, identity, quantized, report, results, sources
-from .config import Config, ConfigError, Model, Optimizer
-from .loop import Runtime, Trainer, build_optimizer
-from .losses import Losses
+from . import (
+    checkpoint,
+    data,
+    evaluate,
+    identity,
+    optim,
+    preflight,
+    quantized,
+    report,
+    results,
+    sources,
+)
+from .config import Config, ConfigError, Model
+from .loop import Trainer
+from .runtime import Runtime
 from .task import DistillationTask
-
-# what may differ when a run goes on: where things are, and how they are computed
-_MAY_CHANGE = {
-    "data": {"root", "train", "val", "workers", "skip_bad"},
-    "teacher": {"checkpoint"},
-    "int8": {"enabled", "calibration", "calibration_images"},
-    "run": {"folder", "device", "precision", "channels_last", "compile", "threads"}
-    | {"log_every", "eval_every", "save_every", "seeds", "baseline"},
-}
 
 
 def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> dict[str, Any]:
@@ -66,187 +66,57 @@ class _Experiment:
         self.config, self.runtime, self.resume = config, runtime, resume
         self.folder = Path(config.run.folder)
         self.warnings: list[str] = []
-        resumes = self._check_folder()
+        resumes = preflight.holds_run(config, resume)
         self.splits = sources.open_data(config.data, config.student.options.get("num_classes"))
         self.classes = self.splits.classes
         self.fingerprint = identity.fingerprint(self.splits)
         if resumes and (begun := self.folder / "data.json").exists():
             identity.check_resumed(json.loads(begun.read_text()), self.fingerprint)
-        self.teacher = self._create_teacher() if config.teacher.model else None
-        student = self._create_student()
+        self.teacher = None
+        if config.teacher.model:
+            self.teacher = teacher = preflight.create_teacher(config, self.classes)
+            origin, used = models.Origin.of(teacher), preflight.pixels(config, teacher)
+            self.warnings += identity.differences("teacher", origin, used)
+            preflight.check_image("teacher", config, teacher)
+            if config.teacher.epochs:
+                self.warnings += preflight.check_batch("teacher", config, teacher)
+        student = preflight.create_student(config, self.classes)
         self.student = models.Origin.of(student)
-        self._try("student", student)
-        self._try_batch("student", student)
-        build_optimizer(student, config.optimizer)
-        self._try_losses(student)
+        preflight.check_image("student", config, student)
+        self.warnings += preflight.check_batch("student", config, student)
+        optim.create_optimizer(student, config.optimizer)
+        preflight.check_losses(config, student, self.teacher)
         data.loaders(config, self.splits, 0, config.optimizer.accumulate)
         self.skipped = set(self.splits.skipped)
         # whose weights become int8, and whose predictions the report shows
         self.role = "distilled" if self.teacher else "baseline"
         self.notes = list(self.splits.notes)
 
-    def _check_folder(self) -> bool:
-        """Whether the folder holds a run to go on with; refuses another's.
-
-        What failed before it saved anything is no run.
-        """
-        file = self.folder / "config.yaml"
-        if not file.exists() or not any(self.folder.glob("*/*.safetensors")):
-            return False
-        if not self.resume:
-            raise ConfigError(
-                f"run.folder: {self.folder} holds a run; --resume goes on with it, or name another"
-            )
-        if keys := _differing(yaml.safe_load(file.read_text()), self.config.model_dump()):
-            raise ConfigError(f"--resume: {self.folder} was begun with another {', '.join(keys)}")
-        return True
-
-    def _create(
-        self, model: Model, num_classes: int | None, *, new_head: bool = False
-    ) -> nn.Module:
-        options = {k: v for k, v in model.options.items() if k != "num_classes"}
-        return models.create(
-            model.model,
-            num_classes=num_classes,
-            pretrained=model.pretrained,
-            checkpoint=model.checkpoint,
-            new_head=new_head,
-            image_size=None if "img_size" in options else self.config.data.image_size,
-            options=options,
-        )
-
-    def _try(self, name: str, model: nn.Module) -> None:
-        """Shows the model one image of the run's size."""
-        size = self.config.data.image_size
-        try:
-            with torch.inference_mode():
-                models.predictor(model).eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            why = " ".join(str(error).split())
-            raise ConfigError(
-                f"{name}.model: cannot read images of data.image_size {size}: {why}"
-            ) from error
-
-    def _create_student(self) -> nn.Module:
-        """Before its training; with a new classifier where its weights are of other classes."""
-        student: Any = self._create(self.config.student, len(self.classes), new_head=True)
-        origin = models.Origin.of(student)
-        if origin.classes and not identity.same_classes(origin, self.classes):
-            student.reset_classifier(len(self.classes))
-            student.origin = dataclasses.replace(
-                origin, classes=None, new_head="new classifier: its classes are others"
-            )
-        return student
-
-    def _try_batch(self, name: str, model: nn.Module) -> None:
-        """Finds out whether the model can be trained on batches of the run's size."""
-        size = self.config.data.image_size
-        if self.config.data.batch_size == 1:
-            trained = models.predictor(copy.deepcopy(model).train())
-            try:
-                with torch.no_grad():
-                    trained(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-            except ValueError as error:  # a batch norm without a second value
-                raise ConfigError(
-                    f"data.batch_size: 1 given; {name}.model has batch norms that take 2 or more"
-                ) from error
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if (momentum := max((m.momentum or 0.0 for m in norms), default=0.0)) > 0.5:
-            self.warnings.append(
-                f"{name}.model: its batch norms have momentum {momentum:g}, so that their running "
-                "statistics are the last batch's; usual is 0.1"
-            )
-
-    def _try_losses(self, student: nn.Module) -> None:
-        """Finds out whether the losses get what they need of student and teacher."""
-        teacher = models.predictor(self.teacher).eval() if self.teacher else None
-        size = self.config.data.image_size
-        image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-        try:
-            task = DistillationTask(
-                self.config.losses, models.predictor(student), teacher, image
-            ).eval()
-            with torch.no_grad():
-                task(image, torch.zeros(1, dtype=torch.int64))
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"losses: {error}") from error
-
-    def _create_teacher(self) -> nn.Module:
-        section, classes = self.config.teacher, len(self.classes)
-        data.seed_all(0)
-        if Path(section.model).is_file():
-            teacher = models.load(section.model).model
-        else:
-            # weights of timm's keep timm's classes, so that a mismatch is seen
-            own = section.options.get("num_classes", classes if section.checkpoint else None)
-            teacher = self._create(
-                section, classes if section.epochs else own, new_head=section.epochs > 0
-            )
-        origin = models.Origin.of(teacher)
-        if not section.epochs:
-            if not origin.trained:
-                raise ConfigError(
-                    f"teacher.model: {section.model} would teach with random weights ({origin}); "
-                    "name its weights by teacher.checkpoint or teacher.pretrained=true, or train "
-                    "it first by teacher.epochs"
-                )
-            if (found := getattr(teacher, "num_classes", classes)) != classes:
-                raise ConfigError(
-                    f"teacher.model: {section.model} has {found} classes, and the images have "
-                    f"{classes}; name one trained on them, or let teacher.epochs train it first"
-                )
-            if origin.classes:
-                identity.check_classes(f"teacher.model: {origin}", origin, self.classes)
-        self.warnings += identity.differences("teacher", origin, self._pixels(teacher))
-        self._try("teacher", teacher)
-        if section.epochs:
-            self._try_batch("teacher", teacher)
-        return teacher
-
     def _train(
-        self,
-        name: str,
-        section: Model,
-        model: nn.Module,
-        teacher: nn.Module | None,
-        losses: Losses,
-        optimizer: Optimizer,
-        epochs: int,
-        seed: int,
+        self, name: str, config: Config, student: nn.Module, teacher: nn.Module | None, seed: int
     ) -> nn.Module:
-        save_model = functools.partial(
-            models.save,
-            name=section.model,
-            options=section.options,
-            num_classes=len(self.classes),
-            pixels=self._pixels(model),
-            classes=tuple(self.classes),
-        )
+        """Trains one model, which may be the teacher, in the folder of this name."""
+        section = config.teacher if name == "teacher" else config.student
         trainer = Trainer(
-            self.config,
-            model,
-            teacher,
-            losses,
-            optimizer,
-            epochs,
+            config,
+            DistillationTask.create(config, student, teacher, self.runtime),
             self.splits,
             self.folder / name,
             seed=seed,
-            title=name,
-            runtime=self.runtime,
-            resume=self.resume,
-            save_model=save_model,
+            save_model=functools.partial(
+                models.save,
+                name=section.model,
+                options=section.options,
+                num_classes=len(self.classes),
+                pixels=preflight.pixels(config, student),
+                classes=tuple(self.classes),
+            ),
         )
+        if self.resume:
+            trainer.restore()
         trained = trainer.run()
         self.skipped |= trainer.skipped
         return trained
-
-    def _pixels(self, model: nn.Module) -> models.Pixels:
-        """The model's own mean and std, and this run's size, crop and interpolation."""
-        own, config = models.Pixels.of(model), self.config.data
-        return models.Pixels(
-            config.image_size, own.mean, own.std, config.interpolation, config.crop_pct
-        )
 
     def run(self) -> dict[str, Any]:
         config = self.config
@@ -263,30 +133,19 @@ class _Experiment:
         if self.teacher and not config.teacher.epochs:
             self._score_teacher()
         if self.teacher and config.teacher.epochs:
-            self.teacher = self._train(
-                "teacher",
-                config.teacher,
-                self.teacher,
-                None,
-                config.losses.baseline(),
-                config.teacher.optimizer or config.optimizer,
-                config.teacher.epochs,
-                seed=0,
-            )
+            self.teacher = self._train("teacher", config.for_teacher(), self.teacher, None, 0)
             self._score_teacher()
         students: dict[str, dict[int, nn.Module]] = {}
         for seed in config.run.seeds:
-            for role, (teacher, losses) in self._roles().items():
+            for role in self._roles():
                 data.seed_all(seed)
-                student = self._create_student()
+                student = preflight.create_student(config, self.classes)
+                distilled = role == self.role
                 students.setdefault(role, {})[seed] = self._train(
                     f"{role}-{seed}",
-                    config.student,
+                    config if distilled else config.for_baseline(),
                     student,
-                    teacher,
-                    losses,
-                    config.optimizer,
-                    config.run.epochs,
+                    self.teacher if distilled else None,
                     seed,
                 )
         evaluations: dict[str, list[evaluate.Evaluation]] = {}
@@ -342,7 +201,7 @@ class _Experiment:
         )
         if not identity.is_no_teacher(right, images, classes):
             return
-        pixels = self._pixels(self.teacher)
+        pixels = preflight.pixels(config, self.teacher)
         why = (
             f"teacher.model: {config.teacher.model} gets {right} of {images} validation images "
             f"right, where guessing gets {images / classes:.0f}"
@@ -363,7 +222,7 @@ class _Experiment:
         if self.teacher and not config.teacher.epochs:
             self._score_teacher()
         data.seed_all(0)
-        student = self._create_student()
+        student = preflight.create_student(config, self.classes)
         for name, model in (("teacher", self.teacher), ("student", student)):
             if model:
                 parameters = sum(x.numel() for x in model.parameters())
@@ -371,10 +230,13 @@ class _Experiment:
                 self._say(f"{name}: {parameters:,} parameters, {macs / 1e6:.4g} MMACs an image")
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
-                config, student, self.teacher, config.losses, config.optimizer, config.run.epochs,
-                self.splits, Path(folder), seed=config.run.seeds[0], title="dry run",
-                runtime=self.runtime, save_model=lambda *_: None,
-            )  # fmt: skip
+                config,
+                DistillationTask.create(config, student, self.teacher, self.runtime),
+                self.splits,
+                Path(folder) / "dry-run",
+                seed=config.run.seeds[0],
+                save_model=lambda *_: None,
+            )
             seconds = trainer.seconds_per_step()
         runs = len(config.run.seeds)
         compared = ", and as often without the teacher" if "baseline" in self._roles() else ""
@@ -389,13 +251,10 @@ class _Experiment:
         self._say(f"disk: {need / 1e6:,.0f} MB at most in {self.folder}, {free / 1e6:,.0f} MB free")
         return {}
 
-    def _roles(self) -> dict[str, tuple[nn.Module | None, Losses]]:
-        """What each seed trains: the teacher it learns from, and its losses."""
-        roles: dict[str, tuple[nn.Module | None, Losses]] = {}
-        if self.config.run.baseline and self.teacher:
-            roles["baseline"] = None, self.config.losses.baseline()
-        roles[self.role] = self.teacher, self.config.losses
-        return roles
+    def _roles(self) -> list[str]:
+        """What each seed trains."""
+        compared = self.config.run.baseline and self.teacher
+        return ["baseline", self.role] if compared else [self.role]
 
     def _engines(self, trained: dict[int, nn.Module]) -> list[int8.Session]:
         """The students in the int8 engine, of the same files on every rank; [] where it cannot."""
@@ -410,7 +269,7 @@ class _Experiment:
                         self._int8_file(seed),
                         model,
                         images,
-                        pixels=self._pixels(model),
+                        pixels=preflight.pixels(self.config, model),
                         classes=self.classes,
                         calibration=self.config.int8.calibration,
                     )
@@ -581,13 +440,3 @@ class _Experiment:
         if not section.val and section.dataset in ("", "digits"):
             notes.append(f"Validation: {section.holdout:.0%} of the images, kept from training.")
         return notes + self.notes
-
-
-def _differing(found: Any, wanted: dict[str, Any]) -> list[str]:
-    """The keys in which two configurations would train differently."""
-    return [
-        f"{name}.{key}"
-        for name, section in wanted.items()
-        for key, value in section.items()
-        if key not in _MAY_CHANGE.get(name, ()) and (found.get(name) or {}).get(key) != value
-    ]

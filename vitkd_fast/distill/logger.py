@@ -1,4 +1,4 @@
-"""What a run says: a bar on a terminal or plain lines, metrics.jsonl, and TensorBoard's scalars."""
+"""Metrics of a run: sums of losses on the device, metrics.jsonl, TensorBoard, a progress bar."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from .._files import replacing
 
@@ -23,6 +26,50 @@ def read(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+class Meter:
+    """Sums of the losses and their first bad step, on the device until they are read."""
+
+    NEVER = 2**62
+
+    def __init__(self, names: list[str], device: torch.device) -> None:
+        self.names = names
+        self.sums = torch.zeros(len(names), device=device)
+        self.bad = torch.full((len(names),), self.NEVER, device=device)
+        self.count = 0
+
+    def add(self, losses: Tensor, step: int) -> None:
+        """Takes one batch's losses, [terms]."""
+        self.sums += losses
+        self.bad = torch.where(losses.isfinite(), self.bad, self.bad.clamp(max=step))
+        self.count += 1
+
+    def first_bad(self) -> tuple[int, str] | None:
+        """The first step of any rank with a loss that is NaN or Inf, and that loss's name."""
+        if dist.is_initialized():
+            dist.all_reduce(self.bad, dist.ReduceOp.MIN)
+        step, name = min(zip(self.bad.tolist(), self.names, strict=True))
+        return None if step == self.NEVER else (step, name)
+
+    def state(self) -> tuple[list[float], int]:
+        """The sums since the last reset, a mean over the ranks, and how many batches they hold."""
+        sums = self.sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            sums /= dist.get_world_size()
+        return sums.tolist(), self.count
+
+    def reset(self, sums: list[float] | None = None, count: int = 0) -> None:
+        """Begins anew, or where `state` was taken."""
+        self.sums.copy_(torch.tensor(sums or [0.0] * len(self.names)))
+        self.count = count
+
+    def means(self) -> dict[str, float]:
+        """The mean of each loss over batches and ranks since the last call."""
+        sums, count = self.state()
+        self.reset()
+        return {name: total / count for name, total in zip(self.names, sums, strict=True)}
 
 
 class MetricLogger:

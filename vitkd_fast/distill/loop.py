@@ -7,36 +7,26 @@ Every random number is a function of (seed, step, rank), so a resumed run is the
 
 from __future__ import annotations
 
-import copy
-import difflib
-import inspect
 import itertools
 import math
-import os
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
-from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.utils.distributed import distribute_bn
-from timm.utils.model_ema import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from .. import models
-from .._timing import warn_of_threads
-from . import checkpoint, data, evaluate, sources
-from .config import Config, ConfigError, Optimizer
-from .logger import MetricLogger
-from .losses import Losses
+from . import checkpoint, data, evaluate, optim, sources
+from .config import Config
+from .logger import Meter, MetricLogger
 from .task import DistillationTask
 
 
@@ -50,106 +40,6 @@ class Stopped(RuntimeError):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + number  # of the command line, as of a process that the signal ended
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where a process computes: its device, and its rank among the processes of torchrun."""
-
-    device: torch.device
-    student: torch.dtype  # of autocast
-    teacher: torch.dtype  # of its weights
-    rank: int = 0
-    ranks: int = 1
-
-    @classmethod
-    def of(cls, config: Config) -> Runtime:
-        """This process's; joins the others where there are any."""
-        run = config.run
-        if run.threads:
-            warn_of_threads("run.threads", run.threads)
-            torch.set_num_threads(run.threads)
-        name = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"run.device: {name}, and torch sees no GPU")
-        rank, ranks = 0, 1
-        if dist.is_torchelastic_launched() and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if dist.is_initialized():
-            rank, ranks = dist.get_rank(), dist.get_world_size()
-        if device.type == "cuda":
-            if device.index is None:
-                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            elif ranks > 1:
-                raise ConfigError(f"run.device: {name} for {ranks} processes; accepted is cuda")
-            torch.cuda.set_device(device)
-        if run.precision != "auto":
-            student = teacher = getattr(torch, run.precision)
-        elif device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            student = torch.bfloat16 if native else torch.float16
-            teacher = student
-        else:
-            # depthwise convolutions in bfloat16 are slower on a CPU, a transformer's GEMMs faster
-            can = cpu_capabilities()
-            fast = can.get("avx512_bf16") or can.get("amx_bf16")
-            student, teacher = torch.float32, torch.bfloat16 if fast else torch.float32
-        return cls(device, student, teacher, rank, ranks)
-
-    def autocast(self) -> torch.autocast:
-        """For the student: nothing in float32."""
-        return torch.autocast(self.device.type, self.student, self.student != torch.float32)
-
-
-def cpu_capabilities() -> dict[str, Any]:
-    """What torch knows of the CPU; nothing where torch is too old to say."""
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return known
-
-
-class Meter:
-    """Sums of the losses and their first bad step, on the device until they are read."""
-
-    NEVER = 2**62
-
-    def __init__(self, names: list[str], device: torch.device) -> None:
-        self.names = names
-        self.sums = torch.zeros(len(names), device=device)
-        self.bad = torch.full((len(names),), self.NEVER, device=device)
-        self.count = 0
-
-    def add(self, losses: Tensor, step: int) -> None:
-        """Takes one batch's losses, [terms]."""
-        self.sums += losses
-        self.bad = torch.where(losses.isfinite(), self.bad, self.bad.clamp(max=step))
-        self.count += 1
-
-    def first_bad(self) -> tuple[int, str] | None:
-        """The first step of any rank with a loss that is NaN or Inf, and that loss's name."""
-        if dist.is_initialized():
-            dist.all_reduce(self.bad, dist.ReduceOp.MIN)
-        step, name = min(zip(self.bad.tolist(), self.names, strict=True))
-        return None if step == self.NEVER else (step, name)
-
-    def state(self) -> tuple[list[float], int]:
-        """The sums since the last reset, a mean over the ranks, and how many batches they hold."""
-        sums = self.sums.clone()
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-            sums /= dist.get_world_size()
-        return sums.tolist(), self.count
-
-    def reset(self, sums: list[float] | None = None, count: int = 0) -> None:
-        """Begins anew, or where `state` was taken."""
-        self.sums.copy_(torch.tensor(sums or [0.0] * len(self.names)))
-        self.count = count
-
-    def means(self) -> dict[str, float]:
-        """The mean of each loss over batches and ranks since the last call."""
-        sums, count = self.state()
-        self.reset()
-        return {name: total / count for name, total in zip(self.names, sums, strict=True)}
 
 
 class Signals:
@@ -169,86 +59,53 @@ class Signals:
 
 
 class Trainer:
-    """One run: a student, perhaps a teacher, their images, and a folder for what comes out.
+    """One training run, in a folder of its own, whose name is the run's title.
+
+    The folder gets checkpoint.safetensors (the last whole state), last.safetensors and
+    best.safetensors (weights that `models.load` reads), and the metrics.
 
     Args:
-        config: data, augmentation and run; models and losses come as arguments.
-        student: trained in place.
-        teacher: a constant, or None.
-        losses: the terms that are added up.
-        optimizer: its section, which a teacher in training has of its own.
-        epochs: of the training images.
+        config: data, augmentation, optimizer and run; its models and losses are the task's.
+        task: student, teacher and losses; the student is trained in place.
         splits: the images.
-        folder: of checkpoint.safetensors (the last whole state), last.safetensors and
-            best.safetensors (weights that `models.load` reads), and the logger.
+        folder: of the files above.
         seed: of order, augmentation and everything drawn.
-        title: for the logger.
-        runtime: where to compute.
         save_model: writes a model's weights to a path, so that `models.load` reads them.
-        resume: go on from the folder's checkpoint, where there is one.
 
     Raises:
-        CheckpointError: a folder that cannot be written, or holds another run.
+        CheckpointError: the folder cannot be written.
         DataError: naming what is wrong with the images.
     """
 
     def __init__(
         self,
         config: Config,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        losses: Losses,
-        optimizer: Optimizer,
-        epochs: int,
+        task: DistillationTask,
         splits: sources.Splits,
         folder: Path,
         *,
         seed: int,
-        title: str,
-        runtime: Runtime,
         save_model: Callable[[Path, nn.Module], None],
-        resume: bool = False,
     ) -> None:
-        run = config.run
-        self.runtime, self.seed, self.folder, self.title = runtime, seed, folder, title
+        run, optimizer, runtime = config.run, config.optimizer, task.runtime
+        self.task, self.runtime, self.seed, self.folder = task, runtime, seed, folder
         self.run_section, self.options, self.save_model = run, optimizer, save_model
+        self.title, self.path = folder.name, folder / "checkpoint.safetensors"
         self.loader, self.val_loader = data.loaders(config, splits, seed, optimizer.accumulate)
         self.classes = len(splits.classes)
         self.mixer = data.Mixer(config.augmentation) if config.augmentation.mixes else None
         self.steps_per_epoch = self.loader.batches // optimizer.accumulate
-        self.total = min(epochs * self.steps_per_epoch, run.max_steps or 2**62)
+        self.total = min(run.epochs * self.steps_per_epoch, run.max_steps or 2**62)
 
-        layout = torch.channels_last if run.channels_last else torch.contiguous_format
-        self.model = student.to(memory_format=layout)
-        predict = models.predictor(self.model).to(runtime.device)
-        teacher = _frozen(teacher, runtime, layout) if teacher else None
-        size = config.data.image_size
-        image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=runtime.device)
-        task = DistillationTask(losses, predict, teacher, image, runtime.autocast)
-        self.task, self.learned = task, task.trainable_module.learned
-        self.optimizer = build_optimizer(self.model, optimizer)
-        learned = list(self.learned.parameters())
-        for decayed in (True, False):  # as the student's: weights, not biases
-            if group := [p for p in learned if (p.dim() > 1) == decayed]:
-                decay = optimizer.weight_decay if decayed else 0.0
-                self.optimizer.add_param_group({"params": group, "weight_decay": decay})
-        self.parameters = [*self.model.parameters(), *learned]
-        self.scheduler = create_scheduler_v2(
-            self.optimizer,
-            optimizer.schedule,
-            num_epochs=self.total,
-            warmup_epochs=optimizer.warmup_epochs * self.steps_per_epoch,
-            warmup_lr=optimizer.warmup_lr,
-            min_lr=optimizer.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=1,
-        )[0]
-        self.ema = None
-        if optimizer.ema_decay:
-            self.ema = ModelEmaV3(self.model, decay=optimizer.ema_decay, use_warmup=True)
-        self.scaler = torch.amp.GradScaler(
-            runtime.device.type, enabled=runtime.student == torch.float16
+        self.model, self.learned = task.student, task.trainable_module.learned
+        self.parameters = [*self.model.parameters(), *self.learned.parameters()]
+        self.optimizer = optim.create_optimizer(self.model, optimizer, self.learned.parameters())
+        self.scheduler = optim.create_scheduler(
+            self.optimizer, optimizer, self.total, self.steps_per_epoch
         )
+        self.ema = optim.create_ema(self.model, optimizer)
+        half = runtime.student_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
         self.meter = Meter(list(task.trainable_module.terms), runtime.device)
         self.step, self.evaluated, self.best = 0, 0, -1.0
         self._rates: dict[int, float] = {}  # by step, since the last log
@@ -260,19 +117,26 @@ class Trainer:
         self.disk = 8 * sum(p.numel() * p.element_size() for p in self.parameters)
         if runtime.rank == 0:
             checkpoint.check_folder(folder, self.disk)
-        self.path = folder / "checkpoint.safetensors"
-        if resume and self.path.exists():
-            info = checkpoint.restore(self.path, self._modules(), self.optimizer)
-            self.step, self.evaluated, self.best = info["step"], info["evaluated"], info["best"]
-            if self.scaler.is_enabled() and info["scaler"]:
-                self.scaler.load_state_dict(info["scaler"])
-            self.meter.reset(*info["meter"])
-            self.scheduler.step_update(self.step)
         if run.compile:
             task.compile()
         self.forward, self.teacher = task.trainable_module.predict, task.teacher
         if runtime.ranks > 1:
             task.prepare_distributed()
+
+    def restore(self) -> None:
+        """Takes the state of the folder's checkpoint, where there is one.
+
+        Raises:
+            CheckpointError: the checkpoint is of another run.
+        """
+        if not self.path.exists():
+            return
+        info = checkpoint.restore(self.path, self._modules(), self.optimizer)
+        self.step, self.evaluated, self.best = info["step"], info["evaluated"], info["best"]
+        if self.scaler.is_enabled() and info["scaler"]:
+            self.scaler.load_state_dict(info["scaler"])
+        self.meter.reset(*info["meter"])
+        self.scheduler.step_update(self.step)
 
     def update(self, batches: Iterator[data.Batch]) -> None:
         """One step: `accumulate` batches through teacher and student, then the optimiser."""
@@ -450,40 +314,6 @@ class Trainer:
                 "meter": meter,
             }
             checkpoint.save(self.path, self._modules(), self.optimizer, info)
-
-
-def build_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.Optimizer:
-    """timm's optimiser of this name, without weight decay for biases and norms.
-
-    Raises:
-        ConfigError: naming an unknown optimiser or option.
-    """
-    try:
-        kind = get_optimizer_class(options.name, bind_defaults=False)
-    except ValueError as error:
-        near = difflib.get_close_matches(options.name, list_optimizers(), 1, cutoff=0)[0]
-        raise ConfigError(
-            f"optimizer.name: timm has no {options.name!r}; the nearest is {near}"
-        ) from error
-    # torch's own update all weights in one pass, where they can: a quarter of the time
-    fused = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
-    try:
-        return create_optimizer_v2(
-            model,
-            opt=options.name,
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            **(fused | options.options),
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer.options: {options.options}: {error}") from error
-
-
-def _frozen(teacher: nn.Module, runtime: Runtime, layout: torch.memory_format) -> nn.Sequential:
-    """A frozen copy on the device, in its precision, for images as they are loaded."""
-    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-    teacher = teacher.to(runtime.teacher).to(memory_format=layout)
-    return models.predictor(teacher, dtype=runtime.teacher).to(runtime.device).eval()
 
 
 def _few(names: set[str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import int8
 from . import evaluate, logger, sources
-from .loop import Runtime, cpu_capabilities
+from .runtime import Runtime, cpu_capabilities
 
 _THUMBNAILS = 24
 _SIGNIFICANT = 0.05

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import copy
 from typing import Any
 
 import torch
@@ -11,8 +10,11 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import models
 from ..taps import TapOutputs, Taps
+from .config import Config
 from .losses import Losses, StepOutputs, TapSpec, Term
+from .runtime import Runtime
 
 
 class DistillationTask(TrainingTask):
@@ -20,12 +22,13 @@ class DistillationTask(TrainingTask):
 
     Args:
         losses: the terms.
-        predict: the student's predictor.
+        student: the student's predictor, on the runtime's device.
         teacher: the teacher's, or None.
-        image: [1, 3, H, W] uint8, for a first look at what they give.
-        autocast: for student and `learned`.
+        runtime: device, and precision of the student and of what the losses learn.
+        image_size: of a blank image, which shows the shapes that both return.
 
     Attributes:
+        student: the model that is trained, without its normalisation.
         trainable_module: the student and what its losses learn beside it.
 
     Raises:
@@ -35,30 +38,50 @@ class DistillationTask(TrainingTask):
     def __init__(
         self,
         losses: Losses,
-        predict: nn.Sequential,
+        student: nn.Sequential,
         teacher: nn.Sequential | None,
-        image: Tensor,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        runtime: Runtime,
+        image_size: int,
     ) -> None:
-        super().__init__(device=image.device, verbose=False)
+        super().__init__(device=runtime.device, verbose=False)
+        self.runtime = runtime
+        self.student: nn.Module = student[1]
         terms = dict(losses.terms())
         wanted = [term.taps() for term in terms.values()]
         self.teacher: nn.Module | None = teacher
         self.teacher_taps = (
             None if teacher is None else _taps(teacher, [teacher for _, teacher in wanted])
         )
-        taps = _taps(predict, [student for student, _ in wanted])
+        taps = _taps(student, [student for student, _ in wanted])
         learned = nn.ModuleDict()
         if taps and self.teacher_taps:
-            training = predict[1].training
-            predict.eval()  # one image is no batch to take statistics from
+            training = self.student.training
+            student.eval()  # one image is no batch to take statistics from
+            image = torch.zeros(
+                1, 3, image_size, image_size, dtype=torch.uint8, device=runtime.device
+            )
             with torch.no_grad():
                 outputs = taps(image), self.teacher_taps(image)
-            predict.train(training)
+            student.train(training)
             for name, term in terms.items():
                 if module := term.learned(*outputs, self.teacher_taps):
-                    learned[name] = module.to(image.device)
-        self.trainable_module: Any = _Trainable(predict, taps, terms, learned, autocast)
+                    learned[name] = module.to(runtime.device)
+        self.trainable_module: Any = _Trainable(student, taps, terms, learned, runtime)
+
+    @classmethod
+    def create(
+        cls, config: Config, student: nn.Module, teacher: nn.Module | None, runtime: Runtime
+    ) -> DistillationTask:
+        """The task of a run: the student itself and a frozen copy of its teacher, on the device."""
+        student = student.to(memory_format=runtime.memory_format)
+        predictor = models.predictor(student).to(runtime.device)
+        frozen = None
+        if teacher:
+            dtype = runtime.teacher_dtype
+            teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+            teacher = teacher.to(dtype).to(memory_format=runtime.memory_format)
+            frozen = models.predictor(teacher, dtype=dtype).to(runtime.device).eval()
+        return cls(config.losses, predictor, frozen, runtime, config.data.image_size)
 
     def train(self, mode: bool = True) -> DistillationTask:
         """Sets the mode of all but the teacher, which stays in evaluation mode."""
@@ -121,17 +144,17 @@ class _Trainable(nn.Module):
         taps: Taps | None,
         terms: dict[str, Term],
         learned: nn.ModuleDict,
-        autocast: Callable[[], AbstractContextManager[Any]],
+        runtime: Runtime,
     ) -> None:
         super().__init__()
         self.predict, self.taps, self.terms = predict, taps, terms
         self.learned = learned  # by name of its term; of most terms nothing
-        self.autocast = autocast
+        self.runtime = runtime
 
     def forward(
         self, images: Tensor, teacher_outputs: TapOutputs | None, labels: Any, done: float
     ) -> tuple[Tensor, Tensor]:
-        with self.autocast():
+        with self.runtime.autocast():
             student = self.taps(images) if self.taps else TapOutputs(self.predict(images))
             outputs = StepOutputs(student, teacher_outputs, labels)
             losses = [

@@ -1,0 +1,173 @@
+"""A run's models, and what can be checked of them and of the folder before any training."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from .. import models
+from . import config as configuration
+from . import data, identity
+from .config import Config, ConfigError, Model
+from .runtime import Runtime
+from .task import DistillationTask
+
+# what may differ when a run goes on: where things are, and how they are computed
+_MAY_CHANGE = {
+    *("data.root", "data.train", "data.val", "data.workers", "data.skip_bad"),
+    *("teacher.checkpoint", "int8.enabled", "int8.calibration", "int8.calibration_images"),
+    *("run.folder", "run.device", "run.precision", "run.channels_last", "run.compile"),
+    *("run.threads", "run.log_every", "run.eval_every", "run.save_every"),
+    *("run.seeds", "run.baseline"),
+}
+
+
+def holds_run(config: Config, resume: bool) -> bool:
+    """Whether the folder holds a run to go on with.
+
+    What failed before it saved anything is no run.
+
+    Raises:
+        ConfigError: it holds a run, and this one does not resume it or trains differently.
+    """
+    folder = Path(config.run.folder)
+    file = folder / "config.yaml"
+    if not file.exists() or not any(folder.glob("*/*.safetensors")):
+        return False
+    if not resume:
+        raise ConfigError(
+            f"run.folder: {folder} holds a run; --resume goes on with it, or name another"
+        )
+    begun = yaml.safe_load(file.read_text())
+    keys = [key for key in configuration.differing(begun, config) if key not in _MAY_CHANGE]
+    if keys:
+        raise ConfigError(f"--resume: {folder} was begun with another {', '.join(keys)}")
+    return True
+
+
+def pixels(config: Config, model: nn.Module) -> models.Pixels:
+    """The model's own mean and std, and this run's size, crop and interpolation."""
+    own, section = models.Pixels.of(model), config.data
+    return models.Pixels(
+        section.image_size, own.mean, own.std, section.interpolation, section.crop_pct
+    )
+
+
+def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
+    """Before its training; with a new classifier where its weights are of other classes."""
+    student: Any = _create(config, config.student, len(classes), new_head=True)
+    origin = models.Origin.of(student)
+    if origin.classes and not identity.same_classes(origin, classes):
+        student.reset_classifier(len(classes))
+        student.origin = dataclasses.replace(
+            origin, classes=None, new_head="new classifier: its classes are others"
+        )
+    return student
+
+
+def create_teacher(config: Config, names: Sequence[str]) -> nn.Module:
+    """Before its training, where it is trained; else with weights for these classes.
+
+    Raises:
+        ConfigError, DataError: its weights are random, or of other classes.
+    """
+    section, classes = config.teacher, len(names)
+    data.seed_all(0)
+    if Path(section.model).is_file():
+        teacher = models.load(section.model).model
+    else:
+        # weights of timm's keep timm's classes, so that a mismatch is seen
+        own = section.options.get("num_classes", classes if section.checkpoint else None)
+        teacher = _create(
+            config, section, classes if section.epochs else own, new_head=section.epochs > 0
+        )
+    if section.epochs:
+        return teacher
+    origin = models.Origin.of(teacher)
+    if not origin.trained:
+        raise ConfigError(
+            f"teacher.model: {section.model} would teach with random weights ({origin}); "
+            "name its weights by teacher.checkpoint or teacher.pretrained=true, or train "
+            "it first by teacher.epochs"
+        )
+    if (found := getattr(teacher, "num_classes", classes)) != classes:
+        raise ConfigError(
+            f"teacher.model: {section.model} has {found} classes, and the images have "
+            f"{classes}; name one trained on them, or let teacher.epochs train it first"
+        )
+    if origin.classes:
+        identity.check_classes(f"teacher.model: {origin}", origin, names)
+    return teacher
+
+
+def _create(
+    config: Config, section: Model, num_classes: int | None, *, new_head: bool
+) -> nn.Module:
+    options = {k: v for k, v in section.options.items() if k != "num_classes"}
+    return models.create(
+        section.model,
+        num_classes=num_classes,
+        pretrained=section.pretrained,
+        checkpoint=section.checkpoint,
+        new_head=new_head,
+        image_size=None if "img_size" in options else config.data.image_size,
+        options=options,
+    )
+
+
+def check_image(name: str, config: Config, model: nn.Module) -> None:
+    """Shows the model one image of the run's size; ConfigError where it cannot read it."""
+    try:
+        with torch.inference_mode():
+            models.predictor(model).eval()(_image(config))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"{name}.model: cannot read images of data.image_size {config.data.image_size}: {why}"
+        ) from error
+
+
+def check_batch(name: str, config: Config, model: nn.Module) -> list[str]:
+    """Warnings on the training of a model; ConfigError where its batches are too small."""
+    if config.data.batch_size == 1:
+        trained = models.predictor(copy.deepcopy(model).train())
+        try:
+            with torch.no_grad():
+                trained(_image(config))
+        except ValueError as error:  # a batch norm without a second value
+            raise ConfigError(
+                f"data.batch_size: 1 given; {name}.model has batch norms that take 2 or more"
+            ) from error
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if (momentum := max((m.momentum or 0.0 for m in norms), default=0.0)) > 0.5:
+        return [
+            f"{name}.model: its batch norms have momentum {momentum:g}, so that their running "
+            "statistics are the last batch's; usual is 0.1"
+        ]
+    return []
+
+
+def check_losses(config: Config, student: nn.Module, teacher: nn.Module | None) -> None:
+    """ConfigError where the losses need what student or teacher do not have."""
+    predictor = models.predictor(teacher).eval() if teacher else None
+    cpu = Runtime(torch.device("cpu"))
+    try:
+        task = DistillationTask(
+            config.losses, models.predictor(student), predictor, cpu, config.data.image_size
+        ).eval()
+        with torch.no_grad():
+            task(_image(config), torch.zeros(1, dtype=torch.int64))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"losses: {error}") from error
+
+
+def _image(config: Config) -> torch.Tensor:
+    size = config.data.image_size
+    return torch.zeros(1, 3, size, size, dtype=torch.uint8)
