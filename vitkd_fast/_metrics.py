@@ -49,7 +49,7 @@ def evaluate(
         sums += right[:, 0].sum(), right.sum(), nll.sum()
         np.add.at(confusion, (labels, best[:, 0]), 1)
     if not (size := confusion.sum()):
-        raise ValueError("evaluate: images is empty; expected at least one")
+        raise ValueError("evaluate: images: expected at least one, got none")
     means = (float(x) for x in sums / size)
     return Scores(dict(zip(("top1", "top5", "nll"), means, strict=True)), confusion)
 
@@ -70,8 +70,8 @@ def per_class(confusion: Any, classes: Sequence[str]) -> list[dict[str, Any]]:
     confusion = np.asarray(confusion)
     if confusion.shape != (len(classes), len(classes)):
         raise ValueError(
-            f"per_class: confusion is {list(confusion.shape)}; accepted is [classes, classes], "
-            f"{[len(classes)] * 2}"
+            f"per_class: confusion: expected [classes, classes] = {[len(classes)] * 2}, got "
+            f"{list(confusion.shape)}"
         )
     right, images, answers = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     others = confusion - np.diag(right)

@@ -222,7 +222,7 @@ def quantize(
     import numpy as np
 
     if output.suffix != ".safetensors" or output.is_dir():
-        raise typer.BadParameter(f"-o: {output} given; accepted are names in .safetensors")
+        raise typer.BadParameter(f"-o: expected a name in .safetensors, got {output}")
     if not output.parent.is_dir():
         raise typer.BadParameter(f"-o: {output.parent} is no folder")
     if _is_int8(model):

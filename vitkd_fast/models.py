@@ -53,7 +53,7 @@ class Pixels:
         config = resolve_data_config(model=model)
         height, width = input_size(model)
         if height != width:
-            raise ValueError(f"Pixels.of: model takes {height} x {width}; accepted are squares")
+            raise ValueError(f"Pixels.of: model: expected square images, got {height} x {width}")
         mean, std = tuple(config["mean"]), tuple(config["std"])
         return cls(height, mean, std, config["interpolation"], config["crop_pct"])
 
@@ -89,7 +89,7 @@ class Normalize(nn.Module):
         """Images [B, C, H, W], uint8 or floats in 0..255, in their memory format."""
         channels = self.scale.numel()
         if x.dim() != 4 or x.shape[1] != channels:
-            raise ValueError(f"Normalize: x is {list(x.shape)}; accepted is [B, {channels}, H, W]")
+            raise ValueError(f"Normalize: x: expected [B, {channels}, H, W], got {list(x.shape)}")
         return torch.addcmul(self.shift, x.float(), self.scale).to(self.dtype)
 
 
@@ -241,8 +241,8 @@ def _check_name(name: str) -> None:
     if ":" not in name and name not in names:
         near = ", ".join(difflib.get_close_matches(name, names, 5, cutoff=0))
         raise ValueError(
-            f"models.create: name is {name!r}; accepted are hf-hub:org/model, local-dir:path and "
-            f"timm's names, of which the nearest are {near}"
+            "models.create: name: expected hf-hub:org/model, local-dir:path or one of timm's, got "
+            f"{name!r}; the nearest are {near}"
         )
 
 
@@ -360,7 +360,7 @@ def _about(file: weights.Weights) -> _About | None:
     try:
         about = json.loads(file.metadata[_METADATA])
         if about["version"] != _VERSION:
-            raise ValueError(f"format {about['version']}, not {_VERSION}")
+            raise ValueError(f"version: expected {_VERSION}, got {about['version']}")
         pixels = about["pixels"]
         pixels = Pixels(**{**pixels, "mean": tuple(pixels["mean"]), "std": tuple(pixels["std"])})
         return _About(**{**about, "pixels": pixels, "classes": tuple(about["classes"])})
@@ -394,9 +394,9 @@ def save(
     """
     path, state, options = Path(path), model_or_state_dict, dict(options or {})
     if path.suffix != ".safetensors":
-        raise ValueError(f"models.save: path is {path}; accepted are names in .safetensors")
+        raise ValueError(f"models.save: path: expected a name in .safetensors, got {path}")
     if len(classes) != num_classes:
-        raise ValueError(f"models.save: classes has {len(classes)}, num_classes is {num_classes}")
+        raise ValueError(f"models.save: classes: expected {num_classes} names, got {len(classes)}")
     if isinstance(state, nn.Module):
         options = {**Origin.of(state).options, **options}
         state = state.state_dict()
@@ -425,7 +425,7 @@ def load(source: str | Path, *, options: Mapping[str, Any] | None = None) -> Loa
         if Path(source).suffix in (".safetensors", ".pth", ".pt"):
             raise FileNotFoundError(f"models.load: source {source} is not a file")
         if Path(source).is_dir() and not timm.is_model(str(source)):
-            raise ValueError(f"models.load: source {source} is a folder; accepted is a file in it")
+            raise ValueError(f"models.load: source: expected a file, got the folder {source}")
         model: Any = create(str(source), pretrained=True, options=options)
         classes = Origin.of(model).classes or _class_names(model, guess=True)
         classes = classes or tuple(map(str, range(model.num_classes)))

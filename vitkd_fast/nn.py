@@ -101,7 +101,7 @@ class AttentionMapProjection(nn.Module):
         temperature, kind: as in `vitkd_fast.functional.attention_map_loss`.
 
     Raises:
-        ValueError: naming the argument, what was given and what is accepted.
+        ValueError: naming the argument, what was expected and what was given.
     """
 
     def __init__(
@@ -122,16 +122,16 @@ class AttentionMapProjection(nn.Module):
         name = type(self).__name__
         if teacher_heads not in ("split", "mean"):
             raise ValueError(
-                f"{name}: teacher_heads is {teacher_heads!r}; accepted are split and mean"
+                f"{name}: teacher_heads: expected 'split' or 'mean', got {teacher_heads!r}"
             )
         if teacher_heads == "mean" and kind not in ("kl", "mse"):
             raise ValueError(
-                f"{name}: teacher_heads is 'mean' and kind {kind!r}; accepted are kl and mse"
+                f"{name}: kind: expected 'kl' or 'mse' with teacher_heads 'mean', got {kind!r}"
             )
         free = teacher_heads == "mean" and head_dim is not None
         if teacher_dim % heads and not free:
             raise ValueError(
-                f"{name}: heads is {heads}; accepted are divisors of teacher_dim, {teacher_dim}"
+                f"{name}: heads: expected a divisor of teacher_dim {teacher_dim}, got {heads}"
             )
         self.teacher_dim, self.heads, self.prefix_tokens = teacher_dim, heads, prefix_tokens
         self.grid, self.teacher_heads, self.scale_t = grid, teacher_heads, scale_t
@@ -209,8 +209,8 @@ class AttentionMapProjection(nn.Module):
     def _patches(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] * x.shape[3] != self.teacher_dim:
             raise ValueError(
-                f"{type(self).__name__}: queries or keys {list(x.shape)}; accepted is [batch, "
-                f"heads, tokens, dim] with heads * dim = {self.teacher_dim}"
+                f"{type(self).__name__}: queries and keys: expected [batch, heads, tokens, dim] "
+                f"with heads * dim = {self.teacher_dim}, got {list(x.shape)}"
             )
         return x[:, :, self.prefix_tokens :]
 
@@ -245,7 +245,7 @@ class CrossAttentionProjector(nn.Module):
         grid: rows and columns of the teacher's patches; a square unless given.
 
     Raises:
-        ValueError: naming the argument, what was given and what is accepted.
+        ValueError: naming the argument, what was expected and what was given.
     """
 
     def __init__(
@@ -264,10 +264,10 @@ class CrossAttentionProjector(nn.Module):
         name = type(self).__name__
         if teacher_dim % heads:
             raise ValueError(
-                f"{name}: heads is {heads}; accepted are divisors of teacher_dim, {teacher_dim}"
+                f"{name}: heads: expected a divisor of teacher_dim {teacher_dim}, got {heads}"
             )
         if not 0 <= replace < 1:
-            raise ValueError(f"{name}: replace is {replace}; accepted are 0 to below 1")
+            raise ValueError(f"{name}: replace: expected 0 <= replace < 1, got {replace}")
         self.teacher_dim, self.heads = teacher_dim, heads
         self.groups, self.replace = groups, replace
         self.prefix_tokens, self.grid = prefix_tokens, grid
@@ -301,16 +301,16 @@ class CrossAttentionProjector(nn.Module):
         for x in (q_t, k_t, v_t):
             if x.dim() != 4 or x.shape[1::2] != (self.heads, dim) or x.shape != q_t.shape:
                 raise ValueError(
-                    f"{name}: queries, keys or values {list(x.shape)}; accepted is, for all, "
-                    f"[batch, {self.heads}, tokens, {dim}]"
+                    f"{name}: queries, keys and values: expected [batch, {self.heads}, tokens, "
+                    f"{dim}], got {list(x.shape)}"
                 )
         wanted = [q_t.shape[0], q_t.shape[2], self.teacher_dim]
         if list(tokens_t.shape) != wanted:
-            raise ValueError(f"{name}: tokens_t {list(tokens_t.shape)}; accepted is {wanted}")
+            raise ValueError(f"{name}: tokens_t: expected {wanted}, got {list(tokens_t.shape)}")
         if features.dim() != 4 or features.shape[0] != wanted[0]:
             raise ValueError(
-                f"{name}: features {list(features.shape)}; accepted is [{wanted[0]}, channels, "
-                "height, width]"
+                f"{name}: features: expected [{wanted[0]}, channels, height, width], got "
+                f"{list(features.shape)}"
             )
         q_t, k_t, v_t, tokens_t = (_constant(x) for x in (q_t, k_t, v_t, tokens_t))
         first = self.prefix_tokens
@@ -319,7 +319,7 @@ class CrossAttentionProjector(nn.Module):
         grid = _grid(name, self.grid, teacher[0])
         if grid[0] % self.groups or grid[1] % self.groups:
             raise ValueError(
-                f"{name}: groups is {self.groups}; accepted are divisors of the grid, {grid}"
+                f"{name}: groups: expected a divisor of the grid {grid}, got {self.groups}"
             )
         features = _resized(features, grid)
         qkv = self.qkv(features).flatten(2).unflatten(1, (3, self.heads, -1))
@@ -381,8 +381,8 @@ def _grid(name: str, grid: tuple[int, int] | None, x: Tensor) -> tuple[int, int]
     rows, columns = grid or (side, side)
     if rows * columns != x.shape[2]:
         raise ValueError(
-            f"{name}: {x.shape[2]} patches are no grid of {rows} x {columns}; accepted are "
-            "prefix_tokens and grid that fit the teacher"
+            f"{name}: grid: expected rows and columns of {x.shape[2]} patches, got {rows} x "
+            f"{columns}; prefix_tokens and grid must be the teacher's"
         )
     return rows, columns
 

@@ -127,19 +127,19 @@ class Taps:
         blocks: list[Any] = [m for m in model.modules() if hasattr(m, "attn")]
         all_ = range(-len(blocks), len(blocks))
         given = ("maps", maps, strides), ("tokens", tokens, all_), ("attention", attention, all_)
-        for name, asked, accepted in given:
-            if missing := [i for i in asked if i not in accepted]:
+        for name, indices, known in given:
+            if missing := [i for i in indices if i not in known]:
                 raise ValueError(
-                    f"Taps: {name} has {missing[0]}; accepted are {list(accepted) or 'none'} of "
-                    f"{type(model).__name__}"
+                    f"Taps: {name}: expected {list(known) or 'none'} of {type(model).__name__}, "
+                    f"got {missing[0]}"
                 )
         self._maps = {stride: model.get_submodule(strides[stride]) for stride in maps}
         self._tokens = {i: blocks[i] for i in tokens}
         self._attention: dict[int, Any] = {i: blocks[i].attn for i in attention}
         for i, attn in self._attention.items():
             if type(attn) not in _ATTENTIONS:
-                known = ", ".join(f"{c.__module__}.{c.__name__}" for c in _ATTENTIONS)
-                raise ValueError(f"Taps: attention {i} is a {type(attn)}; accepted are {known}")
+                kinds = ", ".join(f"{c.__module__}.{c.__name__}" for c in _ATTENTIONS)
+                raise ValueError(f"Taps: attention {i}: expected one of {kinds}, got {type(attn)}")
         self.scales = {i: float(getattr(a, "scale", 1)) for i, a in self._attention.items()}
         taps = (*self._maps.values(), *self._tokens.values(), *self._attention.values())
         parts = [getattr(a, p, None) for a in taps for p in ("qkv", "q_proj", "k_proj")]

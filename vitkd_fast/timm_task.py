@@ -127,7 +127,7 @@ class AttentionDistillationTask(_Distillation, FeatureDistillationTask):
         options: what else timm.task.FeatureDistillationTask takes.
 
     Raises:
-        ValueError: naming the argument, what was given and what is accepted.
+        ValueError: naming the argument, what was expected and what was given.
     """
 
     def __init__(

@@ -83,7 +83,7 @@ def read(file: Path) -> Weights:
         if (file / "config.json").exists():
             in_folder(file)
             hint = f", or local-dir:{file} as the model's name"
-        raise ValueError(f"{file} is a folder; accepted is a file of weights{hint}")
+        raise ValueError(f"{file}: expected a file of weights{hint}, got a folder")
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     with open(file, "rb") as opened:
@@ -114,12 +114,12 @@ def read(file: Path) -> Weights:
             break
         content = inner
     if not isinstance(content, Mapping):
-        raise ValueError(f"{file} holds a {type(content).__name__}; accepted is a state dict")
+        raise ValueError(f"{file}: expected a state dict, got a {type(content).__name__}")
     others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if others or not content:
-        has = f"{others[0]!r}, which is no tensor" if others else "nothing"
+        found = f"{others[0]!r}, which is no tensor" if others else "nothing"
         raise ValueError(
-            f"{file} holds {has}; accepted is a state dict, bare or under {', '.join(_NESTS)}"
+            f"{file}: expected a state dict, bare or under {', '.join(_NESTS)}, got {found}"
         )
     state, note = _without_prefixes(dict(content))
     if "encoder.layers.encoder_layer_0.ln_1.weight" in state:
@@ -136,16 +136,16 @@ def in_folder(folder: Path) -> Path:
     kind, architecture = config.get("model_type"), config.get("architecture")
     if architecture and kind and "pretrained_cfg" not in config:
         raise ValueError(
-            f"{folder} is transformers' wrapper of timm's {architecture}; accepted is that name, "
-            "with the file of weights as its checkpoint"
+            f"{folder}: expected a model of timm's, got transformers' wrapper of {architecture}; "
+            "use that name, with the file of weights as its checkpoint"
         )
     if not architecture and "pretrained_cfg" not in config:
         whose = f"transformers ({kind})" if kind else "another library"
-        raise ValueError(f"{folder} is a model of {whose}; accepted are timm's")
+        raise ValueError(f"{folder}: expected a model of timm's, got one of {whose}")
     for pattern in _IN_FOLDERS:
         for file in sorted(folder.glob(pattern)):
             return file
-    raise ValueError(f"{folder} has no weights; accepted are {', '.join(_IN_FOLDERS)}")
+    raise ValueError(f"{folder}: expected one of {', '.join(_IN_FOLDERS)}, got none")
 
 
 def of_torchvision(weights: Weights, model: nn.Module) -> dict[str, Tensor]:

@@ -347,7 +347,7 @@ def test_folders_that_hold_no_classes(tmp_path: Path) -> None:
     folder(tmp_path / "splits" / "train"), folder(tmp_path / "splits" / "Val")
     for root, message in {
         flat: "holds 1 images and no class folder with images; put the images of each",
-        one: "holds one class, 'cat'; accepted are two and more",
+        one: "data.train: expected two or more classes, got 'cat' alone",
         tmp_path / "splits": f"holds train, Val, which are no classes; .* {tmp_path}/splits/train$",
         tmp_path / "none": "is no folder",
     }.items():

@@ -243,7 +243,7 @@ def test_objects_beside_the_weights(model: nn.Module, tmp_path: Path) -> None:
 def test_files_that_hold_no_weights(model: nn.Module, tmp_path: Path) -> None:
     file = tmp_path / "a.pth"
     assert refused(file) == ": no such file"
-    assert refused(tmp_path) == " is a folder; accepted is a file of weights"
+    assert refused(tmp_path) == ": expected a file of weights, got a folder"
     for suffix in (".pth", ".safetensors"):
         file = tmp_path / f"a{suffix}"
         file.write_bytes(b"")
@@ -265,10 +265,10 @@ def test_files_that_hold_no_weights(model: nn.Module, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.ones(3))
     assert "damaged or not by torch.save" in refused(tmp_path / "a.npz")
     for content, why in (
-        (torch.ones(2), "holds a Tensor; accepted is a state dict"),
-        ([torch.ones(2)], "holds a list; accepted is a state dict"),
-        ({"student": model.state_dict(), "epoch": 1}, "holds 'student', which is no tensor"),
-        ({"state_dict": {}}, "holds nothing; accepted is a state dict, bare or under"),
+        (torch.ones(2), ": expected a state dict, got a Tensor"),
+        ([torch.ones(2)], ": expected a state dict, got a list"),
+        ({"student": model.state_dict(), "epoch": 1}, ", got 'student', which is no tensor"),
+        ({"state_dict": {}}, ": expected a state dict, bare or under"),
     ):
         torch.save(content, file)
         assert why in refused(file)
@@ -320,13 +320,13 @@ def test_transformers(tmp_path: Path) -> None:
     config = {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
     (folder / "config.json").write_text(json.dumps(config))
     for arguments in ({"name": f"local-dir:{folder}"}, {"name": NAME, "checkpoint": folder}):
-        with pytest.raises(ValueError, match=r"vit is a model of transformers \(vit\); accepted"):
+        with pytest.raises(ValueError, match=r"vit: expected a model of timm's, got .* \(vit\)"):
             create(**arguments)
     # what TimmWrapperForImageClassification saves
     config = {"architecture": NAME, "model_args": None, "model_type": "timm_wrapper"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=f"vit is transformers' wrapper of timm's {NAME}; accepted"
+        ValueError, match=f"vit: expected a model of timm's, got transformers' wrapper of {NAME}"
     ):
         create(f"local-dir:{folder}")
     wrapped = {f"timm_model.{k}": v for k, v in timm.create_model(NAME).state_dict().items()}
@@ -415,7 +415,8 @@ def test_origin_of_our_file(model: nn.Module, tmp_path: Path, x: Tensor) -> None
     about = json.dumps({"version": 99})
     safetensors.torch.save_file(model.state_dict(), file, {"vitkd_fast": about})
     with pytest.raises(
-        ValueError, match=r"models.create: checkpoint .* cannot be read: format 99, not 1"
+        ValueError,
+        match=r"models.create: checkpoint .* cannot be read: version: expected 1, got 99",
     ):
         create(NAME, num_classes=4, checkpoint=file)
 
@@ -483,14 +484,14 @@ def test_local_folders_that_are_bad(model: nn.Module, tmp_path: Path) -> None:
     file.write_bytes(weights[:-9])
     says("model.safetensors is damaged")
     file.unlink()
-    says("hub has no weights; accepted are model.safetensors, ")
+    says("hub: expected one of model.safetensors, ")
     torch.save(model.state_dict(), folder / "weights.bin")
     assert same(create(f"local-dir:{folder}"), model)
     for content in ("{", "[1]", "1"):
         (folder / "config.json").write_text(content)
         says("hub has no config.json that can be read: ")
     (folder / "config.json").write_text("{}")
-    says("hub is a model of another library; accepted are timm's")
+    says("hub: expected a model of timm's, got one of another library")
     (folder / "config.json").write_text('{"architecture": "mobilenet_v9"}')
     with pytest.raises(ValueError, match=r"Unknown model .mobilenet_v9"):
         create(f"local-dir:{folder}")
@@ -501,9 +502,7 @@ def test_local_folders_that_are_bad(model: nn.Module, tmp_path: Path) -> None:
     for classes in (3, 4, None):
         with pytest.raises(ValueError, match=r"local-dir:.* does not fit local-dir:.*: missing"):
             create(f"local-dir:{folder}", num_classes=classes)
-    with pytest.raises(
-        ValueError, match="hub is a folder; accepted is a file of weights, or local-dir:"
-    ):
+    with pytest.raises(ValueError, match="hub: expected a file of weights, or local-dir:"):
         create(NAME, checkpoint=folder)
 
 

@@ -258,7 +258,7 @@ def test_what_cannot_be_quantized(
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.png").write_text("no image")
     usage = {
-        (model, image_folder, "out.onnx"): "out.onnx given; accepted are names in .safetensors",
+        (model, image_folder, "out.onnx"): "-o: expected a name in .safetensors, got out.onnx",
         (model, image_folder, tmp_path / "no" / "out.safetensors"): f"{tmp_path}/no is no folder",
         (model, image_folder, model): "is the model itself",
         (quantized, image_folder, out): "student.safetensors is int8 already",

@@ -213,9 +213,15 @@ def test_a_model_that_normalises(name: str) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x, stem: stem(F.pad(x, (1, 1)) * 2), "aten.mul.Tensor: accepted before the padd"),
-        (lambda x, stem: stem(x * 2) + stem(x), "reads its input normalised and as it is"),
-        (lambda x, stem: stem(x * 2) + stem(x * 3), "reads its input normalised and as it is"),
+        (lambda x, stem: stem(F.pad(x, (1, 1)) * 2), "aten.mul.Tensor: expected before the padd"),
+        (
+            lambda x, stem: stem(x * 2) + stem(x),
+            "expected the image to be read .*, got both",
+        ),
+        (
+            lambda x, stem: stem(x * 2) + stem(x * 3),
+            "expected the image to be read .*, got both",
+        ),
         (lambda x, stem: stem(F.relu(x * 2)), "aten.relu.default: only a convolution reads"),
     ],
 )
@@ -259,12 +265,12 @@ def with_gradients(x: Tensor, layer: nn.Module) -> Tensor:
     [
         (autocast, r"the model \(.*Call\): wrap_with_autocast: torch.autocast inside forward; "),
         (with_gradients, r"the model \(.*Call\): wrap_with_set.*: a change of gradient mode insi"),
-        (lambda x, layer: {"a": layer(x)}, "the model returns dict of a; accepted: logits as a"),
-        (lambda x, layer: ((layer(x),),), "the model returns tuple; accepted: logits as a tensor"),
-        (lambda x, layer: (), "the model returns tuple; accepted"),
-        (lambda x, layer: None, "the model returns NoneType; accepted"),
-        (lambda x, layer: layer(x).numpy(), "Call returns ndarray; accepted: logits as a tensor"),
-        (lambda x, layer: layer(x).tolist(), "the model returns list; accepted: logits"),
+        (lambda x, layer: {"a": layer(x)}, "the model: expected logits as a .*, got dict of a"),
+        (lambda x, layer: ((layer(x),),), "the model: expected logits as a tensor .*, got tuple"),
+        (lambda x, layer: (), "the model: expected .*, got tuple"),
+        (lambda x, layer: None, "the model: expected .*, got NoneType"),
+        (lambda x, layer: layer(x).numpy(), "Call: expected logits as a tensor .*, got ndarray"),
+        (lambda x, layer: layer(x).tolist(), "the model: expected logits .*, got list"),
         (lambda x, layer: layer(x[:, :1]), r"Call on images \[2, 3, 16, 16\] fails: Given groups"),
         (lambda x, layer: layer(x) if x.sum() > 0 else x, "torch.export of Call .* MobileNets"),
     ],
@@ -278,12 +284,12 @@ def test_forwards_that_are_refused(function: Callable[..., Any], message: str) -
 def test_exported_and_compiled_models() -> None:
     model = network()
     program = torch.export.export(model, (torch.zeros(2, 3, 16, 16),))
-    for given, kind in ((program, "type ExportedProgram"), (program.module(), "of torch.export")):
-        with pytest.raises(ValueError, match=f"model is .*{kind}; accepted: the torch.nn.Module"):
+    for given, kind in ((program, "a ExportedProgram"), (program.module(), "of torch.export")):
+        with pytest.raises(ValueError, match=f"model: expected the .*Module .*, got .*{kind}"):
             lower(given, 16)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"0.weight is on the meta device; accepted: loaded"):
+    with pytest.raises(ValueError, match=r"0.weight: expected loaded weights, got the meta"):
         lower(network().to("meta"), 16)
-    with pytest.raises(ValueError, match=r"model is of type str; accepted: the torch.nn.Module"):
+    with pytest.raises(ValueError, match=r"model: expected the torch.nn.Module .*, got a str"):
         lower("mobilenetv2_100", 16)  # type: ignore[arg-type]
     nodes = lower(torch.compile(model, backend="eager"), 16)  # type: ignore[arg-type]
     assert same(nodes, lower(model, 16)) and nodes[0].name == "0"
@@ -293,7 +299,7 @@ def test_exported_and_compiled_models() -> None:
 def test_a_batch_norm_left_in_training() -> None:
     model = network(conv(), nn.BatchNorm2d(8))
     model[2].train()
-    with pytest.raises(UnsupportedError, match=r"2 \(.*BatchNorm2d\): .*; accepted: model.eval"):
+    with pytest.raises(UnsupportedError, match=r"2 \(.*BatchNorm2d\): .*; call model.eval"):
         lower(model, 16)
 
 

@@ -149,9 +149,11 @@ def test_maps_that_explode_are_refused() -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.constant_(module.weight, 8)
-    with pytest.raises(ValueError, match=r"accepted: up to 2\^20; look at .* batch-norm") as e:
+    with pytest.raises(
+        ValueError, match=r"float values up to 2\^20, got .*; look at .* batch-norm"
+    ) as e:
         quantize(model, [random_images(0, (4, 32, 32, 3))], **PIXELS)
-    found = re.search(r"quantize: (\S+): .* from (\S+) to (\S+);", str(e.value))
+    found = re.search(r"quantize: (\S+): .* got (\S+) to (\S+);", str(e.value))
     assert found and found[1] in dict(model.named_modules())
     assert 2**20 < max(-float(found[2]), float(found[3])) < 2**24
 
@@ -161,7 +163,7 @@ def test_maps_that_vanish_are_refused(block: nn.Module) -> None:
     with torch.no_grad():
         model.depthwise.weight *= 1e-6
         model.depthwise.bias *= 1e-6
-    message = "quantize: depthwise: .* from -.*e-0. to .*; accepted: a range over 0.00005, .*; look"
+    message = "quantize: depthwise: expected .* a range over 0.00005, .*, got -.*e-0. to .*; look"
     with pytest.raises(ValueError, match=message):
         quantize(model, [IMAGES], **PIXELS)
 

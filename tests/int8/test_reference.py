@@ -256,7 +256,7 @@ def test_observed_outputs_and_other_sizes() -> None:
     [np.zeros((1, 3, 8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8), np.zeros((1, 8, 8, 3))],
 )
 def test_refused_images(images: Array) -> None:
-    with pytest.raises(ValueError, match=r"run: images is .*; accepted: uint8 \[N, H, W, 3\]"):
+    with pytest.raises(ValueError, match=r"run: images: expected uint8 \[N, H, W, 3\], got"):
         reference.run(random_graph(0), images)
 
 

@@ -234,45 +234,45 @@ def projector(**options: object) -> CrossAttentionProjector:
 
 X, (Q, K, V), H = torch.randn(2, 5, 4, 4), tokens(2, 3, 16, 8, 3), torch.randn(2, 16, 24)
 BAD = {
-    "heads": (lambda: projection(heads=5), "heads is 5; accepted are divisors of teacher_dim, 24"),
+    "heads": (lambda: projection(heads=5), "heads: expected a divisor of teacher_dim 24, got 5"),
     "teacher_heads": (
         lambda: projection(teacher_heads="first"),
-        "teacher_heads is 'first'; accepted are split and mean",
+        "teacher_heads: expected 'split' or 'mean', got 'first'",
     ),
     "mean of js": (
         lambda: projection(teacher_heads="mean", kind="js"),
-        "teacher_heads is 'mean' and kind 'js'; accepted are kl and mse",
+        "kind: expected 'kl' or 'mse' with teacher_heads 'mean', got 'js'",
     ),
     "dim": (
         lambda: projection()(X, Q[..., :7], K[..., :7]),
-        r"\[2, 3, 16, 7\]; accepted is \[batch, heads, tokens, dim\] with heads \* dim = 24",
+        r"expected \[batch, heads, tokens, dim\] with heads \* dim = 24, got \[2, 3, 16, 7\]",
     ),
     "grid": (
         lambda: projection(prefix_tokens=1)(X, Q, K),
-        "15 patches are no grid of 3 x 3; accepted are prefix_tokens and grid that fit",
+        "grid: expected rows and columns of 15 patches, got 3 x 3",
     ),
     "batch": (lambda: projection()(X[:1], Q, K), r"q_s \[1, 3, 16, 8\] and q_t .* batch"),
-    "projector's heads": (lambda: projector(heads=5), "heads is 5; accepted are divisors"),
-    "replace": (lambda: projector(replace=1.0), "replace is 1.0; accepted are 0 to below 1"),
+    "projector's heads": (lambda: projector(heads=5), "heads: expected a divisor of .*, got 5"),
+    "replace": (lambda: projector(replace=1.0), "replace: expected 0 <= replace < 1, got 1.0"),
     "groups": (
         lambda: projector(groups=3)(X, Q, K, V, H),
-        r"groups is 3; accepted are divisors of the grid, \(4, 4\)",
+        r"groups: expected a divisor of the grid \(4, 4\), got 3",
     ),
     "values": (
         lambda: projector()(X, Q, K, V[:, :2], H),
-        r"\[2, 2, 16, 8\]; accepted is, for all, \[batch, 3, tokens, 8\]",
+        r"expected \[batch, 3, tokens, 8\], got \[2, 2, 16, 8\]",
     ),
     "dim of values": (
         lambda: projector()(X, Q[..., :7], K[..., :7], V[..., :7], H),
-        r"\[2, 3, 16, 7\]; accepted is, for all, \[batch, 3, tokens, 8\]",
+        r"expected \[batch, 3, tokens, 8\], got \[2, 3, 16, 7\]",
     ),
     "tokens": (
         lambda: projector()(X, Q, K, V, H[..., :1]),
-        r"tokens_t \[2, 16, 1\]; accepted is \[2, 16, 24\]",
+        r"tokens_t: expected \[2, 16, 24\], got \[2, 16, 1\]",
     ),
     "batch of features": (
         lambda: projector()(X[:1], Q, K, V, H),
-        r"features \[1, 5, 4, 4\]; accepted is \[2, channels, height, width\]",
+        r"features: expected \[2, channels, height, width\], got \[1, 5, 4, 4\]",
     ),
 }
 

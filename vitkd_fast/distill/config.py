@@ -169,7 +169,9 @@ class Config(Section):
         if not self.student.model:
             raise ConfigError("student.model: missing; name a timm model, such as mobilenetv2_100")
         if not list(self.losses.terms()):
-            raise ConfigError(f"losses: none; accepted are {', '.join(Losses.model_fields)}")
+            raise ConfigError(
+                f"losses: expected one or more of {', '.join(Losses.model_fields)}, got none"
+            )
         losses = self.losses
         distilled = [name for name in ("kd", "attention") if getattr(losses, name)]
         if bool(distilled) != bool(self.teacher.model):
@@ -262,7 +264,7 @@ def load(source: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ConfigError(f"{override!r} is no override; accepted is key=value")
+            raise ConfigError(f"override: expected key=value, got {override!r}")
         *path, last = key.split(".")
         section = tree
         for part in path:
@@ -270,7 +272,9 @@ def load(source: str | Path | None, overrides: Iterable[str] = ()) -> Config:
             section[part] = section[part] if section.get(part) is not None else {}
             section = section[part]
             if not isinstance(section, dict):
-                raise ConfigError(f"{key}: {part} is a {type(section).__name__}, not a section")
+                raise ConfigError(
+                    f"{key}: expected a section {part}, got a {type(section).__name__}"
+                )
         section[last] = _parse(value, key)
     return validate(tree)
 
@@ -285,12 +289,12 @@ def _read(name: str) -> dict[str, Any]:
         text = (resources.files("vitkd_fast") / "recipes" / f"{name}.yaml").read_text()
     else:
         raise ConfigError(
-            f"{name}: no recipe and no .yaml file; recipes are {', '.join(recipes())}"
+            f"expected a .yaml file or a recipe ({', '.join(recipes())}), got {name}"
             + _nearest(name, recipes())
         )
     tree = _parse(text, name)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{name}: holds a {type(tree).__name__}; accepted is a mapping")
+        raise ConfigError(f"{name}: expected a mapping, got a {type(tree).__name__}")
     return tree
 
 
@@ -336,7 +340,7 @@ def _explain(error: Any) -> str:
     valid = {name: ".".join([*path, name]) for name in section.model_fields}
     if close := difflib.get_close_matches(last, valid, n=1, cutoff=0.5):
         return f"{key}: unknown key; the nearest is {valid[close[0]]}"
-    return f"{key}: unknown key; accepted are {', '.join(valid.values())}"
+    return f"{key}: unknown key; expected one of {', '.join(valid.values())}"
 
 
 @functools.cache

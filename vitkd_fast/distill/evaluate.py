@@ -58,8 +58,8 @@ def _logits(name: str, predictor: Predictor, images: Tensor, classes: int) -> Te
     logits = torch.as_tensor(predictor(images), device=images.device).float()
     if logits.shape != (len(images), classes):
         raise ValueError(
-            f"evaluate: {name} gave logits {list(logits.shape)} for images "
-            f"{list(images.shape)}; accepted is [B, classes], {[len(images), classes]}"
+            f"evaluate: {name}: expected logits {[len(images), classes]} for images "
+            f"{list(images.shape)}, got {list(logits.shape)}"
         )
     return logits
 
@@ -125,11 +125,11 @@ def evaluate(
         teacher: as student.
 
     Raises:
-        ValueError: classes, a label, or the shape of labels or logits is not accepted; logits are
+        ValueError: classes, a label, or the shape of labels or logits is out of range; logits are
             not finite; batches is empty, on any rank.
     """
     if classes < 2:
-        raise ValueError(f"evaluate: classes is {classes}; accepted are 2 and more")
+        raise ValueError(f"evaluate: classes: expected 2 or more, got {classes}")
     predictors = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     distributed = dist.is_available() and dist.is_initialized()
     exact = _EXACT_AUROC // (dist.get_world_size() if distributed else 1)
@@ -140,8 +140,8 @@ def evaluate(
     for images, labels in batches:
         if labels.shape != images.shape[:1] or ((labels < 0) | (labels >= classes)).any():
             raise ValueError(
-                f"evaluate: labels is {list(labels.shape)}, ids {labels.unique().tolist()}, for "
-                f"images {list(images.shape)}; accepted is [B], 0 to {classes - 1}"
+                f"evaluate: labels: expected [{len(images)}] ids from 0 to {classes - 1}, got "
+                f"{list(labels.shape)}, ids {labels.unique().tolist()}"
             )
         seen += len(labels)
         images = images.to(device, non_blocking=True)
@@ -176,13 +176,13 @@ def evaluate(
     # every rank has the same numbers and so raises the same error: none is left waiting
     *sums, size, empty, binned = total.tolist()
     if empty:
-        raise ValueError("evaluate: batches is empty; accepted is at least one, on every rank")
+        raise ValueError("evaluate: batches: expected at least one on every rank, got none")
     mean = {name: value / size for name, value in zip(_ROWS, sums, strict=True)}
     for name in predictors:
         if share := mean[f"{name} not finite"]:
             raise ValueError(
-                f"evaluate: {name} gave logits that are not finite for {share * size:.0f} of "
-                f"{size:.0f} images; accepted are finite numbers"
+                f"evaluate: {name}: expected finite logits, got NaN or Inf for "
+                f"{share * size:.0f} of {size:.0f} images"
             )
 
     kept = {name: torch.cat(parts) for name, parts in rows.items() if parts}
@@ -276,7 +276,7 @@ def cost(
         ValueError: image_size or batch is below 1.
     """
     if image_size < 1 or batch < 1:
-        raise ValueError(f"cost: image_size {image_size}, batch {batch}; accepted are 1 and more")
+        raise ValueError(f"cost: image_size, batch: expected 1 or more, got {image_size}, {batch}")
     size = (batch, 3, image_size, image_size)
     images = torch.randint(256, size, dtype=torch.uint8, device=device)
     # as a loader gives them
@@ -307,7 +307,7 @@ def summarize(runs: list[dict[str, float]]) -> tuple[dict[str, float], dict[str,
     """
     if not runs or any(run.keys() != runs[0].keys() for run in runs):
         keys = [sorted(run) for run in runs]
-        raise ValueError(f"summarize: runs has the keys {keys}; accepted are 1 or more, all alike")
+        raise ValueError(f"summarize: runs: expected 1 or more with the same keys, got {keys}")
     values = {key: [run[key] for run in runs] for key in runs[0]}
     mean = {key: float(np.mean(x)) for key, x in values.items()}
     return mean, {k: float(np.std(x, ddof=1)) if len(x) > 1 else 0.0 for k, x in values.items()}
@@ -332,8 +332,8 @@ def paired_test(distilled: list[float], baseline: list[float]) -> dict[str, floa
         or not np.isfinite([distilled, baseline]).all()
     ):
         raise ValueError(
-            f"paired_test: distilled {distilled} and baseline {baseline}; accepted are finite "
-            "numbers of the same 2 or more seeds"
+            "paired_test: distilled, baseline: expected finite numbers of the same 2 or more "
+            f"seeds, got {distilled} and {baseline}"
         )
     d, rounding = np.subtract(distilled, baseline), 1e-12 * np.abs([distilled, baseline]).max()
     error, t, p = 0.0, None, float(abs(d.mean()) <= rounding)

@@ -273,5 +273,5 @@ def read(folder: Path) -> dict:
         raise ValueError(f"{path}: not a readable report: {error}") from error
     version = results.get("version") if isinstance(results, dict) else None
     if version != VERSION:
-        raise ValueError(f"{path}: version is {version!r}; accepted is {VERSION}")
+        raise ValueError(f"{path}: version: expected {VERSION}, got {version!r}")
     return results

@@ -34,7 +34,7 @@ class Runtime:
         name = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"run.device: {name}, and torch sees no GPU")
+            raise ConfigError(f"run.device: expected cpu, as torch sees no GPU, got {name}")
         rank, ranks = 0, 1
         if dist.is_torchelastic_launched() and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -44,7 +44,7 @@ class Runtime:
             if device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             elif ranks > 1:
-                raise ConfigError(f"run.device: {name} for {ranks} processes; accepted is cuda")
+                raise ConfigError(f"run.device: expected cuda for {ranks} processes, got {name}")
             torch.cuda.set_device(device)
         if run.precision != "auto":
             student = teacher = getattr(torch, run.precision)

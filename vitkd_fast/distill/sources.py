@@ -156,8 +156,8 @@ def open_data(config: Data, classes: int | None = None) -> Splits:
     train = _open_folder(config.train, "data.train", config.skip_bad, None)
     if len(train.source.classes) == 1:
         raise DataError(
-            f"data.train: {config.train} holds one class, {train.source.classes[0]!r}; "
-            "accepted are two and more"
+            f"data.train: expected two or more classes, got {train.source.classes[0]!r} alone in "
+            f"{config.train}"
         )
     if not config.val:
         return _hold_out(train.source, config, train.bad, train.notes)
@@ -289,10 +289,10 @@ def _absent(labels: Iterable[int], classes: list[str], key: str) -> list[str]:
 def _open_named(config: Data, classes: int | None) -> Splits:
     from timm.data.dataset_factory import create_dataset
 
-    accepted = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
-    if not config.dataset.startswith(accepted):
+    prefixes = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+    if not config.dataset.startswith(prefixes):
         raise DataError(
-            f"data.dataset: {config.dataset} is unknown; accepted are digits, {', '.join(accepted)}"
+            f"data.dataset: expected digits, {', '.join(prefixes)}..., got {config.dataset}"
         )
     parts = []
     for split, default in ((config.train, "train"), (config.val, "validation")):

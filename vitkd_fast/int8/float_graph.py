@@ -56,7 +56,7 @@ def forward(nodes: tuple[FloatNode, ...], x: Tensor, observe: Observer | None = 
         ValueError: x has another shape.
     """
     if x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f"forward: x is {list(x.shape)}; accepted: [N, 3, H, W]")
+        raise ValueError(f"forward: x: expected [N, 3, H, W], got {list(x.shape)}")
     last_use = {source: index for index, node in enumerate(nodes) for source in node.inputs}
     maps = {-1: x.to(torch.float32, memory_format=torch.channels_last)}
     for index, node in enumerate(nodes):

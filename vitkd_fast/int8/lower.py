@@ -56,7 +56,7 @@ def lower(model: nn.Module, image_size: int) -> tuple[FloatNode, ...]:
     """
     model = checked(model)
     if image_size < 1:
-        raise ValueError(f"quantize: image_size is {image_size}; accepted: a positive number")
+        raise ValueError(f"quantize: image_size: expected 1 or more, got {image_size}")
     like = next(model.parameters(), torch.empty(0))
     image = like.new_zeros(2, 3, image_size, image_size, requires_grad=False)
     try:
@@ -73,15 +73,15 @@ def checked(model: Any) -> nn.Module:
     # an exported module is a graph whose eval() only raises
     exported = isinstance(model, GraphModule) and "eval" in vars(model)
     if exported or not isinstance(model, nn.Module):
-        kind = "a module of torch.export" if exported else f"of type {type(model).__name__}"
+        kind = "a module of torch.export" if exported else f"a {type(model).__name__}"
         raise ValueError(
-            f"quantize: model is {kind}; accepted: the torch.nn.Module itself, before any export"
+            f"quantize: model: expected the torch.nn.Module itself, before any export, got {kind}"
         )
     if model.training:
-        raise ValueError("quantize: model is in training mode; accepted: model.eval()")
+        raise ValueError("quantize: model: expected evaluation mode; call model.eval()")
     for name, weight in model.named_parameters():
         if weight.is_meta:
-            raise ValueError(f"quantize: {name} is on the meta device; accepted: loaded weights")
+            raise ValueError(f"quantize: {name}: expected loaded weights, got the meta device")
     return model
 
 
@@ -114,8 +114,8 @@ def _why_not_exported(model: nn.Module, image: Tensor, error: Exception) -> str:
         return f"{given} fails: {_line(own)}"
     if not isinstance(output, Tensor | tuple | list | Mapping):
         return (
-            f"{type(model).__name__} returns {type(output).__name__}; accepted: logits as a tensor "
-            "[N, classes]"
+            f"{type(model).__name__}: expected logits as a tensor [N, classes], got "
+            f"{type(output).__name__}"
         )
     return f"torch.export of {given} fails: {_line(error)}; the int8 engine {_RUNS}"
 
@@ -208,13 +208,13 @@ class _Lowering:
         ends = self.maps.get(logits) == (len(self.nodes) - 1, (0, 0, 0, 0))
         if last is None or not ends or not _is_classifier(last) or len(returned) != 2:
             raise UnsupportedError(
-                f"quantize: {last.name if last else 'the model'}: the model ends here and returns "
-                f"{returned}; accepted: logits [N, classes], of a linear layer or a 1x1 "
-                "convolution"
+                f"quantize: {last.name if last else 'the model'}: expected logits [N, classes], of "
+                f"a linear layer or a 1x1 convolution, as the model's output, got {returned}"
             )
         if self.nodes[0].op == "normalize" and sum(-1 in node.inputs for node in self.nodes) > 1:
             raise UnsupportedError(
-                "quantize: the model reads its input normalised and as it is; accepted: only one"
+                "quantize: the model: expected the image to be read normalised or as it is, got "
+                "both"
             )
         return tuple(self.nodes)
 
@@ -229,8 +229,8 @@ class _Lowering:
             found = found[0]
         if not shape(found):
             raise UnsupportedError(
-                f"quantize: the model returns {given}; accepted: logits as a tensor [N, classes], "
-                "as the first of a tuple or list, or under 'logits' in a dict"
+                "quantize: the model: expected logits as a tensor [N, classes], as the first of a "
+                f"tuple or list, or under 'logits' in a dict, got {given}"
             )
         output.args = ((found,),)
         return shape(found)
@@ -250,7 +250,7 @@ class _Lowering:
                     raise _unsupported(node, "it is no ATen operation")
                 if node.target._schema.is_mutable:
                     raise _unsupported(
-                        node, "it changes the model, as in training; accepted: model.eval()"
+                        node, "it changes the model, as in training; call model.eval()"
                     )
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self.constants.get)
                 with torch.no_grad():
@@ -292,7 +292,7 @@ class _Lowering:
         """The conv or add before a batch norm or an activation, if nothing else reads it."""
         index = self._map(node, source)
         if self.nodes[index].op not in ("conv", "add") or self.nodes[index].activation:
-            raise _unsupported(node, "accepted after: a convolution or an addition")
+            raise _unsupported(node, "expected after a convolution or an addition")
         if len(source.users) > 1:
             raise _unsupported(node, "the map before it is read by another operation too")
         self.maps[node] = (index, (0, 0, 0, 0))
@@ -310,13 +310,14 @@ class _Lowering:
     def _conv(self, node: Node, args: dict[str, Any]) -> None:
         weight, bias = self._affine(node, args)
         if pair(args["dilation"]) != (1, 1):
-            raise _unsupported(node, f"dilation is {args['dilation']}; accepted: 1")
+            raise _unsupported(node, f"dilation: expected 1, got {args['dilation']}")
         groups = args["groups"]
         if groups != 1 and not (groups == weight.shape[0] and weight.shape[1] == 1):
             raise _unsupported(
                 node,
-                f"{groups} groups, {groups * weight.shape[1]} input and {weight.shape[0]} output "
-                "channels; accepted: 1 group, or as many groups as input and output channels",
+                "groups: expected 1, or as many as input and output channels, got "
+                f"{groups}, with {groups * weight.shape[1]} input and {weight.shape[0]} output "
+                "channels",
             )
         padding: Padding = "same"
         if module(node)[1] != _SAME_MODULE and args["padding"] != "same":
@@ -329,7 +330,7 @@ class _Lowering:
 
     def _linear(self, node: Node, args: dict[str, Any]) -> None:
         if shape(node)[2:] or not is_vector(args["input"]):
-            raise _unsupported(node, f"of {shape(args['input'])}; accepted: [N, C]")
+            raise _unsupported(node, f"expected [N, C], got {shape(args['input'])}")
         weight, bias = self._affine(node, args)
         weight = weight[:, :, None, None]
         self._weigh(node, args["input"], (0, 0, 0, 0), weight=weight, bias=bias)
@@ -337,9 +338,9 @@ class _Lowering:
     def _average(self, node: Node, args: dict[str, Any]) -> None:
         kernel, (rows, columns) = pair(args["kernel_size"]), pair(args["padding"])
         if args["ceil_mode"] or args["divisor_override"] is not None:
-            raise _unsupported(node, "accepted: without ceil_mode and divisor_override")
+            raise _unsupported(node, "expected no ceil_mode and no divisor_override")
         if (rows or columns) and not args["count_include_pad"]:
-            raise _unsupported(node, "padding is accepted only with count_include_pad")
+            raise _unsupported(node, "padding: expected with count_include_pad")
         channels = shape(node)[1]
         self._weigh(
             node,
@@ -355,13 +356,13 @@ class _Lowering:
         """Folds x * scale + shift in the convolution before it, or in the image's normalize."""
         source = variable(node, self.constants)
         if source is None:
-            raise _unsupported(node, "accepted: a map and constants")
+            raise _unsupported(node, "expected a map and constants")
         scale, shift = self._scale_and_shift(node, args)
         index, zeros = self._padded(node, source)
         ours = index >= 0 and self.nodes[index].op == "normalize" and len(source.users) == 1
         if index < 0:
             if any(zeros):
-                raise _unsupported(node, "accepted before the padding of the image, not after")
+                raise _unsupported(node, "expected before the padding of the image, not after")
             three = torch.ones(3, dtype=torch.float64)
             weight, bias = (scale * three)[:, None, None, None], shift * three
             self._append(node, op="normalize", inputs=(-1,), weight=weight, bias=bias)
@@ -372,7 +373,7 @@ class _Lowering:
             index = self._foldable(node, source)
         conv = self.nodes[index]
         if conv.weight is None or conv.bias is None:
-            raise _unsupported(node, "accepted after: a convolution")
+            raise _unsupported(node, "expected after a convolution")
         weight = conv.weight * scale.view(-1, 1, 1, 1)
         self.nodes[index] = replace(conv, weight=weight, bias=conv.bias * scale + shift)
 
@@ -401,7 +402,7 @@ class _Lowering:
             return other, 0 * one
         if name == "div":
             if not first or args.get("rounding_mode"):
-                raise _unsupported(node, "accepted: a map divided by a constant, not rounded")
+                raise _unsupported(node, "expected a map divided by a constant, not rounded")
             return 1 / other, 0 * one
         # a + alpha * b, a - alpha * b, b - alpha * a
         a, b = {"add": (1, 1), "sub": (1, -1), "rsub": (-1, 1)}[name]
@@ -421,21 +422,21 @@ class _Lowering:
         sizes = (*[1] * (rank - constant.ndim), *constant.shape)
         if len(sizes) != rank or constant.numel() not in (1, sizes[1] if rank > 1 else 1):
             given = f"a constant of {tuple(constant.shape)} with {shape(node)}"
-            raise _unsupported(node, f"{given}; accepted: one number, or one for each channel")
+            raise _unsupported(node, f"expected one number, or one for each channel, got {given}")
         return constant.flatten()
 
     def _hard_sigmoid(self, node: Node, args: dict[str, Any]) -> None:
-        raise _unsupported(node, f"accepted in: {_SQUEEZE_EXCITE}")
+        raise _unsupported(node, f"expected in a {_SQUEEZE_EXCITE}")
 
     def _clamp(self, node: Node, args: dict[str, Any]) -> None:
         bounds = ", ".join(f"{k} {v}" for k, v in args.items() if k != "self")
-        raise _unsupported(node, f"{bounds}; accepted: min 0, with max 6 or none")
+        raise _unsupported(node, f"expected min 0, with max 6 or none, got {bounds}")
 
     def _activate(self, node: Node, args: dict[str, Any]) -> None:
         activation: Any = op(node)
         index = self._foldable(node, args["self"])
         if activation == "hardswish" and self.nodes[index].op == "add":
-            raise _unsupported(node, "accepted after: a convolution")
+            raise _unsupported(node, "expected after a convolution")
         self.nodes[index] = replace(self.nodes[index], activation=activation)
 
     def _add(self, node: Node, args: dict[str, Any]) -> None:
@@ -443,23 +444,25 @@ class _Lowering:
             return self._channelwise(node, args)
         sides = (args["self"], args["other"])
         if not all(isinstance(side, Node) for side in sides) or args["alpha"] != 1:
-            raise _unsupported(node, "accepted: two maps, alpha 1")
+            raise _unsupported(node, "expected two maps, alpha 1")
         if any(shape(side) != shape(node) for side in sides):
-            raise _unsupported(node, f"of {shape(sides[0])} and {shape(sides[1])}")
+            raise _unsupported(
+                node, f"expected one shape, got {shape(sides[0])} and {shape(sides[1])}"
+            )
         self._append(node, op="add", inputs=tuple(self._map(node, side) for side in sides))
 
     def _pool(self, node: Node, args: dict[str, Any]) -> None:
         if not is_global_pool(node):
-            raise _unsupported(node, "accepted: the mean over the whole map")
+            raise _unsupported(node, "expected the mean over all pixels")
         self._append(node, op="pool", inputs=(self._map(node, args["self"]),))
 
     def _pad(self, node: Node, args: dict[str, Any]) -> None:
         index, zeros = self._padded(node, args["self"])
         if args.get("mode", "constant") != "constant" or args["value"]:
-            raise _unsupported(node, f"{args.get('mode', '')} {args['value']}; accepted: zeros")
+            raise _unsupported(node, f"expected zeros, got {args.get('mode', '')} {args['value']}")
         left, right, top, bottom, *rest = (*args["pad"], 0, 0)[: max(4, len(args["pad"]))]
         if any(rest) or min(left, right, top, bottom) < 0:
-            raise _unsupported(node, f"pad is {args['pad']}; accepted: rows and columns, not < 0")
+            raise _unsupported(node, f"pad: expected rows and columns, not < 0, got {args['pad']}")
         if module(node)[1] != _SAME_MODULE:  # there it is the convolution's own
             zeros = _sum(zeros, (top, left, bottom, right))
         self.maps[node] = (index, zeros)
@@ -468,7 +471,7 @@ class _Lowering:
         if node in self.gates:
             return self._squeeze_excite(node)
         if variable(node, self.constants) is None:
-            raise _unsupported(node, f"accepted of two maps in: {_SQUEEZE_EXCITE}")
+            raise _unsupported(node, f"expected of two maps in a {_SQUEEZE_EXCITE}")
         return self._channelwise(node, args)
 
     def _squeeze_excite(self, node: Node) -> None:
@@ -480,7 +483,7 @@ class _Lowering:
                 number = "2" if number == "1" else "1"
                 weight, fields["b" + number] = self._affine(part, arguments(part))
                 if (*weight.shape[1:], 1, 1)[:3] != (shape(part.args[0])[1], 1, 1):
-                    raise _unsupported(part, "accepted in a squeeze-excite: a 1x1 kernel, 1 group")
+                    raise _unsupported(part, "expected in a squeeze-excite: a 1x1 kernel, 1 group")
                 fields["w" + number] = weight.flatten(1)
             elif op(part) in ("relu", "hardswish"):
                 fields["hidden"] = op(part)
@@ -516,7 +519,5 @@ def _unknown(node: Node) -> UnsupportedError:
     """Of an operation that the engine does not have, whatever its arguments."""
     if str(node.target).startswith("wrap_with_"):
         what = "torch.autocast" if "autocast" in str(node.target) else "a change of gradient mode"
-        return _unsupported(
-            node, f"{what} inside forward; accepted: a forward without, as around the call"
-        )
+        return _unsupported(node, f"{what} inside forward; expected around the call")
     return _unsupported(node, f"not an operation of the int8 engine, which {_RUNS}")

@@ -70,13 +70,13 @@ def quantize(
 
     Raises:
         ValueError: images of another type or shape, of several sizes, or none; an argument out of
-            what is accepted; a model in training mode, or one whose maps hold NaN or Inf, or
+            range; a model in training mode, or one whose maps hold NaN or Inf, or
             values too large for any scale.
         UnsupportedError: the model holds an operation that the engine does not have.
     """
     if calibration not in CALIBRATIONS:
-        accepted = ", ".join(CALIBRATIONS)
-        raise ValueError(f"quantize: calibration is {calibration!r}; accepted: {accepted}")
+        names = ", ".join(CALIBRATIONS)
+        raise ValueError(f"quantize: calibration: expected one of {names}, got {calibration!r}")
     model = checked(model)
     known = getattr(model, "pretrained_cfg", None) or {}
     known = known if isinstance(known, Mapping) else {}
@@ -110,7 +110,7 @@ def quantize(
     logits = len(_numpy(nodes[-1].bias))
     if graph.classes and len(graph.classes) != logits:
         raise ValueError(
-            f"quantize: classes has {len(graph.classes)} names and the model {logits} logits"
+            f"quantize: classes: expected {logits} names, one per logit, got {len(graph.classes)}"
         )
     return _Quantizer(graph, nodes, batch, calibration, bias_correction).run()
 
@@ -209,10 +209,10 @@ class _Quantizer:
             scale, node = histogram.range(self.calibration), self.float_nodes[index]
             fine = node.activation != "hardswish" or 6 * scale.scale > 1 / _LARGEST
             if not fine or max(-histogram.least, histogram.most) > _LARGEST:
-                accepted = "up to 2^20" if fine else "a range over 0.00005, after a hard-swish"
+                wanted = "up to 2^20" if fine else "a range over 0.00005, after a hard-swish"
                 raise ValueError(
-                    f"quantize: {node.name}: its float values are from {histogram.least:.3g} to "
-                    f"{histogram.most:.3g}; accepted: {accepted}; {_CHECK}"
+                    f"quantize: {node.name}: expected float values {wanted}, got "
+                    f"{histogram.least:.3g} to {histogram.most:.3g}; {_CHECK}"
                 )
             self.scales[index] = scale
         return torch.cat(logits)
@@ -406,26 +406,26 @@ def _steps(nodes: tuple[FloatNode, ...]) -> list[_Step]:
 
 def _batch(images: Iterable[Any], image_size: int | None) -> Tensor:
     """All batches as one tensor of bytes, [N, 3, H, H] in channels-last memory."""
-    accepted = "accepted: uint8 batches [N, H, H, 3] of one size, ndarrays or tensors"
+    expected = "images: expected uint8 batches [N, H, H, 3] of one size, ndarrays or tensors"
     batches: list[Array] = []
     for batch in [images] if isinstance(images, np.ndarray | Tensor) else images:
         if not isinstance(batch, np.ndarray | Tensor):
             raise ValueError(
-                f"quantize: batch {len(batches)} of images is a {type(batch).__name__}; {accepted}"
+                f"quantize: {expected}, got a {type(batch).__name__} as batch {len(batches)}"
             )
         shape = tuple(batch.shape)
-        given = f"batch {len(batches)} of images is {batch.dtype} {list(shape)}"
+        given = f"{batch.dtype} {list(shape)} as batch {len(batches)}"
         right = len(shape) == 4 and shape[3] == 3 and shape[1] == shape[2] > 0
         if not right or batch.dtype not in (np.uint8, torch.uint8):
-            raise ValueError(f"quantize: {given}; {accepted}")
+            raise ValueError(f"quantize: {expected}, got {given}")
         if batches and shape[1:] != batches[0].shape[1:]:
-            raise ValueError(f"quantize: {given}, the first {list(batches[0].shape)}; {accepted}")
+            raise ValueError(f"quantize: {expected}, got {given} after {list(batches[0].shape)}")
         if image_size is not None and shape[1] != image_size:
-            raise ValueError(f"quantize: {given} and image_size is {image_size}; {accepted}")
+            raise ValueError(f"quantize: images: expected image_size {image_size}, got {given}")
         batches.append(batch.cpu().numpy() if isinstance(batch, Tensor) else batch)
     if not sum(map(len, batches)):
         shapes = ", ".join(str(list(batch.shape)) for batch in batches) or "no batches"
-        raise ValueError(f"quantize: images holds no images ({shapes}); {accepted}")
+        raise ValueError(f"quantize: {expected}, got no images ({shapes})")
     # a copy, whatever the batches' strides, and whether they may be written to
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(batches))).permute(0, 3, 1, 2)
 
@@ -440,7 +440,7 @@ def _three(name: str, value: Any) -> _Three | None:
         red, green, blue = map(float, numbers)
     except (TypeError, ValueError):
         raise ValueError(
-            f"quantize: {name} is {value!r}; accepted: one number or three, for pixels in [0, 1]"
+            f"quantize: {name}: expected one number or three, for pixels in [0, 1], got {value!r}"
         ) from None
     return red, green, blue
 
@@ -454,14 +454,14 @@ def _normalisation(
     for name, value in given.items():
         if own and value and not np.allclose(value, own[name], atol=1e-4):
             raise ValueError(
-                f"quantize: {name} is {value}, and the model normalises its input itself "
-                f"({nodes[0].name}), with {own[name]}; accepted: None, or the same"
+                f"quantize: {name}: expected None or {own[name]}, with which the model normalises "
+                f"its input itself ({nodes[0].name}), got {value}"
             )
         value = value or own.get(name) or _three(name, known.get(name))
         if value is None:
             raise ValueError(
-                f"quantize: {name} is None and the model has no pretrained_cfg with one; accepted: "
-                "one number or three, for pixels in [0, 1]"
+                f"quantize: {name}: expected one number or three, for pixels in [0, 1], got None "
+                "and a model without pretrained_cfg"
             )
         values.append(value)
     return values[0], values[1]
@@ -482,8 +482,8 @@ def _own_normalisation(node: FloatNode) -> dict[str, _Three]:
                 _preprocessing.check(found["mean"], found["std"], 1.0)
                 return found
     raise ValueError(
-        f"quantize: {node.name}: the model computes x * {weight.tolist()} + {bias.tolist()} of its "
-        "input; accepted: (x - mean) / std, of pixels x in [0, 1] or in 0..255"
+        f"quantize: {node.name}: expected (x - mean) / std, of pixels x in [0, 1] or in 0..255, "
+        f"got x * {weight.tolist()} + {bias.tolist()}"
     )
 
 

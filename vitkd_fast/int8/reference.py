@@ -40,7 +40,7 @@ def run(graph: Graph, images: Array, observe: Callable[[int, Array], None] | Non
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(
-            f"run: images is {images.dtype} {list(images.shape)}; accepted: uint8 [N, H, W, 3]"
+            f"run: images: expected uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}"
         )
     last_use = {source: index for index, node in enumerate(graph.nodes) for source in node.inputs}
     maps = {-1: images}
@@ -75,8 +75,8 @@ def compute(node: Node, inputs: list[tuple[Array, Array]]) -> Array:
     if isinstance(node, Classifier):
         if x.shape[1:3] != (1, 1):
             raise ValueError(
-                f"run: the map at the classifier is {x.shape[1]} x {x.shape[2]}; accepted: 1 x 1, "
-                "that of images of another size"
+                f"run: images: expected a size that gives the classifier a map of 1 x 1, got "
+                f"{x.shape[1]} x {x.shape[2]}"
             )
         return scale_sums(node, sums(node, x, pad))[:, 0, 0]
     if isinstance(node, Conv | Depthwise):

@@ -195,7 +195,7 @@ def load(
         FileError: the file is damaged or no such file, or the graph breaks a rule of
             `file.validate`; it names what is wrong.
         FileNotFoundError: there is no file.
-        ValueError: threads, isa or image_size out of what is accepted.
+        ValueError: threads, isa or image_size is out of range.
     """
     if isinstance(source, Graph):
         file.validate(graph := source)
