@@ -1,4 +1,4 @@
-"""Files that are whole or not there, paths in the home folder, and what JSON can hold."""
+"""Atomic writes of files, paths in the home folder, and values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path`, to be written to; it takes `path`'s place once all went well."""
+    """A temporary path to write to, which is renamed to `path` if nothing is raised."""
     beside = path.with_name(f".{path.name}.part")
     try:
         yield beside

@@ -29,10 +29,10 @@ SkipBad = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, max=256, help="Of the CPU; without it an int8 file takes one."),
+    typer.Option(min=1, max=256, help="CPU threads; the default of an int8 file is 1."),
 ]
 ImageSize = Annotated[
-    int | None, typer.Option(min=1, help="The side of the images; without it, the model's own.")
+    int | None, typer.Option(min=1, help="Side of the images; the default is the model's.")
 ]
 
 
@@ -70,18 +70,16 @@ def distill(
         list[str] | None,
         typer.Argument(
             metavar="RECIPE|FILE.yaml|KEY=VALUE",
-            help="A shipped recipe or a file, and what to change in it.",
+            help="A recipe or a file, and keys to override.",
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in run.folder.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in run.folder.")] = False,
     skip_bad: SkipBad = False,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Train nothing: say what data and models there are, and what a run costs.",
+            help="Check data, models and cost, and train nothing.",
         ),
     ] = False,
 ) -> None:
@@ -145,12 +143,12 @@ def evaluate(
     known = identity.class_indices(model, opened.classes, sources.class_folders(folder))
     source, bad, notes, _ = sources.open_folder(folder, known, skip_bad)
     # an int8 file is evaluated on NumPy, with fewer metrics, where there is no `distill` extra
-    whole = not _is_int8(model) or find_spec("torchmetrics") is not None
-    if not whole:
+    complete = not _is_int8(model) or find_spec("torchmetrics") is not None
+    if not complete:
         notes.append('pip install "vitkd-fast[distill]" brings more metrics than these')
     for note in notes:
         print(note, file=sys.stderr)
-    measure = _evaluate if whole else _evaluate_without_torch
+    measure = _evaluate if complete else _evaluate_without_torch
     section = {"batch_size": batch_size, "workers": workers, "skip_bad": skip_bad}
     metrics, confusion, unread = measure(opened, source, section)
     images, skipped = int(confusion.sum()), len(bad) + unread
@@ -169,10 +167,10 @@ def evaluate(
 def predict(
     model: Annotated[str, typer.Argument(help=MODEL_OR_INT8)],
     images: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
-    top: Annotated[int, typer.Option(min=1, help="Answers per image.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 3,
     threads: Threads = None,
 ) -> None:
-    """Print the classes that a model, or an int8 file, sees in images, and their probabilities.
+    """Print the most probable classes of images, by a model or an int8 file.
 
     Example: vitkd predict runs/first/distilled-0/best.safetensors cat.jpg dog.jpg
     """
@@ -196,9 +194,7 @@ def predict(
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    images: Annotated[
-        Path, typer.Option(metavar="DIR", help="Images, in any folders, to calibrate on.")
-    ],
+    images: Annotated[Path, typer.Option(metavar="DIR", help="A folder of calibration images.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="What to write: *.safetensors.")
     ],
@@ -206,7 +202,7 @@ def quantize(
         Calibration, typer.Option(help="How the range of each map is found.")
     ] = Calibration.mse,
     bias_correction: Annotated[
-        bool, typer.Option(help="Let biases make up for the mean error of each layer.")
+        bool, typer.Option(help="Correct biases by the mean error of each layer.")
     ] = True,
     count: Annotated[int, typer.Option(min=1, help="Images, evenly spread over DIR.")] = 500,
     skip_bad: SkipBad = False,
@@ -268,10 +264,10 @@ def quantize(
 def profile(
     file: Annotated[Path, typer.Argument(help="A file of `vitkd quantize`.")],
     image_size: ImageSize = None,
-    threads: Annotated[int, typer.Option(min=1, max=256, help="Of the calls.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Images of a call.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Threads of the engine.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
 ) -> None:
-    """Print what each layer of an int8 file takes on one thread, and what a whole call takes.
+    """Print the time of each layer of an int8 file on one thread, and of a call.
 
     Example: vitkd profile student.int8.safetensors --threads 2 --batch 8
     """
@@ -341,7 +337,7 @@ class _Opened(NamedTuple):
 
 
 def _open(model: str, threads: int | None, accelerated: bool = False) -> _Opened:
-    """An int8 file, which needs no torch, or a model, on the GPU where that is wanted and there."""
+    """An int8 file, which needs no torch, or a model, `accelerated` by a GPU if there is one."""
     if _is_int8(model):
         from . import int8
 
@@ -427,7 +423,7 @@ def _run(config, resume: bool, dry_run: bool = False) -> None:  # type: ignore[n
     from .distill.experiment import distill
 
     results = distill(config, resume=resume, dry_run=dry_run)
-    if dry_run or os.environ.get("RANK", "0") != "0":  # torchrun's: the first process speaks
+    if dry_run or os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first prints
         return
     print(report.table(results))
     print(results["verdict"])

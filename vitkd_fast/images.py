@@ -19,8 +19,7 @@ from PIL import ExifTags, Image
 # torchvision's, and what phones and browsers save besides; a file of another ending is no image
 EXTENSIONS = tuple(".avif .bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 
-# what Pillow's decoders raise for a file that is no whole image: AVIF's a RuntimeError, TIFF's a
-# TypeError
+# what Pillow's decoders raise for a damaged file: AVIF's a RuntimeError, TIFF's a TypeError
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -30,7 +29,7 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )
 
-# what archives and file systems put beside the images, some with thumbnails in it
+# what archives and file systems add to folders, some with thumbnails in it
 _NOT_OURS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 # what undoes each EXIF orientation
@@ -44,7 +43,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# of the sides, above which a resize of the whole could take gigabytes
+# of the sides, above which a resize of the full image could take gigabytes
 _STRIP = 16
 
 
@@ -97,7 +96,7 @@ def open_rgb(file: str | Path | IO[bytes]) -> Image.Image:
     - CMYK and palettes as Pillow converts them; colour profiles are not applied.
 
     Raises:
-        UNREADABLE: no whole image, or 32-bit integers or floats, whose range nobody knows.
+        UNREADABLE: a damaged image, or 32-bit integers or floats, whose range is unknown.
     """
     with Image.open(file) as image:
         return to_rgb(image)

@@ -79,7 +79,7 @@ class KDLoss(nn.Module):
 class AttentionMapProjection(nn.Module):
     """attention_map_loss of a feature map: mean KL(softmax(q_t k_t^T) || softmax(q_s k_s^T)).
 
-    A linear layer gives each place of a convnet's map a query and a key per head; the loss makes
+    A linear layer gives each pixel of a convnet's map a query and a key per head; the loss makes
     their attention that of a transformer's block on the same image (MiniLMv2: Wang et al., 2021,
     arXiv:2012.15828, for heads that differ in number; to a convnet: Liu et al., 2022,
     arXiv:2207.05273). No attention map is ever stored. Maps of another size than the teacher's grid
@@ -89,13 +89,13 @@ class AttentionMapProjection(nn.Module):
         student_channels: C of the student's map.
         teacher_dim: of the teacher's queries, all heads together.
         heads: in which the two are compared. Where the teacher has another number, its dim is split
-            anew into as many relation heads; see `teacher_heads`.
+            into as many relation heads; see `teacher_heads`.
         head_dim: of the student's queries and keys; teacher_dim // heads unless given.
         prefix_tokens: class, distillation and register tokens in front of the teacher's patches;
             they are left out of queries and keys, and so out of the softmax.
         grid: rows and columns of the teacher's patches; a square unless given.
         teacher_heads: "split" compares head by head; "mean" compares each of the student's heads
-            with the mean of all the teacher's maps, for "kl" and "mse" alone: their mean over the
+            with the mean of all the teacher's maps, only for "kl" and "mse": their mean over the
             teacher's heads is formed, which has the same gradient and is larger by a constant.
         scale_t: multiplies the teacher's scores; dim ** -0.5 of its heads unless given.
         temperature, kind: as in `vitkd_fast.functional.attention_map_loss`.
@@ -150,7 +150,7 @@ class AttentionMapProjection(nn.Module):
         heads: int | None = None,
         **options: Any,
     ) -> AttentionMapProjection:
-        """The module that fits what was tapped of student and teacher.
+        """The module for the tapped outputs of student and teacher.
 
         Args:
             features: the student's map [B, C, H, W].
@@ -163,15 +163,15 @@ class AttentionMapProjection(nn.Module):
         if taps.grid is None:
             raise ValueError("attention: the teacher's patches have no grid of their own")
         _, own, _, dim = queries.shape
-        anew = heads not in (None, own) and options.get("teacher_heads", "split") == "split"
+        split = heads not in (None, own) and options.get("teacher_heads", "split") == "split"
         return cls(
             features.shape[1],
             own * dim,
             heads or own,
             prefix_tokens=taps.prefix_tokens,
             grid=taps.grid,
-            # split anew, heads have another dim, and with it another scale
-            scale_t=None if anew else taps.scales[block],
+            # other heads have another dim, and with it another scale
+            scale_t=None if split else taps.scales[block],
             **options,
         )
 
@@ -230,9 +230,9 @@ class CrossAttentionProjector(nn.Module):
     values; each of their elements is replaced by the teacher's with probability `replace`, and the
     attention that results, softmax(q k^T / sqrt(dim)) v, is to be the teacher's. The group-wise
     linear projector maps the student's features to the teacher's by `groups` ** 2 linear layers,
-    which the places of a neighbourhood of `groups` x `groups` share in the same order everywhere.
+    which the pixels of a neighbourhood of `groups` x `groups` share in the same order everywhere.
     Neither attention maps nor Gram matrices of tokens are stored. (The paper's discriminator and
-    its views of an image are matters of a training loop, and not here.)
+    its views of an image belong to a training loop and are not included.)
 
     Args:
         student_channels: C of the student's map.
@@ -338,7 +338,7 @@ class CrossAttentionProjector(nn.Module):
         return torch.where(torch.rand_like(student) < self.replace, teacher.to(student), student)
 
     def _project(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, H * W, teacher_dim], place (i, j) by layer (i, j) mod groups."""
+        """[B, C, H, W] to [B, H * W, teacher_dim], pixel (i, j) by layer (i, j) mod groups."""
         batch, channels, height, width = x.shape
         g = self.groups
         x = x.reshape(batch, channels, height // g, g, width // g, g)
@@ -393,5 +393,5 @@ def _resized(x: Tensor, grid: tuple[int, int]) -> Tensor:
         return x
     if grid[0] >= x.shape[2] and grid[1] >= x.shape[3]:
         return F.interpolate(x, grid, mode="bilinear")
-    # torch has this in float32 alone
+    # torch has this only in float32
     return F.interpolate(x.float(), grid, mode="bilinear", antialias=True).to(x.dtype)

@@ -34,7 +34,7 @@ _ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, beit.Attention,
 
 @dataclass
 class TapOutputs:
-    """What one forward pass gave; keyed by the strides and blocks as they were asked for.
+    """Outputs of one forward pass, keyed by the strides and blocks given to `Taps`.
 
     Outside distilled training a DeiT returns the mean of its two heads, and so `logits` is that
     mean. Queries and keys are normalised and rotated but not scaled; keys that heads share are

@@ -46,7 +46,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _Distillation(TrainingTask):
-    """What both tasks share: the teacher's input, and the result."""
+    """Shared by both tasks: the teacher's input, and the result."""
 
     criterion: Any
     teacher: Any
@@ -111,14 +111,14 @@ class AttentionDistillationTask(_Distillation, FeatureDistillationTask):
     `nn.AttentionMapProjection`, and their attention is to be that of a block of the teacher, a
     vision transformer. timm's FeatureDistillationTask with another feature: the projection is part
     of the trainable module, and so of timm's optimiser, DDP, EMA and task state; what is evaluated
-    and saved as the model is the student alone.
+    and only the student is saved as the model.
 
     Args:
         student_model: from timm, with a feature map of `stride`.
         teacher_model: a name of timm's, a module, or a DistillationTeacher: a ViT, DeiT or another
             whose blocks share one grid of patches.
         criterion: of the student's logits and the target.
-        block: the teacher's, whose attention is learned; negative numbers count from the end.
+        block: of the teacher; negative numbers count from the end.
         stride: of the student's map.
         heads: in which the two are compared; the teacher's, unless given.
         head_dim, teacher_heads, temperature, kind: as in `nn.AttentionMapProjection`.

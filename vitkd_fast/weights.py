@@ -1,8 +1,8 @@
 """Weights from a file, whoever wrote it: a state dict of tensors, and never code that is run.
 
 Read are safetensors and torch.save's files, old and new, by timm, torch, Lightning and torchvision
-(MobileNet V2 and V3, ViT). What else a file may be (a Git LFS pointer, a whole pickled model, ...)
-is said in one line, which starts with the file's name. No model is known here but as an argument.
+(MobileNet V2 and V3, ViT). Any other file (a Git LFS pointer, a pickled model, ...) is an error of
+one line, which starts with the file's name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-# where weights lie in a checkpoint, averaged ones first as timm has it
+# keys of the weights in a checkpoint, averaged ones first as in timm
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 # what wrappers put before a key: DataParallel, torch.compile, LightningModules, transformers' timm
 _PREFIXES = ("module.", "_orig_mod.", "student.", "model.", "net.", "timm_model.")

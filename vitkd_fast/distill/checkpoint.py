@@ -1,6 +1,6 @@
-"""A run's whole state in one safetensors file: nothing is pickled, and one rename makes it new.
+"""The state of a run in one safetensors file: no pickle, replaced by one rename.
 
-Random numbers are a function of (seed, step, rank) and need no place here (data.py, loop.py).
+Random numbers are a function of (seed, step, rank) and are not stored (data.py, loop.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CheckpointError(ValueError):
 def save(
     path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, info: dict
 ) -> None:
-    """Writes modules, optimiser and `info` (JSON) to `path`, which stays whole throughout."""
+    """Writes modules, optimiser and `info` (JSON) to `path`, atomically."""
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
@@ -54,10 +54,10 @@ def save(
 def restore(
     path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Puts the state back in place, memory layouts included, and returns `info`.
+    """Loads the state, memory layouts included, and returns `info`.
 
     Raises:
-        CheckpointError: where the file is no whole checkpoint of these modules.
+        CheckpointError: the file is damaged, or a checkpoint of other modules.
     """
     header = read_header(path)
     with safe_open(path, "pt") as file:
@@ -94,15 +94,15 @@ def read_header(path: Path) -> dict[str, Any]:
     """What is not a tensor, `info` among it.
 
     Raises:
-        CheckpointError: where the file is no whole checkpoint of this version.
+        CheckpointError: the file is damaged, or of another version.
     """
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("checkpoint", "null"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is no whole checkpoint: {error}") from error
+        raise CheckpointError(f"{path}: expected a checkpoint: {error}") from error
     if not header or header.get("version") != VERSION:
-        raise CheckpointError(f"{path}: is no checkpoint of version {VERSION}")
+        raise CheckpointError(f"{path}: expected a checkpoint of version {VERSION}")
     return header
 
 

@@ -34,7 +34,7 @@ class Data(Section):
 
     # "" for a folder of class folders; "digits"; timm's torch/..., hfds/..., wds/...
     dataset: str = ""
-    root: PathText = ""  # where a named dataset lies; train and val are then its splits
+    root: PathText = ""  # folder of a named dataset; train and val are then its splits
     train: PathText = ""  # a folder of class folders
     val: PathText = ""  # another; without it, see holdout
     holdout: float = Field(0.1, gt=0, lt=1)  # share of the training images
@@ -42,7 +42,7 @@ class Data(Section):
     crop_pct: float = Field(0.875, gt=0, le=1)  # of the resized image, in validation
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"  # of the resize
     batch_size: int = Field(128, ge=1)  # per process
-    workers: int = Field(4, ge=0)  # processes that decode images; 0: none beside the run's own
+    workers: int = Field(4, ge=0)  # processes that decode images; 0: the training process does
     skip_bad: bool = False  # go on without files that cannot be read, and count them
 
 
@@ -72,7 +72,7 @@ class Optimizer(Section):
 
 
 class Teacher(Model):
-    """The model that teaches; `model` may be a file that `vitkd distill` wrote.
+    """The teacher; `model` may be a file that `vitkd distill` wrote.
 
     With `epochs`, it is trained on the labels first.
     """
@@ -111,7 +111,7 @@ class Int8(Section):
 
 
 class Run(Section):
-    """How long, where and how; nothing here changes what is learnt, but epochs, steps and seeds."""
+    """Length, device and output of a run."""
 
     folder: PathText = "runs/distill"  # where results go; one run each
     epochs: int = Field(300, ge=1)  # of the student
@@ -125,11 +125,11 @@ class Run(Section):
     threads: int | None = Field(None, ge=1)  # of a CPU, per process
     log_every: int = Field(50, ge=1)  # steps
     eval_every: int = Field(1, ge=1)  # epochs
-    save_every: int | None = Field(None, ge=1)  # steps, beside the end of every epoch
+    save_every: int | None = Field(None, ge=1)  # steps; also saved at the end of every epoch
 
 
 class Config(Section):
-    """Everything a run needs; see the recipes beside this package for whole examples."""
+    """The configuration of a run; the recipes are complete examples."""
 
     data: Data = Data()
     teacher: Teacher = Teacher()
@@ -268,7 +268,7 @@ def load(source: str | Path | None, overrides: Iterable[str] = ()) -> Config:
         *path, last = key.split(".")
         section = tree
         for part in path:
-            # a section that was left out, or switched off with null, begins anew
+            # a section that is missing or null is replaced by an empty one
             section[part] = section[part] if section.get(part) is not None else {}
             section = section[part]
             if not isinstance(section, dict):

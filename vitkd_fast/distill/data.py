@@ -1,4 +1,4 @@
-"""Images: timm's datasets and transforms, as uint8 batches that depend on nothing but a seed.
+"""Images: timm's datasets and transforms, as uint8 batches that depend only on the seed.
 
 What is drawn for an image (crop, flip, colours) is a function of (seed, epoch, its index), and an
 epoch's order of (seed, epoch): neither depends on workers, on ranks, or on where a run was resumed.
@@ -140,7 +140,7 @@ class _Indexed(Dataset):
             skipped.append(self.source.name(index))
             if self.seed is None:
                 return None, None, index, skipped
-            # the batch keeps its size: the next image takes the place
+            # the batch keeps its size: the next image replaces it
             index = (index + 1) % len(self.source)
             if len(skipped) == len(self.source):
                 return DataError(f"not one of {len(skipped)} images can be read")
@@ -150,7 +150,7 @@ class _Indexed(Dataset):
 
 
 class _Streamed(IterableDataset):
-    """A dataset without indices: what is drawn depends on the place in a worker's stream."""
+    """A dataset without indices: what is drawn depends on the position in a worker's stream."""
 
     def __init__(self, dataset: Any, transform: Any, seed: int | None) -> None:
         self.dataset = dataset
@@ -162,7 +162,7 @@ class _Streamed(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         info = torch.utils.data.get_worker_info()
         worker = info.id if info else 0
-        # the reader begins anew, not where its shuffling stopped
+        # restarts the reader, not where its shuffling stopped
         self.dataset.reader.ds = None
         self.dataset.reader.worker_seed = _draw(self.seed or 0, int(self.epoch), self.rank)
         for i, (image, label) in enumerate(self.dataset):
@@ -316,9 +316,9 @@ class Loader:
 
 
 def _quiet_worker(_: int) -> None:
-    """A worker leaves signals, which a whole group of processes may get, to the one that asks it.
+    """Makes a worker ignore SIGINT and the first SIGTERM, which the training process handles.
 
-    A second SIGTERM ends it, as ever: that is how its process would get rid of it.
+    A second SIGTERM ends it: that is how the training process terminates its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

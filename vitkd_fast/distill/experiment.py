@@ -1,4 +1,4 @@
-"""A whole run: teacher, baseline and distilled student, for every seed, and the report."""
+"""A run: teacher, baseline and distilled student, for every seed, and the report."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> d
 
     Args:
         config: from `config.load`.
-        resume: go on in a folder that holds a run; what is done there is not done again.
-        dry_run: say what there is and what it would cost, and return {}; nothing is written.
+        resume: continue the run in the folder; what is finished is not repeated.
+        dry_run: print data, models and cost, and return {}; nothing is written.
 
     Raises:
         ConfigError, DataError, CheckpointError: what cannot be run, before any training where it
@@ -62,7 +62,7 @@ def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> d
 
 class _Experiment:
     def __init__(self, config: Config, runtime: Runtime, resume: bool) -> None:
-        """Finds out what can be known before any training; writes nothing."""
+        """Checks data, models and losses before any training; writes nothing."""
         self.config, self.runtime, self.resume = config, runtime, resume
         self.folder = Path(config.run.folder)
         self.warnings: list[str] = []
@@ -172,7 +172,7 @@ class _Experiment:
             print(line, flush=True)
 
     def _describe(self) -> None:
-        """Says what there is before anything is trained."""
+        """Prints data, classes, student and warnings before any training."""
         splits = self.splits
         train, val = sources.count(splits.train), sources.count(splits.val)
         self._say(
@@ -186,7 +186,7 @@ class _Experiment:
             self._say(line)
 
     def _score_teacher(self) -> None:
-        """Says what the teacher knows of the images; refuses one given that knows nothing."""
+        """Prints the teacher's top-1; ConfigError if a given teacher is no better than guessing."""
         config, classes = self.config, len(self.classes)
         assert self.teacher is not None
         origin = str(models.Origin.of(self.teacher))
@@ -216,7 +216,7 @@ class _Experiment:
             )
 
     def estimate(self) -> dict[str, Any]:
-        """Says what a run would be: data, models, the teacher's score, a step's cost, disk."""
+        """Prints data, models, the teacher's top-1, the time of a step, and disk space."""
         config, size = self.config, self.config.data.image_size
         self._describe()
         if self.teacher and not config.teacher.epochs:
@@ -252,7 +252,7 @@ class _Experiment:
         return {}
 
     def _roles(self) -> list[str]:
-        """What each seed trains."""
+        """The students that each seed trains."""
         compared = self.config.run.baseline and self.teacher
         return ["baseline", self.role] if compared else [self.role]
 
@@ -366,7 +366,7 @@ class _Experiment:
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in loader.epoch():
-                places.append(batch.indices.clone())  # a worker lends its memory
+                places.append(batch.indices.clone())  # the worker reuses its memory
                 yield batch.images, batch.labels
 
         result = evaluate.evaluate(
@@ -396,7 +396,7 @@ class _Experiment:
         seeds: list[int],
         engine: int8.Session | None = None,
     ) -> dict[str, Any]:
-        """A model's line of the table: what it costs, in the engine or torch, and each score."""
+        """A model's row of the table: its cost, in the engine or torch, and its scores."""
         cost = evaluate.cost(
             evaluate.engine(engine) if engine else self._predictor(model),
             model,

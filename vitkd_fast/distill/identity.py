@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .. import models
     from .config import Config
 
-# of validation, evenly spread: what a teacher is scored on before it teaches
+# validation images, evenly spread, for the teacher's top-1 before training
 SCORED_IMAGES = 256
 
 
@@ -30,8 +30,8 @@ def class_indices(key: str, known: Sequence[str], given: Sequence[str]) -> dict[
     Args:
         key: names the model in an error.
         known: the model's class names; the ids of WordNet count too where they are ImageNet's, and
-            whole numbers count as indices. Names that are nothing but 0, 1, ... say nothing, and
-            as many classes, of whatever names, are these in their order.
+            integers count as indices. Names 0, 1, ... match any names of as many classes, in their
+            order.
         given: the images' class names, all or some of the model's, in their order.
 
     Raises:
@@ -177,7 +177,7 @@ def is_no_teacher(right: int, images: int, classes: int) -> bool:
 
 
 def count_classes(labels: Iterable[int], classes: Sequence[str]) -> str:
-    """The classes with their counts, for people."""
+    """The classes with their counts, as text."""
     counts = Counter(labels)
     pairs = [f"{name} ({counts[i]})" for i, name in enumerate(classes)]
     return _few(pairs, 20)

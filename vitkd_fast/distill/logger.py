@@ -61,7 +61,7 @@ class Meter:
         return sums.tolist(), self.count
 
     def reset(self, sums: list[float] | None = None, count: int = 0) -> None:
-        """Begins anew, or where `state` was taken."""
+        """Sets the sums to zero, or to what `state` returned."""
         self.sums.copy_(torch.tensor(sums or [0.0] * len(self.names)))
         self.count = count
 
@@ -73,13 +73,13 @@ class Meter:
 
 
 class MetricLogger:
-    """One run's journal. It says nothing where `folder` is None: on every rank but the first.
+    """Writes metrics.jsonl and TensorBoard, and prints; does nothing where `folder` is None.
 
     Args:
         folder: of metrics.jsonl and tensorboard/.
-        title: what stands before the bar, and each line.
+        title: in front of the bar and of each line.
         total: the run's steps.
-        step: where it goes on; rows of later steps are taken back.
+        step: of the resumed run; rows of later steps are removed.
     """
 
     def __init__(self, folder: Path | None, title: str, total: int, step: int = 0) -> None:
@@ -119,12 +119,12 @@ class MetricLogger:
             self._file.close()
 
     def advance(self, step: int) -> None:
-        """The bar's place; costs nothing where there is none."""
+        """Moves the bar."""
         if self.folder is not None and not self._bar.disable:
             self._bar.update(self._task, completed=step)
 
     def write(self, kind: str, step: int, row: dict[str, float]) -> None:
-        """Keeps the row {kind, step, ...} in every place."""
+        """Writes the row {kind, step, ...} to file, TensorBoard and terminal."""
         if self.folder is None:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
@@ -142,7 +142,7 @@ class MetricLogger:
             self.say(f"step {step}  {text}")
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Prints a line."""
         if self.folder is not None:
             self._console.print(
                 f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True

@@ -1,8 +1,8 @@
-"""The training loop: `Trainer.update` is the whole step, and `Trainer.run` what goes on around it.
+"""The training loop: `Trainer.update` is a step, `Trainer.run` logs, evaluates and saves.
 
 A step never synchronises with the device: losses are added up there, and read at the log interval.
-(float16's loss scale does wait, and timm's mixing by pair or element, which copies its shares.)
-Every random number is a function of (seed, step, rank), so a resumed run is the run.
+Exceptions are float16's loss scale, and timm's mixing by pair or element.
+Every random number is a function of (seed, step, rank), so a resumed run gives the same weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class NonFiniteError(RuntimeError):
 
 
 class Stopped(RuntimeError):
-    """A signal ended the run, which is saved."""
+    """A signal ended the run after its state was saved."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class Signals:
 class Trainer:
     """One training run, in a folder of its own, whose name is the run's title.
 
-    The folder gets checkpoint.safetensors (the last whole state), last.safetensors and
+    The folder gets checkpoint.safetensors (the state of training), last.safetensors and
     best.safetensors (weights that `models.load` reads), and the metrics.
 
     Args:
@@ -217,7 +217,7 @@ class Trainer:
 
     @property
     def trained(self) -> nn.Module:
-        """The weights that count: the moving average, where one is kept."""
+        """The student, or the moving average of its weights where one is kept."""
         return self.ema.module if self.ema else self.model
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -225,7 +225,7 @@ class Trainer:
         return modules | ({"ema": self.ema.module} if self.ema else {})
 
     def _is_due(self) -> bool:
-        """Whether the weights as they are should be evaluated, and are not yet."""
+        """Whether an evaluation is due at this step, and not done yet."""
         epochs, inside = divmod(self.step, self.steps_per_epoch)
         ended = self.step == self.total or not (inside or epochs % self.run_section.eval_every)
         return ended and self.step > self.evaluated
@@ -301,7 +301,7 @@ class Trainer:
         self._since = time.monotonic(), self.step
 
     def _save(self) -> None:
-        """Writes the whole state, unless a loss or a weight in it is NaN or Inf."""
+        """Writes the state of training, unless a loss or a weight in it is NaN or Inf."""
         self._check()
         self._share_buffers()
         meter = self.meter.state()

@@ -21,7 +21,7 @@ TapSpec: TypeAlias = Mapping[str, tuple[int, ...]]  # arguments of Taps
 
 
 class StepOutputs(NamedTuple):
-    """What there is of a batch."""
+    """Outputs of student and teacher for a batch, and its labels."""
 
     student: TapOutputs
     teacher: TapOutputs | None
@@ -66,11 +66,11 @@ class Term(Section):
     weight: Schedule = ONE  # factor of the term
 
     def taps(self) -> tuple[TapSpec, TapSpec]:
-        """What `Taps` should take from student and teacher; their logits come anyway."""
+        """Arguments of `Taps` for student and teacher; logits are always there."""
         return {}, {}
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
-        """What is trained beside the student, from a first look at what `taps` gives."""
+        """The module that is trained with the student, from one output of the taps, or None."""
         return None
 
     @abstractmethod
@@ -79,7 +79,7 @@ class Term(Section):
 
 
 class CE(Term):
-    """weight * CE(student, labels): what a student learns without a teacher."""
+    """weight * CE(student, labels), the loss of a student without a teacher."""
 
     label_smoothing: float = Field(0.0, ge=0, le=1)  # of the cross-entropy
 
@@ -121,8 +121,8 @@ class KD(Term):
 class Attention(Term):
     """weight * attention_map_loss of a map of the student, for a block of the teacher.
 
-    The student's queries and keys are learned beside it, by `nn.AttentionMapProjection`, which says
-    what the options mean.
+    The student's queries and keys are those of `nn.AttentionMapProjection`, which is trained with
+    it and documents the options.
     """
 
     block: int = -1  # of the teacher
@@ -171,7 +171,7 @@ class Losses(Section):
                 yield name, term
 
     def baseline(self) -> Losses:
-        """What is left without a teacher: the cross-entropy, smoothed as it was."""
+        """Without a teacher: the cross-entropy, with the same label smoothing."""
         terms = (term for term in (self.kd, self.ce) if term)
         smoothing = max((term.label_smoothing for term in terms), default=0.0)
         return Losses(ce=CE(label_smoothing=smoothing))

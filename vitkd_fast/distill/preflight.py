@@ -1,4 +1,4 @@
-"""A run's models, and what can be checked of them and of the folder before any training."""
+"""The models of a run, and the checks of models, losses and folder before any training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .config import Config, ConfigError, Model
 from .runtime import Runtime
 from .task import DistillationTask
 
-# what may differ when a run goes on: where things are, and how they are computed
+# keys that may change when a run is resumed: paths and how things are computed
 _MAY_CHANGE = {
     *("data.root", "data.train", "data.val", "data.workers", "data.skip_bad"),
     *("teacher.checkpoint", "int8.enabled", "int8.calibration", "int8.calibration_images"),
@@ -30,9 +30,7 @@ _MAY_CHANGE = {
 
 
 def holds_run(config: Config, resume: bool) -> bool:
-    """Whether the folder holds a run to go on with.
-
-    What failed before it saved anything is no run.
+    """Whether the folder holds a run to resume: one that has saved weights.
 
     Raises:
         ConfigError: it holds a run, and this one does not resume it or trains differently.
@@ -61,7 +59,7 @@ def pixels(config: Config, model: nn.Module) -> models.Pixels:
 
 
 def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
-    """Before its training; with a new classifier where its weights are of other classes."""
+    """The untrained student, with a new classifier if its weights are of other classes."""
     student: Any = _create(config, config.student, len(classes), new_head=True)
     origin = models.Origin.of(student)
     if origin.classes and not identity.same_classes(origin, classes):
@@ -73,7 +71,7 @@ def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
 
 
 def create_teacher(config: Config, names: Sequence[str]) -> nn.Module:
-    """Before its training, where it is trained; else with weights for these classes.
+    """The teacher, with weights for these classes unless teacher.epochs trains it.
 
     Raises:
         ConfigError, DataError: its weights are random, or of other classes.
@@ -143,7 +141,7 @@ def check_batch(name: str, config: Config, model: nn.Module) -> list[str]:
                 trained(_image(config))
         except ValueError as error:  # a batch norm without a second value
             raise ConfigError(
-                f"data.batch_size: 1 given; {name}.model has batch norms that take 2 or more"
+                f"data.batch_size: expected 2 or more for the batch norms of {name}.model, got 1"
             ) from error
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if (momentum := max((m.momentum or 0.0 for m in norms), default=0.0)) > 0.5:

@@ -23,7 +23,7 @@ def calibration_images(config: Config, train: Any, ranks: int = 1) -> Tensor:
         DataError: naming a file that cannot be read.
     """
     wanted = config.int8.calibration_images
-    # a copy: a worker lends its memory
+    # a copy: the worker reuses its memory
     batches = [
         batch.images.permute(0, 2, 3, 1).clone()
         for batch in data.sample(config, train, wanted, ranks)
@@ -40,7 +40,7 @@ def save(
     classes: list[str],
     calibration: Calibration,
 ) -> bytes:
-    """Quantises a student, writes its file, says how close it is, and returns the file's bytes.
+    """Quantises a student, writes its file, prints its SQNR, and returns the file's bytes.
 
     Raises:
         UnsupportedError: the model holds an operation that the engine lacks; names it.

@@ -238,7 +238,7 @@ def table(results: dict) -> str:
 
 
 def write(results: dict, folder: Path) -> Path:
-    """Writes folder/report.json and folder/report.html, each whole or not at all.
+    """Writes folder/report.json and folder/report.html, each atomically.
 
     The JSON holds the results as they are, except that NaN and the infinities become null.
 
@@ -264,7 +264,7 @@ def read(folder: Path) -> dict:
     """The results that `write` left in folder/report.json.
 
     Raises:
-        ValueError: the file is missing, is not whole, or is of another version.
+        ValueError: the file is missing, damaged, or of another version.
     """
     path = folder / "report.json"
     try:

@@ -1,4 +1,4 @@
-"""What a run found, as report.json has it: comparison, verdict, curves, disagreements."""
+"""Results of a run as in report.json: comparison, verdict, curves, disagreements."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
 
 
 def curves(folders: dict[str, Path]) -> dict[str, Any]:
-    """The rows of each training's journal, by kind."""
+    """The rows of each metrics.jsonl, by kind."""
     found: dict[str, Any] = {}
     for name, folder in folders.items():
         rows = logger.read(folder)
@@ -71,7 +71,7 @@ def curves(folders: dict[str, Path]) -> dict[str, Any]:
 def disagreements(
     result: evaluate.Evaluation, source: sources.Source, indices: Tensor
 ) -> dict[str, Any] | None:
-    """The images that student and teacher read differently, the surest student first.
+    """Images on which student and teacher disagree, the most confident student first.
 
     `indices` are the evaluated images' in the source. None without a teacher.
     """
@@ -100,7 +100,7 @@ def disagreements(
 
 
 def device_name(runtime: Runtime) -> str:
-    """What computes, for people."""
+    """The device, threads and processes, as a line."""
     if runtime.device.type == "cuda":
         return f"{torch.cuda.get_device_name(runtime.device)}, {runtime.ranks} processes"
     name = cpu_capabilities().get("cpu_name", "CPU")

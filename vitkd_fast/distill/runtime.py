@@ -1,4 +1,4 @@
-"""Where and in what precision a process computes, alone or as one of torchrun's."""
+"""Device and precision of a process, and its rank among those of torchrun."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .config import Config, ConfigError
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a process computes: its device, and its rank among the processes of torchrun."""
+    """Device, precision and memory format of a process, and its rank."""
 
     device: torch.device
     student_dtype: torch.dtype = torch.float32  # of autocast
@@ -67,6 +67,6 @@ class Runtime:
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """What torch knows of the CPU; nothing where torch is too old to say."""
+    """torch.cpu.get_capabilities(), or {} where torch does not have it."""
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return known

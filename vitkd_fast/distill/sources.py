@@ -30,7 +30,7 @@ from ..images import DataError as DataError
 if TYPE_CHECKING:
     from .config import Data
 
-# what a folder of whole data sets holds, where one of them is asked for
+# folders of splits: the given folder is above a data set
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
@@ -215,7 +215,7 @@ def class_folders(path: str, key: str = "DIR") -> list[str]:
 
 
 def _outside(path: str) -> tuple[list[str], list[str], Counter[str]]:
-    """What lies beside the class folders: images, broken links, and how many other files."""
+    """Files outside the class folders: images, broken links, and counts of others."""
     images, broken, others = [], [], Counter[str]()
     for name in sorted(os.listdir(path), key=natural_key):
         file = os.path.join(path, name)

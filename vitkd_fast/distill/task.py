@@ -1,4 +1,4 @@
-"""The losses of a batch as a timm training task: student, teacher, and what the losses learn."""
+"""The losses of a batch as a timm training task: student, teacher, and modules of the losses."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class DistillationTask(TrainingTask):
 
     Attributes:
         student: the model that is trained, without its normalisation.
-        trainable_module: the student and what its losses learn beside it.
+        trainable_module: the student and the modules that its losses train.
 
     Raises:
-        ValueError: a term asks for what student or teacher do not have.
+        ValueError: a term taps a stride or block that student or teacher do not have.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class DistillationTask(TrainingTask):
         return self
 
     def teacher_outputs(self, images: Tensor) -> TapOutputs | None:
-        """What the teacher gives, without gradients."""
+        """The teacher's outputs, without gradients."""
         if self.teacher is None:
             return None
         with torch.inference_mode():
@@ -165,7 +165,7 @@ class _Trainable(nn.Module):
 
 
 def _taps(predict: nn.Sequential, wanted: list[TapSpec]) -> Taps | None:
-    """What any term wants of a model, through its predictor; None if that is the logits alone."""
+    """Taps of a predictor's model for all terms; None if they need only logits."""
     merged: dict[str, tuple[int, ...]] = {}
     for arguments in wanted:
         for name, places in arguments.items():

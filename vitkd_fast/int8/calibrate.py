@@ -3,7 +3,7 @@
 A histogram's bins double in width when a value falls outside of them, so one pass over the
 images is enough; widths are powers of two, so that the order of the images changes no count.
 The range is the one of least expected squared error, rounding and clipping counted, or between
-percentiles, or all that was seen.
+percentiles, or the observed range.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ class _Lowering:
             for node in self.graph.nodes
             if node.op not in ("placeholder", "get_attr", "output") and node not in self.constants
         ]
-        for node in calls:  # what can never run is told before what stands in the wrong place
+        for node in calls:  # unknown operations are reported before misplaced ones
             if op(node) not in self.lowerings:
                 raise _unknown(node)
         written: set[Any] = set()
@@ -236,7 +236,7 @@ class _Lowering:
         return shape(found)
 
     def _clean(self) -> None:
-        """Drops what changes no value and computes what depends on weights alone."""
+        """Drops what changes no value and computes what depends only on weights."""
         for node in list(self.graph.nodes):
             if node.op != "call_function":
                 continue

@@ -1,8 +1,8 @@
 """From a float model and some images to a quantised graph.
 
 The float graph runs once over the images for the ranges of its maps. Then, node by node, weights
-are rounded and the rounded node runs over all images, so that each bias can make up for the mean
-error of everything before it. Maps are kept as bytes and freed after their last use.
+are rounded and the rounded node runs over all images, so that each bias corrects the mean
+error of all nodes before it. Maps are kept as bytes and freed after their last use.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def quantize(
 _Three = tuple[float, float, float]
 _CHECK = (
     "look at the weights and batch-norm statistics (running_mean, running_var, weight) up to this "
-    "layer, and check the float model's answers on images"
+    "layer, and check the float model's accuracy"
 )
 
 

@@ -1,8 +1,7 @@
-"""What the engine computes, written down: integer sums, then single float32 operations in order.
+"""The engine's arithmetic in NumPy: integer sums, then single float32 operations in order.
 
-The sums are formed in float64, where they are exact; each numpy call after them rounds once. The
-engine gives the same bytes. Slow, and the only other place that states the arithmetic is the
-docstrings of graph.py.
+The sums are formed in float64, where they are exact; each NumPy call after them rounds once. The
+engine gives the same bytes. The docstrings of graph.py state the same formulas.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Session:
     """uint8 images [N, H, W, 3] -> float32 logits [N, classes]; made by `load`.
 
     Calls may come from several threads at once. Each concurrent one has its own memory and threads,
-    made at its first call and kept; a call itself allocates its result alone.
+    made at its first call and kept; a call allocates only its result.
 
     Attributes:
         image_size: the side of the images.
