@@ -162,7 +162,7 @@ def test_the_model_is_left_as_it_is() -> None:
 
 
 def test_training_mode() -> None:
-    with pytest.raises(ValueError, match=r"model: expected evaluation mode; call model.eval\(\)"):
+    with pytest.raises(ValueError, match=r"model: expected model.eval\(\), got .* training mode"):
         lower(create("mobilenetv3_small_050").train(), 64)
 
 
@@ -250,7 +250,7 @@ def gate_of_another(x: Tensor, layer: nn.Module, first: nn.Module, second: nn.Mo
         ),
         ([nn.MaxPool2d(2)], r"1 \(.*MaxPool2d\): aten.max_pool2d"),
         ([nn.ConvTranspose2d(8, 8, 2)], r"1 \(.*\): aten.conv_transpose2d"),
-        ([conv(dilation=2)], r"1 \(.*Conv2d\): aten.conv2d.default: dilation is \[2, 2\]"),
+        ([conv(dilation=2)], r"1 \(.*Conv2d\): aten.conv2d.default: dilation: .*, got \[2, 2\]"),
         ([conv(groups=2)], r"aten.conv2d.default: groups: .*, got 2, with 8 input and 8 output"),
         ([nn.Conv2d(8, 16, 1, groups=8), nn.Conv2d(16, 8, 1)], "got 8, with 8 input and 16 output"),
         (
@@ -260,10 +260,13 @@ def gate_of_another(x: Tensor, layer: nn.Module, first: nn.Module, second: nn.Mo
         ([nn.ConstantPad2d(1, 0.5), conv()], r"1 \(.*\): aten.pad.default: .*, got constant 0.5"),
         ([nn.ZeroPad2d((0, 0, -1, 0)), conv()], r"pad: .*, got \[0, 0, -1, 0\]"),
         ([nn.ZeroPad2d(1)], "aten.adaptive_avg_pool2d.default: only a convolution reads"),
-        ([nn.AvgPool2d(2, ceil_mode=True)], "aten.avg_pool2d.default: .*without ceil_mode"),
+        ([nn.AvgPool2d(2, ceil_mode=True)], "aten.avg_pool2d.default: .*no ceil_mode"),
         ([nn.AvgPool2d(2, divisor_override=3)], "aten.avg_pool2d.default: .*divisor_override"),
-        ([nn.AvgPool2d(3, 2, 1, count_include_pad=False)], "only with count_include_pad"),
-        ([nn.AdaptiveAvgPool2d(2)], "1 .*: aten.adaptive_avg_pool2d.default: .*the whole map"),
+        ([nn.AvgPool2d(3, 2, 1, count_include_pad=False)], "count_include_pad: expected True"),
+        (
+            [nn.AdaptiveAvgPool2d(2)],
+            "1 .*: aten.adaptive_avg_pool2d.default: .*mean over all",
+        ),
         ([nn.ReLU(), nn.BatchNorm2d(8)], "2 .*: aten.batch_norm.default: expected after"),
         ([nn.BatchNorm2d(8, track_running_stats=False)], "statistics of the batch"),
         ([nn.ReLU(), nn.Hardswish()], "2 .*: aten.hardswish.default: expected after"),
@@ -287,8 +290,11 @@ def gate_of_another(x: Tensor, layer: nn.Module, first: nn.Module, second: nn.Mo
         ([Call(lambda x: F.relu6(x + 3) / 5)], "1 .*: aten.div.Tensor: expected after a conv"),
         ([Call(lambda x: F.relu6(x + 3) / 6)], "aten.hardsigmoid.default: expected in a squeeze"),
         ([Call(lambda x: torch.add(x, x, alpha=2))], "aten.add.Tensor: .*alpha 1"),
-        ([Call(lambda x: x + x.mean((2, 3), True))], r"aten.add.Tensor: of \(2, 8, 14, 14\) and"),
-        ([Call(lambda x: x + torch.ones(14))], r"aten.add.Tensor: a constant of \(14,\) with"),
+        (
+            [Call(lambda x: x + x.mean((2, 3), True))],
+            r"aten.add.Tensor: .* \(2, 8, 14, 14\) and",
+        ),
+        ([Call(lambda x: x + torch.ones(14))], r"aten.add.Tensor: .* a constant of \(14,\) with"),
         ([Call(lambda x: x * x)], "aten.mul.Tensor: expected of two maps in a squeeze-"),
         ([Call(lambda x: x.transpose(2, 3))], "aten.transpose.int"),
         ([Call(lambda x: x.flatten(2).unflatten(2, (14, 14)))], "aten.flatten.using_ints"),
@@ -327,7 +333,7 @@ def test_unsupported_operations(middle: list[nn.Module], message: str) -> None:
         (network(nn.Dropout()).append(nn.Softmax(1)), r"5 \(.*Softmax\): aten.softmax.int"),
         (network().append(nn.ReLU()), r"quantize: 3: expected logits .*, got \(2, 5\)"),
         (network()[:-1], r"quantize: 1: expected logits .*, got \(2, 8\)"),
-        (network()[:2].append(nn.Conv2d(8, 5, 1)), r"2: .* returns \(2, 5, 1, 1\)"),
+        (network()[:2].append(nn.Conv2d(8, 5, 1)), r"2: .*, got \(2, 5, 1, 1\)"),
         (network()[:1].append(nn.Conv2d(8, 5, 14)).append(nn.Flatten()), "1: expected logits"),
         (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)), "the image"),
         (

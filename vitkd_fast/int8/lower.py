@@ -78,7 +78,7 @@ def checked(model: Any) -> nn.Module:
             f"quantize: model: expected the torch.nn.Module itself, before any export, got {kind}"
         )
     if model.training:
-        raise ValueError("quantize: model: expected evaluation mode; call model.eval()")
+        raise ValueError("quantize: model: expected model.eval(), got a model in training mode")
     for name, weight in model.named_parameters():
         if weight.is_meta:
             raise ValueError(f"quantize: {name}: expected loaded weights, got the meta device")
@@ -340,7 +340,7 @@ class _Lowering:
         if args["ceil_mode"] or args["divisor_override"] is not None:
             raise _unsupported(node, "expected no ceil_mode and no divisor_override")
         if (rows or columns) and not args["count_include_pad"]:
-            raise _unsupported(node, "padding: expected with count_include_pad")
+            raise _unsupported(node, "count_include_pad: expected True with padding, got False")
         channels = shape(node)[1]
         self._weigh(
             node,

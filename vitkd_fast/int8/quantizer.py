@@ -209,7 +209,7 @@ class _Quantizer:
             scale, node = histogram.range(self.calibration), self.float_nodes[index]
             fine = node.activation != "hardswish" or 6 * scale.scale > 1 / _LARGEST
             if not fine or max(-histogram.least, histogram.most) > _LARGEST:
-                wanted = "up to 2^20" if fine else "a range over 0.00005, after a hard-swish"
+                wanted = "up to 2^20" if fine else "in a range over 0.00005, after a hard-swish"
                 raise ValueError(
                     f"quantize: {node.name}: expected float values {wanted}, got "
                     f"{histogram.least:.3g} to {histogram.most:.3g}; {_CHECK}"
