@@ -148,7 +148,7 @@ def test_torch_datasets_and_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train and val differ in their classes"):
         open_data(config(**data).data)
     for name in ("torch/none", "torch/cifar10", "wds/x", "imagenet", "foo/bar"):
-        with pytest.raises(DataError, match=f"data.dataset: {name}"):
+        with pytest.raises(DataError, match=rf"data.dataset: .*{name}"):
             open_data(config(dataset=name, root="" if "/" in name else tmp_path).data)
 
 
@@ -347,7 +347,7 @@ def test_folders_that_hold_no_classes(tmp_path: Path) -> None:
     folder(tmp_path / "splits" / "train"), folder(tmp_path / "splits" / "Val")
     for root, message in {
         flat: "holds 1 images and no class folder with images; put the images of each",
-        one: "data.train: expected two or more classes, got 'cat' alone",
+        one: "expected to hold two or more classes, got one: 'cat'",
         tmp_path / "splits": f"holds train, Val, which are no classes; .* {tmp_path}/splits/train$",
         tmp_path / "none": "is no folder",
     }.items():

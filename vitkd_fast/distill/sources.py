@@ -156,8 +156,8 @@ def open_data(config: Data, classes: int | None = None) -> Splits:
     train = _open_folder(config.train, "data.train", config.skip_bad, None)
     if len(train.source.classes) == 1:
         raise DataError(
-            f"data.train: expected two or more classes, got {train.source.classes[0]!r} alone in "
-            f"{config.train}"
+            f"data.train: {config.train} expected to hold two or more classes, got one: "
+            f"{train.source.classes[0]!r}"
         )
     if not config.val:
         return _hold_out(train.source, config, train.bad, train.notes)
