@@ -31,7 +31,7 @@ OLDEST := .venv-oldest
 # what test-triton runs with, from the one of torch 2.11 on, and which of the tests
 TRITONS ?= 3.6 3.7 3.8 3.9
 TRITON_TESTS ?= triton
-CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*')
 
 .PHONY: help install demo test test-all test-oldest test-triton fuzz wheel bench gpu gpu-test gpu-bench \
   gpu-sanitize docs lint format clean

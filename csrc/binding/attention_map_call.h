@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -48,14 +47,6 @@ inline Operand operand(const Tensor& x) {
 }
 
 inline bool dense_dim(const Tensor& x) { return x.size(3) == 1 || x.stride(3) == 1; }
-
-inline std::string shape_of(const Tensor& x) {
-  std::string text = "[";
-  for (const int64_t size : x.sizes()) {
-    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  }
-  return text + "]";
-}
 
 // Fills a call from the operations' arguments, and holds the tensors that it points into.
 struct Setup {

@@ -1,4 +1,4 @@
-// The only glue to torch's stable ABI: dtype visitor, layout of logits, stream and device guard.
+// The only glue to torch's stable ABI: dtypes, shapes and layouts of tensors.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -42,6 +43,16 @@ decltype(auto) visit_float(ScalarType dtype, F&& f) {
       STD_TORCH_CHECK(false, "vitkd_fast: dtype ", torch::headeronly::toString(dtype),
                       " is not one of float32, float64, float16, bfloat16");
   }
+}
+
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+inline std::string shape_of(const Tensor& x) {
+  std::string text = "[";
+  for (const int64_t size : x.sizes()) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  }
+  return text + "]";
 }
 
 struct RowShape {
@@ -159,13 +170,5 @@ inline const int64_t* labels_ptr(OptionalTensor& x) {
   if (!x->is_contiguous()) x = torch::stable::contiguous(*x);
   return x->const_data_ptr<int64_t>();
 }
-
-#ifdef __CUDACC__
-inline cudaStream_t current_stream(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-#endif
 
 }  // namespace vitkd

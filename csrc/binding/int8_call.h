@@ -19,19 +19,6 @@ std::string list_of(const Values& values) {
   return "[" + out.str() + "]";
 }
 
-inline int64_t parts(int64_t n, int64_t of) { return (n + of - 1) / of; }
-
-#ifdef __CUDACC__
-inline int device_attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-#endif
-
-inline std::string shape_of(const Tensor& x) { return list_of(x.sizes()); }
-
 template <class Values>
 void expect_within(const char* op, const char* what, const Values& values, int64_t low,
                    int64_t high) {

@@ -193,7 +193,7 @@ void run(Call<A> c, Layout layout, Pass pass) {
     } else if (isa != Isa::scalar && layout == Layout::kColumns) {
       kernel = wide ? avx512::run_columns : avx2::run_columns;
       unit_rows = wide ? 16 : 8;
-      units = c.shape.outer * ((c.shape.inner + unit_rows - 1) / unit_rows);
+      units = c.shape.outer * ceil_div(c.shape.inner, unit_rows);
     }
   }
 #endif

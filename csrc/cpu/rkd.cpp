@@ -6,22 +6,16 @@
 //   A (r_ik - r_ij cos_ijk);  dloss/dd2_jk = v_jk r_jk + v_kj r_kj - w_jk, which the Gram's
 //   gradient holds as a Laplacian.
 // Chunks are added up in their order, so that results do not depend on the number of threads.
-#include <cfloat>
-#include <cmath>
-#include <limits>
+#include "math/rkd.h"
 
-#include "binding/common.h"
+#include <cmath>
+
+#include "binding/rkd_call.h"
 #include "simd/isa.h"
 #include "simd/vec.h"
 
 namespace vitkd::rkd {
 namespace {
-
-// d2_ij below kSame * (G_ii + G_jj) is rounding: the samples count as one
-template <class A>
-constexpr A kSame = 8 * std::numeric_limits<A>::epsilon();
-template <class A>
-constexpr A kTiny = std::numeric_limits<A>::min();
 
 constexpr int64_t kApexes = 16;  // of a chunk
 constexpr int64_t kRows = 8;     // of a tile: 24 KB of two Grams and w, in L1
@@ -127,8 +121,7 @@ struct One {
   friend One select(Mask m, One a, One b) { return m ? a : b; }
   friend A reduce_add(One a) { return a.v; }
   friend One sqrt(One x) { return One{std::sqrt(x.v)}; }
-  // a NaN stays one
-  friend One clamp_to_1(One x) { return x.v > 1 ? One{1} : x.v < -1 ? One{-1} : x; }
+  friend One clamp_to_1(One x) { return One{rkd::clamp_to_1(x.v)}; }
 };
 
 namespace float32 {
@@ -172,12 +165,12 @@ struct Call {
         s{gram_s, nullptr, samples},
         t{gram_t, nullptr, samples},
         n(samples),
-        padded((samples + kPadding - 1) / kPadding * kPadding),
+        padded(ceil_div(samples, kPadding) * kPadding),
         w_offsets(samples + 1) {
     for (int64_t j = 0; j < n; ++j) w_offsets[j + 1] = w_offsets[j] + padded - first_column(j);
   }
 
-  int64_t chunks() const { return (n + kApexes - 1) / kApexes; }
+  int64_t chunks() const { return ceil_div(n, kApexes); }
   int64_t w_size() const { return w_offsets[n]; }
   int64_t scratch_size() const { return w_size() + 5 * kApexes * padded; }
 
@@ -264,14 +257,13 @@ struct Call {
   }
   static bool same(const Model<A>& x, int64_t i, int64_t j) {
     const A total = x.norms[j] + x.norms[i], gram = x.gram[i * x.n + j];
-    return total - (gram + gram) < std::max(total * kSame<A>, kTiny<A>);
+    return counts_as_one(total - (gram + gram), total);
   }
 
   double add_distances(double distance_weight, A* to) {
     const double pairs = static_cast<double>(n) * (n - 1);
     for (Model<A>* x : {&s, &t}) {
-      const double sum = 2 * kernels.sum_distances(*x);
-      x->inverse_mean = sum == 0 ? A{0} : static_cast<A>(pairs / sum);
+      x->inverse_mean = static_cast<A>(inverse_mean(2 * kernels.sum_distances(*x), n));
     }
     const DistanceSums sums = kernels.distance_sums(s, t);
     const double weight = distance_weight / (static_cast<double>(n) * n);
@@ -327,18 +319,9 @@ std::tuple<Tensor, Tensor> run(const Tensor& gram_s, const Tensor& gram_t, doubl
 
 std::tuple<Tensor, Tensor> rkd_fwd_grad(const Tensor& gram_s, const Tensor& gram_t,
                                         double distance_weight, double angle_weight) {
-  const auto dtype = gram_s.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == gram_t.scalar_type() && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-      "rkd_loss: the Grams are ", torch::headeronly::toString(dtype), " and ",
-      torch::headeronly::toString(gram_t.scalar_type()),
-      "; accepted is float32 or float64 for both");
-  STD_TORCH_CHECK(gram_s.dim() == 2 && gram_t.dim() == 2 && gram_s.size(0) == gram_s.size(1) &&
-                      gram_t.size(0) == gram_s.size(0) && gram_t.size(1) == gram_s.size(0),
-                  "rkd_loss: the Grams are not both [batch, batch]");
-  const Tensor s = torch::stable::contiguous(gram_s), t = torch::stable::contiguous(gram_t);
-  return dtype == ScalarType::Double ? run<double>(s, t, distance_weight, angle_weight)
-                                     : run<float>(s, t, distance_weight, angle_weight);
+  return visit_grams(gram_s, gram_t, [&]<class A>(const Tensor& s, const Tensor& t) {
+    return run<A>(s, t, distance_weight, angle_weight);
+  });
 }
 
 }  // namespace

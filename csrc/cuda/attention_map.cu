@@ -8,16 +8,11 @@
 // Shared memory rows are 16 bytes longer than their content: ldmatrix meets no bank conflict.
 // Counted, bf16, dim 64, 196 tokens, a pair of scores: forward 256 flops, 2 exps, 10 instructions,
 // each gradient 384, 2, 6; see benches/notes/attention_map.md. No atomics: bitwise the same twice.
-#include <cuda_runtime.h>
-
 #include "binding/attention_map_call.h"
-#include "cuda/ptx.h"
+#include "cuda/common.cuh"
 
 namespace vitkd::attention_map {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 constexpr int kWarps = 4;             // of a block, or fewer where rows are long
 constexpr int kSlice = 32;            // bytes of a row that a product takes
@@ -25,7 +20,6 @@ constexpr int kTiles = 4;             // tensor-core tiles of 8 columns that a w
 constexpr int kColumns = 8 * kTiles;  // one for each bit of a mask
 constexpr float kNothing = -1e30f;    // the score of a masked key; finite, so that 0 * it is 0
 constexpr float kSlack = 16;          // how far scores may exceed what is held for their maximum
-constexpr unsigned kFullMask = 0xffffffffu;
 
 using Quad = const uint32_t (&)[4];
 
@@ -556,7 +550,7 @@ __global__ void __launch_bounds__(32 * kWarps,
     part += loss[i] * c.loss_factor;
   }
   if (plan.parts == nullptr) return;
-  for (int mask = 16; mask > 0; mask /= 2) part += __shfl_xor_sync(kFullMask, part, mask);
+  part = warp_sum(part);
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * plan.warps + threadIdx.x / 32;
   if (threadIdx.x % 32 == 0) plan.parts[warp] = part;
 }
@@ -680,14 +674,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
 // The sum of n numbers in a fixed order, in double, by one block of 1024.
 __global__ void __launch_bounds__(1024)
     attention_map_reduce_kernel(const float* parts, int64_t n, float* loss) {
-  __shared__ double warps[32];
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += parts[i];
-  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(kFullMask, sum, mask);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = warps[threadIdx.x % 32];
-  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(kFullMask, sum, mask);
+  const double sum = sum_by_block(n, [&](int64_t i) { return parts[i]; });
   if (threadIdx.x == 0) *loss = static_cast<float>(sum);
 }
 
@@ -705,18 +692,10 @@ void visit_element(const Call& c, F&& f) {
   }
 }
 
-int shared_limit() {
-  int device = 0, bytes = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
-}
-
 // Runs a call whose tensors have one dtype.
 class Launcher {
  public:
-  Launcher(const Call& c, const Tensor& like)
-      : c_(c), like_(like), stream_(current_stream(like)), most_(shared_limit()) {}
+  Launcher(const Call& c, const Tensor& like) : c_(c), like_(like), stream_(current_stream(like)) {}
 
   void forward(bool per_row) {
     if (c_.rows() == 0) {
@@ -756,7 +735,7 @@ class Launcher {
   void gradient(int64_t rows) {
     if (c_.batch * c_.heads * rows == 0) return;
     Plan plan = cut<E, kTall>(rows, {c_.q_s, c_.k_s, c_.q_t, c_.k_t, c_.d_q, c_.d_k});
-    plan.chunks = static_cast<int>((c_.dim_s + kDim - 1) / kDim);
+    plan.chunks = static_cast<int>(ceil_div(c_.dim_s, kDim));
     start<kTall>(attention_map_grad_kernel<E, kTall, kDim, kOfQueries>, plan,
                  c_.batch * c_.heads * plan.blocks * plan.chunks);
   }
@@ -773,7 +752,7 @@ class Launcher {
     }
     for (int which = 0; which < 2; ++which) {
       const int64_t bytes = (which == 0 ? c_.dim_s : c_.dim_t) * kSize;
-      p.pitch[which] = static_cast<int>((bytes + kSlice - 1) / kSlice * kSlice + 16);
+      p.pitch[which] = static_cast<int>(ceil_div(bytes, kSlice) * kSlice + 16);
       while (p.copiers[which] < 5 && 16 << p.copiers[which] < p.pitch[which] - 16) {
         ++p.copiers[which];
       }
@@ -788,7 +767,7 @@ class Launcher {
       if (cut.blocks * p.bytes(p.warps * 16 * kTall) <= most_) break;
     }
     const int64_t of = p.warps * 16 * kTall;
-    p.blocks = (rows + of - 1) / of;
+    p.blocks = ceil_div(rows, of);
     return p;
   }
 
@@ -809,7 +788,7 @@ class Launcher {
   const Call& c_;
   const Tensor& like_;
   cudaStream_t stream_;
-  int most_;
+  const int most_ = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 };
 
 // A call whose tensors are copied to float32 where they come in two dtypes. What had 16 bits is a

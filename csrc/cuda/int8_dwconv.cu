@@ -9,10 +9,8 @@
 // by issue, 91% of the memory roof. Stride 2 (5 bytes an output) is bound by memory, 5x5 (10 dp4a)
 // by arithmetic. Channels that are no multiple of 4, and other kernels: a plain loop, one byte per
 // thread.
-#include <cuda_runtime.h>
-
 #include "binding/int8_call.h"
-#include "cuda/ptx.h"
+#include "cuda/common.cuh"
 
 namespace vitkd::int8 {
 namespace {
@@ -251,10 +249,10 @@ template <int kKernel, int kStride, bool kHardswish>
 void launch(Call c, cudaStream_t stream) {
   using T = Tile<kKernel, kStride>;
   static_assert(T::kTaps * kBlockWords * sizeof(uint4) <= 48 << 10);
-  c.row_tiles = static_cast<int>(parts(c.out_height, T::kRows));
-  c.column_tiles = static_cast<int>(parts(c.out_width, kColumns));
-  const auto groups = static_cast<unsigned>(parts(c.words, kBlockWords));
-  c.block_words = static_cast<int>(parts(c.words, groups));
+  c.row_tiles = static_cast<int>(ceil_div(c.out_height, T::kRows));
+  c.column_tiles = static_cast<int>(ceil_div(c.out_width, kColumns));
+  const auto groups = static_cast<unsigned>(ceil_div(c.words, kBlockWords));
+  c.block_words = static_cast<int>(ceil_div(c.words, groups));
 
   // as many blocks as fit the chip, each with the same number of tiles
   auto* const kernel = int8_dwconv_kernel<kKernel, kStride, kHardswish>;
@@ -263,9 +261,9 @@ void launch(Call c, cudaStream_t stream) {
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, kernel, kThreads, shared));
   const int64_t chip = int64_t{at_once} * device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t tiles = int64_t{c.batch} * c.row_tiles * c.column_tiles;
-  const int64_t blocks = parts(tiles, kThreads / c.block_words);
-  const int64_t most = std::min<int64_t>(65535, parts(chip, groups));
-  const auto rows = static_cast<unsigned>(parts(blocks, parts(blocks, most)));
+  const int64_t blocks = ceil_div(tiles, kThreads / c.block_words);
+  const int64_t most = std::min<int64_t>(65535, ceil_div(chip, groups));
+  const auto rows = static_cast<unsigned>(ceil_div(blocks, ceil_div(blocks, most)));
   kernel<<<dim3(groups, rows), kThreads, shared, stream>>>(c);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -290,7 +288,7 @@ Tensor int8_dwconv(const Tensor& x, const Tensor& weight, const Tensor& bias,
   const bool small = s.batch < 1 << 30 && (s.width + s.left + s.right) * s.channels < 1 << 30;
   if (!square || (s.kernel_h != 3 && s.kernel_h != 5) || s.stride_h > 2 || s.channels % 4 != 0 ||
       !small || !aligned(on.x) || !aligned(on.weight)) {
-    const int64_t blocks = std::min<int64_t>((y.numel() + kThreads - 1) / kThreads, 1 << 16);
+    const int64_t blocks = std::min<int64_t>(ceil_div(y.numel(), kThreads), 1 << 16);
     int8_dwconv_any_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
         s, s.out_height(), s.out_width(), requantize, on.x.const_data_ptr<uint8_t>(),
         on.weight.const_data_ptr<int8_t>(), on.bias.const_data_ptr<int32_t>(),

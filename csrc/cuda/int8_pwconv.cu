@@ -10,10 +10,8 @@
 // outputs a clock; some 2500 multiply-adds a clock. Memory is the roof where C_in > C_out (960
 // to 160: arithmetic is near); instructions are where C_out is several times C_in (24 to 144: 70%
 // of memory).
-#include <cuda_runtime.h>
-
 #include "binding/int8_call.h"
-#include "cuda/ptx.h"
+#include "cuda/common.cuh"
 
 namespace vitkd::int8 {
 namespace {
@@ -263,10 +261,10 @@ void launch(const Call& c, cudaStream_t stream) {
   int at_once = 0;
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, kernel, kThreads, shared));
   // as many blocks as fit the chip, each with the same number of tiles
-  const int64_t groups = parts(c.out, kOutputs);
+  const int64_t groups = ceil_div(c.out, kOutputs);
   const int64_t chip = int64_t{at_once} * device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t most = std::clamp<int64_t>(chip / groups, 1, 65535);
-  const int64_t rows = parts(c.tiles, parts(c.tiles, most));
+  const int64_t rows = ceil_div(c.tiles, ceil_div(c.tiles, most));
   kernel<<<dim3(static_cast<unsigned>(groups), static_cast<unsigned>(rows)), kThreads, shared,
            stream>>>(c);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -306,13 +304,13 @@ Tensor int8_pwconv(const Tensor& x, const Tensor& weight, const Tensor& bias,
   c.multiplier = on.multiplier.const_data_ptr<float>();
   c.y = y.mutable_data_ptr<uint8_t>();
   c.pixels = y.numel() / c.out;
-  c.tiles = parts(c.pixels, kPixels);
+  c.tiles = ceil_div(c.pixels, kPixels);
   c.x_align = align_of(c.x, c.in);
   c.weight_align = align_of(c.weight, c.in);
   c.y_align = align_of(c.y, c.out);
   const cudaStream_t stream = current_stream(on.x);
   // blocks of outputs as even as can be
-  switch (parts(parts(c.out, parts(c.out, kMaxOutputs)), 16)) {
+  switch (ceil_div(ceil_div(c.out, ceil_div(c.out, kMaxOutputs)), 16)) {
     case 1:
       launch_by_size<16>(c, stream);
       break;

@@ -7,25 +7,19 @@
 // Rows that are too few for the chip are split over several blocks. Everything is added up in a
 // fixed order: no atomics, so results are bitwise the same every time.
 #undef NDEBUG  // the assertion on labels stays in release builds
-#include <cuda_runtime.h>
-
 #include <cassert>
 
 #include "binding/kd_call.h"
-#include "cuda/ptx.h"
+#include "cuda/common.cuh"
 
 namespace vitkd::kd {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 enum class Access { kVector, kScalar, kTiled };
 
 constexpr int kChunk = 8;        // classes that a thread has in flight
 constexpr int kTileRows = 32;    // kTiled: rows of a block
 constexpr int kTileThreads = 8;  // kTiled: threads per row
-constexpr unsigned kFullMask = 0xffffffffu;
 
 // 128 registers a thread, 255 for double: nothing spills
 template <class A>
@@ -381,25 +375,11 @@ __global__ void kd_merge_kernel(const __grid_constant__ Call<A> c,
   finish<A, S>(c, row, sums, temperature, share, c.target_of(row));
 }
 
-// Sums numbers in a fixed order, in double, by one block.
-template <class F>
-__device__ double block_sum(int64_t n, F&& at) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += at(i);
-  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(kFullMask, sum, mask);
-  __shared__ double warps[32];
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = warps[threadIdx.x % 32];  // blocks of 1024
-  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(kFullMask, sum, mask);
-  return sum;
-}
-
 // 1 / (the weight of all rows that count), 0 where there is none.
 template <class A>
 __global__ void __launch_bounds__(1024)
     kd_total_kernel(const __grid_constant__ Call<A> c, A* inv_total) {
-  const double total = block_sum(c.shape.rows(), [&](int64_t row) {
+  const double total = sum_by_block(c.shape.rows(), [&](int64_t row) {
     return c.ignored(row) ? 0.0 : static_cast<double>(c.row_weight[row]);
   });
   if (threadIdx.x == 0) *inv_total = static_cast<A>(total == 0 ? 0 : 1 / total);
@@ -407,7 +387,7 @@ __global__ void __launch_bounds__(1024)
 
 template <class A>
 __global__ void __launch_bounds__(1024) kd_reduce_kernel(const A* rows, int64_t n, A* loss) {
-  const double sum = block_sum(n, [&](int64_t i) { return static_cast<double>(rows[i]); });
+  const double sum = sum_by_block(n, [&](int64_t i) { return rows[i]; });
   if (threadIdx.x == 0) *loss = static_cast<A>(sum);
 }
 
@@ -427,9 +407,6 @@ class Launcher {
  public:
   Launcher(const Call<A>& c, const Tensor& like)
       : c_(c), like_(like), stream_(current_stream(like)) {
-    int device = 0;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms_, cudaDevAttrMultiProcessorCount, device));
     const bool side_by_side = c.student.class_stride == 1 && c.teacher.class_stride == 1 &&
                               (c.grad.data == nullptr || c.grad.class_stride == 1);
     if (c.shape.classes == 1 || side_by_side) {
@@ -444,7 +421,7 @@ class Launcher {
                                                                              : kMaxThreads<A>;
     // few long rows: several blocks each
     if (access_ != Access::kTiled && classes > 65536 && rows < 2 * sms_) {
-      launch_.splits = static_cast<int>(std::min<int64_t>((classes + 32767) / 32768, 64));
+      launch_.splits = static_cast<int>(std::min<int64_t>(ceil_div(classes, 32768), 64));
     }
   }
 
@@ -487,22 +464,18 @@ class Launcher {
     dim3 block, grid;
     if (kAccess == Access::kTiled) {
       block = dim3(kTileRows, kTileThreads);
-      grid.x = c_.shape.outer * ((c_.shape.inner + kTileRows - 1) / kTileRows);
+      grid.x = c_.shape.outer * ceil_div(c_.shape.inner, kTileRows);
     } else {
       block.x = std::max(launch_.group, 256);
       const int64_t groups = block.x / launch_.group;
-      grid = dim3((c_.shape.rows() + groups - 1) / groups, launch_.splits);
+      grid = dim3(ceil_div(c_.shape.rows(), groups), launch_.splits);
     }
     auto* const kernel = kd_rows_kernel<A, S, kAccess, kPass>;
     // the second sweep wants its row in L2: long rows get one block per multiprocessor
     int shared = 0;
     if (kPass == Pass::kForwardGrad && c_.shape.classes * c_.student.size > 65536) {
-      shared = 120 * 1024;
-      int most = 0, device = 0;
-      STD_CUDA_CHECK(cudaGetDevice(&device));
-      STD_CUDA_CHECK(
-          cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-      shared = std::min(shared, most - 8 * 1024);
+      const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+      shared = std::min(120 << 10, most - (8 << 10));
       STD_CUDA_CHECK(
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     }
@@ -524,7 +497,7 @@ class Launcher {
       c_.stats = stats.template mutable_data_ptr<A>();
     }
     rows<S, Pass::kForward>();
-    kd_merge_kernel<A, S><<<(rows_n + 127) / 128, 128, 0, stream_>>>(c_, launch_);
+    kd_merge_kernel<A, S><<<ceil_div(rows_n, 128), 128, 0, stream_>>>(c_, launch_);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (pass == Pass::kForwardGrad) {
       c_.saved_share = true;
@@ -535,7 +508,7 @@ class Launcher {
   Call<A> c_;
   const Tensor& like_;
   cudaStream_t stream_;
-  int sms_ = 1;
+  const int sms_ = device_attribute(cudaDevAttrMultiProcessorCount);
   Access access_;
   Launch<A> launch_;
 };
@@ -673,7 +646,7 @@ void kd_scale_(const Tensor& grad, const Tensor& factor) {
     in_place(grad, [&](const Tensor& x) {
       visit_float(x.scalar_type(), [&]<class T>() {
         if constexpr (std::is_same_v<T, double> == std::is_same_v<A, double>) {
-          const int64_t blocks = std::min<int64_t>((x.numel() + 1023) / 1024, 4096);
+          const int64_t blocks = std::min<int64_t>(ceil_div(x.numel(), 1024), 4096);
           kd_scale_kernel<A, T><<<blocks, 256, 0, current_stream(x)>>>(
               x.mutable_data_ptr<T>(), x.numel(), factor.const_data_ptr<A>());
           STD_CUDA_KERNEL_LAUNCH_CHECK();

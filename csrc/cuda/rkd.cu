@@ -3,11 +3,9 @@
 // passes through shared memory: the three angles of the triangle (a, b, m) hold all that the pair's
 // gradient needs. Each angle is formed for its three pairs, which costs arithmetic but no atomics:
 // everything is added up in a fixed order, and memory is the Grams and the gradient.
-#include <cuda_runtime.h>
-
-#include <limits>
-
-#include "binding/common.h"
+#include "binding/rkd_call.h"
+#include "cuda/common.cuh"
+#include "math/rkd.h"
 
 namespace vitkd::rkd {
 namespace {
@@ -15,7 +13,6 @@ namespace {
 constexpr int kSide = 16;     // samples on a side of a tile
 constexpr int kPassing = 16;  // samples m in shared memory at a time
 constexpr int kThreads = kSide * kSide;
-constexpr unsigned kFullMask = 0xffffffffu;
 
 // Everything of a call; weights are over n^2 and n^3.
 template <class A>
@@ -33,51 +30,11 @@ struct Call {
 __device__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ double product(double a, double b) { return __dmul_rn(a, b); }
 
-// A NaN stays one.
-template <class A>
-__device__ A clamp_to_1(A x) {
-  return x > 1 ? A{1} : x < -1 ? A{-1} : x;
-}
-
-template <class A>
-struct Distance {
-  A length, inverse;  // 0 for samples that count as one
-};
-
-template <class A>
-__device__ Distance<A> distance(A gram, A norm_a, A norm_b) {
-  const A total = norm_a + norm_b, squared = total - 2 * gram;
-  const A least = 8 * std::numeric_limits<A>::epsilon() * total;
-  if (squared < max(least, std::numeric_limits<A>::min())) return {0, 0};
-  const A length = sqrt(squared);
-  return {length, 1 / length};
-}
-
-// The same number in every thread: a sum over the block's threads.
-template <class A>
-__device__ A block_sum(A x) {
-  __shared__ A warps[kThreads / 32];
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
-  __syncthreads();  // of what a sum before left there
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  A sum = 0;
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) sum += warps[i];
-  return sum;
-}
-
 template <class A>
 __device__ A row_sum(const A* row, int64_t n) {
   A sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += row[i];
-  return block_sum(sum);
-}
-
-template <class A>
-__device__ A inverse_mean(A total, int64_t n) {
-  return total == 0 ? A{0} : static_cast<A>(n) * static_cast<A>(n - 1) / total;
+  return block_sum<kThreads>(sum);
 }
 
 template <class A>
@@ -94,8 +51,8 @@ __global__ void __launch_bounds__(kThreads) rkd_mean_kernel(Call<A> c) {
     sum_s += distance_of(c.gram_s, i, j, c.n).length;
     sum_t += distance_of(c.gram_t, i, j, c.n).length;
   }
-  sum_s = block_sum(sum_s);
-  sum_t = block_sum(sum_t);
+  sum_s = block_sum<kThreads>(sum_s);
+  sum_t = block_sum<kThreads>(sum_t);
   if (threadIdx.x != 0) return;
   c.sums[i] = sum_s;
   c.sums[c.n + i] = sum_t;
@@ -115,8 +72,8 @@ __global__ void __launch_bounds__(kThreads) rkd_distance_kernel(Call<A> c) {
     loss += h * (x - h / 2);
     slope += h * psi;
   }
-  loss = block_sum(loss);
-  slope = block_sum(slope);
+  loss = block_sum<kThreads>(loss);
+  slope = block_sum<kThreads>(slope);
   if (threadIdx.x != 0) return;
   c.sums[2 * c.n + i] = loss;
   c.sums[3 * c.n + i] = slope;
@@ -232,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1) rkd_pairs_kernel(Call<A> c) {
   }
 
   // 4. both halves
-  loss = block_sum(live ? loss : A{0});
+  loss = block_sum<kThreads>(live ? loss : A{0});
   if (threadIdx.x == 0) *part = diagonal ? loss : 2 * loss;
   if (!live) return;
   pull = a == b ? A{0} : -pull;
@@ -257,7 +214,7 @@ __global__ void __launch_bounds__(kThreads) rkd_finish_kernel(Call<A> c, int64_t
 template <class A>
 std::tuple<Tensor, Tensor> run(const Tensor& gram_s, const Tensor& gram_t, double distance_weight,
                                double angle_weight) {
-  const int64_t n = gram_s.size(0), tiles = (n + kSide - 1) / kSide;
+  const int64_t n = gram_s.size(0), tiles = ceil_div(n, kSide);
   if (n == 0) {
     return {torch::stable::new_zeros(gram_s, {}), torch::stable::new_empty(gram_s, {0, 0})};
   }
@@ -293,18 +250,9 @@ std::tuple<Tensor, Tensor> run(const Tensor& gram_s, const Tensor& gram_t, doubl
 std::tuple<Tensor, Tensor> rkd_fwd_grad(const Tensor& gram_s, const Tensor& gram_t,
                                         double distance_weight, double angle_weight) {
   const torch::stable::accelerator::DeviceGuard guard(gram_s.get_device_index());
-  const auto dtype = gram_s.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == gram_t.scalar_type() && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-      "rkd_loss: the Grams are ", torch::headeronly::toString(dtype), " and ",
-      torch::headeronly::toString(gram_t.scalar_type()),
-      "; accepted is float32 or float64 for both");
-  STD_TORCH_CHECK(gram_s.dim() == 2 && gram_t.dim() == 2 && gram_s.size(0) == gram_s.size(1) &&
-                      gram_t.size(0) == gram_s.size(0) && gram_t.size(1) == gram_s.size(0),
-                  "rkd_loss: the Grams are not both [batch, batch]");
-  const Tensor s = torch::stable::contiguous(gram_s), t = torch::stable::contiguous(gram_t);
-  return dtype == ScalarType::Double ? run<double>(s, t, distance_weight, angle_weight)
-                                     : run<float>(s, t, distance_weight, angle_weight);
+  return visit_grams(gram_s, gram_t, [&]<class A>(const Tensor& s, const Tensor& t) {
+    return run<A>(s, t, distance_weight, angle_weight);
+  });
 }
 
 }  // namespace

@@ -44,7 +44,7 @@ def rewritten(text: str) -> str:
 
     for pattern, by in (
         (r"__CUDACC__|__CUDA_ARCH__", "VITKD_EMULATED"),
-        (r"#include <cuda_runtime.h>", '#include "emulator.h"'),
+        (r"#include <cuda_runtime.h>", ""),  # emulator.h comes first
         (r"(LIBRARY_IMPL\(vitkd_fast, )CUDA\b", r"\1CPU"),
         (r".*::DeviceGuard guard\(.*\n", ""),
         (r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];",
@@ -57,17 +57,18 @@ def rewritten(text: str) -> str:
 
 
 def build_emulated(
-    folder: Path, *flags: str, only: str = "*", change: Callable[[str], str] = str
+    folder: Path, *flags: str, only: str = "", change: Callable[[str], str] = str
 ) -> Path:
     """Compiles the kernels for the emulator, and returns the library.
 
     Args:
-        only: the stem of one file, instead of all.
-        change: what is done to the kernels' text.
+        only: the stem of one operation, instead of all of them.
+        change: what is done to the text of the kernels and of what they share.
     """
-    for file in (*CSRC.rglob("*.h"), *CSRC.glob(f"cuda/{only}.cu")):
-        kernels = file.suffix == ".cu"
-        to = (folder / file.relative_to(CSRC)).with_suffix(".cpp" if kernels else ".h")
+    for file in (*CSRC.rglob("*.h"), *CSRC.glob("cuda/*.cuh"), *CSRC.glob(f"cuda/{only}*.cu")):
+        kernels = file.suffix != ".h"
+        to = folder / file.relative_to(CSRC)
+        to = to.with_suffix(".cpp") if file.suffix == ".cu" else to
         to.parent.mkdir(parents=True, exist_ok=True)
         text = file.read_text()
         to.write_text(rewritten(change(text) if kernels else text))
@@ -77,6 +78,7 @@ def build_emulated(
         # as nvcc does, multiply and add are fused where that is not forbidden
         flags_of = ["-std=c++20", "-O1", "-fPIC", "-w", "-mfma", "-ffp-contract=fast", *FLAGS]
         flags_of += ["-DVITKD_EMULATED=900", f"-I{folder}", f"-I{EMULATOR}", *INCLUDE, *flags]
+        flags_of += ["-include", "emulator.h"]
         result = file.with_suffix(".o")
         subprocess.run(["g++", "-c", file, "-o", result, *flags_of], check=True)
         return result

@@ -1,0 +1,64 @@
+// What CUDA files share: masks, sums over a warp and a block, and attributes of the device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "binding/common.h"
+#include "cuda/ptx.h"
+
+namespace vitkd {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+constexpr unsigned kFullMask = 0xffffffffu;
+
+// The sum of a warp's numbers, in every lane.
+template <class A>
+__device__ __forceinline__ A warp_sum(A x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(kFullMask, x, mask);
+  return x;
+}
+
+// The sum over a block of kThreads, in every thread; in a fixed order.
+template <int kThreads, class A>
+__device__ A block_sum(A x) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ A warps[kWarps];
+  x = warp_sum(x);
+  __syncthreads();  // of what a sum before left there
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  if constexpr (kWarps == 32) {
+    return warp_sum(warps[threadIdx.x % 32]);
+  } else {
+    A sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += warps[i];
+    return sum;
+  }
+}
+
+// at(0) + .. + at(n - 1), in double, by a block of 1024; in every thread.
+template <class F>
+__device__ double sum_by_block(int64_t n, F&& at) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += at(i);
+  return block_sum<1024>(sum);
+}
+
+inline int device_attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+inline cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace vitkd
