@@ -413,14 +413,14 @@ def _pair(block_d: int, *tensors: Tensor) -> tuple[int, int, int]:
 
 
 def _constants(
-    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], kind: int, allow_tf32: bool,
+    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], o: reference.AttentionMapOptions,
     tile: _config.MapTile,
 ) -> dict[str, Any]:  # fmt: skip
     dim_s, block_s, align_s = _pair(tile.block_d, *student)
     dim_t, block_t, align_t = _pair(tile.block_d, *teacher)
     return {
-        "KIND": kind,
-        "PRECISION": "tf32" if allow_tf32 else "ieee",
+        "KIND": o.kind,
+        "PRECISION": "tf32" if o.allow_tf32 else "ieee",
         "DIM_S": dim_s,
         "DIM_T": dim_t,
         "BLOCK_S": block_s,
@@ -447,8 +447,7 @@ def _gain(student: Tensor, kind: int) -> int:
 
 def _gradients(
     grad_loss: Tensor | None, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, stats: Tensor,
-    scale_s: float, scale_t: float, temperature: float, kind: int, reduction: int,
-    key_mask: Tensor | None, allow_tf32: bool,
+    o: reference.AttentionMapOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Of q_s and k_s; without grad_loss, the gradients of the loss."""
     grads = torch.empty_like(q_s), torch.empty_like(k_s)
@@ -456,8 +455,8 @@ def _gradients(
     rows = batch * heads * queries
     if rows == 0:
         return grads[0].zero_(), grads[1].zero_()
-    call = _call(q_s, q_t, allow_tf32)
-    per_row = reduction == reference.NONE and grad_loss is not None
+    call = _call(q_s, q_t, o.allow_tf32)
+    per_row = o.reduction == reference.NONE and grad_loss is not None
     with torch.cuda.device_of(q_s):
         if per_row:
             grad_loss = grad_loss.contiguous()
@@ -466,7 +465,7 @@ def _gradients(
             for x in grads
         )
         q_s, k_s, q_t, k_t = map(_unit, (q_s, k_s, q_t, k_t))
-        key_mask = None if key_mask is None else key_mask.contiguous()
+        key_mask = None if o.key_mask is None else o.key_mask.contiguous()
         for of_keys, d_x, x_s, y_s, x_t, y_t in (
             (False, d_q, q_s, k_s, q_t, k_t),
             (True, d_k, k_s, q_s, k_t, q_t),
@@ -478,11 +477,11 @@ def _gradients(
             _attention_map_bwd_kernel[(blocks, -(-dim // block_out))](
                 grad_loss, stats, d_x, x_s, y_s, x_t, y_t, key_mask,
                 *_strides(d_x, x_s, y_s, x_t, y_t), heads, xs, ys, rows,
-                scale_s / temperature, scale_t / temperature,
-                temperature * scale_s / (rows if reduction == reference.MEAN else 1),
-                OF_KEYS=of_keys, PER_ROW=per_row, GAIN=_gain(q_s, kind),
+                o.scale_s / o.temperature, o.scale_t / o.temperature,
+                o.temperature * o.scale_s / (rows if o.reduction == reference.MEAN else 1),
+                OF_KEYS=of_keys, PER_ROW=per_row, GAIN=_gain(q_s, o.kind),
                 BLOCK_X=tile.block_x, BLOCK_Y=tile.block_y, BLOCK_OUT=block_out,
-                **_constants((d_x, x_s, y_s), (x_t, y_t), kind, allow_tf32, tile),
+                **_constants((d_x, x_s, y_s), (x_t, y_t), o, tile),
             )  # fmt: skip
         for x, written in zip(grads, (d_q, d_k), strict=True):
             if x is not written:
@@ -491,54 +490,47 @@ def _gradients(
 
 
 def attention_map_fwd(
-    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, scale_s: float, scale_t: float,
-    temperature: float, kind: int, reduction: int, key_mask: Tensor | None = None,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
     """The reduced loss, and three numbers per row: see reference.attention_map_fwd."""
+    o = reference.AttentionMapOptions(*options)
     batch, heads, queries, _ = q_s.shape
     loss = q_s.new_empty(q_s.shape[:3], dtype=torch.float32)
     stats = loss.new_empty(3, *loss.shape)
     if loss.numel() == 0:
-        return loss if reduction == reference.NONE else loss.new_zeros(()), stats
+        return loss if o.reduction == reference.NONE else loss.new_zeros(()), stats
     keys, rows = k_s.shape[2], loss.numel()
     tile = _config.attention_map_fwd(
-        keys, *_call(q_s, q_t, allow_tf32), kind in (reference.JS, reference.MSE)
+        keys, *_call(q_s, q_t, o.allow_tf32), o.kind in (reference.JS, reference.MSE)
     )
     with torch.cuda.device_of(q_s):
         q_s, k_s, q_t, k_t = map(_unit, (q_s, k_s, q_t, k_t))
         _attention_map_fwd_kernel[(batch * heads * -(-queries // tile.block_x),)](
-            loss, stats, q_s, k_s, q_t, k_t, None if key_mask is None else key_mask.contiguous(),
+            loss, stats, q_s, k_s, q_t, k_t,
+            None if o.key_mask is None else o.key_mask.contiguous(),
             *_strides(q_s, k_s, q_t, k_t), heads, queries, keys, rows,
-            scale_s / temperature, scale_t / temperature,
-            temperature**2 / (rows if reduction == reference.MEAN else 1),
+            o.scale_s / o.temperature, o.scale_t / o.temperature,
+            o.temperature**2 / (rows if o.reduction == reference.MEAN else 1),
             BLOCK_Q=tile.block_x, BLOCK_K=tile.block_y, ONE_TILE=keys <= tile.block_y,
-            **_constants((q_s, k_s), (q_t, k_t), kind, allow_tf32, tile),
+            **_constants((q_s, k_s), (q_t, k_t), o, tile),
         )  # fmt: skip
         # a sum in a fixed order
-        return loss if reduction == reference.NONE else loss.sum(), stats
+        return loss if o.reduction == reference.NONE else loss.sum(), stats
 
 
 def attention_map_bwd(
     grad_loss: Tensor, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, stats: Tensor,
-    scale_s: float, scale_t: float, temperature: float, kind: int, reduction: int,
-    key_mask: Tensor | None = None, allow_tf32: bool = False,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of q_s and k_s: see reference.attention_map_bwd."""
-    return _gradients(
-        grad_loss, q_s, k_s, q_t, k_t, stats, scale_s, scale_t, temperature, kind, reduction,
-        key_mask, allow_tf32,
-    )  # fmt: skip
+    o = reference.AttentionMapOptions(*options)
+    return _gradients(grad_loss, q_s, k_s, q_t, k_t, stats, o)
 
 
 def attention_map_fwd_grad(
-    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, scale_s: float, scale_t: float,
-    temperature: float, kind: int, reduction: int, key_mask: Tensor | None = None,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients in q_s and k_s: see reference.attention_map_fwd_grad."""
-    options = (
-        scale_s, scale_t, temperature, kind, reduction, key_mask, allow_tf32,
-    )  # fmt: skip
-    loss, stats = attention_map_fwd(q_s, k_s, q_t, k_t, *options)
-    return loss, *_gradients(None, q_s, k_s, q_t, k_t, stats, *options)
+    o = reference.AttentionMapOptions(*options)
+    loss, stats = attention_map_fwd(q_s, k_s, q_t, k_t, *o)
+    return loss, *_gradients(None, q_s, k_s, q_t, k_t, stats, o)

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
 from . import _config
 from ._kd import _kd_bwd_kernel, _kd_fwd_kernel, _kd_scale_kernel, _kd_total_kernel
-
-_NONE, _MEAN = 0, 1  # values of `reduction`
 
 
 def _merged(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
@@ -83,19 +82,18 @@ def _plan(
 
 
 def _plan_of(
-    student: Tensor, teacher: Tensor, grad: Tensor | None, class_dim: int,
-    kd_weight: float, ce_weight: float, smoothing: float,
-) -> tuple[_Plan, list[Tensor | None]]:  # fmt: skip
+    student: Tensor, teacher: Tensor, grad: Tensor | None, o: reference.KDOptions
+) -> tuple[_Plan, list[Tensor | None]]:
     """The plan, and [grad, student, teacher] or copies of them with the plan's strides."""
     tensors = [grad, student, teacher]
     plan = _plan(
         student.shape,
         tuple((student if x is None else x).stride() for x in tensors),
-        class_dim,
+        o.class_dim,
         max(student.element_size(), teacher.element_size()),
-        kd_weight != 0,
-        ce_weight != 0,
-        ce_weight != 0 and smoothing != 0,
+        o.kd_weight != 0,
+        o.ce_weight != 0,
+        o.ce_weight != 0 and o.label_smoothing != 0,
     )
     if any(plan.copied):
         for i, x in enumerate(tensors):
@@ -116,14 +114,11 @@ def _per_row_and_step(x: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _forward(
-    student: Tensor, teacher: Tensor, with_grad: bool, temperature: float, kd_weight: float,
-    class_dim: int, reduction: int, labels: Tensor | None, labels_b: Tensor | None,
-    lam_rows: Tensor | None, temperature_rows: Tensor | None, row_weights: Tensor | None,
-    lam: float, ce_weight: float, label_smoothing: float, ignore_index: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    student: Tensor, teacher: Tensor, with_grad: bool, o: reference.KDOptions
+) -> tuple[Tensor, Tensor]:
     """The reduced loss, and the gradient of its sum or what backward needs."""
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
-    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    shape = student.shape[: o.class_dim] + student.shape[o.class_dim + 1 :]
     rows = prod(shape)
     grad = stats = None
     if with_grad:
@@ -132,87 +127,63 @@ def _forward(
         stats = student.new_empty((6, rows), dtype=wide)
     kept = stats if grad is None else grad
     if student.numel() == 0:
-        return student.new_zeros(shape if reduction == _NONE else (), dtype=wide), kept
+        return student.new_zeros(shape if o.reduction == reference.NONE else (), dtype=wide), kept
     with torch.cuda.device_of(student):
-        labels, labels_b = _contiguous(labels), _contiguous(labels_b)
-        row_weights = _contiguous(row_weights)
-        loss = student.new_empty(shape if reduction == _NONE else rows, dtype=wide)
-        total = reduction == _MEAN and (labels is not None or row_weights is not None)
+        labels, labels_b = _contiguous(o.labels), _contiguous(o.labels_b)
+        row_weights = _contiguous(o.row_weights)
+        loss = student.new_empty(shape if o.reduction == reference.NONE else rows, dtype=wide)
+        mean = o.reduction == reference.MEAN
+        total = mean and (labels is not None or row_weights is not None)
         totals, parts = loss, _config.kd_total_parts(rows) if total else 0
         if parts:
             totals = loss.new_empty(parts)
             _kd_total_kernel[(parts,)](
-                totals, labels, labels_b, row_weights, ignore_index, rows,
+                totals, labels, labels_b, row_weights, o.ignore_index, rows,
                 BLOCK=_config.TOTAL_BLOCK, enable_fp_fusion=False,
             )  # fmt: skip
-        plan, logits = _plan_of(
-            student, teacher, grad, class_dim, kd_weight, ce_weight, label_smoothing
-        )
+        plan, logits = _plan_of(student, teacher, grad, o)
         _kd_fwd_kernel[(plan.programs,)](
             loss, stats, *logits, *plan.strides, labels, labels_b, row_weights,
-            *_per_row_and_step(lam_rows), *_per_row_and_step(temperature_rows),
-            totals, int(total), parts, rows, plan.inner, plan.classes, ignore_index,
-            temperature, lam, kd_weight, ce_weight, label_smoothing,
-            1 / rows if reduction == _MEAN and not total else 1.0,
+            *_per_row_and_step(o.lam_rows), *_per_row_and_step(o.temperature_rows),
+            totals, int(total), parts, rows, plan.inner, plan.classes, o.ignore_index,
+            o.temperature, o.lam, o.kd_weight, o.ce_weight, o.label_smoothing,
+            1 / rows if mean and not total else 1.0,
             WHOLE_ROW=plan.tile.whole_row, **plan.constants,
         )  # fmt: skip
         if logits[0] is not grad:
             grad.copy_(logits[0])
         # a sum in a fixed order
-        return loss if reduction == _NONE else loss.sum(), kept
+        return loss if o.reduction == reference.NONE else loss.sum(), kept
 
 
-def kd_fwd(
-    student: Tensor, teacher: Tensor, temperature: float, kd_weight: float, class_dim: int,
-    reduction: int, labels: Tensor | None = None, labels_b: Tensor | None = None,
-    lam_rows: Tensor | None = None, temperature_rows: Tensor | None = None,
-    row_weights: Tensor | None = None, lam: float = 1.0, ce_weight: float = 0.0,
-    label_smoothing: float = 0.0, ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def kd_fwd(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The reduced loss, and six numbers per row: see reference.kd_fwd."""
-    return _forward(
-        student, teacher, False, temperature, kd_weight, class_dim, reduction, labels, labels_b,
-        lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing, ignore_index,
-    )  # fmt: skip
+    return _forward(student, teacher, False, reference.KDOptions(*options))
 
 
-def kd_fwd_grad(
-    student: Tensor, teacher: Tensor, temperature: float, kd_weight: float, class_dim: int,
-    reduction: int, labels: Tensor | None = None, labels_b: Tensor | None = None,
-    lam_rows: Tensor | None = None, temperature_rows: Tensor | None = None,
-    row_weights: Tensor | None = None, lam: float = 1.0, ce_weight: float = 0.0,
-    label_smoothing: float = 0.0, ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def kd_fwd_grad(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The reduced loss, and the gradient of its sum: see reference.kd_fwd_grad."""
-    return _forward(
-        student, teacher, True, temperature, kd_weight, class_dim, reduction, labels, labels_b,
-        lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing, ignore_index,
-    )  # fmt: skip
+    return _forward(student, teacher, True, reference.KDOptions(*options))
 
 
 def kd_bwd(
-    grad_loss: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, temperature: float,
-    kd_weight: float, class_dim: int, reduction: int, labels: Tensor | None = None,
-    labels_b: Tensor | None = None, lam_rows: Tensor | None = None,
-    temperature_rows: Tensor | None = None, row_weights: Tensor | None = None, lam: float = 1.0,
-    ce_weight: float = 0.0, label_smoothing: float = 0.0, ignore_index: int = -100,
-) -> Tensor:  # fmt: skip
+    grad_loss: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, *options: Any
+) -> Tensor:
     """The gradient from the logits and six numbers per row: see reference.kd_bwd."""
+    o = reference.KDOptions(*options)
     grad = torch.empty_like(student)
     if student.numel() == 0:
         return grad
     with torch.cuda.device_of(student):
-        plan, logits = _plan_of(
-            student, teacher, grad, class_dim, kd_weight, ce_weight, label_smoothing
-        )
+        plan, logits = _plan_of(student, teacher, grad, o)
         tile = plan.tile
         tiles = -(-plan.classes // (tile.steps * tile.lanes * tile.vec))
         _kd_bwd_kernel[(plan.programs, tiles)](
             *_per_row_and_step(grad_loss), stats, *logits, *plan.strides,
-            _contiguous(labels), _contiguous(labels_b), row_weights,
-            *_per_row_and_step(lam_rows), *_per_row_and_step(temperature_rows),
+            _contiguous(o.labels), _contiguous(o.labels_b), o.row_weights,
+            *_per_row_and_step(o.lam_rows), *_per_row_and_step(o.temperature_rows),
             plan.rows, plan.inner, plan.classes,
-            temperature, lam, kd_weight, ce_weight, label_smoothing, **plan.constants,
+            o.temperature, o.lam, o.kd_weight, o.ce_weight, o.label_smoothing, **plan.constants,
         )  # fmt: skip
         if logits[0] is not grad:
             grad.copy_(logits[0])

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -29,29 +29,24 @@ _BUILD = (
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
 
-def _loss_like(student: Tensor, class_dim: int, reduction: int) -> Tensor:
+def _loss_like(student: Tensor, o: reference.KDOptions) -> Tensor:
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     shape = list(student.shape)
-    del shape[class_dim]
-    return student.new_empty(shape if reduction == reference.NONE else [], dtype=dtype)
+    del shape[o.class_dim]
+    return student.new_empty(shape if o.reduction == reference.NONE else [], dtype=dtype)
 
 
-def _kd_fwd_fake(
-    student: Tensor, teacher: Tensor, temperature: float, kd_weight: float, class_dim: int,
-    reduction: int, *rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    loss = _loss_like(student, class_dim, reduction)
+def _kd_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    o = reference.KDOptions(*options)
     rows = 1
     for i, size in enumerate(student.shape):
-        rows = rows if i == class_dim else rows * size
+        rows = rows if i == o.class_dim else rows * size
+    loss = _loss_like(student, o)
     return loss, loss.new_empty([6, rows])
 
 
-def _kd_fwd_grad_fake(
-    student: Tensor, teacher: Tensor, temperature: float, kd_weight: float, class_dim: int,
-    reduction: int, *rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _loss_like(student, class_dim, reduction), torch.empty_like(student)
+def _kd_fwd_grad_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _loss_like(student, reference.KDOptions(*options)), torch.empty_like(student)
 
 
 def _kd_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
@@ -59,11 +54,11 @@ def _kd_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
 
 
 def _attention_map_fwd_fake(
-    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, scale_s: float, scale_t: float,
-    temperature: float, kind: int, reduction: int, *rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
     rows = q_s.shape[:3]
-    loss = q_s.new_empty(rows if reduction == reference.NONE else [], dtype=torch.float32)
+    every = reference.AttentionMapOptions(*options).reduction == reference.NONE
+    loss = q_s.new_empty(rows if every else [], dtype=torch.float32)
     return loss, loss.new_empty([3, *rows])
 
 
@@ -107,18 +102,18 @@ class Operation(NamedTuple):
         return self.schema.partition("(")[0]
 
 
-# temperature and lam are one number for all rows, unless a tensor brings one per row
-_KD_OPTIONS = (
-    "float temperature, float kd_weight, int class_dim, int reduction, Tensor? labels=None, "
-    "Tensor? labels_b=None, Tensor? lam_rows=None, Tensor? temperature_rows=None, "
-    "Tensor? row_weights=None, float lam=1.0, float ce_weight=0.0, float label_smoothing=0.0, "
-    "int ignore_index=-100"
-)
+def _schema_of(options: type) -> str:
+    """The fields of a NamedTuple, as in "int kind, int reduction, bool allow_tf32=False"."""
+    types = {float: "float", int: "int", bool: "bool", Tensor | None: "Tensor?"}
+    defaults = options._field_defaults  # type: ignore[attr-defined]
+    return ", ".join(
+        f"{types[kind]} {name}" + (f"={defaults[name]}" if name in defaults else "")
+        for name, kind in get_type_hints(options).items()
+    )
 
-_MAP_OPTIONS = (
-    "float scale_s, float scale_t, float temperature, int kind, int reduction, "
-    "Tensor? key_mask=None, bool allow_tf32=False"
-)
+
+_KD_OPTIONS = _schema_of(reference.KDOptions)
+_MAP_OPTIONS = _schema_of(reference.AttentionMapOptions)
 _MAPS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t"
 
 OPERATIONS = [

@@ -7,11 +7,19 @@
 #include <vector>
 
 #include "binding/common.h"
+#include "binding/flat.h"
 #include "math/attention_map.h"
 
 namespace vitkd::attention_map {
 
-enum class Reduction : int64_t { kNone, kMean, kSum };
+// The operations' arguments behind their tensors: reference.AttentionMapOptions.
+struct Options {
+  using Fields = std::tuple<double, double, double, int64_t, int64_t, OptionalTensor, bool>;
+  double scale_s, scale_t, temperature;
+  int64_t kind, reduction;
+  OptionalTensor key_mask;
+  bool allow_tf32;
+};
 
 // [batch, heads, tokens, dim], strides in elements; dim is dense
 struct Operand {
@@ -53,14 +61,13 @@ struct Setup {
   Tensor q_s, k_s, q_t, k_t;
   OptionalTensor key_mask, grad_loss, stats;
   Call call;
-  Setup(const Tensor& q_s_in, const Tensor& k_s_in, const Tensor& q_t_in, const Tensor& k_t_in,
-        double scale_s, double scale_t, double temperature, int64_t kind, int64_t reduction,
-        const OptionalTensor& key_mask_in, bool allow_tf32)
+  Setup(const Options& o, const Tensor& q_s_in, const Tensor& k_s_in, const Tensor& q_t_in,
+        const Tensor& k_t_in)
       : q_s(usable("q_s", q_s_in)),
         k_s(usable("k_s", k_s_in)),
         q_t(usable("q_t", q_t_in)),
         k_t(usable("k_t", k_t_in)),
-        key_mask(key_mask_in) {
+        key_mask(o.key_mask) {
     for (const int i : {0, 1, 3}) {
       same("q_s", q_s, "k_s", k_s, i);
       same("q_t", q_t, "k_t", k_t, i);
@@ -85,17 +92,17 @@ struct Setup {
       if (!key_mask->is_contiguous()) key_mask = torch::stable::contiguous(*key_mask);
       call.key_mask = key_mask->const_data_ptr<bool>();
     }
-    STD_TORCH_CHECK(0 <= kind && kind <= 3, "attention_map_loss: kind is ", kind,
+    STD_TORCH_CHECK(0 <= o.kind && o.kind <= 3, "attention_map_loss: kind is ", o.kind,
                     "; accepted are 0 to 3");
-    call.kind = static_cast<Kind>(kind);
-    call.reduction = static_cast<Reduction>(reduction);
-    call.allow_tf32 = allow_tf32;
+    call.kind = static_cast<Kind>(o.kind);
+    call.reduction = static_cast<Reduction>(o.reduction);
+    call.allow_tf32 = o.allow_tf32;
     const bool mean = call.reduction == Reduction::kMean;
     const double rows = mean ? static_cast<double>(std::max<int64_t>(call.rows(), 1)) : 1.0;
-    call.factor_s = static_cast<float>(scale_s / temperature);
-    call.factor_t = static_cast<float>(scale_t / temperature);
-    call.loss_factor = static_cast<float>(temperature * temperature / rows);
-    call.grad_factor = static_cast<float>(temperature * scale_s / rows);
+    call.factor_s = static_cast<float>(o.scale_s / o.temperature);
+    call.factor_t = static_cast<float>(o.scale_t / o.temperature);
+    call.loss_factor = static_cast<float>(o.temperature * o.temperature / rows);
+    call.grad_factor = static_cast<float>(o.temperature * o.scale_s / rows);
   }
 
   // what the forward saved, and the incoming gradient

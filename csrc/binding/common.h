@@ -55,6 +55,8 @@ inline std::string shape_of(const Tensor& x) {
   return text + "]";
 }
 
+enum class Reduction : int64_t { kNone, kMean, kSum };
+
 struct RowShape {
   int64_t outer = 1;
   int64_t classes = 1;

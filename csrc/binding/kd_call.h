@@ -2,12 +2,24 @@
 #pragma once
 
 #include "binding/common.h"
+#include "binding/flat.h"
 #include "math/kd.h"
 
 namespace vitkd::kd {
 
 enum class Pass { kForward, kForwardGrad, kBackward };
-enum class Reduction : int64_t { kNone, kMean, kSum };
+
+// The operations' arguments behind their tensors: reference.KDOptions.
+struct Options {
+  using Fields =
+      std::tuple<double, double, int64_t, int64_t, OptionalTensor, OptionalTensor, OptionalTensor,
+                 OptionalTensor, OptionalTensor, double, double, double, int64_t>;
+  double temperature, kd_weight;
+  int64_t class_dim, reduction;
+  OptionalTensor labels, labels_b, lam_rows, temperature_rows, row_weights;
+  double lam, ce_weight, label_smoothing;
+  int64_t ignore_index;
+};
 
 template <class A>
 struct Call {
@@ -65,40 +77,6 @@ struct Call {
   }
 };
 
-// Fills a call from the operation's arguments, and holds the tensors that it points into.
-template <class A>
-struct Setup {
-  PerRowHolder<A> temperature, lam, row_weights;
-  OptionalTensor labels_a, labels_b;
-  Call<A> call;
-  Setup(const RowShape& shape, const RowView& student, const RowView& teacher,
-        double temperature_value, double kd_weight, const OptionalTensor& labels,
-        const OptionalTensor& labels_b_in, const OptionalTensor& lam_rows,
-        const OptionalTensor& temperature_rows, const OptionalTensor& weights, double lam_value,
-        double ce_weight, double label_smoothing, int64_t ignore_index)
-      : temperature(temperature_rows, static_cast<A>(temperature_value)),
-        lam(lam_rows, static_cast<A>(lam_value)),
-        row_weights(weights, 1),
-        labels_a(labels),
-        labels_b(labels_b_in) {
-    call.shape = shape;
-    call.student = student;
-    // a teacher without weight is not looked at, not even if it is NaN
-    call.teacher = kd_weight == 0 ? student : teacher;
-    call.weights = {static_cast<A>(kd_weight), static_cast<A>(ce_weight),
-                    static_cast<A>(label_smoothing)};
-    call.temperature = temperature.get;
-    call.lam = lam.get;
-    call.row_weight = row_weights.get;
-    call.grad_loss.value = 1;
-    call.inv_total.value = 1;
-    call.labels_a = labels_ptr(labels_a);
-    call.labels_b = labels_ptr(labels_b);
-    call.ignore_index = ignore_index;
-    STD_TORCH_CHECK(ce_weight == 0 || labels, "kd_loss: ce_weight needs labels");
-  }
-};
-
 // The accumulation type: float64 for float64, else float32.
 template <class F>
 auto visit_accumulator(const Tensor& student, F&& f) {
@@ -109,12 +87,63 @@ auto visit_accumulator(const Tensor& student, F&& f) {
 template <class A>
 constexpr ScalarType kDtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
+// Fills a call from the operation's arguments, and holds the tensors that it points into.
+template <class A>
+struct Setup {
+  PerRowHolder<A> temperature, lam, row_weights, grad_loss{std::nullopt, 1};
+  OptionalTensor labels_a, labels_b, stats;
+  Call<A> call;
+  Setup(const Options& o, const RowShape& shape, const RowView& student, const RowView& teacher)
+      : temperature(o.temperature_rows, static_cast<A>(o.temperature)),
+        lam(o.lam_rows, static_cast<A>(o.lam)),
+        row_weights(o.row_weights, 1),
+        labels_a(o.labels),
+        labels_b(o.labels_b) {
+    call.shape = shape;
+    call.student = student;
+    // a teacher without weight is not looked at, not even if it is NaN
+    call.teacher = o.kd_weight == 0 ? student : teacher;
+    call.weights = {static_cast<A>(o.kd_weight), static_cast<A>(o.ce_weight),
+                    static_cast<A>(o.label_smoothing)};
+    call.temperature = temperature.get;
+    call.lam = lam.get;
+    call.row_weight = row_weights.get;
+    call.grad_loss = grad_loss.get;
+    call.inv_total.value = 1;
+    call.labels_a = labels_ptr(labels_a);
+    call.labels_b = labels_ptr(labels_b);
+    call.ignore_index = o.ignore_index;
+    STD_TORCH_CHECK(o.ce_weight == 0 || o.labels, "kd_loss: ce_weight needs labels");
+  }
+
+  // what the forward saved, the row's share among it, and the incoming gradient
+  void take(const Tensor& grad_loss_in, const Tensor& stats_in) {
+    const int64_t rows = call.shape.rows(), given = grad_loss_in.numel();
+    STD_TORCH_CHECK(given == 1 || given == rows, "kd_bwd: grad_loss has ", given,
+                    " numbers; accepted are 1 and ", rows);
+    STD_TORCH_CHECK(stats_in.numel() == 6 * rows && stats_in.scalar_type() == kDtype<A>,
+                    "kd_bwd: stats holds ", stats_in.numel(),
+                    " numbers; accepted are 6 for each of ", rows,
+                    " rows, in the accumulation type");
+    grad_loss = PerRowHolder<A>(grad_loss_in, 0);
+    stats = torch::stable::contiguous(stats_in);
+    call.grad_loss = grad_loss.get;
+    call.stats = const_cast<A*>(stats->const_data_ptr<A>());
+    call.saved_share = true;
+  }
+};
+
 // An uninitialised loss: one number per row, or one in all.
 template <class A>
-Tensor empty_loss(const Tensor& student, int64_t class_dim, int64_t reduction) {
-  const bool rows = static_cast<Reduction>(reduction) == Reduction::kNone;
+Tensor empty_loss(const Options& o, const Tensor& student) {
+  const bool rows = static_cast<Reduction>(o.reduction) == Reduction::kNone;
   return torch::stable::new_empty(
-      student, rows ? rows_shape(student, class_dim) : std::vector<int64_t>{}, kDtype<A>);
+      student, rows ? rows_shape(student, o.class_dim) : std::vector<int64_t>{}, kDtype<A>);
+}
+
+template <class A>
+Tensor empty_stats(const Call<A>& call, const Tensor& like) {
+  return torch::stable::new_empty(like, std::vector<int64_t>{6, call.shape.rows()}, kDtype<A>);
 }
 
 // The gradient, with the strides of empty_like(student), which is what the fake promises. A kernel
@@ -141,15 +170,6 @@ struct Grad {
     return *promised;
   }
 };
-
-// What the forward saved.
-template <class A>
-Tensor checked_stats(const Tensor& stats, const Call<A>& call) {
-  STD_TORCH_CHECK(stats.numel() == 6 * call.shape.rows() && stats.scalar_type() == kDtype<A>,
-                  "kd_bwd: stats holds ", stats.numel(), " numbers; accepted are 6 for each of ",
-                  call.shape.rows(), " rows, in the accumulation type");
-  return torch::stable::contiguous(stats);
-}
 
 template <class A>
 void check_factor(const Tensor& factor) {

@@ -145,25 +145,20 @@ Tensor forward(Call& c, const Tensor& like) {
   return loss;
 }
 
-std::tuple<Tensor, Tensor> attention_map_fwd(const Tensor& q_s, const Tensor& k_s,
-                                             const Tensor& q_t, const Tensor& k_t, double scale_s,
-                                             double scale_t, double temperature, int64_t kind,
-                                             int64_t reduction, OptionalTensor key_mask,
-                                             bool allow_tf32) {
-  Setup setup(q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, reduction, key_mask,
-              allow_tf32);
+std::tuple<Tensor, Tensor> attention_map_fwd(const Options& options, const Tensor& q_s,
+                                             const Tensor& k_s, const Tensor& q_t,
+                                             const Tensor& k_t) {
+  Setup setup(options, q_s, k_s, q_t, k_t);
   Tensor stats = empty_stats(setup.call, q_s);
   setup.call.stats = stats.mutable_data_ptr<float>();
   Tensor loss = forward<Pass::kForward>(setup.call, q_s);
   return {std::move(loss), std::move(stats)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_map_fwd_grad(
-    const Tensor& q_s, const Tensor& k_s, const Tensor& q_t, const Tensor& k_t, double scale_s,
-    double scale_t, double temperature, int64_t kind, int64_t reduction, OptionalTensor key_mask,
-    bool allow_tf32) {
-  Setup setup(q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, reduction, key_mask,
-              allow_tf32);
+std::tuple<Tensor, Tensor, Tensor> attention_map_fwd_grad(const Options& options, const Tensor& q_s,
+                                                          const Tensor& k_s, const Tensor& q_t,
+                                                          const Tensor& k_t) {
+  Setup setup(options, q_s, k_s, q_t, k_t);
   Grad d_q(q_s), d_k(k_s);
   if (setup.call.queries == 0) torch::stable::zero_(d_k.tensor);
   setup.call.d_q = d_q.view(), setup.call.d_k = d_k.view();
@@ -171,14 +166,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_map_fwd_grad(
   return {std::move(loss), d_q.take(), d_k.take()};
 }
 
-std::tuple<Tensor, Tensor> attention_map_bwd(const Tensor& grad_loss, const Tensor& q_s,
-                                             const Tensor& k_s, const Tensor& q_t,
-                                             const Tensor& k_t, const Tensor& stats, double scale_s,
-                                             double scale_t, double temperature, int64_t kind,
-                                             int64_t reduction, OptionalTensor key_mask,
-                                             bool allow_tf32) {
-  Setup setup(q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, reduction, key_mask,
-              allow_tf32);
+std::tuple<Tensor, Tensor> attention_map_bwd(const Options& options, const Tensor& grad_loss,
+                                             const Tensor& q_s, const Tensor& k_s,
+                                             const Tensor& q_t, const Tensor& k_t,
+                                             const Tensor& stats) {
+  Setup setup(options, q_s, k_s, q_t, k_t);
   setup.take(grad_loss, stats);
   Grad d_q(q_s), d_k(k_s);
   if (setup.call.queries == 0) torch::stable::zero_(d_k.tensor);
@@ -191,7 +183,10 @@ std::tuple<Tensor, Tensor> attention_map_bwd(const Tensor& grad_loss, const Tens
 }  // namespace vitkd::attention_map
 
 STABLE_TORCH_LIBRARY_IMPL(vitkd_fast, CPU, m) {
-  m.impl("attention_map_fwd", TORCH_BOX(&vitkd::attention_map::attention_map_fwd));
-  m.impl("attention_map_fwd_grad", TORCH_BOX(&vitkd::attention_map::attention_map_fwd_grad));
-  m.impl("attention_map_bwd", TORCH_BOX(&vitkd::attention_map::attention_map_bwd));
+  m.impl("attention_map_fwd",
+         TORCH_BOX(&vitkd::Flat<&vitkd::attention_map::attention_map_fwd>::call));
+  m.impl("attention_map_fwd_grad",
+         TORCH_BOX(&vitkd::Flat<&vitkd::attention_map::attention_map_fwd_grad>::call));
+  m.impl("attention_map_bwd",
+         TORCH_BOX(&vitkd::Flat<&vitkd::attention_map::attention_map_bwd>::call));
 }

@@ -225,17 +225,17 @@ A checked_total(const Call<A>& c) {
 
 // Runs a forward pass and returns the reduced loss.
 template <class A>
-Tensor forward(Call<A>& c, Layout layout, const Tensor& student, Pass pass, int64_t class_dim,
-               int64_t reduction) {
+Tensor forward(Call<A>& c, Layout layout, const Options& options, const Tensor& student,
+               Pass pass) {
   const A total = c.labels_a || c.row_weight.data || c.temperature.data
                       ? checked_total(c)
                       : static_cast<A>(c.shape.rows());
-  if (static_cast<Reduction>(reduction) == Reduction::kMean) {
+  if (static_cast<Reduction>(options.reduction) == Reduction::kMean) {
     c.inv_total.value = total == 0 ? 0 : 1 / total;
   }
-  Tensor loss = empty_loss<A>(student, class_dim, reduction);
+  Tensor loss = empty_loss<A>(options, student);
   A* const out = loss.template mutable_data_ptr<A>();
-  if (static_cast<Reduction>(reduction) == Reduction::kNone) {
+  if (static_cast<Reduction>(options.reduction) == Reduction::kNone) {
     c.loss = out;
     run(c, layout, pass);
     return loss;
@@ -255,65 +255,36 @@ Grad empty_grad(Logits& logits, const Tensor& student) {
   return grad;
 }
 
-std::tuple<Tensor, Tensor> kd_fwd(const Tensor& student, const Tensor& teacher, double temperature,
-                                  double kd_weight, int64_t class_dim, int64_t reduction,
-                                  OptionalTensor labels, OptionalTensor labels_b,
-                                  OptionalTensor lam_rows, OptionalTensor temperature_rows,
-                                  OptionalTensor row_weights, double lam, double ce_weight,
-                                  double label_smoothing, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> kd_fwd(const Options& options, const Tensor& student,
+                                  const Tensor& teacher) {
   return visit_accumulator(student, [&]<class A>() -> std::tuple<Tensor, Tensor> {
-    const Logits logits(student, teacher, class_dim);
-    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
-                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
-                   ignore_index);
-    Tensor stats =
-        torch::stable::new_empty(student, std::vector<int64_t>{6, logits.shape.rows()}, kDtype<A>);
+    const Logits logits(student, teacher, options.class_dim);
+    Setup<A> setup(options, logits.shape, logits.s, logits.t);
+    Tensor stats = empty_stats(setup.call, student);
     setup.call.stats = stats.mutable_data_ptr<A>();
-    return {forward(setup.call, logits.layout, student, Pass::kForward, class_dim, reduction),
-            std::move(stats)};
+    return {forward(setup.call, logits.layout, options, student, Pass::kForward), std::move(stats)};
   });
 }
 
-std::tuple<Tensor, Tensor> kd_fwd_grad(const Tensor& student, const Tensor& teacher,
-                                       double temperature, double kd_weight, int64_t class_dim,
-                                       int64_t reduction, OptionalTensor labels,
-                                       OptionalTensor labels_b, OptionalTensor lam_rows,
-                                       OptionalTensor temperature_rows, OptionalTensor row_weights,
-                                       double lam, double ce_weight, double label_smoothing,
-                                       int64_t ignore_index) {
+std::tuple<Tensor, Tensor> kd_fwd_grad(const Options& options, const Tensor& student,
+                                       const Tensor& teacher) {
   return visit_accumulator(student, [&]<class A>() -> std::tuple<Tensor, Tensor> {
-    Logits logits(student, teacher, class_dim);
+    Logits logits(student, teacher, options.class_dim);
     Grad grad = empty_grad(logits, student);
-    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
-                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
-                   ignore_index);
+    Setup<A> setup(options, logits.shape, logits.s, logits.t);
     setup.call.grad = grad.view;
-    Tensor loss =
-        forward(setup.call, logits.layout, student, Pass::kForwardGrad, class_dim, reduction);
+    Tensor loss = forward(setup.call, logits.layout, options, student, Pass::kForwardGrad);
     return {std::move(loss), grad.take()};
   });
 }
 
-// The options are the forward's; what the row's share already holds is not looked at again.
-Tensor kd_bwd(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
-              const Tensor& stats, double temperature, double kd_weight, int64_t class_dim,
-              int64_t /*reduction*/, OptionalTensor labels, OptionalTensor labels_b,
-              OptionalTensor lam_rows, OptionalTensor temperature_rows, OptionalTensor row_weights,
-              double lam, double ce_weight, double label_smoothing, int64_t ignore_index) {
+Tensor kd_bwd(const Options& options, const Tensor& grad_loss, const Tensor& student,
+              const Tensor& teacher, const Tensor& stats) {
   return visit_accumulator(student, [&]<class A>() -> Tensor {
-    Logits logits(student, teacher, class_dim);
+    Logits logits(student, teacher, options.class_dim);
     Grad grad = empty_grad(logits, student);
-    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
-                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
-                   ignore_index);
-    STD_TORCH_CHECK(grad_loss.numel() == 1 || grad_loss.numel() == setup.call.shape.rows(),
-                    "kd_bwd: grad_loss has ", grad_loss.numel(), " numbers; accepted are 1 and ",
-                    setup.call.shape.rows());
-    const PerRowHolder<A> grad_rows(grad_loss, 0);
-    setup.call.grad_loss = grad_rows.get;
-    const Tensor saved = checked_stats(stats, setup.call);
-    setup.call.stats = const_cast<A*>(saved.const_data_ptr<A>());
-    setup.call.saved_share = true;
+    Setup<A> setup(options, logits.shape, logits.s, logits.t);
+    setup.take(grad_loss, stats);
     setup.call.grad = grad.view;
     run(setup.call, logits.layout, Pass::kBackward);
     return grad.take();
@@ -341,8 +312,8 @@ void kd_scale_(const Tensor& grad, const Tensor& factor) {
 }  // namespace vitkd::kd
 
 STABLE_TORCH_LIBRARY_IMPL(vitkd_fast, CPU, m) {
-  m.impl("kd_fwd", TORCH_BOX(&vitkd::kd::kd_fwd));
-  m.impl("kd_fwd_grad", TORCH_BOX(&vitkd::kd::kd_fwd_grad));
-  m.impl("kd_bwd", TORCH_BOX(&vitkd::kd::kd_bwd));
+  m.impl("kd_fwd", TORCH_BOX(&vitkd::Flat<&vitkd::kd::kd_fwd>::call));
+  m.impl("kd_fwd_grad", TORCH_BOX(&vitkd::Flat<&vitkd::kd::kd_fwd_grad>::call));
+  m.impl("kd_bwd", TORCH_BOX(&vitkd::Flat<&vitkd::kd::kd_bwd>::call));
   m.impl("kd_scale_", TORCH_BOX(&vitkd::kd::kd_scale_));
 }

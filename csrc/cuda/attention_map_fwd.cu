@@ -215,14 +215,11 @@ void forward(const Call& c, const Tensor& like, bool per_row) {
 
 namespace {
 
-std::tuple<Tensor, Tensor> attention_map_fwd(const Tensor& q_s, const Tensor& k_s,
-                                             const Tensor& q_t, const Tensor& k_t, double scale_s,
-                                             double scale_t, double temperature, int64_t kind,
-                                             int64_t reduction, OptionalTensor key_mask,
-                                             bool allow_tf32) {
+std::tuple<Tensor, Tensor> attention_map_fwd(const Options& options, const Tensor& q_s,
+                                             const Tensor& k_s, const Tensor& q_t,
+                                             const Tensor& k_t) {
   const torch::stable::accelerator::DeviceGuard guard(q_s.get_device_index());
-  Prepared on(q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, reduction, key_mask,
-              allow_tf32);
+  Prepared on(options, q_s, k_s, q_t, k_t);
   Call& c = on.call;
   if (c.q_s.dtype != c.q_t.dtype) on.as_float();
   Tensor loss = empty_loss(c, q_s), stats = empty_stats(c, q_s);
@@ -236,5 +233,6 @@ std::tuple<Tensor, Tensor> attention_map_fwd(const Tensor& q_s, const Tensor& k_
 }  // namespace vitkd::attention_map
 
 STABLE_TORCH_LIBRARY_IMPL(vitkd_fast, CUDA, m) {
-  m.impl("attention_map_fwd", TORCH_BOX(&vitkd::attention_map::attention_map_fwd));
+  m.impl("attention_map_fwd",
+         TORCH_BOX(&vitkd::Flat<&vitkd::attention_map::attention_map_fwd>::call));
 }

@@ -204,13 +204,11 @@ void gradients(const Call& c, const Tensor& like) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_map_fwd_grad(
-    const Tensor& q_s, const Tensor& k_s, const Tensor& q_t, const Tensor& k_t, double scale_s,
-    double scale_t, double temperature, int64_t kind, int64_t reduction, OptionalTensor key_mask,
-    bool allow_tf32) {
+std::tuple<Tensor, Tensor, Tensor> attention_map_fwd_grad(const Options& options, const Tensor& q_s,
+                                                          const Tensor& k_s, const Tensor& q_t,
+                                                          const Tensor& k_t) {
   const torch::stable::accelerator::DeviceGuard guard(q_s.get_device_index());
-  Prepared on(q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, reduction, key_mask,
-              allow_tf32);
+  Prepared on(options, q_s, k_s, q_t, k_t);
   Call& c = on.call;
   if (c.q_s.dtype != c.q_t.dtype) on.as_float();
   Tensor loss = torch::stable::new_empty(q_s, std::vector<int64_t>{}, ScalarType::Float);
@@ -224,15 +222,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_map_fwd_grad(
   return {std::move(loss), d_q.take(), d_k.take()};
 }
 
-std::tuple<Tensor, Tensor> attention_map_bwd(const Tensor& grad_loss, const Tensor& q_s,
-                                             const Tensor& k_s, const Tensor& q_t,
-                                             const Tensor& k_t, const Tensor& stats, double scale_s,
-                                             double scale_t, double temperature, int64_t kind,
-                                             int64_t reduction, OptionalTensor key_mask,
-                                             bool allow_tf32) {
+std::tuple<Tensor, Tensor> attention_map_bwd(const Options& options, const Tensor& grad_loss,
+                                             const Tensor& q_s, const Tensor& k_s,
+                                             const Tensor& q_t, const Tensor& k_t,
+                                             const Tensor& stats) {
   const torch::stable::accelerator::DeviceGuard guard(q_s.get_device_index());
-  Prepared on(q_s, k_s, q_t, k_t, scale_s, scale_t, temperature, kind, reduction, key_mask,
-              allow_tf32);
+  Prepared on(options, q_s, k_s, q_t, k_t);
   Call& c = on.call;
   // a row's own gradient, by which ds is multiplied for d_k, may be beyond float16
   const bool wide = c.q_s.dtype == ScalarType::Half && c.reduction == Reduction::kNone;
@@ -248,6 +243,8 @@ std::tuple<Tensor, Tensor> attention_map_bwd(const Tensor& grad_loss, const Tens
 }  // namespace vitkd::attention_map
 
 STABLE_TORCH_LIBRARY_IMPL(vitkd_fast, CUDA, m) {
-  m.impl("attention_map_fwd_grad", TORCH_BOX(&vitkd::attention_map::attention_map_fwd_grad));
-  m.impl("attention_map_bwd", TORCH_BOX(&vitkd::attention_map::attention_map_bwd));
+  m.impl("attention_map_fwd_grad",
+         TORCH_BOX(&vitkd::Flat<&vitkd::attention_map::attention_map_fwd_grad>::call));
+  m.impl("attention_map_bwd",
+         TORCH_BOX(&vitkd::Flat<&vitkd::attention_map::attention_map_bwd>::call));
 }

@@ -302,10 +302,10 @@ Grad empty_grad(const Tensor& student, int64_t class_dim) {
 
 // Runs a forward pass and returns the reduced loss.
 template <class A>
-Tensor forward(Call<A>& c, const Tensor& student, Pass pass, int64_t class_dim, int64_t reduction) {
-  const auto kind = static_cast<Reduction>(reduction);
+Tensor forward(Call<A>& c, const Options& options, const Tensor& student, Pass pass) {
+  const auto kind = static_cast<Reduction>(options.reduction);
   const cudaStream_t stream = current_stream(student);
-  Tensor loss = empty_loss<A>(student, class_dim, reduction);
+  Tensor loss = empty_loss<A>(options, student);
   A* const out = loss.template mutable_data_ptr<A>();
   const int64_t n = c.shape.rows();
   Tensor inv_total, rows;
@@ -332,67 +332,40 @@ Tensor forward(Call<A>& c, const Tensor& student, Pass pass, int64_t class_dim, 
   return loss;
 }
 
-std::tuple<Tensor, Tensor> kd_fwd(const Tensor& student, const Tensor& teacher, double temperature,
-                                  double kd_weight, int64_t class_dim, int64_t reduction,
-                                  OptionalTensor labels, OptionalTensor labels_b,
-                                  OptionalTensor lam_rows, OptionalTensor temperature_rows,
-                                  OptionalTensor row_weights, double lam, double ce_weight,
-                                  double label_smoothing, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> kd_fwd(const Options& options, const Tensor& student,
+                                  const Tensor& teacher) {
   const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   return visit_accumulator(student, [&]<class A>() -> std::tuple<Tensor, Tensor> {
-    const Logits logits(student, teacher, class_dim);
-    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
-                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
-                   ignore_index);
-    Tensor stats =
-        torch::stable::new_empty(student, std::vector<int64_t>{6, logits.shape.rows()}, kDtype<A>);
+    const Logits logits(student, teacher, options.class_dim);
+    Setup<A> setup(options, logits.shape, logits.s, logits.t);
+    Tensor stats = empty_stats(setup.call, student);
     setup.call.stats = stats.mutable_data_ptr<A>();
-    Tensor loss = forward(setup.call, student, Pass::kForward, class_dim, reduction);
+    Tensor loss = forward(setup.call, options, student, Pass::kForward);
     return {std::move(loss), std::move(stats)};
   });
 }
 
-std::tuple<Tensor, Tensor> kd_fwd_grad(const Tensor& student, const Tensor& teacher,
-                                       double temperature, double kd_weight, int64_t class_dim,
-                                       int64_t reduction, OptionalTensor labels,
-                                       OptionalTensor labels_b, OptionalTensor lam_rows,
-                                       OptionalTensor temperature_rows, OptionalTensor row_weights,
-                                       double lam, double ce_weight, double label_smoothing,
-                                       int64_t ignore_index) {
+std::tuple<Tensor, Tensor> kd_fwd_grad(const Options& options, const Tensor& student,
+                                       const Tensor& teacher) {
   const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   return visit_accumulator(student, [&]<class A>() -> std::tuple<Tensor, Tensor> {
-    const Logits logits(student, teacher, class_dim);
-    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
-                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
-                   ignore_index);
-    Grad grad = empty_grad(student, class_dim);
+    const Logits logits(student, teacher, options.class_dim);
+    Setup<A> setup(options, logits.shape, logits.s, logits.t);
+    Grad grad = empty_grad(student, options.class_dim);
     setup.call.grad = grad.view;
-    Tensor loss = forward(setup.call, student, Pass::kForwardGrad, class_dim, reduction);
+    Tensor loss = forward(setup.call, options, student, Pass::kForwardGrad);
     return {std::move(loss), grad.take()};
   });
 }
 
-// The options are the forward's; what the row's share already holds is not looked at again.
-Tensor kd_bwd(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
-              const Tensor& stats, double temperature, double kd_weight, int64_t class_dim,
-              int64_t /*reduction*/, OptionalTensor labels, OptionalTensor labels_b,
-              OptionalTensor lam_rows, OptionalTensor temperature_rows, OptionalTensor row_weights,
-              double lam, double ce_weight, double label_smoothing, int64_t ignore_index) {
+Tensor kd_bwd(const Options& options, const Tensor& grad_loss, const Tensor& student,
+              const Tensor& teacher, const Tensor& stats) {
   const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   return visit_accumulator(student, [&]<class A>() -> Tensor {
-    const Logits logits(student, teacher, class_dim);
-    Setup<A> setup(logits.shape, logits.s, logits.t, temperature, kd_weight, labels, labels_b,
-                   lam_rows, temperature_rows, row_weights, lam, ce_weight, label_smoothing,
-                   ignore_index);
-    STD_TORCH_CHECK(grad_loss.numel() == 1 || grad_loss.numel() == setup.call.shape.rows(),
-                    "kd_bwd: grad_loss has ", grad_loss.numel(), " numbers; accepted are 1 and ",
-                    setup.call.shape.rows());
-    const PerRowHolder<A> grad_rows(grad_loss, 0);
-    setup.call.grad_loss = grad_rows.get;
-    const Tensor saved = checked_stats(stats, setup.call);
-    setup.call.stats = const_cast<A*>(saved.const_data_ptr<A>());
-    setup.call.saved_share = true;
-    Grad grad = empty_grad(student, class_dim);
+    const Logits logits(student, teacher, options.class_dim);
+    Setup<A> setup(options, logits.shape, logits.s, logits.t);
+    setup.take(grad_loss, stats);
+    Grad grad = empty_grad(student, options.class_dim);
     setup.call.grad = grad.view;
     if (logits.shape.rows() > 0) Launcher<A>(setup.call, student).run(Pass::kBackward);
     return grad.take();
@@ -421,8 +394,8 @@ void kd_scale_(const Tensor& grad, const Tensor& factor) {
 }  // namespace vitkd::kd
 
 STABLE_TORCH_LIBRARY_IMPL(vitkd_fast, CUDA, m) {
-  m.impl("kd_fwd", TORCH_BOX(&vitkd::kd::kd_fwd));
-  m.impl("kd_fwd_grad", TORCH_BOX(&vitkd::kd::kd_fwd_grad));
-  m.impl("kd_bwd", TORCH_BOX(&vitkd::kd::kd_bwd));
+  m.impl("kd_fwd", TORCH_BOX(&vitkd::Flat<&vitkd::kd::kd_fwd>::call));
+  m.impl("kd_fwd_grad", TORCH_BOX(&vitkd::Flat<&vitkd::kd::kd_fwd_grad>::call));
+  m.impl("kd_bwd", TORCH_BOX(&vitkd::Flat<&vitkd::kd::kd_bwd>::call));
   m.impl("kd_scale_", TORCH_BOX(&vitkd::kd::kd_scale_));
 }

@@ -153,8 +153,8 @@ def rounded_slopes_error(
     q_s, k_s, q_t, k_t = (x.double() for x in tensors)
     leaf = ((q_s @ k_s.mT) * scale_s).requires_grad_()
     eye = torch.eye(k_s.shape[2], dtype=DOUBLE, device=leaf.device).expand(*leaf.shape[:2], -1, -1)
-    rows = reference.attention_map_rows(
-        leaf, eye, q_t, k_t, 1.0, scale_t, temperature, kind, mask
+    rows, _ = reference.attention_map_fwd(
+        leaf, eye, q_t, k_t, 1.0, scale_t, temperature, kind, NONE, mask
     )  # fmt: skip
     share = grad.double() / (rows.numel() if reduction == MEAN else 1)
     (slopes,) = torch.autograd.grad(rows, leaf, share.expand_as(rows))

@@ -221,7 +221,10 @@ def loss_of_maps(
             )
     scale_s = q_s.shape[3] ** -0.5 if scale_s is None else scale_s
     scale_t = q_t.shape[3] ** -0.5 if scale_t is None else scale_t
-    maps = (scale_s, scale_t, temperature, _KINDS[kind])
+    options = reference.AttentionMapOptions(
+        scale_s, scale_t, temperature, _KINDS[kind], REDUCTIONS[reduction], key_mask,
+        q_s.is_cuda and _tf32(),
+    )  # fmt: skip
     # a compiler wants no argument twice
     k_s = k_s.view_as(k_s) if k_s is q_s else k_s
     k_t = k_t.view_as(k_t) if k_t is q_t else k_t
@@ -229,11 +232,7 @@ def loss_of_maps(
         if key_mask is not None and key_mask.is_cpu and not torch.compiler.is_compiling():
             _expect_keys(name, key_mask)
         q_s, k_s, q_t, k_t = (x.double() for x in (q_s, k_s, q_t, k_t))
-        rows = reference.attention_map_rows(q_s, k_s, q_t, k_t, *maps, key_mask)
-        if reduction == "none":
-            return rows
-        return rows.sum() / (max(rows.numel(), 1) if reduction == "mean" else 1)
-    options = (*maps, REDUCTIONS[reduction], key_mask, q_s.is_cuda and _tf32())
+        return reference.attention_map_fwd(q_s, k_s, q_t, k_t, *options)[0]
     if not ((q_s.requires_grad or k_s.requires_grad) and torch.is_grad_enabled()):
         return _fwd(q_s, k_s, q_t, k_t, *options)[0]
     # float16 waits for the incoming gradient: the loss scale must come before the rounding.

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .. import reference
 from ._common import (
     FLOATING,
     REDUCTIONS,
@@ -97,15 +98,14 @@ def _check_labels(name: str, x: Any, student: Tensor, rows: torch.Size) -> None:
         raise ValueError(f"kd_loss: {name} is on {x.device} and student on {student.device}")
 
 
-def _kd_options(
+def _row_options(
     student: Tensor,
     rows: torch.Size,
     labels: Labels | None,
     row_weights: Tensor | None,
     temperature: float | Tensor,
-    *options: Any,
-) -> tuple:
-    """The operations' arguments from temperature to lam, where tensors stand beside the logits."""
+) -> dict[str, Any]:
+    """The operations' options that are tensors of the rows, or stand in for one."""
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     temperature_rows = lam_rows = labels_b = None
     lam: float | Tensor = 1.0
@@ -135,9 +135,10 @@ def _kd_options(
                 f"number per row, {list(rows)}"
             )
         row_weights = _per_row("row_weights", row_weights, student, rows, wide)
-    return (
-        temperature, *options, labels, labels_b, lam_rows, temperature_rows, row_weights, lam,
-    )  # fmt: skip
+    return {
+        "temperature": temperature, "labels": labels, "labels_b": labels_b, "lam_rows": lam_rows,
+        "temperature_rows": temperature_rows, "row_weights": row_weights, "lam": lam,
+    }  # fmt: skip
 
 
 def kd_loss(
@@ -236,13 +237,16 @@ def kd_loss(
     if dtype is not teacher.dtype and torch.float64 in (dtype, teacher.dtype):
         student, teacher = student.double(), teacher.double()
 
-    options = (temperature, kd_weight, class_dim, REDUCTIONS[reduction])
+    by_row: dict[str, Any] = {"temperature": temperature}
     if isinstance(temperature, Tensor) or labels is not None or row_weights is not None:
         rows = shape[:class_dim] + shape[class_dim + 1 :]
-        beside = _kd_options(student, rows, labels, row_weights, *options)
-        options = (*beside, ce_weight, label_smoothing, ignore_index)
+        by_row = _row_options(student, rows, labels, row_weights, temperature)
     elif not temperature > 0:
         raise ValueError(f"kd_loss: temperature is {temperature}; accepted are numbers > 0")
+    options = reference.KDOptions(
+        kd_weight=kd_weight, class_dim=class_dim, reduction=REDUCTIONS[reduction],
+        ce_weight=ce_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, **by_row,
+    )  # fmt: skip
     if not (student.requires_grad and torch.is_grad_enabled()):
         return _kd_fwd(student, teacher, *options)[0]
     # float16 waits for the incoming gradient: the loss scale must come before the rounding.

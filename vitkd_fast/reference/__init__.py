@@ -9,10 +9,10 @@ from .attention_map import JS as JS
 from .attention_map import KL as KL
 from .attention_map import MSE as MSE
 from .attention_map import REVERSE_KL as REVERSE_KL
+from .attention_map import AttentionMapOptions as AttentionMapOptions
 from .attention_map import attention_map_bwd as attention_map_bwd
 from .attention_map import attention_map_fwd as attention_map_fwd
 from .attention_map import attention_map_fwd_grad as attention_map_fwd_grad
-from .attention_map import attention_map_rows as attention_map_rows
 from .feature import feature_loss as feature_loss
 from .int8 import int8_dwconv as int8_dwconv
 from .int8 import int8_dwconv_shape as int8_dwconv_shape
@@ -21,10 +21,10 @@ from .int8 import int8_pwconv_shape as int8_pwconv_shape
 from .kd import MEAN as MEAN
 from .kd import NONE as NONE
 from .kd import SUM as SUM
+from .kd import KDOptions as KDOptions
 from .kd import kd_bwd as kd_bwd
 from .kd import kd_fwd as kd_fwd
 from .kd import kd_fwd_grad as kd_fwd_grad
-from .kd import kd_rows as kd_rows
 from .kd import kd_scale_ as kd_scale_
 from .nst import nst_loss as nst_loss
 from .rkd import rkd_fwd_grad as rkd_fwd_grad

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from .kd import MEAN, NONE, _accumulator
 
-KL, REVERSE_KL, JS, MSE = 0, 1, 2, 3  # values of the `kind` arguments
+KL, REVERSE_KL, JS, MSE = 0, 1, 2, 3  # values of the `kind` option
+
+
+class AttentionMapOptions(NamedTuple):
+    """The arguments of the operations behind the tensors, in the schema's order."""
+
+    scale_s: float
+    scale_t: float
+    temperature: float
+    kind: int
+    reduction: int
+    key_mask: Tensor | None = None  # bool [batch, keys], True = keep
+    allow_tf32: bool = False
 
 
 def _softmaxed(
@@ -44,84 +58,43 @@ def _terms(log_p: Tensor, log_q: Tensor, keep: Tensor | float, kind: int) -> tup
     return (p - q).square(), 2 * q * (q - p)
 
 
-def attention_map_rows(
-    q_s: Tensor,
-    k_s: Tensor,
-    q_t: Tensor,
-    k_t: Tensor,
-    scale_s: float,
-    scale_t: float,
-    temperature: float,
-    kind: int,
-    key_mask: Tensor | None = None,
-) -> Tensor:
-    """T^2 * the divergence between the attention of teacher and student, [batch, heads, queries].
+def attention_map_fwd(
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """T^2 * the divergence of the attentions, reduced, and [3, batch, heads, queries] statistics.
 
     Attention is softmax(q k^T * scale / T) over the keys that the mask keeps. A row without keys
-    gives 0.
+    gives 0, and so does a mean over no rows. The statistics, from which backward works, are the
+    log-sum-exps of the student's and of the teacher's scores, and sum(w) of `_terms`, 0 for kl.
     """
+    o = AttentionMapOptions(*options)
     dtype = _accumulator(q_s)
-    log_q, _ = _softmaxed(q_s, k_s, scale_s / temperature, key_mask, dtype)
-    log_p, _ = _softmaxed(q_t, k_t, scale_t / temperature, key_mask, dtype)
-    keep = 1.0 if key_mask is None else key_mask[:, None, None, :].to(dtype)
-    return temperature**2 * _terms(log_p, log_q, keep, kind)[0].sum(-1)
-
-
-def attention_map_fwd(
-    q_s: Tensor,
-    k_s: Tensor,
-    q_t: Tensor,
-    k_t: Tensor,
-    scale_s: float,
-    scale_t: float,
-    temperature: float,
-    kind: int,
-    reduction: int,
-    key_mask: Tensor | None = None,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The reduced loss, and [3, batch, heads, queries] numbers from which backward works.
-
-    These are the log-sum-exps of the student's and of the teacher's scores, and sum(w) of `_terms`,
-    0 for kl. A mean over no rows is 0.
-    """
-    dtype = _accumulator(q_s)
-    log_q, lse_s = _softmaxed(q_s, k_s, scale_s / temperature, key_mask, dtype)
-    log_p, lse_t = _softmaxed(q_t, k_t, scale_t / temperature, key_mask, dtype)
-    keep = 1.0 if key_mask is None else key_mask[:, None, None, :].to(dtype)
-    terms, w = _terms(log_p, log_q, keep, kind)
-    rows = temperature**2 * terms.sum(-1)
-    centre = torch.zeros_like(lse_s) if kind == KL else w.sum(-1)
+    log_q, lse_s = _softmaxed(q_s, k_s, o.scale_s / o.temperature, o.key_mask, dtype)
+    log_p, lse_t = _softmaxed(q_t, k_t, o.scale_t / o.temperature, o.key_mask, dtype)
+    keep = 1.0 if o.key_mask is None else o.key_mask[:, None, None, :].to(dtype)
+    terms, w = _terms(log_p, log_q, keep, o.kind)
+    rows = o.temperature**2 * terms.sum(-1)
+    centre = torch.zeros_like(lse_s) if o.kind == KL else w.sum(-1)
     stats = torch.stack([lse_s, lse_t, centre])
-    if reduction == NONE:
+    if o.reduction == NONE:
         return rows, stats
-    return rows.sum() / (max(rows.numel(), 1) if reduction == MEAN else 1), stats
+    return rows.sum() / (max(rows.numel(), 1) if o.reduction == MEAN else 1), stats
 
 
 def attention_map_bwd(
-    grad_loss: Tensor,
-    q_s: Tensor,
-    k_s: Tensor,
-    q_t: Tensor,
-    k_t: Tensor,
-    stats: Tensor,
-    scale_s: float,
-    scale_t: float,
-    temperature: float,
-    kind: int,
-    reduction: int,
-    key_mask: Tensor | None = None,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor]:
+    grad_loss: Tensor, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, stats: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of q_s and k_s; grad_loss is 0-dim, or [batch, heads, queries] for "none"."""
+    o = AttentionMapOptions(*options)
     dtype = _accumulator(q_s)
-    log_q, _ = _softmaxed(q_s, k_s, scale_s / temperature, key_mask, dtype)
-    log_p, _ = _softmaxed(q_t, k_t, scale_t / temperature, key_mask, dtype)
-    keep = 1.0 if key_mask is None else key_mask[:, None, None, :].to(dtype)
-    _, w = _terms(log_p, log_q, keep, kind)
+    log_q, _ = _softmaxed(q_s, k_s, o.scale_s / o.temperature, o.key_mask, dtype)
+    log_p, _ = _softmaxed(q_t, k_t, o.scale_t / o.temperature, o.key_mask, dtype)
+    keep = 1.0 if o.key_mask is None else o.key_mask[:, None, None, :].to(dtype)
+    _, w = _terms(log_p, log_q, keep, o.kind)
     # d score / d (q . k) = scale / T, which takes one T of T^2
-    share = grad_loss.to(dtype) * (temperature * scale_s)
-    if reduction == MEAN:
+    share = grad_loss.to(dtype) * (o.temperature * o.scale_s)
+    if o.reduction == MEAN:
         share = share / max(stats[0].numel(), 1)
     d_scores = (w - log_q.exp() * keep * stats[2].unsqueeze(-1)) * share.unsqueeze(-1)
     d_q, d_k = torch.empty_like(q_s), torch.empty_like(k_s)  # with the strides they promise
@@ -131,22 +104,9 @@ def attention_map_bwd(
 
 
 def attention_map_fwd_grad(
-    q_s: Tensor,
-    k_s: Tensor,
-    q_t: Tensor,
-    k_t: Tensor,
-    scale_s: float,
-    scale_t: float,
-    temperature: float,
-    kind: int,
-    reduction: int,
-    key_mask: Tensor | None = None,
-    allow_tf32: bool = False,
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, reduced to one number, and its gradients in q_s and k_s."""
-    options = (
-        scale_s, scale_t, temperature, kind, reduction, key_mask, allow_tf32,
-    )  # fmt: skip
     loss, stats = attention_map_fwd(q_s, k_s, q_t, k_t, *options)
     d_q, d_k = attention_map_bwd(torch.ones_like(loss), q_s, k_s, q_t, k_t, stats, *options)
     return loss, d_q, d_k

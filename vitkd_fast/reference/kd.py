@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-MEAN, SUM, NONE = 1, 2, 0  # values of the `reduction` arguments
+MEAN, SUM, NONE = 1, 2, 0  # values of the `reduction` options
+
+
+class KDOptions(NamedTuple):
+    """The arguments of the operations behind the tensors, in the schema's order.
+
+    `temperature` and `lam` hold for all rows, unless a tensor brings one per row.
+    """
+
+    temperature: float
+    kd_weight: float
+    class_dim: int
+    reduction: int
+    labels: Tensor | None = None
+    labels_b: Tensor | None = None
+    lam_rows: Tensor | None = None
+    temperature_rows: Tensor | None = None
+    row_weights: Tensor | None = None
+    lam: float = 1.0
+    ce_weight: float = 0.0
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -24,105 +47,65 @@ def _row_values(x: Tensor | None, value: float, like: Tensor) -> Tensor:
     return x.to(like.dtype).expand(like.shape[:-1])
 
 
-def _target(
-    labels: Tensor | None, labels_b: Tensor | None, lam: Tensor, smoothing: float, like: Tensor
-) -> Tensor:
+def _target(o: KDOptions, like: Tensor) -> Tensor:
     """(1 - smoothing) (lam onehot(a) + (1 - lam) onehot(b)) + smoothing / V, [*rows, V]."""
-    if labels is None:
+    if o.labels is None:
         return torch.zeros_like(like)
     classes = torch.arange(like.shape[-1], device=like.device)
-    hard = (labels.unsqueeze(-1) == classes).to(like.dtype)
-    if labels_b is not None:
-        other = (labels_b.unsqueeze(-1) == classes).to(like.dtype)
-        hard = lam.unsqueeze(-1) * hard + (1 - lam.unsqueeze(-1)) * other
-    return (1 - smoothing) * hard + smoothing / like.shape[-1]
+    hard = (o.labels.unsqueeze(-1) == classes).to(like.dtype)
+    if o.labels_b is not None:
+        other = (o.labels_b.unsqueeze(-1) == classes).to(like.dtype)
+        lam = _row_values(o.lam_rows, o.lam, like).unsqueeze(-1)
+        hard = lam * hard + (1 - lam) * other
+    return (1 - o.label_smoothing) * hard + o.label_smoothing / like.shape[-1]
 
 
-def _shares(
-    labels: Tensor | None,
-    labels_b: Tensor | None,
-    row_weights: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    like: Tensor,
-) -> Tensor:
+def _shares(o: KDOptions, like: Tensor) -> Tensor:
     """What each row's loss is multiplied by before the sum, [*rows]; 0 where it is ignored."""
-    share = _row_values(row_weights, 1.0, like)
-    for ids in (labels, labels_b):
+    share = _row_values(o.row_weights, 1.0, like)
+    for ids in (o.labels, o.labels_b):
         if ids is not None:
-            share = torch.where(ids == ignore_index, torch.zeros_like(share), share)
-    if reduction == MEAN:
+            share = torch.where(ids == o.ignore_index, torch.zeros_like(share), share)
+    if o.reduction == MEAN:
         total = share.sum()
         share = torch.where(total == 0, torch.zeros_like(share), share / total)
     return share
 
 
-def kd_rows(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    labels_b: Tensor | None,
-    lam_rows: Tensor | None,
-    temperature_rows: Tensor | None,
-    temperature: float,
-    lam: float,
-    kd_weight: float,
-    ce_weight: float,
-    label_smoothing: float,
-    class_dim: int,
-) -> Tensor:
-    """kd_weight * T^2 * sum p (log p - log q) + ce_weight * -sum y log q1 of each row, [*rows].
+def _rows(student: Tensor, teacher: Tensor, o: KDOptions) -> Tensor:
+    """kd_weight * T^2 * sum p (log p - log q) + o.ce_weight * -sum y log q1 of each row, [*rows].
 
     0 * log 0 is 0 for p and y; a student of -inf where the teacher is finite gives +inf.
     """
-    s, t = _last(student, class_dim), _last(teacher, class_dim)
-    temp = _row_values(temperature_rows, temperature, s)
+    s, t = _last(student, o.class_dim), _last(teacher, o.class_dim)
+    temp = _row_values(o.temperature_rows, o.temperature, s)
     loss = s.new_zeros(s.shape[:-1])
-    if kd_weight != 0:
+    if o.kd_weight != 0:
         log_q = torch.log_softmax(s / temp.unsqueeze(-1), -1)
         log_p = torch.log_softmax(t / temp.unsqueeze(-1), -1)
         terms = log_p.exp() * (log_p - log_q)
         terms = torch.where(torch.isneginf(s), torch.full_like(terms, torch.inf), terms)
         terms = torch.where(torch.isneginf(t), torch.zeros_like(terms), terms)
-        loss = loss + kd_weight * temp * temp * terms.sum(-1)
-    if ce_weight != 0:
-        mix = _row_values(lam_rows, lam, s)
-        y = _target(labels, labels_b, mix, label_smoothing, s)
+        loss = loss + o.kd_weight * temp * temp * terms.sum(-1)
+    if o.ce_weight != 0:
+        y = _target(o, s)
         terms = torch.where(y == 0, torch.zeros_like(y), -y * torch.log_softmax(s, -1))
-        loss = loss + ce_weight * terms.sum(-1)
+        loss = loss + o.ce_weight * terms.sum(-1)
     return loss
 
 
-def kd_fwd(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    kd_weight: float,
-    class_dim: int,
-    reduction: int,
-    labels: Tensor | None = None,
-    labels_b: Tensor | None = None,
-    lam_rows: Tensor | None = None,
-    temperature_rows: Tensor | None = None,
-    row_weights: Tensor | None = None,
-    lam: float = 1.0,
-    ce_weight: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:
+def kd_fwd(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The reduced loss, and the [6, rows] numbers from which backward forms the gradient.
 
     These are max s, max t, log sum exp((s - max s)/T), the same of t, the same of s at T = 1, and
     the row's share of the loss (0 where it is ignored).
     """
-    s, t = _last(student, class_dim), _last(teacher, class_dim)
-    share = _shares(labels, labels_b, row_weights, ignore_index, reduction, s)
-    rows = kd_rows(
-        student, teacher, labels, labels_b, lam_rows, temperature_rows,
-        temperature, lam, kd_weight, ce_weight, label_smoothing, class_dim,
-    )  # fmt: skip
+    o = KDOptions(*options)
+    s, t = _last(student, o.class_dim), _last(teacher, o.class_dim)
+    share = _shares(o, s)
+    rows = _rows(student, teacher, o)
     rows = torch.where(share == 0, torch.zeros_like(rows), share * rows)
-    temp = _row_values(temperature_rows, temperature, s).unsqueeze(-1)
+    temp = _row_values(o.temperature_rows, o.temperature, s).unsqueeze(-1)
     max_s, max_t = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
     stats = torch.stack([
         max_s.flatten(),
@@ -132,66 +115,30 @@ def kd_fwd(
         (s - max_s).logsumexp(-1).flatten(),
         share.flatten(),
     ])  # fmt: skip
-    return (rows.clone() if reduction == NONE else rows.sum()), stats
+    return (rows.clone() if o.reduction == NONE else rows.sum()), stats
 
 
 def kd_bwd(
-    grad_loss: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    stats: Tensor,
-    temperature: float,
-    kd_weight: float,
-    class_dim: int,
-    reduction: int,
-    labels: Tensor | None = None,
-    labels_b: Tensor | None = None,
-    lam_rows: Tensor | None = None,
-    temperature_rows: Tensor | None = None,
-    row_weights: Tensor | None = None,
-    lam: float = 1.0,
-    ce_weight: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    grad_loss: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, *options: Any
 ) -> Tensor:
     """grad_loss * share * (kd_weight * T * (q - p) + ce_weight * (q1 - y)), like the student."""
-    s, t = _last(student, class_dim), _last(teacher, class_dim)
-    temp = _row_values(temperature_rows, temperature, s).unsqueeze(-1)
+    o = KDOptions(*options)
+    s, t = _last(student, o.class_dim), _last(teacher, o.class_dim)
+    temp = _row_values(o.temperature_rows, o.temperature, s).unsqueeze(-1)
     grad = torch.zeros_like(s)
-    if kd_weight != 0:
-        grad = kd_weight * temp * (torch.softmax(s / temp, -1) - torch.softmax(t / temp, -1))
-    if ce_weight != 0:
-        mix = _row_values(lam_rows, lam, s)
-        y = _target(labels, labels_b, mix, label_smoothing, s)
-        grad = grad + ce_weight * (torch.softmax(s, -1) - y)
+    if o.kd_weight != 0:
+        grad = o.kd_weight * temp * (torch.softmax(s / temp, -1) - torch.softmax(t / temp, -1))
+    if o.ce_weight != 0:
+        y = _target(o, s)
+        grad = grad + o.ce_weight * (torch.softmax(s, -1) - y)
     share = stats[5].view(s.shape[:-1]).unsqueeze(-1)
     scale = share * grad_loss.to(s.dtype).expand(s.shape[:-1]).unsqueeze(-1)
     grad = torch.where(share == 0, torch.zeros_like(grad), scale * grad)
-    return torch.empty_like(student).copy_(grad.movedim(-1, class_dim))
+    return torch.empty_like(student).copy_(grad.movedim(-1, o.class_dim))
 
 
-def kd_fwd_grad(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    kd_weight: float,
-    class_dim: int,
-    reduction: int,
-    labels: Tensor | None = None,
-    labels_b: Tensor | None = None,
-    lam_rows: Tensor | None = None,
-    temperature_rows: Tensor | None = None,
-    row_weights: Tensor | None = None,
-    lam: float = 1.0,
-    ce_weight: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:
+def kd_fwd_grad(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The reduced loss, and the gradient of its sum, formed while the logits are at hand."""
-    options = (
-        temperature, kd_weight, class_dim, reduction, labels, labels_b, lam_rows,
-        temperature_rows, row_weights, lam, ce_weight, label_smoothing, ignore_index,
-    )  # fmt: skip
     loss, stats = kd_fwd(student, teacher, *options)
     return loss, kd_bwd(torch.ones_like(loss), student, teacher, stats, *options)
 
