@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .functional._common import check_derivatives, check_tensors
+from .functional._features import resize_map
 
 if TYPE_CHECKING:
     from .taps import Taps
@@ -188,7 +189,7 @@ class AttentionMapProjection(nn.Module):
         grid = _grid(type(self).__name__, self.grid, q_t)
         qk = self.projection(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         # [B, tokens, 2, heads, dim], of which each head's queries and keys are read in place
-        tokens = _resized(qk, grid).permute(0, 2, 3, 1).flatten(1, 2)
+        tokens = resize_map(qk, grid, shrink="antialias").permute(0, 2, 3, 1).flatten(1, 2)
         q_s, k_s = tokens.unflatten(2, (2, self.heads, -1)).transpose(1, 3).unbind(2)
         if self.teacher_heads == "split":
             q_t, k_t = (_split(x, self.heads) for x in (q_t, k_t))
@@ -321,7 +322,7 @@ class CrossAttentionProjector(nn.Module):
             raise ValueError(
                 f"{name}: groups: expected a divisor of the grid {grid}, got {self.groups}"
             )
-        features = _resized(features, grid)
+        features = resize_map(features, grid, shrink="antialias")
         qkv = self.qkv(features).flatten(2).unflatten(1, (3, self.heads, -1))
         q, k, v_s = qkv.transpose(-1, -2).unbind(1)
         q, k, v = (self._mixed(s, t) for s, t in zip((q, k, v_s), teacher, strict=True))
@@ -385,13 +386,3 @@ def _grid(name: str, grid: tuple[int, int] | None, x: Tensor) -> tuple[int, int]
             f"{columns}; prefix_tokens and grid must be the teacher's"
         )
     return rows, columns
-
-
-def _resized(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A map [B, C, H, W] in the size of the grid."""
-    if x.shape[2:] == grid:
-        return x
-    if grid[0] >= x.shape[2] and grid[1] >= x.shape[3]:
-        return F.interpolate(x, grid, mode="bilinear")
-    # torch has this only in float32
-    return F.interpolate(x.float(), grid, mode="bilinear", antialias=True).to(x.dtype)

@@ -86,15 +86,34 @@ def grid_of_teacher(
     return grid
 
 
+def resize_map(x: Tensor, grid: tuple[int, int], *, shrink: str = "average") -> Tensor:
+    """A student's map [batch, channels, height, width] on a teacher's grid (height, width).
+
+    The one policy of all losses: the student is resized (its features; the map q of at_loss; the
+    queries and keys of AttentionMapProjection), the teacher never. A map grows by bilinear
+    interpolation with align_corners=False. It shrinks in one of two ways, which differ in numbers:
+
+    Args:
+        shrink: "average" takes the means of cells (adaptive pooling) where neither side grows, and
+            interpolates without a filter where one does: at_loss, feature_loss and nst_loss.
+            "antialias" interpolates with a filter where either side shrinks: the modules of
+            `vitkd_fast.nn`, AttentionMapProjection and CrossAttentionProjector.
+    """
+    height, width = x.shape[2:]
+    if (height, width) == grid:
+        return x
+    if shrink == "average" and height >= grid[0] and width >= grid[1]:
+        return F.adaptive_avg_pool2d(x, grid)
+    if shrink == "antialias" and (height > grid[0] or width > grid[1]):
+        # torch has this in float32 alone
+        return F.interpolate(x.float(), grid, mode="bilinear", antialias=True).to(x.dtype)
+    return F.interpolate(x, grid, mode="bilinear")
+
+
 def resized(x: Tensor, old: tuple[int, int] | None, new: tuple[int, int]) -> Tensor:
-    """[batch, channels, positions] on another grid: averages where it shrinks, else bilinear."""
+    """[batch, channels, positions] on another grid, by `resize_map`."""
     side = math.isqrt(x.shape[2])
-    x = x.unflatten(2, old or (side, side))
-    if x.shape[2] >= new[0] and x.shape[3] >= new[1]:
-        x = F.adaptive_avg_pool2d(x, new)
-    else:
-        x = F.interpolate(x, new, mode="bilinear", align_corners=False)
-    return x.flatten(2)
+    return resize_map(x.unflatten(2, old or (side, side)), new).flatten(2)
 
 
 def samples_per_tile(samples: int, numbers: int) -> int:
