@@ -1,1 +1,1 @@
-"""Triton kernels: they serve CUDA tensors where the C++ extension was built without CUDA."""
+"""Triton kernels, the CUDA backend where the C++ extension was built without CUDA."""

@@ -185,7 +185,7 @@ def _add_tile(
     if HAS_KD:
         top_t = tl.maximum(max_t, _max(t))
     if WHOLE_ROW:
-        # the row's own maxima at once: the exponentials serve for the gradient
+        # the row's own maxima at once: the exponentials are reused for the gradient
         top_s = tl.broadcast_to(tl.max(top_s, 1)[:, None], max_s.shape)
         top_t = tl.broadcast_to(tl.max(top_t, 1)[:, None], max_s.shape)
     else:
@@ -483,7 +483,7 @@ def _kd_scale_kernel(
     BLOCK: tl.constexpr,
 ):
     factor = tl.load(factor_ptr)
-    # mostly a plain loss.backward(): nothing is touched
+    # mostly a plain loss.backward(): memory is left untouched
     if factor != 1:
         step = tl.num_programs(0).to(tl.int64) * BLOCK
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):

@@ -2,8 +2,8 @@
 
 Importing this module registers `torch.ops.vitkd_fast.*`. The reference is the composite kernel;
 the compiled extension `_C`, where it was built, overrides it on the CPU and, where it was built
-with CUDA, on the GPU; Triton serves CUDA where C++ does not. `VITKD_FAST_BACKEND` (read here, once)
-forces `reference`, `triton` or `cuda`.
+with CUDA, on the GPU; Triton implements CUDA where C++ does not. `VITKD_FAST_BACKEND` (read here,
+once) forces `reference`, `triton` or `cuda`.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ OPERATIONS = [
 def _backend() -> str:
     backend = os.environ.get("VITKD_FAST_BACKEND", "")
     if backend not in ("", "reference", "triton", "cuda"):
-        raise ValueError(f"VITKD_FAST_BACKEND={backend!r}; accepted are reference, triton and cuda")
+        raise ValueError(f"VITKD_FAST_BACKEND: expected reference, triton or cuda, got {backend!r}")
     return backend
 
 
@@ -218,7 +218,7 @@ def _register(backend: str) -> torch.library.Library:
     return library
 
 
-_triton: set[str] = set()  # operations that Triton serves on CUDA
+_triton: set[str] = set()  # operations that Triton implements on CUDA
 _library = _register(_backend())  # kept: a Library that is collected takes its kernels along
 
 

@@ -74,12 +74,8 @@ struct Setup {
     }
     for (const int i : {0, 1, 2}) same("q_s", q_s, "q_t", q_t, i);
     same("k_s", k_s, "k_t", k_t, 2);
-    STD_TORCH_CHECK(
-        q_s.scalar_type() == k_s.scalar_type() && q_t.scalar_type() == k_t.scalar_type(),
-        "attention_map_loss: queries and keys differ in dtype");
-    STD_TORCH_CHECK(k_s.size(2) > 0 && q_s.size(3) > 0 && q_t.size(3) > 0,
-                    "attention_map_loss: keys ", shape_of(k_s), " and ", shape_of(k_t),
-                    " must not be empty");
+    same_dtype("q_s", q_s, "k_s", k_s);
+    same_dtype("q_t", q_t, "k_t", k_t);
     call.batch = q_s.size(0), call.heads = q_s.size(1), call.queries = q_s.size(2);
     call.keys = k_s.size(2), call.dim_s = q_s.size(3), call.dim_t = q_t.size(3);
     call.q_s = operand(q_s), call.k_s = operand(k_s);
@@ -87,13 +83,14 @@ struct Setup {
     if (key_mask) {
       STD_TORCH_CHECK(key_mask->scalar_type() == ScalarType::Bool && key_mask->dim() == 2 &&
                           key_mask->size(0) == call.batch && key_mask->size(1) == call.keys,
-                      "attention_map_loss: key_mask is ", shape_of(*key_mask),
-                      "; accepted is bool [", call.batch, ", ", call.keys, "]");
+                      "attention_map_loss: key_mask: expected Bool [", call.batch, ", ", call.keys,
+                      "], got ", torch::headeronly::toString(key_mask->scalar_type()), " ",
+                      shape_of(*key_mask));
       if (!key_mask->is_contiguous()) key_mask = torch::stable::contiguous(*key_mask);
       call.key_mask = key_mask->const_data_ptr<bool>();
     }
-    STD_TORCH_CHECK(0 <= o.kind && o.kind <= 3, "attention_map_loss: kind is ", o.kind,
-                    "; accepted are 0 to 3");
+    STD_TORCH_CHECK(0 <= o.kind && o.kind <= 3, "attention_map_loss: kind: expected 0 to 3, got ",
+                    o.kind);
     call.kind = static_cast<Kind>(o.kind);
     call.reduction = static_cast<Reduction>(o.reduction);
     call.allow_tf32 = o.allow_tf32;
@@ -107,14 +104,13 @@ struct Setup {
 
   // what the forward saved, and the incoming gradient
   void take(const Tensor& grad_loss_in, const Tensor& stats_in) {
-    const int64_t numbers = call.reduction == Reduction::kNone ? call.rows() : 1;
-    const std::pair<const Tensor&, int64_t> expected[] = {{grad_loss_in, numbers},
-                                                          {stats_in, 3 * call.rows()}};
-    for (const auto& [x, count] : expected) {
+    const auto expect = [](const char* name, const Tensor& x, int64_t count) {
       STD_TORCH_CHECK(x.numel() == count && x.scalar_type() == ScalarType::Float,
-                      "attention_map_loss: grad_loss or stats is ", shape_of(x), "; accepted are ",
-                      count, " float32 numbers");
-    }
+                      "attention_map_loss: ", name, ": expected ", count, " float32 numbers, got ",
+                      torch::headeronly::toString(x.scalar_type()), " ", shape_of(x));
+    };
+    expect("grad_loss", grad_loss_in, call.reduction == Reduction::kNone ? call.rows() : 1);
+    expect("stats", stats_in, 3 * call.rows());
     grad_loss = torch::stable::contiguous(grad_loss_in);
     stats = torch::stable::contiguous(stats_in);
     call.grad_loss = grad_loss->const_data_ptr<float>();
@@ -126,16 +122,24 @@ struct Setup {
     using enum ScalarType;
     const ScalarType dtype = x.scalar_type();
     STD_TORCH_CHECK(dtype == Float || dtype == Half || dtype == BFloat16,
-                    "attention_map_loss: ", name, " is ", torch::headeronly::toString(dtype),
-                    "; accepted are float32, float16 and bfloat16");
-    STD_TORCH_CHECK(x.dim() == 4, "attention_map_loss: ", name, " has shape ", shape_of(x),
-                    "; accepted is [batch, heads, tokens, dim]");
+                    "attention_map_loss: ", name, ": expected float32, float16 or bfloat16, got ",
+                    torch::headeronly::toString(dtype));
+    STD_TORCH_CHECK(x.dim() == 4, "attention_map_loss: ", name,
+                    ": expected [batch, heads, tokens, dim], got ", shape_of(x));
+    STD_TORCH_CHECK((x.size(2) > 0 || *name == 'q') && x.size(3) > 0, "attention_map_loss: ", name,
+                    ": expected 1 token and 1 dim at least, got ", shape_of(x));
     return dense_dim(x) ? x : torch::stable::contiguous(x);
   }
   static void same(const char* a, const Tensor& x, const char* b, const Tensor& y, int dim) {
     constexpr const char* kNames[] = {"batch", "heads", "tokens", "dim"};
-    STD_TORCH_CHECK(x.size(dim) == y.size(dim), "attention_map_loss: ", a, " ", shape_of(x),
-                    " and ", b, " ", shape_of(y), " differ in ", kNames[dim]);
+    STD_TORCH_CHECK(x.size(dim) == y.size(dim), "attention_map_loss: ", b, ": expected the ",
+                    kNames[dim], " of ", a, " ", shape_of(x), ", got ", shape_of(y));
+  }
+  static void same_dtype(const char* a, const Tensor& x, const char* b, const Tensor& y) {
+    STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "attention_map_loss: ", b,
+                    ": expected the dtype of ", a, ", ",
+                    torch::headeronly::toString(x.scalar_type()), ", got ",
+                    torch::headeronly::toString(y.scalar_type()));
   }
 };
 

@@ -40,8 +40,8 @@ decltype(auto) visit_float(ScalarType dtype, F&& f) {
     case BFloat16:
       return f.template operator()<torch::headeronly::BFloat16>();
     default:
-      STD_TORCH_CHECK(false, "vitkd_fast: dtype ", torch::headeronly::toString(dtype),
-                      " is not one of float32, float64, float16, bfloat16");
+      STD_TORCH_CHECK(false, "vitkd_fast: expected float32, float64, float16 or bfloat16, got ",
+                      torch::headeronly::toString(dtype));
   }
 }
 
@@ -153,7 +153,7 @@ struct PerRow {
   VITKD_HD A operator[](int64_t row) const { return data ? data[row * step] : value; }
 };
 
-// Holds the contiguous copy, if one was needed, for as long as the pointer is used.
+// Holds the contiguous tensor for as long as the pointer is used.
 template <class A>
 struct PerRowHolder {
   OptionalTensor held;

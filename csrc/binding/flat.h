@@ -1,4 +1,4 @@
-// An operation on one struct of options, as the dispatcher calls it: with their fields one by one.
+// An operation that takes a struct of options, as the dispatcher calls it, with one argument each:
 //   R f(const Options&, const Tensor&...)  ->  R f(const Tensor&..., fields of Options...)
 // Options names its fields' types, in the schema's order: using Fields = std::tuple<...>.
 #pragma once

@@ -1,5 +1,5 @@
 // What the int8 convolutions check of their arguments before a kernel sees pointers: the same
-// words as in reference/int8.py, which serves where this is not built.
+// words as in reference/int8.py.
 #pragma once
 
 #include <cmath>
@@ -23,8 +23,8 @@ template <class Values>
 void expect_within(const char* op, const char* what, const Values& values, int64_t low,
                    int64_t high) {
   for (const int64_t value : values) {
-    STD_TORCH_CHECK(low <= value && value <= high, op, ": ", what, " is ", list_of(values),
-                    "; accepted: ", low, " to ", high);
+    STD_TORCH_CHECK(low <= value && value <= high, op, ": ", what, ": expected ", low, " to ", high,
+                    ", got ", list_of(values));
   }
 }
 
@@ -41,20 +41,21 @@ struct Operands {
     expect(op, "weight", weight, ScalarType::Char, weight_form);
     expect(op, "bias", bias, ScalarType::Int, "C");
     expect(op, "multiplier", multiplier, ScalarType::Float, "C");
-    STD_TORCH_CHECK(x.size(x.dim() - 1) == weight.size(weight.dim() - 1), op, ": x ", shape_of(x),
-                    " and weight ", shape_of(weight), " differ in channels");
-    STD_TORCH_CHECK(weight.numel() > 0, op, ": weight ", shape_of(weight),
-                    " is empty; accepted: at least 1 of each");
+    STD_TORCH_CHECK(x.size(x.dim() - 1) == weight.size(weight.dim() - 1), op,
+                    ": weight: expected the channels of x ", shape_of(x), ", got ",
+                    shape_of(weight));
+    STD_TORCH_CHECK(weight.numel() > 0, op, ": weight: expected no empty dimension, got ",
+                    shape_of(weight));
     for (const auto& [name, per_channel] :
          {std::pair{"bias", &bias}, {"multiplier", &multiplier}}) {
-      STD_TORCH_CHECK(per_channel->size(0) == weight.size(out_dim), op, ": ", name, " ",
-                      shape_of(*per_channel), " and weight ", shape_of(weight),
-                      " differ in channels");
+      STD_TORCH_CHECK(per_channel->size(0) == weight.size(out_dim), op, ": ", name,
+                      ": expected the channels of weight ", shape_of(weight), ", got ",
+                      shape_of(*per_channel));
     }
     for (const auto& [name, other] :
          {std::pair{"weight", &weight}, {"bias", &bias}, {"multiplier", &multiplier}}) {
       STD_TORCH_CHECK(other->is_cuda() == x.is_cuda() && other->get_device() == x.get_device(), op,
-                      ": ", name, " is on another device; accepted: that of x");
+                      ": ", name, ": expected the device of x, got another");
     }
     for (Tensor* each : {&x, &weight, &bias, &multiplier}) *each = torch::stable::contiguous(*each);
   }
@@ -64,21 +65,21 @@ struct Operands {
                      const std::string& form) {
     const int64_t rank = std::count(form.begin(), form.end(), ',') + 1;
     const bool ranks = form[0] == '.' ? x.dim() > 0 : x.dim() == rank;
-    STD_TORCH_CHECK(x.scalar_type() == dtype && ranks, op, ": ", name, " is ",
-                    torch::headeronly::toString(x.scalar_type()), " ", shape_of(x),
-                    "; accepted: ", torch::headeronly::toString(dtype), " [", form, "]");
+    STD_TORCH_CHECK(x.scalar_type() == dtype && ranks, op, ": ", name, ": expected ",
+                    torch::headeronly::toString(dtype), " [", form, "], got ",
+                    torch::headeronly::toString(x.scalar_type()), " ", shape_of(x));
   }
 };
 
 inline Requantize checked_requantize(const char* op, int64_t zero_point, int64_t lo, int64_t hi,
                                      std::optional<double> hardswish_scale) {
   expect_within(op, "y_zero_point", std::initializer_list{zero_point}, 0, 255);
-  STD_TORCH_CHECK(0 <= lo && lo <= hi && hi <= 255, op, ": lo is ", lo, " and hi is ", hi,
-                  "; accepted: 0 <= lo <= hi <= 255");
+  STD_TORCH_CHECK(0 <= lo && lo <= hi && hi <= 255, op,
+                  ": lo, hi: expected 0 <= lo <= hi <= 255, got ", lo, ", ", hi);
   const auto k = static_cast<float>(hardswish_scale.value_or(0));
-  STD_TORCH_CHECK(!hardswish_scale || (std::isnormal(k) && k > 0), op, ": hardswish_scale is ",
-                  hardswish_scale.value_or(0),
-                  "; accepted: none, or a normal positive float32 number");
+  STD_TORCH_CHECK(!hardswish_scale || (std::isnormal(k) && k > 0), op,
+                  ": hardswish_scale: expected none or a normal positive float32 number, got ",
+                  hardswish_scale.value_or(0));
   return {static_cast<int32_t>(zero_point), static_cast<int32_t>(lo), static_cast<int32_t>(hi), k};
 }
 
@@ -87,9 +88,9 @@ inline DepthwiseShape checked_depthwise(const Operands& on, const std::vector<in
   const char* const op = "int8_dwconv";
   const Tensor &x = on.x, &weight = on.weight;
   expect_within(op, "x_zero_point", std::initializer_list{zero_point}, 0, 255);
-  expect_within(op, "the map of x", std::initializer_list{x.size(1), x.size(2)}, 1, 1 << 30);
-  expect_within(op, "the kernel of weight", std::initializer_list{weight.size(0), weight.size(1)},
-                1, 31);
+  expect_within(op, "map of x", std::initializer_list{x.size(1), x.size(2)}, 1, 1 << 30);
+  expect_within(op, "kernel of weight", std::initializer_list{weight.size(0), weight.size(1)}, 1,
+                31);
   expect_within(op, "stride", stride, 1, 65535);
   expect_within(op, "padding", padding, 0, 65535);
   const auto at = [](const std::vector<int64_t>& v, int i) { return static_cast<int>(v[i]); };
@@ -102,8 +103,8 @@ inline DepthwiseShape checked_depthwise(const Operands& on, const std::vector<in
   s.padding_byte = static_cast<uint8_t>(zero_point);
   STD_TORCH_CHECK(
       s.height + s.top + s.bottom >= s.kernel_h && s.width + s.left + s.right >= s.kernel_w, op,
-      ": x ", shape_of(x), " with padding ", list_of(padding),
-      " is smaller than the kernel of weight ", shape_of(weight));
+      ": x: expected at least the kernel of weight ", shape_of(weight), ", got ", shape_of(x),
+      " with padding ", list_of(padding));
   return s;
 }
 

@@ -113,18 +113,20 @@ struct Setup {
     call.labels_a = labels_ptr(labels_a);
     call.labels_b = labels_ptr(labels_b);
     call.ignore_index = o.ignore_index;
-    STD_TORCH_CHECK(o.ce_weight == 0 || o.labels, "kd_loss: ce_weight needs labels");
+    STD_TORCH_CHECK(o.ce_weight == 0 || o.labels,
+                    "kd_loss: labels: expected class ids, as ce_weight is ", o.ce_weight,
+                    ", got none");
   }
 
   // what the forward saved, the row's share among it, and the incoming gradient
   void take(const Tensor& grad_loss_in, const Tensor& stats_in) {
     const int64_t rows = call.shape.rows(), given = grad_loss_in.numel();
-    STD_TORCH_CHECK(given == 1 || given == rows, "kd_bwd: grad_loss has ", given,
-                    " numbers; accepted are 1 and ", rows);
+    STD_TORCH_CHECK(given == 1 || given == rows, "kd_bwd: grad_loss: expected 1 or ", rows,
+                    " numbers, got ", given);
     STD_TORCH_CHECK(stats_in.numel() == 6 * rows && stats_in.scalar_type() == kDtype<A>,
-                    "kd_bwd: stats holds ", stats_in.numel(),
-                    " numbers; accepted are 6 for each of ", rows,
-                    " rows, in the accumulation type");
+                    "kd_bwd: stats: expected 6 numbers for each of ", rows,
+                    " rows in the accumulation type, got ",
+                    torch::headeronly::toString(stats_in.scalar_type()), " ", shape_of(stats_in));
     grad_loss = PerRowHolder<A>(grad_loss_in, 0);
     stats = torch::stable::contiguous(stats_in);
     call.grad_loss = grad_loss.get;
@@ -154,7 +156,7 @@ struct Grad {
   OptionalTensor promised;
   template <class F>
   Grad(const Tensor& student, int64_t class_dim, F&& writable)
-      // empty_like goes through the dispatcher by name, which a small call would feel
+      // empty_like looks the operator up by name, which small calls would notice
       : tensor(student.is_contiguous() ? torch::stable::new_empty(student, student.sizes())
                                        : torch::stable::empty_like(student)) {
     auto like_student = row_view(tensor, class_dim);
@@ -173,9 +175,9 @@ struct Grad {
 
 template <class A>
 void check_factor(const Tensor& factor) {
-  STD_TORCH_CHECK(factor.numel() == 1 && factor.scalar_type() == kDtype<A>, "kd_scale_: factor is ",
-                  torch::headeronly::toString(factor.scalar_type()), " of ", factor.numel(),
-                  " numbers; accepted is one number in the accumulation type of grad");
+  STD_TORCH_CHECK(factor.numel() == 1 && factor.scalar_type() == kDtype<A>,
+                  "kd_scale_: factor: expected one number in the accumulation type of grad, got ",
+                  torch::headeronly::toString(factor.scalar_type()), " ", shape_of(factor));
 }
 
 }  // namespace vitkd::kd

@@ -10,11 +10,12 @@ template <class F>
 std::tuple<Tensor, Tensor> visit_grams(const Tensor& gram_s, const Tensor& gram_t, F&& f) {
   const ScalarType s = gram_s.scalar_type(), t = gram_t.scalar_type();
   STD_TORCH_CHECK(s == t && (s == ScalarType::Float || s == ScalarType::Double),
-                  "rkd_loss: the Grams are ", torch::headeronly::toString(s), " and ",
-                  torch::headeronly::toString(t), "; accepted is float32 or float64 for both");
+                  "rkd_loss: gram_s, gram_t: expected float32 or float64 for both, got ",
+                  torch::headeronly::toString(s), ", ", torch::headeronly::toString(t));
   STD_TORCH_CHECK(gram_s.dim() == 2 && gram_t.dim() == 2 && gram_s.size(0) == gram_s.size(1) &&
                       gram_t.size(0) == gram_s.size(0) && gram_t.size(1) == gram_s.size(0),
-                  "rkd_loss: the Grams are not both [batch, batch]");
+                  "rkd_loss: gram_s, gram_t: expected [batch, batch] for both, got ",
+                  shape_of(gram_s), ", ", shape_of(gram_t));
   const Tensor x = torch::stable::contiguous(gram_s), y = torch::stable::contiguous(gram_t);
   return s == ScalarType::Double ? f.template operator()<double>(x, y)
                                  : f.template operator()<float>(x, y);

@@ -1,9 +1,11 @@
-// Attention-map loss on the CPU: scores of some queries and all keys, of teacher and student, stay
-// in L2 until the loss and the gradients of student's queries and keys have been formed from them:
-// 4 products, where a backward from stored statistics takes 6, and no map of a head as a whole.
-// Products are done by register tiles of up to 6 x 64 FMAs, or by AMX; exponentials are a tenth of
-// the work. Heads are spread over torch's threads; each is computed alike wherever it lands, and
-// losses are added up in row order, so results do not depend on the number of threads.
+// Attention-map loss on the CPU, without an attention map in memory:
+//   loss = D(softmax(q_t k_t^T factor_t), softmax(q_s k_s^T factor_s)), D as in
+//   math/attention_map.h
+// The scores of a block of queries with all keys stay in L2 until the loss and both gradients are
+// formed from them: 4 matrix products, where a backward from saved statistics needs 6. Register
+// tiles of up to 6 x 64 FMAs, or AMX, compute the products; exponentials are a tenth of the work.
+// Layout: [batch, heads, tokens, dim], dim dense. Heads are spread over torch's threads; losses are
+// added in row order, so results do not depend on the number of threads.
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -18,7 +20,6 @@ namespace {
 
 enum class Pass { kForward, kForwardGrad, kBackward };
 
-constexpr float kMasked = -1e30f;  // beyond any score, and finite: 0 * kMasked is 0
 constexpr float kLn2 = 0.693147180559945f;
 constexpr int64_t kScoreBytes = 512 << 10;  // of a block's scores: they stay in L2
 
@@ -109,7 +110,7 @@ void run(const Call& c, const Tensor& like) {
   const int64_t heads = c.batch * c.heads, floats = kernel.scratch(c);
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t workers = std::clamp<int64_t>(heads, 1, threads);
-  // torch's memory, so that whoever counts it finds it
+  // allocated by torch, so that its memory statistics include it
   Tensor memory = torch::stable::new_empty(like, {workers, floats}, ScalarType::Float);
   float* const scratch = memory.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {

@@ -1,7 +1,9 @@
-// Distillation loss on the CPU: each row of student and teacher comes from memory once, its
-// exponentials stay in L1/L2 until its gradient is written (2 reads and 1 write in all). Rows are
-// spread over torch's threads; every row is computed alike wherever it lands, and the losses are
-// added up in row order, so results do not depend on the number of threads.
+// Distillation loss on the CPU, row by row:
+//   loss = kd_weight * T^2 * KL(softmax(t/T) || softmax(s/T)) + ce_weight * CE(s, y)
+// A row of student and teacher is read from memory once; its exponentials stay in L1 or L2 until
+// its gradient is written (2 reads and 1 write in all). Layout: logits as [outer, classes, inner].
+// Rows are spread over torch's threads; losses are added in row order, so results do not depend on
+// the number of threads.
 #include <cfloat>
 #include <cmath>
 #include <cstdlib>
@@ -208,15 +210,14 @@ A checked_total(const Call<A>& c) {
   double total = 0;
   for (int64_t row = 0; row < c.shape.rows(); ++row) {
     if (c.temperature.data) {
-      STD_TORCH_CHECK(c.temperature[row] > 0, "kd_loss: temperature holds ", c.temperature[row],
-                      " for row ", row, "; accepted are numbers > 0");
+      STD_TORCH_CHECK(c.temperature[row] > 0, "kd_loss: temperature: expected a number > 0, got ",
+                      c.temperature[row], " for row ", row);
     }
     if (c.ignored(row)) continue;
     for (const int64_t* labels : {c.labels_a, c.labels_b}) {
       STD_TORCH_CHECK(!labels || (labels[row] >= 0 && labels[row] < c.shape.classes),
-                      "kd_loss: labels hold ", labels ? labels[row] : 0, " for row ", row,
-                      "; accepted are 0 to ", c.shape.classes - 1, " and ignore_index ",
-                      c.ignore_index);
+                      "kd_loss: labels: expected 0 to ", c.shape.classes - 1, " or ignore_index ",
+                      c.ignore_index, ", got ", labels ? labels[row] : 0, " for row ", row);
     }
     total += c.row_weight[row];
   }
@@ -291,7 +292,7 @@ Tensor kd_bwd(const Options& options, const Tensor& grad_loss, const Tensor& stu
   });
 }
 
-// grad *= factor, in place; nothing is touched where the factor is 1, as after loss.backward().
+// grad *= factor, in place; a factor of 1, as after loss.backward(), leaves memory untouched.
 void kd_scale_(const Tensor& grad, const Tensor& factor) {
   visit_accumulator(grad, [&]<class A>() {
     check_factor<A>(factor);

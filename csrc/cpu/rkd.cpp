@@ -1,11 +1,12 @@
-// Relational distillation on the CPU, from the Gram matrices of student and teacher. The n^3 / 2
-// triplets are seen tile by tile of pairs (j, k), j < k, which stay in L1 while the apexes i of a
-// chunk pass: 16 vector instructions per kLanes triplets, and memory of 2 n^2 beside the Grams.
-//   cos_ijk = r_ij r_ik (G_jk + alpha_j + alpha_k),  alpha_j = G_ii / 2 - G_ij,  r = 1 / distance
-//   A = h'(cos_s - cos_t):  w_jk = sum over i of A r_ij r_ik,  v_ij = sum over k of
-//   A (r_ik - r_ij cos_ijk);  dloss/dd2_jk = v_jk r_jk + v_kj r_kj - w_jk, which the Gram's
-//   gradient holds as a Laplacian.
-// Chunks are added up in their order, so that results do not depend on the number of threads.
+// Relational distillation on the CPU, from the Gram matrices of student and teacher:
+//   cos_ijk = r_ij r_ik (G_jk + alpha_j + alpha_k), alpha_j = G_ii / 2 - G_ij, r = 1 / distance
+//   A = h'(cos_s - cos_t)
+//   w_jk = sum over i of A r_ij r_ik
+//   v_ij = sum over k of A (r_ik - r_ij cos_ijk)
+//   dloss / d d2_jk = v_jk r_jk + v_kj r_kj - w_jk, which the Gram's gradient holds as a Laplacian
+// Of the n^3 / 2 triplets, a tile of pairs (j, k), j < k, stays in L1 while the apexes i of a chunk
+// pass: 16 vector instructions per kLanes triplets, and 2 n^2 numbers beside the Grams. Chunks are
+// added in their order, so results do not depend on the number of threads.
 #include "math/rkd.h"
 
 #include <cmath>
@@ -150,7 +151,7 @@ Kernels<A> selected_kernels() {
   }
 }
 
-// One call: where everything is, and the work of a chunk.
+// The operands of a call, and the work of a chunk.
 template <class A>
 struct Call {
   Kernels<A> kernels;

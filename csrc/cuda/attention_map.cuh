@@ -3,7 +3,7 @@
 // A block keeps the rows of some queries (for d_k: keys) in shared memory and streams tiles of the
 // other side past them by cp.async, in two stages. A warp forms 16 or 32 rows by 32 columns of both
 // scores on tensor cores; attention_map_fwd.cu makes sums of them, attention_map_grad.cu gradients.
-// Rows in shared memory are 16 bytes longer than their content: ldmatrix has no bank conflict.
+// Rows in shared memory are 16 bytes longer than their content: ldmatrix has no bank conflicts.
 #pragma once
 
 #include "binding/attention_map_call.h"
@@ -20,7 +20,6 @@ constexpr int kWarps = 4;             // of a block, or fewer where rows are lon
 constexpr int kSlice = 32;            // bytes of a row that a product takes
 constexpr int kTiles = 4;             // tensor-core tiles of 8 columns that a warp has at a time
 constexpr int kColumns = 8 * kTiles;  // one for each bit of a mask
-constexpr float kNothing = -1e30f;    // the score of a masked key; finite, so that 0 * it is 0
 constexpr float kSlack = 16;          // how far scores may exceed what is held for their maximum
 
 using Quad = const uint32_t (&)[4];
@@ -46,9 +45,9 @@ struct Bf16 {
 };
 
 // float32, rounded to tf32; or (kExact) as the sum of two tf32, of whose four products three count.
-// Products are added up apart and then to the rest in the usual way: tensor cores cut off what a
-// sum of many cannot spare. a . b and b . a are the same to the last bit, so that d_q and d_k see
-// the scores that the forward saw.
+// Each product starts from 0 and is added to the accumulator by an fp32 addition, as tensor cores
+// truncate long sums. a . b and b . a are bitwise equal, so that d_q and d_k see the scores of the
+// forward.
 template <bool kExact>
 struct Wide {
   using T = float;
@@ -98,7 +97,7 @@ __device__ __forceinline__ float power(float x) {
   return expf(x);
 }
 
-// How a call is cut.
+// How a call is divided into blocks and tiles.
 struct Plan {
   int warps = kWarps;
   int tile = 0;          // rows of the streamed side in a stage
@@ -205,7 +204,7 @@ struct Block {
 
   __device__ Block(const Call& call, const Plan& how, char* shared) : c(call), plan(how) {
     const int64_t part = blockIdx.x / plan.chunks;
-    // by a shuffle, so that the compiler knows it to be the same for all
+    // by a shuffle, so that the compiler knows it to be uniform
     const int warp = __shfl_sync(kFullMask, threadIdx.x / 32, 0);
     const int first = part % plan.blocks * (plan.warps * 16 * kTall);
     chunk = blockIdx.x % plan.chunks;
@@ -361,7 +360,7 @@ Plan cut(const Call& c, int64_t rows, std::initializer_list<Operand> operands) {
       ++p.copiers[which];
     }
   }
-  // several blocks a multiprocessor if that can be
+  // several blocks per multiprocessor where they fit
   constexpr struct {
     int warps, tile, blocks;
   } kCuts[] = {{4, 64, 3}, {4, 32, 2}, {2, 32, 2}, {1, 32, 1}, {1, 16, 1}};
@@ -384,8 +383,8 @@ void start(void (*kernel)(Call, Plan), const Call& c, const Plan& plan, int64_t 
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// A call whose tensors are copied to float32 where they come in two dtypes. What had 16 bits is a
-// tf32 too: no accuracy is lost where that multiplies.
+// A call whose tensors are copied to float32 where student and teacher differ in dtype. Numbers of
+// 16 bits are exact in tf32, which then multiplies without loss.
 struct Prepared : Setup {
   using Setup::Setup;
 

@@ -17,9 +17,9 @@ __device__ float row_sum(float x) {
 // A row's sums, of its part that a thread has seen: p leads, the divergence is that of q from p.
 template <class E>
 struct Sums {
-  float top_p = kNothing, top_q = kNothing;  // maxima, times kUnit
-  float sum_p = 0, sum_q = 0;                // sum e^v and sum e^u: v, u relative to these
-  float dot = 0;                             // sum e^v (v - u)
+  float top_p = kMasked, top_q = kMasked;  // maxima, times kUnit
+  float sum_p = 0, sum_q = 0;              // sum e^v and sum e^u: v, u relative to these
+  float dot = 0;                           // sum e^v (v - u)
 
   __device__ void raise(float new_p, float new_q) {
     const float up_p = top_p - new_p, up_q = top_q - new_q;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(32 * kWarps,
   const Block<E, kTall, true> block(c, plan, shared);
   const float c_s = fabsf(c.factor_s) * kUnit<E>, c_t = fabsf(c.factor_t) * kUnit<E>;
 
-  // 1. scores shall grow with products: of a negative factor, the queries take the sign
+  // 1. a negative factor becomes a sign of the queries, so that scores grow with products
   if (c.factor_s < 0 || c.factor_t < 0) {
     commit();
     wait_for_all_but<0>();
@@ -82,12 +82,12 @@ __global__ void __launch_bounds__(32 * kWarps,
       const float c_p = kSwap ? c_s : c_t, c_q = kSwap ? c_t : c_s;
       if (keep != kFullMask) {
         each<kTall>(columns, [&](int, int m, int n, int k) {
-          if (!kept(keep, n, k)) p[m][n][k] = q[m][n][k] = kNothing;
+          if (!kept(keep, n, k)) p[m][n][k] = q[m][n][k] = kMasked;
         });
       }
       float max_p[2 * kTall], max_q[2 * kTall];
 #pragma unroll
-      for (int i = 0; i < 2 * kTall; ++i) max_p[i] = max_q[i] = kNothing;
+      for (int i = 0; i < 2 * kTall; ++i) max_p[i] = max_q[i] = kMasked;
       each<kTall>(columns, [&](int i, int m, int n, int k) {
         max_p[i] = fmaxf(max_p[i], p[m][n][k]);
         max_q[i] = fmaxf(max_q[i], q[m][n][k]);
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(32 * kWarps,
       });
       if (keep != kFullMask) {  // again, as a factor may be 0
         each<kTall>(columns, [&](int, int m, int n, int k) {
-          if (!kept(keep, n, k)) p[m][n][k] = q[m][n][k] = kNothing;
+          if (!kept(keep, n, k)) p[m][n][k] = q[m][n][k] = kMasked;
         });
       }
       each<kTall>(columns, [&](int i, int m, int n, int k) {
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(32 * kWarps,
     if constexpr (kTwice) x.sum_p = log_p * kUnit<E>, x.sum_q = log_q * kUnit<E>;
   }
 
-  // 3. the others need p and q; maximum and logarithm apart are more exact than their sum
+  // 3. js and mse need p and q; maximum and logarithm apart are more exact than their sum
   if constexpr (kTwice) {
     block.walk(false, [&](const char* stage, int first) {
       block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int) {

@@ -41,8 +41,8 @@ __device__ __forceinline__ void add_product(float (&acc)[kTall][kDim / 8][4],
       }
     }
   } else {
-    // a thread has columns 2 t and 2 t + 1 of ds, and the product wants t and t + 4: it is told
-    // another order of y's rows
+    // a thread holds columns 2 t and 2 t + 1 of ds where the product takes t and t + 4: y's rows
+    // are permuted to match
     y += lane % 4 * 2 * pitch + lane / 4 * 4;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor> attention_map_bwd(const Options& options, const Tenso
   const torch::stable::accelerator::DeviceGuard guard(q_s.get_device_index());
   Prepared on(options, q_s, k_s, q_t, k_t);
   Call& c = on.call;
-  // a row's own gradient, by which ds is multiplied for d_k, may be beyond float16
+  // a row's own gradient, by which ds is multiplied for d_k, may overflow float16
   const bool wide = c.q_s.dtype == ScalarType::Half && c.reduction == Reduction::kNone;
   if (wide || c.q_s.dtype != c.q_t.dtype) on.as_float();
   on.take(grad_loss, stats);

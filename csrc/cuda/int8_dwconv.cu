@@ -1,14 +1,14 @@
-// Depthwise int8 convolution on the GPU, NHWC. A thread owns 4 channels (a word) of 2 or 1 output
-// rows by 4 columns and slides over the map: it loads the words under its outputs once, transposes
-// four rows of a column into one word per channel (8 byte permutes, shared by both rows) and adds
-// four taps per dp4a. Tap words, shifted for each row, lie in shared memory, built once per block.
-// Lanes run over channels, so a warp's 4-byte loads are one 128-byte line from 128 channels on.
-// Counted per output of a 3x3, stride 1: 2 bytes of memory; 3 dp4a, 1.5 permutes, 2.3 for loads and
-// addresses, 7.5 to requantise and store: 17 instructions in all (21 at borders). An H200
-// copies 16.4 bytes and issues 128 lanes per multiprocessor and clock: 8.2 outputs by memory, 7.5
-// by issue, 91% of the memory roof. Stride 2 (5 bytes an output) is bound by memory, 5x5 (10 dp4a)
-// by arithmetic. Channels that are no multiple of 4, and other kernels: a plain loop, one byte per
-// thread.
+// Depthwise int8 convolution on the GPU:
+//   y[n, i, j, c] = requantise(bias[c] + sum over taps of weight[tap, c] * x[n, i', j', c])
+// Layout: NHWC. A thread owns 4 channels (a word) of 2 or 1 output rows by 4 columns: it loads the
+// words under its outputs once, transposes four rows of a column into one word per channel (8 byte
+// permutes for both rows) and adds four taps per dp4a. Tap words, shifted for each row, lie in
+// shared memory. Lanes run over channels: from 128 channels on, a warp's 4-byte loads are one
+// 128-byte line. Counted for a 3x3 of stride 1, per output: 2 bytes of memory, 17 instructions (3
+// dp4a, 1.5 permutes, 2.3 for loads and addresses, 7.5 to requantise and store; 21 at borders). An
+// H200 copies 16.4 bytes and issues 128 lanes per multiprocessor and clock: 8.2 outputs by
+// memory, 7.5 by issue. Stride 2 is bound by memory (5 bytes an output), 5x5 by arithmetic (10
+// dp4a). Other kernels, and channels that are no multiple of 4: a plain loop, one byte per thread.
 #include "binding/int8_call.h"
 #include "cuda/common.cuh"
 

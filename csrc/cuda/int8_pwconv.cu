@@ -1,15 +1,14 @@
-// Pointwise int8 convolution on the GPU: y[p, o] = requantise(bias[o] + sum over k of x[p, k] w[o,
-// k]) on tensor cores (mma.sync m16n8k32, u8 by s8; both operands already lie as it wants them). A
-// block keeps the weights of up to 64 outputs in shared memory and streams tiles of 128 pixels past
-// them, in slices of 64 input channels, three of them on their way by cp.async while one is
-// multiplied; weights that do not fit are streamed along. Rows are 16 bytes longer than their
-// content, so that ldmatrix meets no bank conflict; outputs are dealt to tensor-core columns such
-// that a thread ends up with neighbouring ones. Bytes leave through shared memory in 16-byte
-// stores. Counted: pixels * (C_in + C_out) bytes of memory, where an H200 copies 16.4 per
-// multiprocessor and clock; 13 instructions per output up to 64 inputs (7.4 to requantise), so 10
-// outputs a clock; some 2500 multiply-adds a clock. Memory is the roof where C_in > C_out (960
-// to 160: arithmetic is near); instructions are where C_out is several times C_in (24 to 144: 70%
-// of memory).
+// Pointwise int8 convolution on the GPU, on tensor cores (mma.sync m16n8k32, u8 by s8):
+//   y[p, o] = requantise(bias[o] + sum over k of x[p, k] * w[o, k])
+// A block keeps the weights of up to 64 outputs in shared memory and streams tiles of 128 pixels
+// past them in slices of 64 input channels, three in flight by cp.async while one is multiplied;
+// weights that do not fit are streamed too. Rows in shared memory are 16 bytes longer than their
+// content, so ldmatrix has no bank conflicts; outputs are dealt to tensor-core columns such that a
+// thread has neighbouring ones, and bytes leave in 16-byte stores. Counted: pixels * (C_in + C_out)
+// bytes, where an H200 copies 16.4 per multiprocessor and clock; 13 instructions per output up to
+// 64 inputs (7.4 to requantise): 10 outputs a clock; some 2500 multiply-adds a clock. Memory is the
+// bound where C_in > C_out (960 to 160: arithmetic is near), instructions where C_out is several
+// times C_in (24 to 144: 70% of memory).
 #include "binding/int8_call.h"
 #include "cuda/common.cuh"
 

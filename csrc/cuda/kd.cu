@@ -3,7 +3,7 @@
 // a second sweep that finds the row in L1 or L2 (2 reads and 1 write of device memory in all).
 //   kVector  classes side by side: a warp or a block per row, 16-byte loads after a peeled head
 //   kScalar  the same where the rows of student, teacher and gradient are aligned differently
-//   kTiled   strided classes: 32 neighbouring rows by 16 threads per row, so that loads coalesce
+//   kTiled   strided classes: 32 neighbouring rows by 8 threads per row, so that loads coalesce
 // Rows that are too few for the chip are split over several blocks. Everything is added up in a
 // fixed order: no atomics, so results are bitwise the same every time.
 #undef NDEBUG  // the assertion on labels stays in release builds
@@ -14,7 +14,7 @@
 namespace vitkd::kd {
 namespace {
 
-// 128 registers a thread, 255 for double: nothing spills
+// 128 registers a thread, 255 for double: none spill
 template <class A>
 constexpr int kMaxThreads = std::is_same_v<A, double> ? 256 : 512;
 
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(1024) kd_reduce_kernel(const A* rows, int64_t 
   if (threadIdx.x == 0) *loss = static_cast<A>(sum);
 }
 
-// grad *= factor; where that is 1, as after loss.backward(), no memory is touched.
+// grad *= factor; a factor of 1, as after loss.backward(), leaves memory untouched.
 template <class A, class T>
 __global__ void kd_scale_kernel(T* grad, int64_t n, const A* factor) {
   const A by = *factor;

@@ -1,5 +1,5 @@
-// A row of student, teacher and gradient as the threads that share it see it: loads and stores of
-// kMany classes at a time, the row's sums, and its gradient.
+// A row of student, teacher and gradient, shared by a group of threads: loads and stores of kMany
+// classes at a time, the row's sums, and its gradient.
 #pragma once
 
 #include "binding/kd_call.h"
@@ -14,8 +14,8 @@ constexpr int kChunk = 8;        // classes that a thread has in flight
 constexpr int kTileRows = 32;    // kTiled: rows of a block
 constexpr int kTileThreads = 8;  // kTiled: threads per row
 
-// Exponentials of numbers of 16 bits: one instruction each, 2^-22 off, where an exact expf has
-// eight and would be what takes longest.
+// Exponentials for 16-bit logits: one instruction each with an error of 2^-22, where expf takes
+// eight and would be the bottleneck.
 struct FastExp {
   float inv_t;
   static constexpr float kLog2e = 1.44269504f;
@@ -71,7 +71,7 @@ __device__ void load_chunk(const void* p, ScalarType dtype, int64_t i, A (&out)[
   }
 }
 
-// Written once and not read again here: the rows in L2 are worth more.
+// Streaming stores: what is written is not read again, and L2 is kept for the rows.
 template <class S>
 __device__ void store_chunk(S* p, const float (&x)[kChunk]) {
   if constexpr (sizeof(S) == 4) {

@@ -1,8 +1,8 @@
-// Relational distillation on the GPU, from the Gram matrices of student and teacher: the numerics
-// of cpu/rkd.cpp. A block owns a tile of pairs (a, b), a thread one of them, and every sample m
-// passes through shared memory: the three angles of the triangle (a, b, m) hold all that the pair's
-// gradient needs. Each angle is formed for its three pairs, which costs arithmetic but no atomics:
-// everything is added up in a fixed order, and memory is the Grams and the gradient.
+// Relational distillation on the GPU, from the Gram matrices of student and teacher; the maths is
+// that of cpu/rkd.cpp. A block owns a tile of pairs (a, b), a thread one pair, and every sample m
+// passes through shared memory: the gradient of a pair needs the three angles of the triangles (a,
+// b, m). Each angle is formed for its three pairs, which costs arithmetic but no atomics: sums have
+// a fixed order, and memory holds the Grams and the gradient.
 #include "binding/rkd_call.h"
 #include "cuda/common.cuh"
 #include "math/rkd.h"

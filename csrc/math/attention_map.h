@@ -1,10 +1,12 @@
-// A key's part of the divergence between a row of the teacher's attention p and of the student's
-// q, from their logarithms; its gradient in the student's score is w - q * sum(w), where sum(w) is
-// 0 for kl and is kept for each row (`centre`) otherwise:
-//   kl          p (log p - log q)                                w = q - p
-//   reverse_kl  q (log q - log p)                                w = the same
-//   js          p/2 log(p/m) + q/2 log(q/m), m = (p + q)/2       w = q/2 log(q/m)
-//   mse         (p - q)^2                                        w = 2 q (q - p)
+// One key's term of the divergence between a row p of the teacher's attention and q of the
+// student's, from their logarithms:
+//   kind        loss                                             w
+//   kl          p (log p - log q)                                q - p
+//   reverse_kl  q (log q - log p)                                q (log q - log p)
+//   js          p/2 log(p/m) + q/2 log(q/m), m = (p + q)/2       q/2 log(q/m)
+//   mse         (p - q)^2                                        2 q (q - p)
+// Its gradient in the student's score is w - q * sum(w); sum(w), `centre`, is 0 for kl and saved
+// for each row otherwise.
 #pragma once
 
 #include <cmath>
@@ -16,11 +18,13 @@ namespace vitkd::attention_map {
 
 enum class Kind : int64_t { kKl, kReverseKl, kJs, kMse };
 
+constexpr float kMasked = -1e30f;  // the score of a masked key; finite, so that 0 * it is 0
+
 struct Term {
   float loss, w;
 };
 
-// p = exp(log_p) and q = exp(log_q) are given, as every caller needs them too
+// p = exp(log_p) and q = exp(log_q); every caller has them
 template <Kind kKind>
 VITKD_HD Term term(float p, float log_p, float q, float log_q) {
   if constexpr (kKind == Kind::kKl) {

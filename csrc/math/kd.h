@@ -1,9 +1,9 @@
 // Distillation loss of one row of logits s (student) and t (teacher), for host and device:
 //   loss = kd_weight * T^2 * KL(softmax(t/T) || softmax(s/T)) + ce_weight * CE(s, y)
 // A row is read once. Sums relative to the running maxima are merged as in online softmax:
-//   KL = dot / sum_t + log(sum_s / sum_t),  dot = sum e^{v} (v - u),  u = (s - max_s)/T, v
-//   alike
-// and y is never dense: two class ids, their mixing weight and the label smoothing stand for it.
+//   KL = dot / sum_t + log(sum_s / sum_t), dot = sum e^v (v - u)
+//   u = (s - max_s) / T, v = (t - max_t) / T
+// y is never dense: two class ids, their mixing weight and the label smoothing stand for it.
 // Log-sum-exps are kept as (maximum, logarithm of the shifted sum): added up in fp32 they would
 // lose the digits that logits of +-1e4 need.
 #pragma once
@@ -47,8 +47,8 @@ struct Sums {
   A count = 0;
 };
 
-// What add_class and grad_class take exponentials by: of d / T and of d, the second argument being
-// subtracted before. A backend may have a faster one.
+// The exponentials of add_class and grad_class: exp(d / T - log) and exp(d - log). A backend may
+// pass a faster one.
 template <class A>
 struct Exp {
   A inv_t;
@@ -106,7 +106,7 @@ VITKD_HD Sums<A> merge(const Sums<A>& a, const Sums<A>& b, A inv_t) {
   return x;
 }
 
-// Adds one class to sums whose maxima already cover it; who calls it counts the classes.
+// Adds one class to sums whose maxima already cover it; the caller counts the classes.
 template <bool kCe, class A, class E>
 VITKD_HD void add_class(Sums<A>& x, A s, A t, const E& exp) {
   const A d_s = s - x.max_s;
@@ -136,7 +136,7 @@ VITKD_HD Stats<A> stats_of(const Sums<A>& x, bool ce) {
 // The student's logit in the mean of the target's classes, the smoothing aside.
 template <class A>
 VITKD_HD A hard_logit(const Target<A>& target, A logit_a, A logit_b) {
-  // a share of 0 must not meet a logit of -inf
+  // 0 * -inf would be NaN
   if (target.lam == 1) return logit_a;
   if (target.lam == 0) return logit_b;
   return target.lam * logit_a + (1 - target.lam) * logit_b;
@@ -149,7 +149,7 @@ VITKD_HD A row_loss(const Sums<A>& x, const Stats<A>& st, const Weights<A>& w,
   A loss = 0;
   // a weight of zero switches its term off, also where the term is infinite
   if (w.kd != 0) {
-    // an infinite dot says it all: with every class masked, log_s would be -inf
+    // not inf - inf: with every class masked, log_s would be -inf
     const A kl =
         x.dot == std::numeric_limits<A>::infinity() ? x.dot : x.dot / x.sum_t - st.log_t + st.log_s;
     loss = w.kd * temperature * temperature * kl;

@@ -31,7 +31,7 @@ VITKD_HD float add(float a, float b) {
 #endif
 }
 
-// not a number becomes lo
+// NaN becomes lo
 VITKD_HD float clamp(float v, float lo, float hi) {
 #ifdef __CUDA_ARCH__
   return fminf(fmaxf(v, lo), hi);

@@ -19,7 +19,7 @@ constexpr A kSame = 8 * std::numeric_limits<A>::epsilon();
 template <class A>
 constexpr A kTiny = std::numeric_limits<A>::min();
 
-// total: G_ii + G_jj. A NaN is no small distance.
+// total: G_ii + G_jj. False for NaN.
 template <class A>
 VITKD_HD bool counts_as_one(A squared, A total) {
   const A least = kSame<A> * total;
@@ -39,7 +39,7 @@ VITKD_HD Distance<A> distance(A gram, A norm_i, A norm_j) {
   return {length, 1 / length};
 }
 
-// A NaN stays one.
+// NaN is preserved.
 template <class A>
 VITKD_HD A clamp_to_1(A x) {
   return x > 1 ? A{1} : x < -1 ? A{-1} : x;

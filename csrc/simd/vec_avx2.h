@@ -88,7 +88,7 @@ VITKD_INLINE Vec exp(Vec x, Vec::Mask& normal) {
   r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2Lo), r);
   __m256 y = _mm256_set1_ps(kExpPoly[0]);
   for (int i = 1; i < 7; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kExpPoly[i]));
-  // multiplied and not added to the exponent, so that a NaN stays one
+  // multiplied and not added to the exponent, so that NaN is preserved
   const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
   const __m256i scale = _mm256_add_epi32(bits, _mm256_castps_si256(_mm256_set1_ps(1.0f)));
   return _mm256_and_ps(normal, _mm256_mul_ps(y, _mm256_castsi256_ps(scale)));
@@ -122,7 +122,7 @@ VITKD_INLINE Vec log(Vec x) {
   y = fma(Vec{-0.5f}, z, y);
   y = fma(n, Vec{kLn2Hi}, m + y);
   y = select(less(x, Vec{FLT_MIN}), Vec{-INFINITY}, y);
-  return select(less(x, Vec{INFINITY}), y, x);  // a NaN stays one
+  return select(less(x, Vec{INFINITY}), y, x);  // NaN is preserved
 }
 
 // 8 rows become 8 columns

@@ -99,7 +99,7 @@ VITKD_INLINE Vec log(Vec x) {
   y = fma(Vec{-0.5f}, z, y);
   y = fma(n, Vec{kLn2Hi}, m + y);
   y = select(less(x, Vec{FLT_MIN}), Vec{-INFINITY}, y);
-  return select(less(x, Vec{INFINITY}), y, x);  // a NaN stays one
+  return select(less(x, Vec{INFINITY}), y, x);  // NaN is preserved
 }
 
 // 16 rows become 16 columns

@@ -33,25 +33,25 @@ def test_ready_map_matches(device: str) -> None:
 
 X, T, TOKENS = draw(2, 5, 4, 4), draw(2, 7, 4, 4), draw(2, 16, 7)
 BAD: dict[str, Bad] = {
-    "at_dtype": (lambda: at_loss(X.int(), T), TypeError, "f_s is torch.int32; accepted are float"),
-    "at_teacher_dtype": (lambda: at_loss(X, T.int()), TypeError, "f_t is torch.int32; accepted"),
-    "at_form": (lambda: at_loss(X[0, 0], T), ValueError, "f_s has shape [4, 4]; accepted are"),
-    "at_teacher_form": (lambda: at_loss(X, T[0, 0, 0]), ValueError, "f_t has shape [4]; accepted"),
-    "at_batch": (lambda: at_loss(X, T[:1]), ValueError, "differ in batch"),
-    "at_p": (lambda: at_loss(X, T, p=0.5), ValueError, "p is 0.5; accepted are numbers >= 1"),
-    "at_tokens": (lambda: at_loss(X, TOKENS[:, 1:]), ValueError, "f_t has 15 positions"),
+    "at_dtype": (lambda: at_loss(X.int(), T), TypeError, "f_s: expected float32, float16"),
+    "at_teacher_dtype": (lambda: at_loss(X, T.int()), TypeError, "f_t: expected float32, "),
+    "at_form": (lambda: at_loss(X[0, 0], T), ValueError, "f_s: expected [batch, channels"),
+    "at_teacher_form": (lambda: at_loss(X, T[0, 0, 0]), ValueError, "f_t: expected [batch, "),
+    "at_batch": (lambda: at_loss(X, T[:1]), ValueError, "f_t: expected the batch"),
+    "at_p": (lambda: at_loss(X, T, p=0.5), ValueError, "p: expected a number >= 1, got 0.5"),
+    "at_tokens": (lambda: at_loss(X, TOKENS[:, 1:]), ValueError, "got 15 positions"),
     "at_grid": (
         lambda: at_loss(X, TOKENS, teacher_grid=(3, 5)), ValueError,
-        "teacher_grid is (3, 5), and f_t has 16 positions",
+        "teacher_grid: expected one of the 16 positions of f_t, got (3, 5)",
     ),
     "at_map_grid": (
         lambda: at_loss(X, T, teacher_grid=(2, 8)), ValueError,
-        "teacher_grid is (2, 8), and f_t has (4, 4)",
+        "teacher_grid: expected that of f_t, (4, 4), got (2, 8)",
     ),
-    "at_empty": (lambda: at_loss(X[:, :, :0], T), ValueError, "f_s [2, 5, 0, 4] is empty"),
+    "at_empty": (lambda: at_loss(X[:, :, :0], T), ValueError, "but the batch, got [2, 5, 0, 4]"),
     "at_reduction": (
         lambda: at_loss(X, T, reduction="max"), ValueError,
-        "reduction is 'max'; accepted are mean, sum and none",
+        "reduction: expected mean, sum or none, got 'max'",
     ),
 }  # fmt: skip
 

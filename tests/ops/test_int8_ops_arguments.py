@@ -22,52 +22,55 @@ GOOD_DENSE = {k: v for k, v in GOOD.items() if k not in ("stride", "padding", "x
     "weight": DENSE, "bias": torch.zeros(4, dtype=torch.int32), "multiplier": torch.ones(4),
 }  # fmt: skip
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"x": X.float()}, r"x is \w+ \[2, 5, 6, 8\]; accepted: \w+ \["),
-    ({"weight": WEIGHT.int()}, r"weight is \w+ \[3, 3, 8\]; accepted: \w+ \[kh, kw, C\]"),
-    ({"weight": DENSE}, r"weight is \w+ \[4, 8\]; accepted: \w+ \[kh, kw, C\]"),
-    ({"x": X[0]}, r"x is \w+ \[5, 6, 8\]; accepted: \w+ \[N, H, W, C\]"),
-    ({"bias": torch.zeros(8)}, r"bias is \w+ \[8\]; accepted: \w+ \[C\]"),
-    ({"multiplier": torch.zeros(8).double()}, r"multiplier is \w+ \[8\]; accepted: \w+ \[C\]"),
-    ({"multiplier": torch.ones(())}, r"multiplier is \w+ \[\]; accepted: \w+ \[C\]"),
+    ({"x": X.float()}, r"x: expected \w+ \[.*, got \w+ \[2, 5, 6, 8\]"),
+    ({"weight": WEIGHT.int()}, r"weight: expected \w+ \[kh, kw, C\].*, got \w+ \[3, 3, 8\]"),
+    ({"weight": DENSE}, r"weight: expected \w+ \[kh, kw, C\].*, got \w+ \[4, 8\]"),
+    ({"x": X[0]}, r"x: expected \w+ \[N, H, W, C\].*, got \w+ \[5, 6, 8\]"),
+    ({"bias": torch.zeros(8)}, r"bias: expected \w+ \[C\].*, got \w+ \[8\]"),
+    ({"multiplier": torch.zeros(8).double()}, r"multiplier: expected \w+ \[C\].*, got \w+ \[8\]"),
+    ({"multiplier": torch.ones(())}, r"multiplier: expected \w+ \[C\].*, got \w+ \[\]"),
     (
         {"weight": WEIGHT[..., :7]},
-        r"x \[2, 5, 6, 8\] and weight \[3, 3, 7\] differ in channels",
+        r"weight: expected the channels of x \[2, 5, 6, 8\], got \[3, 3, 7\]",
     ),
     (
         {"bias": torch.zeros(7, dtype=torch.int32)},
-        r"bias \[7\] and weight \[3, 3, 8\] differ in channels",
+        r"bias: expected the channels of weight \[3, 3, 8\], got \[7\]",
     ),
     (
         {"multiplier": torch.zeros(9)},
-        r"multiplier \[9\] and weight \[3, 3, 8\] differ in channels",
+        r"multiplier: expected the channels of weight \[3, 3, 8\], got \[9\]",
     ),
-    ({"weight": WEIGHT[:0]}, r"weight \[0, 3, 8\] is empty"),
-    ({"x": X[:, :0]}, r"the map of x is \[0, 6\]; accepted: 1 to"),
-    ({"weight": torch.zeros(32, 3, 8).char()}, r"the kernel of weight is .*; accepted: 1 to 31"),
-    ({"stride": [0, 1]}, r"stride is \[0, 1\]; accepted: 1 to"),
-    ({"padding": [1, 1, -1, 1]}, r"padding is \[1, 1, -1, 1\]; accepted: 0 to"),
+    ({"weight": WEIGHT[:0]}, r"weight: expected no empty dimension, got \[0, 3, 8\]"),
+    ({"x": X[:, :0]}, r"map of x: expected 1 to.*, got \[0, 6\]"),
+    ({"weight": torch.zeros(32, 3, 8).char()}, r"kernel of weight: expected 1 to 31.*, got .*"),
+    ({"stride": [0, 1]}, r"stride: expected 1 to.*, got \[0, 1\]"),
+    ({"padding": [1, 1, -1, 1]}, r"padding: expected 0 to.*, got \[1, 1, -1, 1\]"),
     (
         {"padding": [0, 0, 0, 0], "weight": torch.zeros(6, 3, 8).char()},
-        r"x \[2, 5, 6, 8\] with padding \[0, 0, 0, 0\] is smaller than the kernel of weight \[6,",
+        r"x: expected at least the kernel of weight \[6, 3, 8\], got \[2, 5, 6, 8\] with padding",
     ),
-    ({"x_zero_point": 256}, r"x_zero_point is \[?256\]?; accepted: 0 to 255"),
-    ({"y_zero_point": -1}, r"y_zero_point is \[?-1\]?; accepted: 0 to 255"),
-    ({"lo": 9, "hi": 8}, r"lo is 9 and hi is 8; accepted: 0 <= lo <= hi <= 255"),
-    ({"hi": 256}, r"lo is 0 and hi is 256; accepted"),
-    ({"lo": -1}, r"lo is -1 and hi is 255; accepted"),
+    ({"x_zero_point": 256}, r"x_zero_point: expected 0 to 255.*, got \[?256\]?"),
+    ({"y_zero_point": -1}, r"y_zero_point: expected 0 to 255.*, got \[?-1\]?"),
+    ({"lo": 9, "hi": 8}, r"lo, hi: expected 0 <= lo <= hi <= 255, got 9, 8"),
+    ({"hi": 256}, r"lo, hi: expected 0 <= lo <= hi <= 255, got 0, 256"),
+    ({"lo": -1}, r"lo, hi: expected 0 <= lo <= hi <= 255, got -1, 255"),
     *(
-        ({"hardswish_scale": k}, r"hardswish_scale is .*; accepted: none, or a normal positive")
+        ({"hardswish_scale": k}, r"hardswish_scale: expected none or a normal positive")
         for k in (0.0, -1.0, float("inf"), float("nan"), 1e-40, 1e39)
     ),
 ]
 WRONG_DENSE: list[tuple[dict[str, Any], str]] = [
-    ({"weight": WEIGHT}, r"weight is \w+ \[3, 3, 8\]; accepted: \w+ \[C_out, C_in\]"),
-    ({"x": torch.zeros((), dtype=torch.uint8)}, r"x is \w+ \[\]; accepted: \w+ \[\.\.\., C_in\]"),
-    ({"weight": DENSE[:, :7]}, r"x \[2, 5, 6, 8\] and weight \[4, 7\] differ in channels"),
-    ({"bias": torch.zeros(8).int()}, r"bias \[8\] and weight \[4, 8\] differ in channels"),
-    ({"weight": DENSE[:0]}, r"weight \[0, 8\] is empty"),
-    ({"lo": 9, "hi": 8}, r"lo is 9 and hi is 8; accepted: 0 <= lo <= hi <= 255"),
-    ({"hardswish_scale": -1.0}, r"hardswish_scale is .*; accepted: none, or a normal positive"),
+    ({"weight": WEIGHT}, r"weight: expected \w+ \[C_out, C_in\].*, got \w+ \[3, 3, 8\]"),
+    (
+        {"x": torch.zeros((), dtype=torch.uint8)},
+        r"x: expected \w+ \[\.\.\., C_in\].*, got \w+ \[\]",
+    ),
+    ({"weight": DENSE[:, :7]}, r"weight: expected the channels of x \[2, 5, 6, 8\], got \[4, 7\]"),
+    ({"bias": torch.zeros(8).int()}, r"bias: expected the channels of weight \[4, 8\], got \[8\]"),
+    ({"weight": DENSE[:0]}, r"weight: expected no empty dimension, got \[0, 8\]"),
+    ({"lo": 9, "hi": 8}, r"lo, hi: expected 0 <= lo <= hi <= 255, got 9, 8"),
+    ({"hardswish_scale": -1.0}, r"hardswish_scale: expected none or a normal positive"),
 ]
 EVERY_ERROR = [
     *(("int8_dwconv", GOOD | wrong, message) for wrong, message in WRONG),
@@ -106,5 +109,7 @@ def test_errors_on_every_device(op: str, wrong: dict[str, Any], message: str, de
 def test_tensors_on_different_devices(name: str) -> None:
     for op, good in (("int8_dwconv", GOOD), ("int8_pwconv", GOOD_DENSE)):
         on_gpu = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in good.items()}
-        with pytest.raises((ValueError, RuntimeError), match=f"{op}: {name} is on .*accepted"):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=f"{op}: {name}: expected the device of x, .*got"
+        ):
             getattr(OPS, op)(**on_gpu | {name: good[name]})

@@ -40,7 +40,7 @@ def test_backend_is_checked(tmp_path: Path) -> None:
     result = python("import vitkd_fast.functional", tmp_path, VITKD_FAST_BACKEND="nonsense")
     assert result.returncode == 1
     assert result.stderr.endswith(
-        "ValueError: VITKD_FAST_BACKEND='nonsense'; accepted are reference, triton and cuda\n"
+        "ValueError: VITKD_FAST_BACKEND: expected reference, triton or cuda, got 'nonsense'\n"
     )
 
 

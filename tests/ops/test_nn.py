@@ -251,7 +251,7 @@ BAD = {
         lambda: projection(prefix_tokens=1)(X, Q, K),
         "grid: expected rows and columns of 15 patches, got 3 x 3",
     ),
-    "batch": (lambda: projection()(X[:1], Q, K), r"q_s \[1, 3, 16, 8\] and q_t .* batch"),
+    "batch": (lambda: projection()(X[:1], Q, K), r"q_t: .* batch of q_s \[1, 3, 16, 8\]"),
     "projector's heads": (lambda: projector(heads=5), "heads: expected a divisor of .*, got 5"),
     "replace": (lambda: projector(replace=1.0), "replace: expected 0 <= replace < 1, got 1.0"),
     "groups": (

@@ -7,8 +7,8 @@ from vitkd_fast.functional import nst_loss
 
 X, T = draw(2, 5, 4, 4), draw(2, 7, 4, 4)
 BAD: dict[str, Bad] = {
-    "nst_batch": (lambda: nst_loss(X, T[:1]), ValueError, "differ in batch"),
-    "nst_form": (lambda: nst_loss(X, T[:, 0, 0]), ValueError, "f_t has shape [2, 4]; accepted"),
+    "nst_batch": (lambda: nst_loss(X, T[:1]), ValueError, "f_t: expected the batch of f_s"),
+    "nst_form": (lambda: nst_loss(X, T[:, 0, 0]), ValueError, "f_t: expected [batch, "),
 }  # fmt: skip
 
 

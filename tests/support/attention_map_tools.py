@@ -414,7 +414,7 @@ LAYOUTS: dict[str, Callable[[Callable[..., Tensor], int], Tensor]] = {  # [2, 3,
     "overlapping": lambda new, dim: new(2, 3, 16 + dim).unfold(2, dim, 1),
 }
 PATHS = [(FLOAT, "mean"), (FLOAT, "none"), (HALF, "mean"), (BFLOAT, "sum"), (DOUBLE, "mean")]
-DTYPES = "accepted are float32, float16, bfloat16 and float64"
+DTYPES = "expected float32, float16, bfloat16 or float64"
 
 
 def sized(*shape: int, **options: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from typing import Any
 
 import torch
@@ -57,27 +57,27 @@ def check_tensors(name: str, given: Mapping[str, Any]) -> None:
     for argument, x in given.items():
         if isinstance(x, Tensor):
             continue
-        what, accepted = f"a {type(x).__name__}", "one tensor"
+        expected, got = "one tensor", f"a {type(x).__name__}"
         if hasattr(x, "logits"):
-            accepted += ", such as its logits"
+            expected += ", such as its logits"
         elif isinstance(x, (list, tuple)):
-            what = f"an empty {type(x).__name__}" if not x else f"{what} of {len(x)}"
-            accepted += ", so that the loss is called for each pair"
+            expected += ", so that the loss is called for each pair"
+            got += f" of {len(x)}"
             if not x:
-                accepted += (
+                got += (
                     " (attentions of transformers' models are an empty tuple under sdpa; load the "
                     "model with attn_implementation='eager')"
                 )
-        raise TypeError(f"{name}: {argument} is {what}; accepted is {accepted}")
+        raise TypeError(f"{name}: {argument}: expected {expected}, got {got}")
 
 
 def check_numbers(name: str, given: Mapping[str, Any]) -> None:
-    """Options that are numbers: a tensor would lose its gradient, and wait for its device."""
+    """Options that are numbers: a tensor would lose its gradient, and synchronise its device."""
     for argument, x in given.items():
         if isinstance(x, Tensor):
             raise TypeError(
-                f"{name}: {argument} is a tensor; accepted is a number, as the loss has no "
-                "derivative there"
+                f"{name}: {argument}: expected a number, as the loss has no derivative there, got "
+                "a tensor"
             )
 
 
@@ -93,22 +93,23 @@ def check_derivatives(
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # a compiler does not see there that something requires grad
         raise RuntimeError(
-            f"{name}: torch.func inside torch.compile would give a derivative of 0; accepted are "
-            "backward() and torch.autograd.grad"
+            f"{name}: expected backward() or torch.autograd.grad, got torch.func inside "
+            "torch.compile, which would give a derivative of 0"
         )
     dual = forward_ad._current_level >= 0
     for argument, x in given.items():
         constant = argument in constants
         if constant and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{name}: {argument} requires grad; accepted are constants, as the loss has no "
-                "derivative there: detach it, or run the teacher under torch.no_grad()"
+                f"{name}: {argument}: expected a constant, as the loss has no derivative there, "
+                "got a tensor that requires grad: detach it, or run the teacher under "
+                "torch.no_grad()"
             )
         if dual and (constant or not forward_mode):
             if forward_ad.unpack_dual(x).tangent is not None:
                 raise RuntimeError(
-                    f"{name}: {argument} has a tangent; the loss has no derivative in forward mode "
-                    "there; accepted are backward() and torch.autograd.grad"
+                    f"{name}: {argument}: expected backward() or torch.autograd.grad, as the loss "
+                    "has no derivative in forward mode there, got a tangent"
                 )
 
 
@@ -125,17 +126,35 @@ def check_inputs(name: str, given: dict[str, Any], teacher: str) -> None:
     """The tensors by themselves; the first is the student's."""
     check_tensors(name, given)
     check_derivatives(name, given, {teacher})
+    check_floating(name, given)
+
+
+def check_floating(name: str, given: Mapping[str, Tensor]) -> None:
+    """Floating point, and all on one device."""
     first, student = next(iter(given.items()))
     for argument, x in given.items():
         if x.dtype not in FLOATING:
             raise TypeError(
-                f"{name}: {argument} is {x.dtype}; accepted are float32, float16, bfloat16 and "
-                "float64"
+                f"{name}: {argument}: expected float32, float16, bfloat16 or float64, got {x.dtype}"
             )
-        if x.device != student.device:
-            raise ValueError(f"{name}: {first} is on {student.device} and {argument} on {x.device}")
+        check_device(name, argument, x, first, student)
+
+
+def check_device(name: str, argument: str, x: Tensor, other: str, y: Tensor) -> None:
+    if x.device != y.device:
+        raise ValueError(
+            f"{name}: {argument}: expected the device of {other}, {y.device}, got {x.device}"
+        )
+
+
+def check_choice(name: str, argument: str, x: Any, choices: Collection[Any]) -> None:
+    if x not in choices:
+        *some, last = map(str, choices)
+        raise ValueError(f"{name}: {argument}: expected {', '.join(some)} or {last}, got {x!r}")
 
 
 def check_batch(name: str, f_s: Tensor, f_t: Tensor, s: str = "f_s", t: str = "f_t") -> None:
     if f_s.shape[0] != f_t.shape[0]:
-        raise ValueError(f"{name}: {s} {list(f_s.shape)} and {t} {list(f_t.shape)} differ in batch")
+        raise ValueError(
+            f"{name}: {t}: expected the batch of {s} {list(f_s.shape)}, got {list(f_t.shape)}"
+        )

@@ -18,14 +18,6 @@ TILE = 2**18  # numbers of a tile: 1 MB of float32, which stays in L2
 UNIT_EPS = 1e-12  # as torch.nn.functional.normalize
 
 
-def check_reduction(name: str, reduction: str, accepted: tuple[str, ...]) -> None:
-    if reduction not in accepted:
-        raise ValueError(
-            f"{name}: reduction is {reduction!r}; accepted are {', '.join(accepted[:-1])} and "
-            f"{accepted[-1]}"
-        )
-
-
 class Features(NamedTuple):
     """A feature map or tokens as [batch, channels, positions], in place."""
 
@@ -38,16 +30,19 @@ class Features(NamedTuple):
 
 
 def as_features(name: str, argument: str, x: Tensor) -> Features:
+    if x.dim() not in (3, 4):
+        raise ValueError(f"{name}: {argument}: expected {FORMS}, got {list(x.shape)}")
+    check_not_empty(name, argument, x)
     if x.dim() == 4:
-        if 0 in x.shape[1:]:
-            raise ValueError(f"{name}: {argument} {list(x.shape)} is empty beside its batch")
-        grid = (x.shape[2], x.shape[3])
-        return Features(x.flatten(2), grid)
-    if x.dim() != 3:
-        raise ValueError(f"{name}: {argument} has shape {list(x.shape)}; accepted are {FORMS}")
-    if 0 in x.shape[1:]:
-        raise ValueError(f"{name}: {argument} {list(x.shape)} is empty beside its batch")
+        return Features(x.flatten(2), (x.shape[2], x.shape[3]))
     return Features(x.mT, None)
+
+
+def check_not_empty(name: str, argument: str, x: Tensor) -> None:
+    if 0 in x.shape[1:]:
+        raise ValueError(
+            f"{name}: {argument}: expected no empty dimension but the batch, got {list(x.shape)}"
+        )
 
 
 def grid_of_teacher(
@@ -57,19 +52,22 @@ def grid_of_teacher(
     """The grid of the teacher's positions; None where it is the student's."""
     if given is not None:
         if grid is not None and tuple(given) != grid:
-            raise ValueError(f"{name}: teacher_grid is {tuple(given)}, and f_t has {grid}")
+            raise ValueError(
+                f"{name}: teacher_grid: expected that of f_t, {grid}, got {tuple(given)}"
+            )
         if given[0] * given[1] != positions:
             raise ValueError(
-                f"{name}: teacher_grid is {tuple(given)}, and f_t has {positions} positions"
+                f"{name}: teacher_grid: expected one of the {positions} positions of f_t, got "
+                f"{tuple(given)}"
             )
         grid = (given[0], given[1])
     if grid is None and positions != student.positions:
         side = math.isqrt(positions)
         if side * side != positions:
             raise ValueError(
-                f"{name}: f_t has {positions} positions, which are neither the student's "
-                f"{student.positions} nor a square grid (CLS and registers are to be sliced off); "
-                "accepted is teacher_grid=(height, width)"
+                f"{name}: f_t: expected the {student.positions} positions of f_s, a square grid or "
+                f"teacher_grid=(height, width), got {positions} positions (CLS and register tokens "
+                "are to be sliced off)"
             )
         grid = (side, side)
     if grid is None or grid == student.grid:
@@ -80,8 +78,8 @@ def grid_of_teacher(
         side = math.isqrt(student.positions)
         if side * side != student.positions:
             raise ValueError(
-                f"{name}: f_s has {student.positions} tokens and f_t {positions}; accepted are as "
-                "many, or a square grid"
+                f"{name}: f_s: expected the {positions} positions of f_t or a square grid, got "
+                f"{student.positions} tokens"
             )
     return grid
 
@@ -146,7 +144,7 @@ class _InForward(torch.autograd.Function):
         ctx.form, ctx.constants, ctx.needed = form, constants, needed
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.compiled = torch.compiler.is_compiling()
-        if ctx.compiled:  # which wants saved tensors, and nothing that works in place
+        if ctx.compiled:  # saved tensors alone, and no in-place operation
             ctx.save_for_backward(*grads)
         else:
             ctx.save_for_backward(*inputs)
@@ -179,7 +177,7 @@ def _beside(grad_loss: Tensor, grad: Tensor) -> Tensor:
 
 
 def empty_grad(x: Tensor, needed: bool, dtype: torch.dtype) -> Tensor | None:
-    """In x's layout. Float16 waits for the loss scale in float32, and all for a float64 one."""
+    """In x's layout. Float16 is kept in float32 until the loss scale is applied."""
     if not needed:
         return None
     narrow = x.dtype is torch.bfloat16 and dtype is torch.float32

@@ -11,6 +11,7 @@ from torch import Tensor
 from ._common import (
     REDUCTIONS,
     check_batch,
+    check_choice,
     check_inputs,
     check_numbers,
     differentiable_once,
@@ -21,7 +22,7 @@ from ._features import (
     FORMS,
     UNIT_EPS,
     as_features,
-    check_reduction,
+    check_not_empty,
     grid_of_teacher,
     resized,
     samples_per_tile,
@@ -134,27 +135,25 @@ def at_loss(
         0; a map of zeros stays one.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher
+        ValueError, TypeError: naming the argument, what was expected and what was given; a teacher
             that requires grad.
         RuntimeError: a second derivative, or one in forward mode.
     """
     name = "at_loss"
     check_inputs(name, {"f_s": f_s, "f_t": f_t}, "f_t")
-    check_reduction(name, reduction, tuple(REDUCTIONS))
+    check_choice(name, "reduction", reduction, REDUCTIONS)
     check_numbers(name, {"p": p})
     if not p >= 1:
-        raise ValueError(f"{name}: p is {p}; accepted are numbers >= 1")
+        raise ValueError(f"{name}: p: expected a number >= 1, got {p}")
     student = as_features(name, "f_s", f_s)
     dtype = wide_dtype(f_s, f_t)
     if f_t.dim() == 2:
-        if f_t.shape[1] == 0:
-            raise ValueError(f"{name}: f_t {list(f_t.shape)} is empty beside its batch")
+        check_not_empty(name, "f_t", f_t)
         positions, grid, q_t = f_t.shape[1], None, f_t.to(dtype)
     else:
         if f_t.dim() not in (3, 4):
             raise ValueError(
-                f"{name}: f_t has shape {list(f_t.shape)}; accepted are {FORMS}, or a map "
-                "[batch, tokens]"
+                f"{name}: f_t: expected {FORMS}, or a map [batch, tokens], got {list(f_t.shape)}"
             )
         teacher = as_features(name, "f_t", f_t)
         positions, grid = teacher.positions, teacher.grid

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from .. import reference
 from ._common import (
-    FLOATING,
     REDUCTIONS,
+    check_choice,
     check_derivatives,
+    check_device,
+    check_floating,
     check_numbers,
     check_tensors,
     differentiable_once,
@@ -86,22 +88,16 @@ def check_maps(name: str, given: dict[str, Tensor]) -> None:
     """Each argument by itself; the first is a student's."""
     wide = any(x.dtype == torch.float64 for x in given.values())
     check_derivatives(name, given, {"q_t", "k_t", "x_t"}, forward_mode=wide)
-    first, student = next(iter(given.items()))
+    check_floating(name, given)
     for argument, x in given.items():
-        if x.dtype not in FLOATING:
-            raise TypeError(
-                f"{name}: {argument} is {x.dtype}; accepted are float32, float16, bfloat16 and "
-                "float64"
-            )
         if x.dim() != 4:
             raise ValueError(
-                f"{name}: {argument} has shape {list(x.shape)}; accepted is "
-                "[batch, heads, tokens, dim]"
+                f"{name}: {argument}: expected [batch, heads, tokens, dim], got {list(x.shape)}"
             )
-        if x.device != student.device:
-            raise ValueError(f"{name}: {first} is on {student.device} and {argument} on {x.device}")
         if (x.shape[2] == 0 and argument[0] != "q") or x.shape[3] == 0:
-            raise ValueError(f"{name}: {argument} {list(x.shape)} is empty")
+            raise ValueError(
+                f"{name}: {argument}: expected 1 token and 1 dim at least, got {list(x.shape)}"
+            )
 
 
 def _check_pairs(name: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> None:
@@ -118,10 +114,10 @@ def _check_pairs(name: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) 
         for dim, what in dims.items():
             if x.shape[dim] != y.shape[dim]:
                 raise ValueError(
-                    f"{name}: {a} {list(x.shape)} and {b} {list(y.shape)} differ in {what}"
+                    f"{name}: {b}: expected the {what} of {a} {list(x.shape)}, got {list(y.shape)}"
                 )
         if 3 in dims and x.dtype != y.dtype:
-            raise TypeError(f"{name}: {a} is {x.dtype} and {b} {y.dtype}; accepted is one dtype")
+            raise TypeError(f"{name}: {b}: expected the dtype of {a}, {x.dtype}, got {y.dtype}")
 
 
 def attention_map_loss(
@@ -149,7 +145,7 @@ def attention_map_loss(
     Args:
         q_s: the student's queries, [batch, heads, tokens, dim], float32, float16, bfloat16 or
             float64. Their gradient has their dtype; arithmetic is float32 (float64 for float64,
-            which is served by the naive form).
+            computed by the unfused reference).
         k_s: the student's keys, [batch, heads, keys, dim], usually as many as queries.
         q_t: the teacher's queries; their dim may be another than the student's.
         k_t: the teacher's keys.
@@ -168,7 +164,7 @@ def attention_map_loss(
         empty batch gives 0. A row that the mask leaves without keys gives 0 on the GPU.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher
+        ValueError, TypeError: naming the argument, what was expected and what was given; a teacher
             that requires grad.
         RuntimeError: a row that the mask leaves without keys, on the CPU; a second derivative, or
             one in forward mode.
@@ -202,30 +198,25 @@ def loss_of_maps(
     check_numbers(name, {"scale_s": scale_s, "scale_t": scale_t, "temperature": temperature})
     if key_mask is not None:
         check_tensors(name, {"key_mask": key_mask})
-    if kind not in _KINDS:
-        raise ValueError(f"{name}: kind is {kind!r}; accepted are {', '.join(_KINDS)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction is {reduction!r}; accepted are mean, sum and none")
+    check_choice(name, "kind", kind, _KINDS)
+    check_choice(name, "reduction", reduction, REDUCTIONS)
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"{name}: temperature is {temperature}; accepted are numbers > 0")
+        raise ValueError(f"{name}: temperature: expected a number > 0, got {temperature}")
     if key_mask is not None:
         shape = [k_s.shape[0], k_s.shape[2]]
         if key_mask.dtype != torch.bool or list(key_mask.shape) != shape:
             raise ValueError(
-                f"{name}: key_mask is {key_mask.dtype} {list(key_mask.shape)}; accepted is "
-                f"torch.bool, one per key, {shape}"
+                f"{name}: key_mask: expected torch.bool, one per key, {shape}, got "
+                f"{key_mask.dtype} {list(key_mask.shape)}"
             )
-        if key_mask.device != q_s.device:
-            raise ValueError(
-                f"{name}: the student is on {q_s.device} and key_mask on {key_mask.device}"
-            )
+        check_device(name, "key_mask", key_mask, "the student", q_s)
     scale_s = q_s.shape[3] ** -0.5 if scale_s is None else scale_s
     scale_t = q_t.shape[3] ** -0.5 if scale_t is None else scale_t
     options = reference.AttentionMapOptions(
         scale_s, scale_t, temperature, _KINDS[kind], REDUCTIONS[reduction], key_mask,
         q_s.is_cuda and _tf32(),
     )  # fmt: skip
-    # a compiler wants no argument twice
+    # torch.compile allows no argument twice
     k_s = k_s.view_as(k_s) if k_s is q_s else k_s
     k_t = k_t.view_as(k_t) if k_t is q_t else k_t
     if torch.float64 in (q_s.dtype, q_t.dtype):
@@ -235,8 +226,8 @@ def loss_of_maps(
         return reference.attention_map_fwd(q_s, k_s, q_t, k_t, *options)[0]
     if not ((q_s.requires_grad or k_s.requires_grad) and torch.is_grad_enabled()):
         return _fwd(q_s, k_s, q_t, k_t, *options)[0]
-    # float16 waits for the incoming gradient: the loss scale must come before the rounding.
-    # a compiled graph keeps its inputs anyway, and wants no operation that works in place
+    # float16: the incoming gradient, with its loss scale, is applied before the rounding.
+    # a compiled graph keeps its inputs anyway, and allows no in-place operation
     late = q_s.dtype is torch.float16 or reduction == "none" or torch.compiler.is_compiling()
     if late:
         return _InBackward.apply(q_s, k_s, q_t, k_t, *options)

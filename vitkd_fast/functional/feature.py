@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import check_batch, check_inputs, check_numbers, exactly, wide_dtype
+from ._common import check_batch, check_choice, check_inputs, check_numbers, exactly, wide_dtype
 from ._features import (
     as_features,
-    check_reduction,
     empty_grad,
     formed_in_forward,
     grid_of_teacher,
@@ -152,7 +151,7 @@ def feature_loss(
         The loss, 0-dim, float32 (float64 for float64). An empty batch gives 0.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher
+        ValueError, TypeError: naming the argument, what was expected and what was given; a teacher
             that requires grad.
         RuntimeError: a second derivative, or one in forward mode.
     """
@@ -161,34 +160,29 @@ def feature_loss(
     given |= {} if bias is None else {"bias": bias}
     check_inputs(name, given, "f_t")
     check_numbers(name, {"beta": beta})
-    check_reduction(name, reduction, ("mean", "sum"))
-    if kind not in _KINDS:
-        raise ValueError(f"{name}: kind is {kind!r}; accepted are {', '.join(_KINDS)}")
+    check_choice(name, "reduction", reduction, ("mean", "sum"))
+    check_choice(name, "kind", kind, _KINDS)
+    check_choice(name, "normalize_teacher", normalize_teacher, _NORMALIZE)
     if not beta >= 0:
-        raise ValueError(f"{name}: beta is {beta}; accepted are numbers >= 0")
-    if normalize_teacher not in _NORMALIZE:
-        raise ValueError(
-            f"{name}: normalize_teacher is {normalize_teacher!r}; accepted are None, 'layer_norm' "
-            "and 'l2'"
-        )
+        raise ValueError(f"{name}: beta: expected a number >= 0, got {beta}")
     student, teacher = as_features(name, "f_s", f_s), as_features(name, "f_t", f_t)
     check_batch(name, f_s, f_t)
     wanted = [teacher.x.shape[1], student.x.shape[1]]
     if weight is None:
         if bias is not None:
-            raise ValueError(f"{name}: bias {list(bias.shape)} is given without weight")
+            raise ValueError(f"{name}: bias: expected a weight beside it, got {list(bias.shape)}")
         if wanted[0] != wanted[1]:
             raise ValueError(
-                f"{name}: f_s {list(f_s.shape)} and f_t {list(f_t.shape)} differ in channels; "
-                f"accepted is a weight {wanted}"
+                f"{name}: f_t: expected the channels of f_s {list(f_s.shape)}, or a weight "
+                f"{wanted} beside it, got {list(f_t.shape)}"
             )
     elif list(weight.shape) not in (wanted, [*wanted, 1, 1]):
         raise ValueError(
-            f"{name}: weight has shape {list(weight.shape)}; accepted for f_s {list(f_s.shape)} "
-            f"and f_t {list(f_t.shape)} are {wanted} and {[*wanted, 1, 1]}"
+            f"{name}: weight: expected {wanted} or {[*wanted, 1, 1]} for f_s {list(f_s.shape)} and "
+            f"f_t {list(f_t.shape)}, got {list(weight.shape)}"
         )
     elif bias is not None and list(bias.shape) != wanted[:1]:
-        raise ValueError(f"{name}: bias has shape {list(bias.shape)}; accepted is {wanted[:1]}")
+        raise ValueError(f"{name}: bias: expected {wanted[:1]}, got {list(bias.shape)}")
     new = grid_of_teacher(name, teacher.positions, teacher.grid, teacher_grid, student)
     dtype = wide_dtype(*given.values())
     x_s = student.x if new is None else resized(student.x.to(dtype), student.grid, new)

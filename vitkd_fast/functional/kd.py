@@ -9,9 +9,11 @@ from torch import Tensor
 
 from .. import reference
 from ._common import (
-    FLOATING,
     REDUCTIONS,
+    check_choice,
     check_derivatives,
+    check_device,
+    check_floating,
     check_numbers,
     check_tensors,
     differentiable_once,
@@ -76,26 +78,24 @@ def _per_row(name: str, x: Tensor, student: Tensor, rows: torch.Size, dtype: tor
     """A 0-dim or rows-shaped tensor argument, in the accumulation type."""
     if x.dim() != 0 and x.shape != rows:
         raise ValueError(
-            f"kd_loss: {name} has shape {list(x.shape)}; accepted are a number, a 0-dim tensor or "
-            f"one number per row, {list(rows)}"
+            f"kd_loss: {name}: expected a number, a 0-dim tensor or one number per row, "
+            f"{list(rows)}, got {list(x.shape)}"
         )
-    if x.device != student.device:
-        raise ValueError(f"kd_loss: {name} is on {x.device} and student on {student.device}")
+    check_device("kd_loss", name, x, "student", student)
     check_derivatives("kd_loss", {name: x}, {name})
     return x.to(dtype)
 
 
 def _check_labels(name: str, x: Any, student: Tensor, rows: torch.Size) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"kd_loss: {name} is a {type(x).__name__}; accepted are {_LABEL_FORMS}")
+        raise TypeError(f"kd_loss: {name}: expected {_LABEL_FORMS}, got a {type(x).__name__}")
     if x.dtype != torch.int64 or x.shape != rows:
-        dense = " (dense soft labels are not accepted)" if x.is_floating_point() else ""
+        dense = " (dense soft labels are not supported)" if x.is_floating_point() else ""
         raise ValueError(
-            f"kd_loss: {name} is {x.dtype} {list(x.shape)}{dense}; accepted are {_LABEL_FORMS}, of "
-            f"the rows' shape {list(rows)}"
+            f"kd_loss: {name}: expected {_LABEL_FORMS}, of the rows' shape {list(rows)}, got "
+            f"{x.dtype} {list(x.shape)}{dense}"
         )
-    if x.device != student.device:
-        raise ValueError(f"kd_loss: {name} is on {x.device} and student on {student.device}")
+    check_device("kd_loss", name, x, "student", student)
 
 
 def _row_options(
@@ -113,26 +113,26 @@ def _row_options(
         temperature_rows = _per_row("temperature", temperature, student, rows, wide)
         temperature = 1.0
     elif not temperature > 0:
-        raise ValueError(f"kd_loss: temperature is {temperature}; accepted are numbers > 0")
+        raise ValueError(f"kd_loss: temperature: expected a number > 0, got {temperature}")
     if isinstance(labels, (tuple, list)):
         if len(labels) != 3:
             raise ValueError(
-                f"kd_loss: labels is a {type(labels).__name__} of {len(labels)}; accepted are "
-                f"{_LABEL_FORMS}"
+                f"kd_loss: labels: expected {_LABEL_FORMS}, got a {type(labels).__name__} of "
+                f"{len(labels)}"
             )
         labels, labels_b, lam = labels
         _check_labels("labels_b", labels_b, student, rows)
         if isinstance(lam, Tensor):
             lam_rows, lam = _per_row("lam", lam, student, rows, wide), 1.0
         elif not 0 <= lam <= 1:
-            raise ValueError(f"kd_loss: lam is {lam}; accepted are 0 to 1")
+            raise ValueError(f"kd_loss: lam: expected 0 to 1, got {lam}")
     if labels is not None:
         _check_labels("labels", labels, student, rows)
     if row_weights is not None:
         if row_weights.shape != rows:
             raise ValueError(
-                f"kd_loss: row_weights has shape {list(row_weights.shape)}; accepted is one "
-                f"number per row, {list(rows)}"
+                f"kd_loss: row_weights: expected one number per row, {list(rows)}, got "
+                f"{list(row_weights.shape)}"
             )
         row_weights = _per_row("row_weights", row_weights, student, rows, wide)
     return {
@@ -190,50 +190,44 @@ def kd_loss(
         teacher is finite.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher,
+        ValueError, TypeError: naming the argument, what was expected and what was given; a teacher,
             a temperature or a weight that requires grad; one class.
         RuntimeError: a label out of range or a temperature <= 0 inside a tensor, on the CPU; a
             second derivative, or one in forward mode.
     """
-    check_tensors("kd_loss", {"student": student, "teacher": teacher})
+    given = {"student": student, "teacher": teacher}
+    check_tensors("kd_loss", given)
     numbers = {"kd_weight": kd_weight, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
     check_numbers("kd_loss", numbers)
-    check_derivatives("kd_loss", {"student": student, "teacher": teacher}, {"teacher"})
+    check_derivatives("kd_loss", given, {"teacher"})
+    check_floating("kd_loss", given)
     shape, dtype = student.shape, student.dtype
-    if dtype not in FLOATING or teacher.dtype not in FLOATING:
-        name, x = ("teacher", teacher) if dtype in FLOATING else ("student", student)
-        raise TypeError(
-            f"kd_loss: {name} is {x.dtype}; accepted are float32, float16, bfloat16 and float64"
-        )
     dim = len(shape)
     if not -dim <= class_dim < dim:
         raise ValueError(
-            f"kd_loss: class_dim is {class_dim}, out of range for student {list(shape)}; accepted "
-            f"are {-dim} to {dim - 1}"
+            f"kd_loss: class_dim: expected {-dim} to {dim - 1} for student {list(shape)}, got "
+            f"{class_dim}"
         )
     class_dim %= dim
     if teacher.shape != shape:
         classes = class_dim < teacher.dim() and teacher.shape[class_dim] != shape[class_dim]
         raise ValueError(
-            f"kd_loss: student {list(shape)} and teacher {list(teacher.shape)} differ in "
-            f"{'classes' if classes else 'shape'}"
+            f"kd_loss: teacher: expected the {'classes' if classes else 'shape'} of student "
+            f"{list(shape)}, got {list(teacher.shape)}"
         )
     if shape[class_dim] < 2:
-        if shape[class_dim] == 0:
-            raise ValueError(f"kd_loss: student {list(shape)} has no classes")
         raise ValueError(
-            f"kd_loss: student {list(shape)} has one class, whose softmax is always 1; accepted "
-            "are 2 or more. For a binary head of one logit use torch.nn.functional."
+            f"kd_loss: student: expected 2 classes or more, got {list(shape)}. The softmax of one "
+            "class is always 1: for a binary head of one logit use torch.nn.functional."
             "binary_cross_entropy_with_logits(student, teacher.sigmoid())"
         )
-    if teacher.device != student.device:
-        raise ValueError(f"kd_loss: student is on {student.device} and teacher on {teacher.device}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"kd_loss: reduction is {reduction!r}; accepted are mean, sum and none")
+    check_choice("kd_loss", "reduction", reduction, REDUCTIONS)
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"kd_loss: label_smoothing is {label_smoothing}; accepted are 0 to 1")
+        raise ValueError(f"kd_loss: label_smoothing: expected 0 to 1, got {label_smoothing}")
     if ce_weight != 0 and labels is None:
-        raise ValueError(f"kd_loss: ce_weight is {ce_weight}, which needs labels: {_LABEL_FORMS}")
+        raise ValueError(
+            f"kd_loss: labels: expected {_LABEL_FORMS}, as ce_weight is {ce_weight}, got None"
+        )
     if dtype is not teacher.dtype and torch.float64 in (dtype, teacher.dtype):
         student, teacher = student.double(), teacher.double()
 
@@ -242,15 +236,15 @@ def kd_loss(
         rows = shape[:class_dim] + shape[class_dim + 1 :]
         by_row = _row_options(student, rows, labels, row_weights, temperature)
     elif not temperature > 0:
-        raise ValueError(f"kd_loss: temperature is {temperature}; accepted are numbers > 0")
+        raise ValueError(f"kd_loss: temperature: expected a number > 0, got {temperature}")
     options = reference.KDOptions(
         kd_weight=kd_weight, class_dim=class_dim, reduction=REDUCTIONS[reduction],
         ce_weight=ce_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, **by_row,
     )  # fmt: skip
     if not (student.requires_grad and torch.is_grad_enabled()):
         return _kd_fwd(student, teacher, *options)[0]
-    # float16 waits for the incoming gradient: the loss scale must come before the rounding.
-    # a compiled graph keeps its inputs anyway, and wants no operation that works in place
+    # float16: the incoming gradient, with its loss scale, is applied before the rounding.
+    # a compiled graph keeps its inputs anyway, and allows no in-place operation
     if dtype is torch.float16 or reduction == "none" or torch.compiler.is_compiling():
         return _KDInBackward.apply(student, teacher, *options)
     return _KDInForward.apply(student, teacher, options)

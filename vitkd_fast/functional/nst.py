@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import REDUCTIONS, check_batch, check_inputs, exactly, wide_dtype
+from ._common import REDUCTIONS, check_batch, check_choice, check_inputs, exactly, wide_dtype
 from ._features import (
     UNIT_EPS,
     as_features,
-    check_reduction,
     empty_grad,
     formed_in_forward,
     grid_of_teacher,
@@ -86,13 +85,13 @@ def nst_loss(
         0; a channel of zeros stays one.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher
+        ValueError, TypeError: naming the argument, what was expected and what was given; a teacher
             that requires grad.
         RuntimeError: a second derivative, or one in forward mode.
     """
     name = "nst_loss"
     check_inputs(name, {"f_s": f_s, "f_t": f_t}, "f_t")
-    check_reduction(name, reduction, tuple(REDUCTIONS))
+    check_choice(name, "reduction", reduction, REDUCTIONS)
     student, teacher = as_features(name, "f_s", f_s), as_features(name, "f_t", f_t)
     check_batch(name, f_s, f_t)
     new = grid_of_teacher(name, teacher.positions, teacher.grid, teacher_grid, student)

@@ -41,8 +41,8 @@ def relation_loss(
     for argument, x in (("x_s", x_s), ("x_t", x_t)):
         if x.dim() not in (3, 4) or x.dim() != x_s.dim():
             raise ValueError(
-                f"{name}: {argument} has shape {list(x.shape)}; accepted are, for both, "
-                "[batch, heads, tokens, dim] or [batch, tokens, dim]"
+                f"{name}: {argument}: expected [batch, heads, tokens, dim] or [batch, tokens, dim] "
+                f"for both, got {list(x.shape)}"
             )
     if x_s.shape[:-1] != x_t.shape[:-1]:
         names = ("batch", "heads", "tokens") if x_s.dim() == 4 else ("batch", "tokens")
@@ -50,7 +50,7 @@ def relation_loss(
             n for n, a, b in zip(names, x_s.shape, x_t.shape, strict=False) if a != b
         )  # fmt: skip
         raise ValueError(
-            f"{name}: x_s {list(x_s.shape)} and x_t {list(x_t.shape)} differ in {what}"
+            f"{name}: x_t: expected the {what} of x_s {list(x_s.shape)}, got {list(x_t.shape)}"
         )
     one_head = x_s.dim() == 3
     if one_head:

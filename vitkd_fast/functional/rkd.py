@@ -75,7 +75,7 @@ def rkd_loss(
     embeddings, over their mean mu, and the cosines of the angles of all triplets. Both are taken
     from Gram matrices, cos_ijk = (G_jk - G_ij - G_ik + G_ii) / (d_ij d_ik): memory is a few
     [batch, batch] in place of [batch, batch, dim] and [batch, batch, batch]. Means are over
-    batch^2 and batch^3, as in the public code. The teacher is a constant: one that requires
+    batch^2 and batch^3, as in the authors' code. The teacher is a constant: one that requires
     grad is an error, unless under torch.no_grad(); it may be an inference-mode tensor. The loss is
     differentiable once, in reverse mode.
 
@@ -84,7 +84,7 @@ def rkd_loss(
             gradient has their dtype; arithmetic is float32 (float64 where either is float64).
         x_t: the teacher's, [batch, dim_t].
         distance_weight: w_d; 0 switches the term off. The defaults are those of the paper for
-            classification and of the public code; for metric learning, 1 and 2.
+            classification and of the authors' code; for metric learning, 1 and 2.
         angle_weight: w_a.
 
     Returns:
@@ -94,7 +94,7 @@ def rkd_loss(
         tell from it. One embedding, and an empty batch, give 0.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted; a teacher
+        ValueError, TypeError: naming the argument, what was expected and what was given; a teacher
             that requires grad.
         RuntimeError: a second derivative, or one in forward mode.
     """
@@ -104,8 +104,6 @@ def rkd_loss(
     check_numbers(name, {"distance_weight": distance_weight, "angle_weight": angle_weight})
     for argument, x in given.items():
         if x.dim() != 2 or x.shape[1] == 0:
-            raise ValueError(
-                f"{name}: {argument} has shape {list(x.shape)}; accepted is [batch, dim]"
-            )
+            raise ValueError(f"{name}: {argument}: expected [batch, dim], got {list(x.shape)}")
     check_batch(name, x_s, x_t, "x_s", "x_t")
     return _RKD.apply(x_s, x_t, distance_weight, angle_weight)

@@ -1,7 +1,7 @@
-"""The naive maths of every operation: the specification, and the backend of last resort.
+"""Every operation in plain PyTorch: the specification, and the fallback backend.
 
 Each function has the signature of the operation of its name in `_ops.py`. Arithmetic is float32
-(float64 for float64), materialises what it likes, and never synchronises with a device.
+(float64 for float64); intermediates are materialised; nothing synchronises with a device.
 """
 
 from .at import at_loss as at_loss

@@ -1,4 +1,4 @@
-"""at_loss, as it is usually written: everything is materialised, autograd differentiates it."""
+"""at_loss, the unfused PyTorch implementation, differentiated by autograd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""feature_loss, as it is usually written: everything is materialised, autograd differentiates it.
+"""feature_loss, the unfused PyTorch implementation, differentiated by autograd.
 
 Both sides are tokens [batch, tokens, channels]; callers permute maps.
 """

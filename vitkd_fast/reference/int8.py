@@ -106,7 +106,7 @@ def int8_dwconv_shape(
     """[N, H', W', C] of the result; H' = floor((H + top + bottom - kh) / stride) + 1.
 
     Raises:
-        ValueError: an argument's dtype, shape, device or value is none of those accepted.
+        ValueError: an argument's dtype, shape, device or value is not as expected.
     """
     name = "int8_dwconv"
     _expect(name, "x", x, torch.uint8, "N, H, W, C")
@@ -114,8 +114,8 @@ def int8_dwconv_shape(
     _expect_channels(name, x, weight, -1, bias, multiplier)
     _expect_range(name, y_zero_point, lo, hi, hardswish_scale)
     _expect_within(name, "x_zero_point", [x_zero_point], 0, 255)
-    _expect_within(name, "the map of x", x.shape[1:3], 1, 2**30)
-    _expect_within(name, "the kernel of weight", weight.shape[:2], 1, 31)
+    _expect_within(name, "map of x", x.shape[1:3], 1, 2**30)
+    _expect_within(name, "kernel of weight", weight.shape[:2], 1, 31)
     _expect_within(name, "stride", stride, 1, 65535)
     _expect_within(name, "padding", padding, 0, 65535)
     top, bottom, left, right = padding
@@ -123,8 +123,8 @@ def int8_dwconv_shape(
     columns = x.shape[2] + left + right - weight.shape[1]
     if rows < 0 or columns < 0:
         raise ValueError(
-            f"{name}: x {_shape(x)} with padding {list(padding)} is smaller than the kernel of "
-            f"weight {_shape(weight)}"
+            f"{name}: x: expected at least the kernel of weight {_shape(weight)}, got {_shape(x)} "
+            f"with padding {list(padding)}"
         )
     return [x.shape[0], rows // stride[0] + 1, columns // stride[1] + 1, x.shape[3]]
 
@@ -142,7 +142,7 @@ def int8_pwconv_shape(
     """[..., C_out] of the result.
 
     Raises:
-        ValueError: an argument's dtype, shape, device or value is none of those accepted.
+        ValueError: an argument's dtype, shape, device or value is not as expected.
     """
     name = "int8_pwconv"
     _expect(name, "x", x, torch.uint8, "..., C_in")
@@ -160,8 +160,8 @@ def _expect(name: str, argument: str, x: Tensor, dtype: torch.dtype, form: str) 
     rank = form.count(",") + 1
     if x.dtype != dtype or (x.dim() < 1 if form.startswith("...") else x.dim() != rank):
         raise ValueError(
-            f"{name}: {argument} is {str(x.dtype)[6:]} {_shape(x)}; "
-            f"accepted: {str(dtype)[6:]} [{form}]"
+            f"{name}: {argument}: expected {str(dtype)[6:]} [{form}], got "
+            f"{str(x.dtype)[6:]} {_shape(x)}"
         )
 
 
@@ -171,33 +171,35 @@ def _expect_channels(
     _expect(name, "bias", bias, torch.int32, "C")
     _expect(name, "multiplier", multiplier, torch.float32, "C")
     if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"{name}: x {_shape(x)} and weight {_shape(weight)} differ in channels")
+        raise ValueError(
+            f"{name}: weight: expected the channels of x {_shape(x)}, got {_shape(weight)}"
+        )
     if 0 in weight.shape:
-        raise ValueError(f"{name}: weight {_shape(weight)} is empty; accepted: at least 1 of each")
+        raise ValueError(f"{name}: weight: expected no empty dimension, got {_shape(weight)}")
     for argument, per_channel in (("bias", bias), ("multiplier", multiplier)):
         if per_channel.shape[0] != weight.shape[out_dim]:
             raise ValueError(
-                f"{name}: {argument} {_shape(per_channel)} and weight {_shape(weight)} differ in "
-                "channels"
+                f"{name}: {argument}: expected the channels of weight {_shape(weight)}, got "
+                f"{_shape(per_channel)}"
             )
     for argument, other in (("weight", weight), ("bias", bias), ("multiplier", multiplier)):
         if other.device != x.device:
             raise ValueError(
-                f"{name}: {argument} is on {other.device}; accepted: {x.device}, as x is"
+                f"{name}: {argument}: expected the device of x, {x.device}, got {other.device}"
             )
 
 
 def _expect_range(name: str, y_zero_point: int, lo: int, hi: int, k: float | None) -> None:
     _expect_within(name, "y_zero_point", [y_zero_point], 0, 255)
     if not 0 <= lo <= hi <= 255:
-        raise ValueError(f"{name}: lo is {lo} and hi is {hi}; accepted: 0 <= lo <= hi <= 255")
+        raise ValueError(f"{name}: lo, hi: expected 0 <= lo <= hi <= 255, got {lo}, {hi}")
     if k is not None and not 1.17549435e-38 <= k <= 3.4028234e38:
         raise ValueError(
-            f"{name}: hardswish_scale is {k}; accepted: none, or a normal positive float32 number"
+            f"{name}: hardswish_scale: expected none or a normal positive float32 number, got {k}"
         )
 
 
 def _expect_within(name: str, what: str, values: Sequence[int], low: int, high: int) -> None:
     if not all(low <= value <= high for value in values):
         given = values[0] if len(values) == 1 else list(values)
-        raise ValueError(f"{name}: {what} is {given}; accepted: {low} to {high}")
+        raise ValueError(f"{name}: {what}: expected {low} to {high}, got {given}")

@@ -1,4 +1,4 @@
-"""nst_loss, as it is usually written: everything is materialised, autograd differentiates it."""
+"""nst_loss, the unfused PyTorch implementation, differentiated by autograd."""
 
 from __future__ import annotations
 

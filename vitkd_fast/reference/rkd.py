@@ -1,4 +1,4 @@
-"""rkd_loss, as it is usually written, where autograd differentiates it, and its operation."""
+"""rkd_loss, the unfused PyTorch implementation differentiated by autograd, and its operation."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def rkd_fwd_grad(
     so that memory is batch^2. Pairs with d2 < 8 eps (G_ii + G_jj) count as identical.
 
     Args:
-        gram_s: [batch, batch], symmetric, float32 or float64. Of embeddings that are centred, lest
-            their mean's square swamp the distances.
+        gram_s: [batch, batch], symmetric, float32 or float64. Embeddings are centred first: the
+            square of their mean would swamp the distances.
         gram_t: the teacher's, in the same dtype.
     """
     n = gram_s.shape[0]
