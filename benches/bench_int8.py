@@ -49,6 +49,8 @@ CASES = [
         (8, 1, "", ""),
         (1, 2, "", ""),
         (1, 1, "avx2", ", AVX2"),
+        (1, 1, "avxvnni", ", AVX-VNNI"),
+        (1, 1, "avx512vnni", ", AVX-512 VNNI"),
     )
 ]
 NORMALISED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}  # as int8_peers.Pixels
@@ -136,7 +138,7 @@ def bench_call(race, benchmark, capsys, tmp_path, model, batch, threads, limit):
     net, graph = network(model), ours(model).graph
     images = np.ascontiguousarray(net.images[:batch])
     ours(model).save(path := tmp_path / "ours.safetensors")
-    # oneDNN alone can be held to an instruction set, and AVX2 has no bf16
+    # oneDNN alone can be held to an instruction set, and none of these has bf16
     names = [
         name
         for name, peer in PEERS.items()

@@ -24,7 +24,11 @@ from int8_peers import PEERS, Pixels
 
 Array = np.ndarray
 # by what every contender is held to; ONNX Runtime and LiteRT know no such limit
-LIMITS = {"avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "VITKD_FAST_ISA": "avx2"}}
+LIMITS = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "VITKD_FAST_ISA": "avx2"},
+    "avxvnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "VITKD_FAST_ISA": "avxvnni"},
+    "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "VITKD_FAST_ISA": "avx512vnni"},
+}
 
 
 class Contender:

@@ -1,7 +1,7 @@
 // The CPU's instruction sets, and the one that the kernels use (torch-free: compiled into both
 // extensions). A kernel is written once per instruction set and the pick is made at run time, so
-// that a wheel built anywhere runs everywhere. VITKD_FAST_ISA names another, scalar, avx2,
-// avxvnni, avx512, avx512vnni or amx,, which is how every path is tested on one machine.
+// that a wheel built anywhere runs everywhere. VITKD_FAST_ISA names another (scalar, avx2,
+// avxvnni, avx512, avx512vnni, amx), which is how every path is tested on one machine.
 
 #pragma once
 

@@ -163,8 +163,11 @@ def test_profile(graph: Graph, images: Array) -> None:
 _KERNELS = {
     "scalar": ["gemm 1x16", *["depthwise 1x1x16"] * 4, *["gemm 1x16"] * 2, "depthwise 1x1x16",
                "gemm 1x16", "pool", "gemm 1x16"],
-    "avx2": ["gemm 4x16", *["depthwise 1x1x16"] * 4, *["gemm 4x16"] * 2, "depthwise 1x1x16",
-             "gemm 4x16", "pool", "gemm 1x16"],
+    "avx2": ["gemm 6x16", *["depthwise 3x3 sliding 2x1x16"] * 2, "depthwise 3x3 sliding 1x1x16",
+             "depthwise 2x4x16", *["gemm 6x16"] * 2, "depthwise 3x3 sliding 2x1x16", "gemm 6x16",
+             "pool", "gemm 1x16"],
+    "avxvnni": ["gemm 6x16", *["depthwise 2x4x32"] * 2, "depthwise 1x4x32", "depthwise 2x4x32",
+                *["gemm 6x16"] * 2, "depthwise 2x8x16", "gemm 6x16", "pool", "gemm 1x16"],
     "avx512vnni": ["gemm 6x64", "depthwise w3 sliding 2x3x32", "depthwise w3 2x1x64",
                    "depthwise w3 1x1x64", "depthwise 2x4x64", "gemm 6x64", "gemm 16x16",
                    "depthwise w3 2x4x16", "gemm 12x32", "pool", "gemm 1x16"],
