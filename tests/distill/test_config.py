@@ -50,8 +50,8 @@ def test_overrides() -> None:
     assert changed("data.train=a=b=c").data.train == "a=b=c"
     nested = changed("student.options={a: {b: [1, null]}, lr: 1e-3}", "student.options.a.c=2")
     assert nested.student.options == {"a": {"b": [1, None], "c": 2}, "lr": 0.001}
-    taught = "teacher.model=vit_tiny_patch16_224"
-    losses = changed(taught, "losses.ce=null", "losses.kd={temperature: 4}").losses
+    distilled = "teacher.model=vit_tiny_patch16_224"
+    losses = changed(distilled, "losses.ce=null", "losses.kd={temperature: 4}").losses
     assert [name for name, _ in losses.terms()] == ["kd"] and losses.kd == KD(temperature=4)
     # a section that is null begins anew
     again = changed("teacher.optimizer=null", "teacher.optimizer.lr=.5")
@@ -77,8 +77,8 @@ def test_losses_that_are_not_named() -> None:
     student, images = "student.model=mobilenetv2_050", "data.train=images"
     alone = load(None, [student, images]).losses
     assert alone == Losses(ce=CE())
-    taught = load(None, [student, images, "teacher.model=vit_tiny_patch16_224"]).losses
-    assert taught == Losses(kd=KD(temperature=4))
+    distilled = load(None, [student, images, "teacher.model=vit_tiny_patch16_224"]).losses
+    assert distilled == Losses(kd=KD(temperature=4))
 
 
 def test_schedule() -> None:

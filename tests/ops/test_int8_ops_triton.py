@@ -1,6 +1,6 @@
 """The Triton kernels of the int8 convolutions: interpreted, and compiled without a GPU.
 
-The interpreter runs test_int8_ops.py; a GPU that Triton serves does so from there.
+The interpreter runs test_int8_ops.py; a GPU does so from there.
 """
 
 from pathlib import Path

@@ -35,7 +35,7 @@ def test_all_in_the_interpreter(tmp_path: Path) -> None:
     run_in_interpreter(tmp_path, *SHARED, "-m", "every_isa and not gpu")
 
 
-# what Triton alone does, in the interpreter or on a GPU that it serves
+# what Triton alone does, in the interpreter or on a GPU
 
 only_triton = pytest.mark.parametrize(
     "device",
@@ -103,7 +103,7 @@ def test_alone_temperature_not_positive_gives_nan(shape: tuple[int, int], device
 @pytest.mark.gpu
 class TestGPU:
     def test_on_a_gpu(self, tmp_path: Path) -> None:
-        """The quick forms, and what Triton alone does, where Triton serves the GPU."""
+        """The quick forms, and what Triton alone does, where Triton implements the CUDA operations."""
         run_tests(
             tmp_path, ["-m", "pytest"], *SHARED, __file__,
             "-m", "interpreted and gpu and not slow", VITKD_FAST_BACKEND="triton",

@@ -39,5 +39,5 @@ if __name__ == "__main__":
     for operation in ("attention_map_fwd", "attention_map_fwd_grad", "attention_map_bwd"):
         served = torch._C._dispatch_dump(f"vitkd_fast::{operation}")
         if f"CPU: registered at {emulated.parent}" not in served:
-            sys.exit(f"{emulated} does not serve {operation}")
+            sys.exit(f"{emulated} does not implement {operation}")
     sys.exit(pytest.main(sys.argv[1:]))

@@ -114,5 +114,5 @@ if __name__ == "__main__":
     for file in emulated.parent.glob("cuda/*.cpp"):
         for name in re.findall(r'm\.impl\("(\w+)"', file.read_text()):
             if here not in torch._C._dispatch_dump(f"vitkd_fast::{name}"):
-                sys.exit(f"{emulated} does not serve {name}")
+                sys.exit(f"{emulated} does not implement {name}")
     sys.exit(pytest.main(sys.argv[1:]))
