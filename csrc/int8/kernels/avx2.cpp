@@ -24,8 +24,10 @@ alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1
 
 struct Dot {
   static constexpr bool kWords = true;
+  // asm keeps gcc from forming products early and adding them up late, which spills them
   static VITKD_INLINE void add(__m256i& acc, __m256i x, __m256i w) {
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(x, w));
+    __m256i products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(x), "xm"(w));
   }
   static VITKD_INLINE void add_bytes(__m256i& acc, __m256i x, __m256i w) {
     // the 1s in memory: 12 accumulators, two weights, bytes and products take all registers

@@ -49,6 +49,7 @@ void slide_by_one(const Packed& packed, const DepthwiseCall& call, const Packed:
     }
     __m256i acc[3][2][2];  // by output, row and half of the channels
     const auto column = [&]<int kPhase>(int i) __attribute__((always_inline)) {
+      forget(constants);
       const int at = i - call.left;
       const bool inside = at >= 0 && at < call.x.width;
       const uint8_t* const* from = inside ? rows : padding;
@@ -76,6 +77,7 @@ void slide_by_one(const Packed& packed, const DepthwiseCall& call, const Packed:
       }
       VITKD_END;
       if (i < 2) return;
+      forget(constants);
       constexpr int kDone = (kPhase + 1) % 3;
       const __m256i bytes =
           pack_pixels(to_words<kKind>(acc[kDone][0], constants, panel.magic, f),
