@@ -67,13 +67,13 @@ def test_served_without_torch(student: tuple[Path, float]) -> None:
             url = f"http://127.0.0.1:{found[1]}"
             digits = load_digits()
             right = 0
-            for pixels, label in zip(digits.images[-20:], digits.target[-20:], strict=True):
+            for pixels, label in zip(digits.images[-100:], digits.target[-100:], strict=True):
                 body = io.BytesIO()
                 Image.fromarray((15.9 * pixels).astype("uint8")).save(body, "png")
                 answer = json.load(urllib.request.urlopen(url, body.getvalue(), timeout=60))
                 assert 0.1 <= answer["probability"] <= 1
                 right += answer["class"] == str(label)
-            assert right >= 8
+            assert right > 30, right  # of 100
             with pytest.raises(urllib.error.HTTPError) as error:
                 urllib.request.urlopen(url, b"no image", timeout=60)
             assert error.value.code == 400

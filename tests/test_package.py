@@ -148,9 +148,7 @@ def test_vitkd_wrong_usage_is_2(arguments: tuple[str, ...], tmp_path: Path) -> N
 def test_vitkd_failure_is_1_and_one_line(tmp_path: Path) -> None:
     result = vitkd("show", cwd=tmp_path, VITKD_FAST_ISA="nonsense")
     assert result.returncode == 1
-    assert result.stderr.startswith(
-        "vitkd: RuntimeError: VITKD_FAST_ISA=nonsense is no instruction"
-    )
+    assert result.stderr.startswith("vitkd: RuntimeError: VITKD_FAST_ISA: expected one of ")
     assert len(result.stderr.splitlines()) == 1
 
 
