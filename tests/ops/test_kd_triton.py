@@ -103,7 +103,7 @@ def test_alone_temperature_not_positive_gives_nan(shape: tuple[int, int], device
 @pytest.mark.gpu
 class TestGPU:
     def test_on_a_gpu(self, tmp_path: Path) -> None:
-        """The quick forms, and what Triton alone does, where Triton implements the CUDA operations."""
+        """The quick forms, and what Triton alone does, where the operations are Triton's."""
         run_tests(
             tmp_path, ["-m", "pytest"], *SHARED, __file__,
             "-m", "interpreted and gpu and not slow", VITKD_FAST_BACKEND="triton",
