@@ -10,98 +10,23 @@ from torch.testing import assert_close
 
 from support.attention_map_tools import (
     BFLOAT,
-    DOUBLE,
     FLOAT,
     HALF,
     LAYOUTS,
-    MAIN_OPTIONS,
-    NAN,
     OPTIONS,
-    PATHS,
     Maps,
-    assert_all_close,
-    assert_same,
     check,
     draw,
     every_kind,
-    key_mask,
     loss_and_grads,
     maps,
     torch_rows,
 )
-from support.cuda_tools import GPU, captured, needs_gpu_or_emulator
+from support.cuda_tools import GPU, needs_gpu_or_emulator
 from vitkd_fast import _ops
 from vitkd_fast.functional import attention_map_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "reduction"), PATHS, ids=str)
-@every_kind
-def test_cuda_graph(kind: str, dtype: torch.dtype, reduction: str) -> None:
-    """Forward and backward replayed, while queries, keys and the mask change."""
-    x = maps(2, 3, 49, 65, 24, 16, dtype=dtype, device="cuda")
-    leaves = [y.requires_grad_() for y in x.student]
-    mask = key_mask(2, 65, "cuda")
-    others = maps(2, 3, 49, 65, 24, 16, dtype=dtype, device="cuda")
-
-    def step() -> tuple[Tensor, ...]:
-        loss = attention_map_loss(*x, kind=kind, reduction=reduction, key_mask=mask)
-        return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
-
-    graph, results = captured(step)
-
-    for i in range(3):
-        with torch.no_grad():
-            for y, other in zip(x, others, strict=True):
-                y.copy_(other.roll(i, 2))
-            mask.copy_(key_mask(2, 65))
-        graph.replay()
-        given = [y.clone() for y in results]
-        assert all(y.isfinite().all() for y in given)
-        compare = assert_all_close if dtype == DOUBLE else assert_same  # torch's own products
-        compare(given, step())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "reduction"), PATHS, ids=str)
-@every_kind
-@pytest.mark.parametrize("name", MAIN_OPTIONS)
-def test_no_host_synchronisation(name: str, kind: str, dtype: torch.dtype, reduction: str) -> None:
-    x = maps(2, 3, 49, 65, 24, 16, dtype=dtype, device="cuda")
-    leaves = [y.requires_grad_() for y in x.student]
-    options = OPTIONS[name](x) | {"kind": kind, "reduction": reduction}
-    factor = torch.tensor(3.0, device="cuda")
-
-    def step() -> None:
-        torch.autograd.grad((attention_map_loss(*x, **options) * factor).sum(), leaves)
-
-    step()  # compiles, loads and allocates what may synchronise the first time
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-@pytest.mark.gpu
-def test_on_a_stream_of_its_own() -> None:
-    """The current stream is used, after what is queued there."""
-    x = maps(4, 6, 196, dim=64, device="cuda")
-    want = loss_and_grads(x)
-    late = Maps(*(torch.full_like(y, NAN) for y in x))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for y, z in zip(late, x, strict=True):
-            y.copy_(z)
-        given = loss_and_grads(late)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert_same(given, want)
 
 
 @pytest.mark.gpu

@@ -1,33 +1,63 @@
-"""What holds for every loss alike, as a part of autograd: the table is support/operations.py."""
+"""What holds for every loss alike, as a part of torch: the table is support/operations.py."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from support.attention_map_tools import assert_same
+from support.cuda_tools import captured, no_synchronisation, on_another_stream
 from support.feature_tools import LOSSES as EXACT  # the same bits with and without a gradient
+from support.feature_tools import assert_near
 from support.kd_tools import every_device
-from support.operations import CASES, DOUBLE, HALF, OPERATIONS, PATHS, Operation, Tensors, gradients
+from support.operations import (
+    CASES,
+    DOUBLE,
+    FLOAT,
+    HALF,
+    ON_GPU,
+    OPERATIONS,
+    PATHS,
+    Tensors,
+    gradients,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Case:
-    """A loss on one of its paths."""
+    """A loss on one of its paths, with all options or, in one of the forms, those of a case."""
 
-    def __init__(self, name: str, dtype: torch.dtype, reduction: str | None, device: str) -> None:
+    def __init__(
+        self, name: str, dtype: torch.dtype, reduction: str | None, device: str,
+        case: str | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.dtype, self.reduction = name, dtype, reduction
-        self.operation: Operation = OPERATIONS[name]
-        self.student, self.teacher = self.operation.draw(dtype, device)
-        self.options = self.operation.options(self.student)
+        of = self.operation = OPERATIONS[name]
+        form = of.forms[[*of.cases].index(case) % len(of.forms)] if case else of.draw
+        self.draw = partial(form, dtype, device)
+        self.draw_options = of.cases[case] if case else of.options
+        self.student, self.teacher, self.options = self.drawn()
         self.by_autograd = dtype == DOUBLE and self.operation.float64_by_autograd
         self.reduced = {} if reduction is None else {"reduction": reduction}
         self.loss: Callable[..., Tensor] = partial(self.operation.loss, **self.reduced)
+
+    def drawn(self) -> tuple[Tensors, Tensors, dict[str, Any]]:
+        student, teacher = self.draw()
+        return student, teacher, self.draw_options(student)
+
+    def compare(self, given: Tensors, want: Tensors) -> None:
+        """Bit by bit, but for torch's own products."""
+        if self.name in EXACT:
+            for x, y in zip(given, want, strict=True):
+                assert_near(x, y.double(), 64)
+        else:
+            (assert_close if self.by_autograd else assert_same)(given, want)
 
     def leaves(self) -> Tensors:
         return [x.clone().requires_grad_() for x in self.student]
@@ -179,3 +209,54 @@ def test_compile_without_gradient(name: str, device: str, compiled: Callable) ->
         given = function(*(x.clone().requires_grad_() for x in student), *teacher)
     assert not given.requires_grad
     assert_close(given, want)
+
+
+# what only a GPU has
+
+
+def tensors(tree: Any) -> Tensors:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "of", "dtype", "reduction"), ON_GPU)
+def test_cuda_graph(name: str, of: str, dtype: torch.dtype, reduction: str | None) -> None:
+    """Forward and backward replayed, while student, teacher and the options' tensors change."""
+    case = Case(name, dtype, reduction, "cuda", of)
+    loss = partial(case.loss, **case.options)
+    step = partial(gradients, loss, case.student, *case.teacher)
+    graph, results = captured(step)
+    for _ in range(3):
+        held = tensors((case.student, case.teacher, case.options))
+        for x, new in zip(held, tensors(case.drawn()), strict=True):
+            x.copy_(new if x.dim() else x / 2)
+        graph.replay()
+        given = [x.clone() for x in results]
+        assert all(x.isfinite().all() for x in given)
+        case.compare(given, step())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "of", "dtype", "reduction"), ON_GPU)
+def test_no_host_synchronisation(
+    name: str, of: str, dtype: torch.dtype, reduction: str | None
+) -> None:
+    case = Case(name, dtype, reduction, "cuda", of)
+    loss, factor = partial(case.loss, **case.options), torch.tensor(3.0, device="cuda")
+    step = partial(gradients, lambda *x: factor * loss(*x), case.student, *case.teacher)
+    step()  # compiles, loads and allocates what may synchronise the first time
+    with no_synchronisation():
+        step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_on_a_stream_of_its_own(name: str) -> None:
+    """The current stream is used, after what is queued there."""
+    case = Case(name, FLOAT, None, "cuda", [*OPERATIONS[name].cases][-1])
+    loss = partial(case.loss, **case.options)
+    there = [*case.student, *case.teacher]
+    late = [torch.full_like(x, torch.nan) for x in there]
+    student, teacher = late[: len(case.student)], late[len(case.student) :]
+    given = on_another_stream(partial(gradients, loss, student, *teacher), late, there)
+    case.compare(given, gradients(loss, case.student, *case.teacher))

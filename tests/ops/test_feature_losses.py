@@ -5,7 +5,6 @@ inputs. Tests marked every_isa also run once per instruction set of the host, an
 backend (test_rkd.py).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support.cuda_tools import captured
 from support.feature_tools import (
     BFLOAT,
     FLOAT,
@@ -328,50 +326,3 @@ def test_compile_with_inductor(device: str) -> None:
     given = loss_and_grad(torch.compile(partial(losses, w=w), fullgraph=True), x, t)
     for a, b in zip(given, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
-
-
-# what only a GPU has
-
-
-def on_gpu(name: str) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
-    """A loss, its projection already on the GPU, and a student and a teacher for it."""
-    loss = LOSSES[name]
-    if name in KINDS:
-        loss = partial(loss, weight=draw(17, 12, device="cuda"))
-    return loss, draw(16, 12, 7, 7, device="cuda"), draw(16, 17, 7, 7, device="cuda")
-
-
-@pytest.mark.gpu
-@every_loss
-def test_cuda_graph(name: str) -> None:
-    """Forward and backward replayed, while student and teacher change."""
-    loss, x, t = on_gpu(name)
-    leaf = x.requires_grad_()
-
-    def step() -> tuple[Tensor, Tensor]:
-        value = loss(leaf, t)
-        return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-    graph, results = captured(step)
-    for _ in range(3):
-        with torch.no_grad():
-            leaf.copy_(draw(*x.shape))
-            t.copy_(draw(*t.shape))
-        graph.replay()
-        given = [y.clone() for y in results]
-        for y, want in zip(given, step(), strict=True):
-            assert_near(y, want.double(), 64)
-
-
-@pytest.mark.gpu
-@every_loss
-def test_no_host_synchronisation(name: str) -> None:
-    loss, x, t = on_gpu(name)
-    loss_and_grad(loss, x, t)  # compiles, loads and allocates what may synchronise the first time
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss_and_grad(loss, x, t)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)

@@ -7,7 +7,13 @@ from itertools import product
 import pytest
 import torch
 
-from support.cuda_tools import GPU, captured, needs_gpu_or_emulator
+from support.cuda_tools import (
+    GPU,
+    captured,
+    needs_gpu_or_emulator,
+    no_synchronisation,
+    on_another_stream,
+)
 from support.int8_ops_tools import (
     OPS,
     check,
@@ -41,14 +47,9 @@ def test_no_host_synchronisation() -> None:
     calls = samples("cuda")
     for op, arguments in calls:
         getattr(OPS, op)(*arguments)  # compiles and loads what may synchronise the first time
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for op, arguments in calls:
             getattr(OPS, op)(*arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.gpu
@@ -58,13 +59,7 @@ def test_on_a_stream_of_its_own() -> None:
     x = random_bytes(64, 30, 30, 16).cuda()
     want = two_layers(x, *both)
     late = torch.zeros_like(x)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late.copy_(x)
-        given = two_layers(late, *both)
-    torch.cuda.current_stream().wait_stream(stream)
+    given = on_another_stream(lambda: two_layers(late, *both), [late], [x])
     assert torch.equal(given, want)
 
 

@@ -10,20 +10,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from support.cuda_tools import GPU, captured, needs_gpu_or_emulator
+from support.cuda_tools import GPU, needs_gpu_or_emulator
 from support.kd_tools import (
     BFLOAT,
     DENSE_LAYOUTS,
     FLOAT,
-    FORMS,
     HALF,
     MAIN_OPTIONS,
     NAN,
     OPS,
-    OPTIONS,
-    PATHS,
     REDUCTIONS,
-    Rows,
     check,
     draw,
     loss_and_grad,
@@ -41,79 +37,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def on_gpu(*shape: int, **options: Any) -> tuple[Tensor, Tensor]:
     student, teacher = pair(*shape, device="cuda", **options)
     return student.requires_grad_(), teacher
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "reduction"), PATHS, ids=str)
-@pytest.mark.parametrize(("shape", "class_dim"), FORMS.values(), ids=FORMS)
-def test_cuda_graph(
-    shape: tuple[int, ...], class_dim: int, dtype: torch.dtype, reduction: str
-) -> None:
-    """Forward and backward replayed, while logits, labels, lam and temperature change."""
-    student, teacher = on_gpu(*shape, dtype=dtype)
-    a, b = (x.requires_grad_(False) for x in on_gpu(*shape))
-    rows = Rows([n for i, n in enumerate(shape) if i != class_dim % len(shape)], 10, "cuda")
-    temperature, lam = rows.number(4.0), rows.number(0.3)
-    labels = rows.labels(), rows.labels(-100)
-    options = {"temperature": temperature, "labels": (*labels, lam), "ce_weight": 0.5}
-
-    def step() -> tuple[Tensor, Tensor]:
-        loss = kd_loss(student, teacher, class_dim=class_dim, reduction=reduction, **options)
-        return loss.detach(), torch.autograd.grad(loss.sum(), student)[0]
-
-    graph, (loss, grad) = captured(step)
-
-    for i, (new_temperature, new_lam) in enumerate([(4.0, 0.3), (0.5, 0.9), (20.0, 0.0)]):
-        with torch.no_grad():
-            temperature.fill_(new_temperature)
-            lam.fill_(new_lam)
-            student.copy_(a.roll(i, 0))
-            teacher.copy_(b.roll(i, class_dim))
-            labels[0].copy_(rows.labels())
-        graph.replay()
-        given = loss.clone(), grad.clone()
-        want = step()
-        assert given[0].isfinite().all()
-        assert torch.equal(given[0], want[0])
-        assert torch.equal(given[1], want[1])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "reduction"), PATHS, ids=str)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_no_host_synchronisation(name: str, dtype: torch.dtype, reduction: str) -> None:
-    student, teacher = on_gpu(21, 40, dtype=dtype)
-    options = options_for(name, student) | {"reduction": reduction}
-    factor = torch.tensor(3.0, device="cuda")
-
-    def step() -> None:
-        torch.autograd.grad((kd_loss(student, teacher, **options) * factor).sum(), student)
-
-    step()  # compiles, loads and allocates what may synchronise the first time
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-@pytest.mark.gpu
-def test_on_a_stream_of_its_own() -> None:
-    """The current stream is used, after what is queued there."""
-    student, teacher = on_gpu(512, 1000)
-    want = loss_and_grad(student, teacher)
-    late = torch.full_like(student, NAN)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late.copy_(student.detach())
-        given = loss_and_grad(late, teacher)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(given[0], want[0])
-    assert torch.equal(given[1], want[1])
 
 
 @pytest.mark.gpu

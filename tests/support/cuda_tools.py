@@ -10,13 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 CSRC = Path(__file__).parents[2] / "csrc"
 EMULATOR = Path(__file__).parents[1] / "cuda_emulator"
@@ -103,6 +105,31 @@ def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     with torch.cuda.graph(graph):
         results = step()
     return graph, results
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """An error where the host waits for the device."""
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def on_another_stream(step: Callable[[], Any], late: list[Tensor], values: list[Tensor]) -> Any:
+    """A step's results on a stream of its own, where its tensors get their values late."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for x, value in zip(late, values, strict=True):
+            x.copy_(value)
+        results = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    return results
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from vitkd_fast.functional import attention_map_loss, kd_loss, relation_loss
 
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Tensors = list[Tensor]
+Draw = Callable[[torch.dtype, str], tuple[Tensors, Tensors]]
 Path = tuple[torch.dtype, str | None]  # of the inputs, and a reduction
 
 
@@ -20,14 +21,17 @@ class Operation(NamedTuple):
 
     loss: Callable[..., Tensor]
     # by dtype and device: the student's and the teacher's
-    draw: Callable[[torch.dtype, str], tuple[Tensors, Tensors]]
+    draw: Draw
     # as many as there are at once, for the student's tensors; without the reduction
     options: Callable[[Tensors], dict[str, Any]]
     # some, each with another loss
     variants: list[dict[str, Any]]
     paths: list[Path]
-    # as `draw` for gradcheck, in float64; with each of the options that it tries
-    draw_small: Callable[[torch.dtype, str], tuple[Tensors, Tensors]]
+    # as `draw`, each with another way through the kernels
+    forms: list[Draw]
+    # as `draw` for gradcheck, in float64
+    draw_small: Draw
+    # options for the student's tensors, one case after another
     cases: dict[str, Callable[[Tensors], dict[str, Any]]]
     # paths where the forward forms the gradient; None: not said
     formed_in_forward: Callable[[torch.dtype, str | None], bool] | None = None
@@ -35,7 +39,7 @@ class Operation(NamedTuple):
     float64_by_autograd: bool = False
 
 
-def _drawn(*shapes: tuple[int, ...]) -> Callable[[torch.dtype, str], tuple[Tensors, Tensors]]:
+def _drawn(*shapes: tuple[int, ...]) -> Draw:
     """One tensor of the student's, and one of the teacher's."""
 
     def draw(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
@@ -45,7 +49,13 @@ def _drawn(*shapes: tuple[int, ...]) -> Callable[[torch.dtype, str], tuple[Tenso
     return draw
 
 
-def _logits(*shape: int) -> Callable[[torch.dtype, str], tuple[Tensors, Tensors]]:
+def _tokens(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+    """A map of the student's, and the teacher's tokens behind another."""
+    new = partial(feature_tools.draw, dtype=dtype, device=device)
+    return [new(6, 12, 4, 4)], [new(6, 17, 17)[:, 1:]]
+
+
+def _logits(*shape: int) -> Draw:
     def draw(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
         student, teacher = kd_tools.pair(*shape, dtype=dtype, device=device)
         return [student], [teacher]
@@ -53,7 +63,7 @@ def _logits(*shape: int) -> Callable[[torch.dtype, str], tuple[Tensors, Tensors]
     return draw
 
 
-def _maps(*shape: int) -> Callable[[torch.dtype, str], tuple[Tensors, Tensors]]:
+def _maps(*shape: int) -> Draw:
     def draw(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
         x = attention_map_tools.maps(*shape, dtype=dtype, device=device)
         return list(x.student), list(x.teacher)
@@ -76,7 +86,7 @@ def _none(student: Tensors) -> dict[str, Any]:
 
 def _weight(student: Tensors) -> dict[str, Any]:
     (x,) = student
-    return {"weight": feature_tools.draw(7, 5, dtype=x.dtype, device=str(x.device))}
+    return {"weight": feature_tools.draw(17, 12, dtype=x.dtype, device=str(x.device))}
 
 
 KINDS = [{"kind": kind} for kind in attention_map_tools.KINDS]
@@ -87,6 +97,7 @@ OPERATIONS = {
         _logit_options,
         [{"temperature": 1.0}, {"temperature": 4.0}],
         kd_tools.PATHS,
+        [_logits(*shape) for shape, _ in kd_tools.FORMS.values()],
         _logits(4, 5, 2),
         {name: partial(_logit_options, name=name) for name in kd_tools.OPTIONS},
         lambda dtype, reduction: reduction != "none" and dtype != HALF,
@@ -97,6 +108,7 @@ OPERATIONS = {
         _map_options,
         KINDS,
         attention_map_tools.PATHS,
+        [_maps(2, 3, 49, 65, 24, 16)],
         _maps(2, 1, 3, 4, 3, 2),
         {
             f"{name}-{kind}": partial(_map_options, name=name, kind=kind)
@@ -112,6 +124,7 @@ OPERATIONS = {
         _none,
         KINDS,
         attention_map_tools.PATHS,
+        [_drawn((2, 3, 49, 24), (2, 3, 49, 16))],
         _drawn((2, 3, 4), (2, 3, 4)),
         {of["kind"]: lambda student, of=of: of for of in KINDS},
         float64_by_autograd=True,
@@ -119,12 +132,13 @@ OPERATIONS = {
     **{
         name: Operation(
             loss,
-            _drawn((6, 5, 4, 4), (6, 7, 4, 4)),
-            _weight if name in feature_tools.KINDS else _none,
+            _drawn((6, 12, 4, 4), (6, 17, 4, 4)),
+            options := _weight if name in feature_tools.KINDS else _none,
             [{}, {}],
             [(FLOAT, None)],
-            _drawn((3, 4, 2, 3), (3, 5, 2, 3)),
-            {"plain": _none},
+            [_drawn((16, 12, 7, 7), (16, 17, 7, 7)), _tokens],
+            _drawn((3, 12, 2, 3), (3, 17, 2, 3)),
+            {"plain": options},
         )
         for name, loss in feature_tools.LOSSES.items()
     },
@@ -135,6 +149,10 @@ CASES = [
     for name, of in OPERATIONS.items()
     for case in of.cases
     for reduction in sorted({reduction for _, reduction in of.paths}, key=str)
+]
+
+ON_GPU = [
+    (name, case, *path) for name, of in OPERATIONS.items() for case in of.cases for path in of.paths
 ]
 
 
