@@ -1,13 +1,11 @@
 """attention_map_loss as a part of torch: autograd, torch.library and torch.compile."""
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from support.attention_map_tools import (
     BFLOAT,
@@ -22,13 +20,11 @@ from support.attention_map_tools import (
     PATHS,
     REDUCTIONS,
     Maps,
-    assert_all_close,
     assert_same,
     check,
     draw,
     every_device,
     every_kind,
-    key_mask,
     loss_and_grads,
     maps,
     operation_options,
@@ -206,56 +202,3 @@ def test_opcheck(operation: str, case: str, kind: str, reduction: str, device: s
     results = torch.library.opcheck(getattr(OPS, operation).default, inputs)
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
-
-
-@pytest.mark.emulated(name=["everything"], dynamic=[False])
-@every_device
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(
-    ("name", "kind", "dtype"),
-    [
-        ("plain", "kl", FLOAT), ("everything", "js", FLOAT), ("mask", "reverse_kl", BFLOAT),
-        ("T_4", "mse", HALF), ("everything", "kl", DOUBLE),
-    ],
-)  # fmt: skip
-def test_compile(
-    name: str, kind: str, dtype: torch.dtype, dynamic: bool, device: str, compiled: Callable
-) -> None:
-    """One graph, as good as eager in value and gradient."""
-    x = maps(2, 3, 5, 7, 16, 24, dtype=dtype, device=device)
-    function = compiled(attention_map_loss, dynamic=dynamic)
-    options = OPTIONS[name](x) | {"kind": kind, "reductions": ["mean", "none"]}
-    check(x, function=function, **options)
-
-
-@every_device
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compile_once_for_all_shapes(reduction: str, device: str, compiled: Callable) -> None:
-    function = compiled(attention_map_loss)
-    for batch, queries, keys in ((2, 5, 7), (3, 9, 8), (4, 33, 40)):
-        x = maps(batch, 3, queries, keys, 16, 24, device=device)
-        mask = key_mask(batch, keys, device)
-        leaves = [y.clone().requires_grad_() for y in x.student]
-        for y in (*leaves, *x.teacher):
-            torch._dynamo.mark_dynamic(y, 0)
-            torch._dynamo.mark_dynamic(y, 2)
-        torch._dynamo.mark_dynamic(mask, 0)
-        torch._dynamo.mark_dynamic(mask, 1)
-        stance = "default" if batch == 2 else "fail_on_recompile"
-        with torch.compiler.set_stance(stance):
-            loss = function(*leaves, *x.teacher, reduction=reduction, key_mask=mask)
-        given = loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
-        assert_all_close(given, loss_and_grads(x, reduction=reduction, key_mask=mask))
-
-
-@every_device
-def test_compile_with_inductor(device: str) -> None:
-    """Among other operations, which inductor fuses and ours does not disturb."""
-    torch._dynamo.reset()
-    x = maps(*SMALL, device=device)
-
-    def step(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
-        return 3 * attention_map_loss(2 * q_s + 1, k_s.sigmoid(), q_t.tanh(), k_t, temperature=2.0)
-
-    given = loss_and_grads(x, torch.compile(step, fullgraph=True))
-    assert_all_close(given, loss_and_grads(x, step))

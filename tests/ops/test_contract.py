@@ -16,7 +16,9 @@ from support.feature_tools import LOSSES as EXACT  # the same bits with and with
 from support.feature_tools import assert_near
 from support.kd_tools import every_device
 from support.operations import (
+    BFLOAT,
     CASES,
+    COMPILED,
     DOUBLE,
     FLOAT,
     HALF,
@@ -28,6 +30,8 @@ from support.operations import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+ONE_OF_EACH = ["kd", "attention_map", "relation", "at", "mse", "nst", "rkd"]
 
 
 class Case:
@@ -51,13 +55,14 @@ class Case:
         student, teacher = self.draw()
         return student, teacher, self.draw_options(student)
 
-    def compare(self, given: Tensors, want: Tensors) -> None:
-        """Bit by bit, but for torch's own products."""
+    def compare(self, given: Tensors, want: Tensors, exactly: bool = True) -> None:
+        """Bit by bit if exactly, but for torch's own products."""
         if self.name in EXACT:
             for x, y in zip(given, want, strict=True):
                 assert_near(x, y.double(), 64)
         else:
-            (assert_close if self.by_autograd else assert_same)(given, want)
+            compare = assert_same if exactly and not self.by_autograd else assert_close
+            compare(given, want)
 
     def leaves(self) -> Tensors:
         return [x.clone().requires_grad_() for x in self.student]
@@ -195,6 +200,61 @@ def test_gradcheck(name: str, case: str, reduction: str | None, device: str) -> 
     options = of.cases[case](student) | ({"reduction": reduction} if reduction else {})
     leaves = [x.requires_grad_() for x in student]
     assert torch.autograd.gradcheck(lambda *x: of.loss(*x, *teacher, **options), leaves)
+
+
+@every_device
+@pytest.mark.parametrize(("name", "of", "dtype", "reduction"), COMPILED)
+def test_compile(
+    name: str, of: str, dtype: torch.dtype, reduction: str | None, device: str, compiled: Callable
+) -> None:
+    """One graph, as good as eager in value and gradient."""
+    case = Case(name, dtype, reduction, device, of)
+    results = [
+        gradients(partial(loss, **case.options), case.student, *case.teacher)
+        for loss in (compiled(case.loss, dynamic=False), case.loss)
+    ]
+    case.compare(*results, exactly=False)
+
+
+@pytest.mark.emulated(name=["kd", "attention_map", "rkd"], dtype=[FLOAT])
+@every_device
+@pytest.mark.parametrize(
+    ("name", "dtype", "reduction"),
+    [path for path in PATHS if path[0] in ONE_OF_EACH and path[1:] != (BFLOAT, None)],
+)
+def test_compile_with_dynamic_shapes(
+    name: str, dtype: torch.dtype, reduction: str | None, device: str, compiled: Callable
+) -> None:
+    """One graph for all, where no tiles are counted in Python."""
+    case = Case(name, dtype, reduction, device)
+    of, function = case.operation, compiled(case.loss, dynamic=True)
+    plain = [*of.cases.values()][: dtype == FLOAT]
+    for options_of in (of.options, *plain):
+        for i, draw in enumerate((of.draw, *of.sizes)):
+            student, teacher = draw(dtype, device)
+            options = options_of(student)
+            with torch.compiler.set_stance("fail_on_recompile" if i and of.once else "default"):
+                given = gradients(partial(function, **options), student, *teacher)
+            want = gradients(partial(case.loss, **options), student, *teacher)
+            case.compare(given, want, exactly=False)
+
+
+@every_device
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_compile_with_inductor(name: str, device: str, compiled: Callable) -> None:
+    """Among other operations, which inductor fuses and ours does not disturb."""
+    case = Case(name, FLOAT, None, device)
+
+    def step(*x: Tensor) -> Tensor:
+        student, teacher = x[: len(case.student)], x[len(case.student) :]
+        given = (2 * y + 1 for y in student), (y.sigmoid() for y in teacher)
+        return 3 * case.loss(*given[0], *given[1], **case.options)
+
+    function = compiled(step, backend="inductor")
+    results = [gradients(of, case.student, *case.teacher) for of in (function, step)]
+    for x, y in zip(*results, strict=True):
+        largest = {"rtol": 1e-4, "atol": 1e-4 * y.abs().max().item()}  # of what is moved by fusion
+        assert_close(x, y, **largest if name in EXACT else {})
 
 
 @every_device

@@ -79,13 +79,13 @@ def sanitizers() -> dict[str, str]:
 STEMS = ["kd", "attention_map", "int8_ops", "rkd"]
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", [*STEMS, "contract"])
 def test_values(stem: str, emulated: Path, tmp_path: Path) -> None:
     run_emulated(emulated, tmp_path, stem, "emulated and not slow")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", [*STEMS, "contract"])
 def test_all_values(stem: str, emulated: Path, tmp_path: Path) -> None:
     run_emulated(emulated, tmp_path, stem, "(every_isa or emulated)")
 

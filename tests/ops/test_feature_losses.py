@@ -32,7 +32,7 @@ from support.feature_tools import (
     every_spatial,
     loss_and_grad,
 )
-from vitkd_fast.functional import _features, at_loss, feature_loss, nst_loss, rkd_loss
+from vitkd_fast.functional import _features, feature_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -278,51 +278,3 @@ def test_nothing_large_is_made(name: str) -> None:
         loss_and_grad(LOSSES[name], x, t)
     assert 0 < largest.numel <= max(x.numel(), _features.TILE)
     assert largest.numel < t.numel() / 4
-
-
-# compilers
-
-
-@pytest.mark.emulated(name=["rkd"], dtype=[FLOAT])
-@every_device
-@every_loss
-@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
-def test_compile(name: str, dtype: torch.dtype, device: str) -> None:
-    torch.compiler.reset()
-    new = partial(draw, dtype=dtype, device=device)
-    x, t, weight = new(4, 5, 4, 4), new(4, 17, 7)[:, 1:], new(7, 5)
-    loss = partial(LOSSES[name], weight=weight) if name in KINDS else LOSSES[name]
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    want = loss_and_grad(loss, x, t)
-    for a, b in zip(loss_and_grad(compiled, x, t), want, strict=True):
-        assert a.dtype == b.dtype
-        tolerance = 1e-5 if a.dtype == FLOAT else 1e-2
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
-
-
-@pytest.mark.parametrize("name", ["at", "rkd"])
-def test_compile_with_dynamic_shapes(name: str) -> None:
-    """Batch and grid."""
-    torch.compiler.reset()
-    weight = draw(7, 5)
-    loss = partial(LOSSES[name], weight=weight) if name in KINDS else LOSSES[name]
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch, side in ((4, 4), (6, 3)):
-        x, t = draw(batch, 5, side, side), draw(batch, side * side + 1, 7)[:, 1:]
-        want = loss_and_grad(loss, x, t)
-        for a, b in zip(loss_and_grad(compiled, x, t), want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
-
-
-@every_device
-def test_compile_with_inductor(device: str) -> None:
-    def losses(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        total = at_loss(x, t) + nst_loss(x, t) + feature_loss(x, t, w)
-        return total + rkd_loss(x.flatten(1), t.flatten(1))
-
-    torch.compiler.reset()
-    x, t, w = (draw(*shape, device=device) for shape in ((4, 5, 4, 4), (4, 16, 7), (7, 5)))
-    want = loss_and_grad(partial(losses, w=w), x, t)
-    given = loss_and_grad(torch.compile(partial(losses, w=w), fullgraph=True), x, t)
-    for a, b in zip(given, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
 from support.kd_tools import (
@@ -21,7 +19,6 @@ from support.kd_tools import (
     check,
     draw,
     every_device,
-    is_tensor,
     loss_and_grad,
     operation_options,
     options_for,
@@ -159,54 +156,6 @@ def test_opcheck(
     assert len(results) == 4
 
 
-@pytest.mark.emulated(name=["everything"], dynamic=[False])
-@every_device
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(
-    ("name", "dtype", "shape", "class_dim"),
-    [
-        ("plain", FLOAT, (6, 40), -1),
-        ("everything", FLOAT, (6, 40), -1),
-        ("mixup_tensor", BFLOAT, (2, 5, 3, 4), 1),
-        ("T_tensor", HALF, (6, 40), -1),
-        ("ignored", DOUBLE, (4, 3, 7), -2),
-    ],
-)
-def test_compile(
-    name: str, dtype: torch.dtype, shape: tuple[int, ...], class_dim: int, dynamic: bool,
-    device: str, compiled: Callable,
-) -> None:  # fmt: skip
-    """One graph, as good as eager in value and gradient."""
-    student, teacher = pair(*shape, dtype=dtype, device=device)
-    options = options_for(name, student, class_dim)
-    check(student, teacher, function=compiled(kd_loss, dynamic=dynamic), **options)
-
-
-@every_device
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", ["plain", "everything"])
-def test_compile_once_for_all_shapes(
-    name: str, reduction: str, device: str, compiled: Callable
-) -> None:
-    function = compiled(kd_loss)
-    for rows, classes in ((6, 40), (9, 33), (31, 1001)):
-        student, teacher = pair(rows, classes, device=device)
-        options = options_for(name, student)
-        beside = [x for x in options.values() if is_tensor(x)] + [*options.get("labels", ())]
-        leaf = student.clone().requires_grad_()
-        for x in (leaf, teacher, *beside):
-            torch._dynamo.mark_dynamic(x, 0)
-        for x in (leaf, teacher):
-            torch._dynamo.mark_dynamic(x, 1)
-        stance = "default" if rows == 6 else "fail_on_recompile"
-        with torch.compiler.set_stance(stance):
-            loss = function(leaf, teacher, reduction=reduction, **options)
-        (grad,) = torch.autograd.grad(loss.sum(), leaf)
-        want, want_grad = loss_and_grad(student, teacher, reduction=reduction, **options)
-        assert_close(loss, want)
-        assert_close(grad, want_grad)
-
-
 @every_device
 @pytest.mark.parametrize("kind", ["floats", "tensors"])
 def test_compile_with_changing_options(kind: str, device: str, compiled: Callable) -> None:
@@ -220,22 +169,3 @@ def test_compile_with_changing_options(kind: str, device: str, compiled: Callabl
         once = kind == "tensors" and call > 0
         with torch.compiler.set_stance("fail_on_recompile" if once else "default"):
             check(student, teacher, function=function, reductions=["mean"], **options)
-
-
-@every_device
-def test_compile_with_inductor(device: str) -> None:
-    """Among other operations, which inductor fuses and ours does not disturb."""
-    torch._dynamo.reset()
-    student, teacher = pair(6, 40, device=device)
-    labels = torch.randint(40, (6,), device=device)
-
-    def step(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-        loss = kd_loss(2 * student + 1, teacher.sigmoid(), **options)
-        return loss * 3
-
-    function = torch.compile(step, fullgraph=True)
-    options = {"temperature": 4.0, "labels": labels, "ce_weight": 0.5}
-    given = loss_and_grad(student, teacher, function, **options)
-    want = loss_and_grad(student, teacher, step, **options)
-    assert_close(given[0], want[0])
-    assert_close(given[1], want[1])

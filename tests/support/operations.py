@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ class Operation(NamedTuple):
     paths: list[Path]
     # as `draw`, each with another way through the kernels
     forms: list[Draw]
+    # as `draw`, with other sizes of what is dynamic when it is compiled
+    sizes: list[Draw]
     # as `draw` for gradcheck, in float64
     draw_small: Draw
     # options for the student's tensors, one case after another
@@ -37,6 +40,8 @@ class Operation(NamedTuple):
     formed_in_forward: Callable[[torch.dtype, str | None], bool] | None = None
     # float64 is served by autograd, which has any derivative
     float64_by_autograd: bool = False
+    # compiled once for all sizes
+    once: bool = True
 
 
 def _drawn(*shapes: tuple[int, ...]) -> Draw:
@@ -98,17 +103,19 @@ OPERATIONS = {
         [{"temperature": 1.0}, {"temperature": 4.0}],
         kd_tools.PATHS,
         [_logits(*shape) for shape, _ in kd_tools.FORMS.values()],
+        [_logits(9, 33), _logits(31, 1001)],
         _logits(4, 5, 2),
         {name: partial(_logit_options, name=name) for name in kd_tools.OPTIONS},
         lambda dtype, reduction: reduction != "none" and dtype != HALF,
     ),
     "attention_map": Operation(
         attention_map_loss,
-        _maps(2, 2, 5, 7, 16, 8),
+        _maps(2, 3, 5, 7, 16, 8),
         _map_options,
         KINDS,
         attention_map_tools.PATHS,
         [_maps(2, 3, 49, 65, 24, 16)],
+        [_maps(3, 4, 9, 8, 16, 8), _maps(4, 3, 33, 40, 16, 8)],
         _maps(2, 1, 3, 4, 3, 2),
         {
             f"{name}-{kind}": partial(_map_options, name=name, kind=kind)
@@ -120,11 +127,12 @@ OPERATIONS = {
     ),
     "relation": Operation(
         relation_loss,
-        _drawn((2, 2, 5, 8), (2, 2, 5, 16)),
+        _drawn((2, 3, 5, 8), (2, 3, 5, 16)),
         _none,
         KINDS,
         attention_map_tools.PATHS,
-        [_drawn((2, 3, 49, 24), (2, 3, 49, 16))],
+        [_drawn((2, 3, 49, 24), (2, 3, 49, 16)), _drawn((2, 9, 16), (2, 9, 24))],
+        [_drawn((3, 4, 9, 8), (3, 4, 9, 16)), _drawn((4, 3, 33, 8), (4, 3, 33, 16))],
         _drawn((2, 3, 4), (2, 3, 4)),
         {of["kind"]: lambda student, of=of: of for of in KINDS},
         float64_by_autograd=True,
@@ -132,13 +140,15 @@ OPERATIONS = {
     **{
         name: Operation(
             loss,
-            _drawn((6, 12, 4, 4), (6, 17, 4, 4)),
+            _drawn((6, 12, 4, 3), (6, 17, 4, 3)),
             options := _weight if name in feature_tools.KINDS else _none,
             [{}, {}],
-            [(FLOAT, None)],
+            [(FLOAT, None), (BFLOAT, None)],
             [_drawn((16, 12, 7, 7), (16, 17, 7, 7)), _tokens],
+            [_drawn((7, 12, 5, 8), (7, 17, 5, 8))],
             _drawn((3, 12, 2, 3), (3, 17, 2, 3)),
             {"plain": options},
+            once=name.startswith("at"),
         )
         for name, loss in feature_tools.LOSSES.items()
     },
@@ -153,6 +163,15 @@ CASES = [
 
 ON_GPU = [
     (name, case, *path) for name, of in OPERATIONS.items() for case in of.cases for path in of.paths
+]
+
+# each case and each path, not all of their pairs
+COMPILED = [
+    (name, case, *path)
+    for name, of in OPERATIONS.items()
+    for _, case, path in zip(
+        range(max(len(of.cases), len(of.paths))), cycle(of.cases), cycle(of.paths), strict=False
+    )
 ]
 
 
