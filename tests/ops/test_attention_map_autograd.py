@@ -1,8 +1,7 @@
-"""attention_map_loss as a part of torch: autograd, torch.library and torch.compile."""
+"""attention_map_loss in autograd, where it has more than test_contract.py says of every loss."""
 
 import itertools
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from support.attention_map_tools import (
     HALF,
     KINDS,
     MAIN_OPTIONS,
-    OPERATIONS,
-    OPS,
     OPTIONS,
     PATHS,
     REDUCTIONS,
@@ -27,7 +24,6 @@ from support.attention_map_tools import (
     every_kind,
     loss_and_grads,
     maps,
-    operation_options,
 )
 from vitkd_fast import _ops
 from vitkd_fast.functional import attention_map_loss
@@ -162,43 +158,3 @@ def test_head_is_the_same_alone(kind: str) -> None:
             alone = Maps(*(y[i : i + 1, j : j + 1] for y in x))
             given = loss_and_grads(alone, kind=kind, reduction=reduction)[1:]
             assert_same(given, [grad[i : i + 1, j : j + 1] for grad in grads])
-
-
-# torch.library and torch.compile
-
-
-def opcheck_inputs(case: str, device: str) -> tuple[Maps, dict[str, Any]]:
-    new = partial(draw, device=device)
-    dtype = {"bfloat16": BFLOAT, "float16": HALF}.get(case, FLOAT)
-    if case == "strided":
-        q_s, k_s, _ = new(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
-        return Maps(q_s, k_s, new(2, 3, 4, 5).mT, new(2, 1, 5, 4).expand(-1, 3, -1, -1)), {}
-    if case == "transposed":
-        return Maps(new(2, 3, 4, 5).mT, new(2, 3, 4, 10).mT[:, :, ::2], new(2, 3, 5, 4),
-                    new(2, 3, 5, 8)[..., ::2]), {}  # fmt: skip
-    x = maps(2, 3, 5, 7, 4, 6, dtype, FLOAT, device)
-    return x, {} if case == "plain" else OPTIONS["everything"](x)
-
-
-@every_device
-@pytest.mark.parametrize(
-    ("case", "kind", "reduction"),
-    [
-        ("plain", "kl", "mean"), ("bfloat16", "js", "sum"), ("float16", "mse", "none"),
-        ("strided", "reverse_kl", "none"), ("transposed", "kl", "mean"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_opcheck(operation: str, case: str, kind: str, reduction: str, device: str) -> None:
-    """Schema, fake, autograd registration and AOT dispatch, by torch's own checks."""
-    if operation == "attention_map_fwd_grad" and reduction == "none":
-        reduction = "sum"  # it has one number to give
-    x, options = opcheck_inputs(case, device)
-    arguments = operation_options(x, kind=kind, reduction=reduction, **options)
-    loss, stats = OPS.attention_map_fwd(*x, *arguments)
-    inputs = (*x, *arguments)
-    if operation == "attention_map_bwd":
-        inputs = (torch.ones_like(loss), *x, stats, *arguments)
-    results = torch.library.opcheck(getattr(OPS, operation).default, inputs)
-    assert set(results.values()) == {"SUCCESS"}
-    assert len(results) == 4

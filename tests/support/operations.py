@@ -76,8 +76,30 @@ def _maps(*shape: int) -> Draw:
     return draw
 
 
+def _strided_logits(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+    new = partial(kd_tools.draw, dtype=dtype, device=device)
+    return [new(2, 5, 3, 4).to(memory_format=torch.channels_last)], [new(4, 5, 3, 4)[::2].float()]
+
+
+def _transposed_logits(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+    new = partial(kd_tools.draw, dtype=dtype, device=device)
+    return [new(10, 4).t()], [new(4, 20)[:, ::2]]
+
+
+def _strided_maps(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+    new = partial(attention_map_tools.draw, dtype=dtype, device=device)
+    q_s, k_s, _ = new(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
+    return [q_s, k_s], [new(2, 3, 4, 5).mT.float(), new(2, 1, 5, 4).float().expand(-1, 3, -1, -1)]
+
+
+def _transposed_maps(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+    new = partial(attention_map_tools.draw, dtype=dtype, device=device)
+    student = [new(2, 3, 4, 5).mT, new(2, 3, 4, 10).mT[:, :, ::2]]
+    return student, [new(2, 3, 5, 4), new(2, 3, 5, 8)[..., ::2]]
+
+
 def _logit_options(student: Tensors, name: str = "everything") -> dict[str, Any]:
-    return kd_tools.options_for(name, student[0], 1)
+    return kd_tools.options_for(name, student[0], min(1, student[0].dim() - 1))
 
 
 def _map_options(student: Tensors, name: str = "everything", **kind: str) -> dict[str, Any]:
@@ -102,7 +124,10 @@ OPERATIONS = {
         _logit_options,
         [{"temperature": 1.0}, {"temperature": 4.0}],
         kd_tools.PATHS,
-        [_logits(*shape) for shape, _ in kd_tools.FORMS.values()],
+        [
+            *(_logits(*shape) for shape, _ in kd_tools.FORMS.values()),
+            *(_logits(5), _strided_logits, _transposed_logits),
+        ],
         [_logits(9, 33), _logits(31, 1001)],
         _logits(4, 5, 2),
         {name: partial(_logit_options, name=name) for name in kd_tools.OPTIONS},
@@ -114,7 +139,7 @@ OPERATIONS = {
         _map_options,
         KINDS,
         attention_map_tools.PATHS,
-        [_maps(2, 3, 49, 65, 24, 16)],
+        [_maps(2, 3, 49, 65, 24, 16), _strided_maps, _transposed_maps],
         [_maps(3, 4, 9, 8, 16, 8), _maps(4, 3, 33, 40, 16, 8)],
         _maps(2, 1, 3, 4, 3, 2),
         {
@@ -143,7 +168,7 @@ OPERATIONS = {
             _drawn((6, 12, 4, 3), (6, 17, 4, 3)),
             options := _weight if name in feature_tools.KINDS else _none,
             [{}, {}],
-            [(FLOAT, None), (BFLOAT, None)],
+            [(FLOAT, None), (BFLOAT, None), (DOUBLE, None)],
             [_drawn((16, 12, 7, 7), (16, 17, 7, 7)), _tokens],
             [_drawn((7, 12, 5, 8), (7, 17, 5, 8))],
             _drawn((3, 12, 2, 3), (3, 17, 2, 3)),
@@ -166,7 +191,7 @@ ON_GPU = [
 ]
 
 # each case and each path, not all of their pairs
-COMPILED = [
+EACH_ONCE = [
     (name, case, *path)
     for name, of in OPERATIONS.items()
     for _, case, path in zip(
