@@ -1,15 +1,12 @@
 """attention_map_loss in autograd, where it has more than test_contract.py says of every loss."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
 
 from support.attention_map_tools import (
     BFLOAT,
-    DOUBLE,
-    FLOAT,
     HALF,
     KINDS,
     MAIN_OPTIONS,
@@ -19,7 +16,6 @@ from support.attention_map_tools import (
     Maps,
     assert_same,
     check,
-    draw,
     every_device,
     every_kind,
     loss_and_grads,
@@ -72,26 +68,6 @@ def test_gradient_scale_reaches_float16_before_it_is_rounded(device: str) -> Non
 
 
 @every_device
-@every_kind
-@pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=str)
-def test_incoming_gradient_of_any_strides(dtype: torch.dtype, kind: str, device: str) -> None:
-    x = maps(2, 3, 5, dtype=dtype, device=device)
-    new = partial(draw, dtype=DOUBLE if dtype == DOUBLE else FLOAT, device=device)
-    given = partial(loss_and_grads, x, kind=kind, reduction="none")
-    for strided in (
-        new(1, 1, 1).expand(2, 3, 5),
-        new(2, 1, 5).expand(2, 3, 5),
-        new(2, 5, 3).transpose(1, 2),
-        new(2, 3, 10)[..., ::2],
-        new(5, 3, 2).permute(2, 1, 0),
-    ):
-        assert_same(given(incoming=strided), given(incoming=strided.contiguous()))
-    leaves = [y.detach().requires_grad_() for y in x.student]
-    loss = attention_map_loss(*leaves, *x.teacher, kind=kind, reduction="none")
-    assert_same(torch.autograd.grad(loss.sum(), leaves), given()[1:])  # expanded by autograd
-
-
-@every_device
 @every_path
 @pytest.mark.parametrize("of", [(True, False), (False, True)], ids=["q_s", "k_s"])
 def test_gradient_of_one_alone(
@@ -108,19 +84,6 @@ def test_gradient_of_one_alone(
             assert torch.equal(leaf.grad, grad)
         else:
             assert leaf.grad is None
-
-
-@every_device
-@every_kind
-def test_operations_change_no_input(kind: str, device: str) -> None:
-    for dtype in (FLOAT, HALF):
-        x = maps(*SMALL, dtype=dtype, device=device)
-        options = OPTIONS["everything"](x)
-        held = [*x, options["key_mask"]]
-        before = [y.clone() for y in held]
-        for reduction in REDUCTIONS:
-            loss_and_grads(x, kind=kind, reduction=reduction, **options)
-        assert_same(held, before)
 
 
 # the same bits

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from support.attention_map_tools import assert_same
 from support.cuda_tools import captured, no_synchronisation, on_another_stream
 from support.feature_tools import LOSSES as EXACT  # the same bits with and without a gradient
-from support.feature_tools import assert_near
+from support.feature_tools import assert_near, draw
 from support.kd_tools import every_device
 from support.operations import (
     CASES,
@@ -69,9 +70,57 @@ class Case:
         return [x.clone().requires_grad_() for x in self.student]
 
 
+def tensors(tree: Any) -> Tensors:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
 @pytest.fixture(params=PATHS, ids=lambda path: "-".join(map(str, path)))
 def case(request: pytest.FixtureRequest, device: str) -> Case:
     return Case(*request.param, device)
+
+
+def test_new_memory_is_poisoned() -> None:
+    """Else an output that nothing writes could pass by chance."""
+    assert torch.empty(100).isnan().all()
+    assert torch.empty_like(torch.ones(3, 4, dtype=torch.bfloat16)).isnan().all()
+
+
+@every_device
+@pytest.mark.parametrize(("name", "of"), [path[:2] for path in CASES if path[2] in (None, "mean")])
+def test_operations_change_no_input(name: str, of: str, device: str) -> None:
+    for dtype, (_, reduction) in product((FLOAT, HALF), OPERATIONS[name].paths):
+        case = Case(name, dtype, reduction, device, of)
+        held = tensors((case.student, case.teacher, case.options))
+        before = [x.clone() for x in held]
+        gradients(partial(case.loss, **case.options), case.student, *case.teacher)
+        assert_same(held, before)
+
+
+# losses of three dimensions, each in one of the forms
+@every_device
+@pytest.mark.parametrize(("name", "form"), [("kd", 3), ("attention_map", 0), ("relation", 0)])
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=str)
+def test_incoming_gradient_of_any_strides(
+    dtype: torch.dtype, name: str, form: int, device: str
+) -> None:
+    of = OPERATIONS[name]
+    student, teacher = of.forms[form](dtype, device)
+    leaves = [x.requires_grad_() for x in student]
+    for options in of.cases.values():
+        loss = of.loss(*leaves, *teacher, **options(student), reduction="none")
+        back = partial(torch.autograd.grad, loss, leaves, retain_graph=True)
+        a, b, c = loss.shape
+        new = partial(draw, dtype=loss.dtype, device=device)
+        for strided in (
+            new(1, 1, 1).expand(a, b, c),
+            new(a, 1, c).expand(a, b, c),
+            new(a, c, b).transpose(1, 2),
+            new(a, b, 2 * c)[..., ::2],
+            new(c, b, a).permute(2, 1, 0),
+        ):
+            assert_same(back(strided), back(strided.contiguous()))
+        summed = torch.autograd.grad(loss.sum(), leaves, retain_graph=True)  # which is expanded
+        assert_same(summed, back(torch.ones_like(loss)))
 
 
 @every_device
@@ -262,8 +311,8 @@ def test_compile_with_dynamic_shapes(
     of, function = case.operation, compiled(case.loss, dynamic=True)
     plain = [*of.cases.values()][: dtype == FLOAT]
     for options_of in (of.options, *plain):
-        for i, draw in enumerate((of.draw, *of.sizes)):
-            student, teacher = draw(dtype, device)
+        for i, sized in enumerate((of.draw, *of.sizes)):
+            student, teacher = sized(dtype, device)
             options = options_of(student)
             with torch.compiler.set_stance("fail_on_recompile" if i and of.once else "default"):
                 given = gradients(partial(function, **options), student, *teacher)
@@ -304,10 +353,6 @@ def test_compile_without_gradient(name: str, device: str, compiled: Callable) ->
 
 
 # what only a GPU has
-
-
-def tensors(tree: Any) -> Tensors:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 @pytest.mark.gpu
