@@ -29,10 +29,6 @@ def as_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).mT
 
 
-def as_map(x: Tensor, height: int, width: int) -> Tensor:
-    return x.mT.unflatten(2, (height, width))
-
-
 # each loss by one name: how it is called here, its usual form, and what it takes
 
 
