@@ -70,13 +70,13 @@ VITKD_INLINE void shuffle(const uint8_t* x, int64_t x_pixel, const uint8_t* mask
     if constexpr (kBytes == 32) {
       store(to, _mm256_shuffle_epi8(load(x), mask));
     } else {
-      __m128i bytes = kBytes == 4    ? _mm_loadu_si32(x)
-                      : kBytes == 16 ? load16(x)
-                                     : _mm_loadu_si64(x);
-      if constexpr (kBytes == 12) {
-        int32_t last;
-        std::memcpy(&last, x + 8, 4);
-        bytes = _mm_insert_epi32(bytes, last, 2);
+      __m128i bytes;
+      if constexpr (kBytes == 16) {
+        bytes = load16(x);
+      } else {
+        int32_t words[4] = {};
+        std::memcpy(words, x, kBytes);
+        bytes = _mm_setr_epi32(words[0], words[1], words[2], words[3]);
       }
       store16(to, _mm_shuffle_epi8(bytes, _mm256_castsi256_si128(mask)));
     }
@@ -126,12 +126,8 @@ void gemm(const Packed& packed, const GemmCall& call) {
 
 // ---- elementwise ----
 
-VITKD_INLINE __m256i words_of(const __m256 (&v)[2], const EpilogueConstants& f) {
-  return pack_values(v[0], v[1], f);
-}
-
 VITKD_INLINE void store_value(uint8_t* y, const __m256 (&v)[2], const EpilogueConstants& f) {
-  const __m256i words = words_of(v, f);
+  const __m256i words = pack_values(v[0], v[1], f);
   store16(y, _mm256_castsi256_si128(pack_pixels(words, words, f)));
 }
 
@@ -222,10 +218,9 @@ VITKD_TARGET_END
 namespace vitkd::int8 {
 namespace {
 
-// What 16 inputs of a segment are multiplied with: the sums of 16 channels' pairs of weights are
-// looked at for each pair of inputs.
+// The weights of up to 16 inputs for 16 channels.
 struct Block {
-  int count;                // inputs, the rest is padding
+  int count;                // of inputs, 4 to 16
   int16_t weights[16][16];  // [input][lane]
 
   // 255 * 128 fits into 16 bits

@@ -1,9 +1,9 @@
 // Products in tiles of MR pixels x 16 channels in 256-bit registers. A step broadcasts four bytes
-// of each pixel to all lanes and multiplies them by 64 bytes of weights; what the bytes are is for
-// struct Dot of the file that includes this:
+// of each pixel to all lanes and multiplies them by 64 bytes of weights, by struct Dot of the file
+// that includes this:
 //
-//   avx2     two words, by vpmaddwd and vpaddd    roof: 24 multiply-adds a cycle on three ports
-//   avxvnni  four bytes, by vpdpbusd              roof: 64 on two
+//   avx2     vpmaddubsw, vpmaddwd, vpaddd    roof: 32 multiply-adds a cycle on three ports
+//   avxvnni  vpdpbusd                        roof: 64 on two
 #pragma once
 
 #include "int8/kernels/epilogue_ymm.h"
@@ -142,8 +142,7 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
   t.magic = panel.magic;
   t.epilogue = epilogue_constants(packed.spec.epilogue, panel.bits);
   t.advance(first);
-  // the next panel, or the next layer's first: the fetching gets further ahead where pixels are
-  // many
+  // the next panel, or the next layer's first: further ahead where pixels are many
   const int64_t panel_bytes = t.segments * t.steps * kLine;
   const uint8_t* const soon = t.weights + panel_bytes;
   t.next = call.fetched == nullptr ? soon : std::max(*call.fetched, soon);
