@@ -124,6 +124,39 @@ def test_incoming_gradient_of_any_strides(
 
 
 @every_device
+def test_empty_batch(case: Case) -> None:
+    student, teacher = ([x[:0] for x in of] for of in (case.student, case.teacher))
+    loss, *grads = gradients(partial(case.loss, **case.draw_options(student)), student, *teacher)
+    of_all = case.loss(*case.student, *case.teacher, **case.options)
+    assert loss.shape == (of_all[:0].shape if of_all.dim() else ())
+    assert loss.sum() == 0
+    assert [x.shape for x in grads] == [x.shape for x in student]
+
+
+@every_device
+def test_inputs_with_gaps(case: Case) -> None:
+    """Every other number of a tensor twice as wide."""
+
+    def spread(x: Tensor) -> Tensor:
+        wide = x.new_full((*x.shape, 2), torch.nan)
+        wide[..., 0] = x
+        return wide[..., 0]
+
+    loss = partial(case.loss, **case.options)
+    want = gradients(loss, case.student, *case.teacher)
+    student, teacher = ([spread(x) for x in of] for of in (case.student, case.teacher))
+    case.compare(gradients(loss, student, *teacher), want, exactly=False)
+
+
+@every_device
+def test_bitwise_the_same_twice(case: Case) -> None:
+    torch.set_num_threads(2)
+    loss = partial(case.loss, **case.options)
+    first, second = (gradients(loss, case.student, *case.teacher) for _ in range(2))
+    assert_same(first, second)
+
+
+@every_device
 def test_loss_used_twice(case: Case) -> None:
     leaves = case.leaves()
     loss = case.loss(*leaves, *case.teacher)

@@ -202,15 +202,10 @@ def test_extreme_identical_inputs_give_zero(name: str, dtype: torch.dtype, devic
 
 
 @every_device
-@every_loss
-def test_empty_batch(name: str, device: str) -> None:
-    x, t = draw(0, 5, 4, 4, device=device), draw(0, 6, 4, 4, device=device)
-    value, grad = loss_and_grad(LOSSES[name], x, t)
-    assert value == 0
-    assert grad.shape == x.shape
-    if name != "rkd":
-        value, grad = loss_and_grad(LOSSES[name], draw(0, 5, 8, 8, device=device), t)
-        assert value == 0
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "rkd"])
+def test_empty_batch_that_is_resized(name: str, device: str) -> None:
+    x, t = draw(0, 5, 8, 8, device=device), draw(0, 6, 4, 4, device=device)
+    assert loss_and_grad(LOSSES[name], x, t)[0] == 0
 
 
 @pytest.mark.every_isa
