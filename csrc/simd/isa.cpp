@@ -23,7 +23,7 @@ constexpr Isa kBestFirst[] = {Isa::amx,     Isa::avx512vnni, Isa::avx512,
                               Isa::avxvnni, Isa::avx2,       Isa::scalar};
 
 #if defined(__x86_64__)
-// gcc 12's __builtin_cpu_supports does not know it
+// CPUID leaf 7, subleaf 1: bit 4 of EAX
 bool avxvnni() {
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4) != 0;

@@ -223,15 +223,16 @@ struct Block {
   int count;                // of inputs, 4 to 16
   int16_t weights[16][16];  // [input][lane]
 
-  // 255 * 128 fits into 16 bits
+  // 255 * 128 fits into 16 bits; of 16 bits, too, so that a compiler makes vectors of it
   bool fits(int a, int b) const {
-    int most = 0, least = 0;
+    int16_t most = 0;
     for (int lane = 0; lane < 16; ++lane) {
-      const int p = weights[a][lane], q = weights[b][lane];
-      most = std::max(most, std::max(p, 0) + std::max(q, 0));
-      least = std::min(least, std::min(p, 0) + std::min(q, 0));
+      const int16_t p = weights[a][lane], q = weights[b][lane], zero = 0;
+      const int16_t up = std::max(p, zero) + std::max(q, zero);
+      const int16_t down = -(std::min(p, zero) + std::min(q, zero));
+      most = std::max(most, std::max(up, down));
     }
-    return most <= 128 && least >= -128;
+    return most <= 128;
   }
 
   // Pairs of inputs, those that fit first: each finds the partner with the fewest others, and one
@@ -290,6 +291,7 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
     all.insert(all.end(), constants, constants + 3 * kLine);
     panel.gathers = static_cast<int>(packed->gathers.size());
     std::vector<int8_t> weights;
+    weights.reserve(2 * kLine * packed->segments * packed->steps);
     std::vector<std::array<uint8_t, 16>> masks;
     for (int segment = 0; segment < packed->segments; ++segment) {
       for (int k = 0; k < segment_bytes; k += 16) {
