@@ -3,7 +3,9 @@
 With poisoned memory and node by node, so that a failure names the first node that differs.
 """
 
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -251,3 +253,18 @@ def test_values_beyond_int32_are_refused_and_below_are_equal(what: str) -> None:
     assert_equal(graph(19), images_for(graph(19), 1), batches=(1,), threads=(1,))
     with pytest.raises(int8.FileError, match=r"^node 1 \(node1\): "):
         int8.load(graph(30))
+
+
+def test_trained_network(data: Path) -> None:
+    """A MobileNetV2 trained on ImageNet, on photographs."""
+    timm, images = pytest.importorskip("timm"), pytest.importorskip("PIL.Image")
+    with zipfile.ZipFile(data / "imagenet-sample-a.zip") as archive:
+        names = [name for name in archive.namelist() if name.endswith(".JPEG")][::60]
+        files = [images.open(archive.open(name)).convert("RGB") for name in names]
+        photographs = np.stack([np.array(file.resize((224, 224))) for file in files])
+    weights = str(data / "mobilenetv2_100.tf_in1k.safetensors")
+    model = timm.create_model("mobilenetv2_100", pad_type="same", checkpoint_path=weights).eval()
+    graph = int8.quantize(model, photographs, mean=(0.5,) * 3, std=(0.5,) * 3).graph
+    want = reference.run(graph, photographs[:2])
+    for isa in ISAS:
+        assert np.array_equal(int8.load(graph, isa=isa)(photographs[:2]), want), isa
