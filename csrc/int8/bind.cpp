@@ -4,11 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
 
 #include "int8/from_python.h"
+#include "int8/prepare.h"
 #include "int8/session.h"
 #include "simd/isa.h"
 
@@ -97,6 +99,25 @@ py::list activations(Session& session, const Images& image) {
   return activations;
 }
 
+// The caller has checked: frame uint8 [height, width, 3], the pixels of a row side by side, and
+// prepared uint8 [size, size, 3], contiguous.
+void prepare_frame(const py::array_t<uint8_t>& frame, double crop_pct,
+                   const std::string& interpolation, const std::string& isa, Images prepared) {
+  if (frame.ndim() != 3 || frame.shape(2) != 3 || frame.strides(2) != 1 || frame.strides(1) != 3 ||
+      prepared.ndim() != 3 || prepared.shape(1) != prepared.shape(0) || prepared.shape(2) != 3) {
+    throw std::invalid_argument("frame or prepared of the wrong shape");
+  }
+  const auto found = std::find(kInterpolations.begin(), kInterpolations.end(), interpolation);
+  if (found == kInterpolations.end()) {
+    throw std::invalid_argument("interpolation: got " + interpolation);
+  }
+  const Preprocessing wanted{static_cast<int>(prepared.shape(0)), crop_pct,
+                             static_cast<Interpolation>(found - kInterpolations.begin())};
+  uint8_t* to = prepared.mutable_data();
+  const py::gil_scoped_release release;
+  prepare(frame.data(), frame.shape(0), frame.shape(1), frame.strides(0), wanted, isa_of(isa), to);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_int8, module) {
@@ -108,6 +129,9 @@ PYBIND11_MODULE(_int8, module) {
     const py::gil_scoped_release release;
     return check(graph, graph.image_size).back().channels;
   });
+  module.def("prepare", &prepare_frame, py::arg("frame").noconvert(), py::kw_only(),
+             py::arg("crop_pct"), py::arg("interpolation"), py::arg("isa") = "",
+             py::arg("out").noconvert());
   module.def("isa", [] {
     std::vector<std::string> names;
     for (Isa isa : available_isas()) names.emplace_back(name(isa));

@@ -3,28 +3,13 @@
 #include <pthread.h>
 
 #include "int8/executor.h"
+#include "int8/float_state.h"
 #include "int8/thread_team.h"
-
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
 namespace vitkd::int8 {
 namespace {
 
 constexpr int64_t kWorthSharing = 8 << 20;  // multiply-adds of an image
-
-// rounding to nearest, no flush to zero and no traps, whatever the calling thread is set to
-class FloatState {
-#if defined(__x86_64__)
- public:
-  FloatState() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
-  ~FloatState() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#endif
-};
 
 // the mutex of all sessions' idle callers, and how often this process was forked
 struct Forks {
