@@ -39,6 +39,16 @@ class Session:
 
 # raises GraphError, which names node and field; returns the number of logits
 def check(graph: Graph) -> int: ...
+
+# frame [H, W, 3], pixels of a row side by side; out [image_size, image_size, 3], contiguous
+def prepare(
+    frame: NDArray[np.uint8],
+    *,
+    crop_pct: float,
+    interpolation: str,
+    isa: str = "",
+    out: NDArray[np.uint8],
+) -> None: ...
 def isa() -> list[str]: ...
 def vnni_peak(seconds: float) -> float: ...
 def fma_peak(seconds: float) -> float: ...

@@ -1,20 +1,28 @@
 """From an image file to the uint8 pixels that a model reads; nothing here imports torch.
 
-The short side is resized to image_size / crop_pct and the centre is kept: the pixels of timm's
-validation transform, byte by byte. What is smaller than image_size gets a black border.
+The short side is resized to image_size / crop_pct and the centre is kept, as by timm's validation
+transform. What is smaller than image_size gets a black border. The resize is the engine's own: the
+bytes of Pillow 12.3 whatever Pillow is installed (13.0 gives others for some shapes).
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
+
+from . import _preprocessing
+from ._preprocessing import Array, Preprocessing
+
+try:
+    import simplejpeg
+except ImportError:  # the extra `turbo`
+    simplejpeg = None
 
 # torchvision's, and what phones and browsers save besides; a file of another ending is no image
 EXTENSIONS = tuple(".avif .bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
@@ -43,26 +51,12 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# of the sides, above which a resize of the full image could take gigabytes
-_STRIP = 16
-
 
 class DataError(ValueError):
     """Images that cannot be used; the message names the file or folder."""
 
 
-class Preprocessing(Protocol):
-    """How images are prepared: `models.Pixels` and `int8.Session` say so."""
-
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def crop_pct(self) -> float: ...
-    @property
-    def interpolation(self) -> str: ...
-
-
-def read(file: str | Path, preprocessing: Preprocessing) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def read(file: str | Path, preprocessing: Preprocessing) -> Array:
     """The pixels of a file, uint8 [image_size, image_size, 3], not normalised.
 
     Args:
@@ -74,7 +68,9 @@ def read(file: str | Path, preprocessing: Preprocessing) -> np.ndarray[Any, np.d
         DataError: naming a file that cannot be read.
     """
     try:
-        return prepare(open_rgb(file), preprocessing)
+        with Image.open(file) as image:
+            pixels = _turbo(image)
+            return prepare(to_rgb(image) if pixels is None else pixels, preprocessing)
     except UNREADABLE as error:
         raise unreadable(str(file), error) from error
 
@@ -99,7 +95,26 @@ def open_rgb(file: str | Path | IO[bytes]) -> Image.Image:
         UNREADABLE: a damaged image, or 32-bit integers or floats, whose range is unknown.
     """
     with Image.open(file) as image:
-        return to_rgb(image)
+        pixels = _turbo(image)
+        return to_rgb(image) if pixels is None else Image.fromarray(pixels)
+
+
+def _turbo(image: ImageFile.ImageFile) -> Array | None:
+    """The pixels of an upright JPEG, decoded by simplejpeg in less time; None: Pillow decodes it.
+
+    Both are libjpeg-turbo with its exact transforms. CMYK, which they convert differently, and what
+    is damaged stay Pillow's.
+    """
+    if simplejpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    if _turn(image) is not None:
+        return None
+    assert image.fp is not None
+    image.fp.seek(0)
+    try:
+        return simplejpeg.decode_jpeg(image.fp.read())
+    except ValueError:
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -111,13 +126,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgb = _eight_bits(image).convert("RGB")
     else:
         rgb = image.convert("RGB")
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # whatever broken metadata makes Pillow raise: the pixels are whole
-        turn = None
+    turn = _turn(image)
     upright = rgb if turn is None else rgb.transpose(turn)
     upright.info = {}  # or a second call would turn it again
     return upright
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever broken metadata makes Pillow raise: the pixels are whole
+        return None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -137,34 +157,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8))
 
 
-def prepare(
-    image: Image.Image, preprocessing: Preprocessing
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """An RGB image as uint8 [image_size, image_size, 3]."""
-    size = preprocessing.image_size
-    short = math.floor(size / preprocessing.crop_pct)
-    width, height = image.size
-    if width <= height:
-        width, height = short, int(short * height / width)
-    else:
-        width, height = int(short * width / height), short
-    filter = Image.Resampling[preprocessing.interpolation.upper()]
-    left, top = _begin(width, size), _begin(height, size)
-    if max(image.size) <= _STRIP * min(image.size):
-        image = image.resize((width, height), filter)
-    else:
-        # the same geometry, of nothing but what the crop keeps
-        kept = (max(left, 0), max(top, 0), min(left + size, width), min(top + size, height))
-        across, down = image.width / width, image.height / height
-        box = (kept[0] * across, kept[1] * down, kept[2] * across, kept[3] * down)
-        image = image.resize((kept[2] - kept[0], kept[3] - kept[1]), filter, box)
-        left, top = left - kept[0], top - kept[1]
-    # a negative edge is outside: Pillow fills it with black
-    return np.array(image.crop((left, top, left + size, top + size)))
+def prepare(image: Image.Image | Array, preprocessing: Preprocessing) -> Array:
+    """An RGB image, or uint8 [H, W, 3], as uint8 [image_size, image_size, 3].
 
-
-def _begin(length: int, size: int) -> int:
-    return round((length - size) / 2) if length >= size else -((size - length) // 2)
+    Raises:
+        ValueError: an array of another shape or dtype.
+    """
+    return _preprocessing.prepare("images.prepare", image, preprocessing)
 
 
 def natural_key(name: str) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -107,12 +106,8 @@ void prepare_frame(const py::array_t<uint8_t>& frame, double crop_pct,
       prepared.ndim() != 3 || prepared.shape(1) != prepared.shape(0) || prepared.shape(2) != 3) {
     throw std::invalid_argument("frame or prepared of the wrong shape");
   }
-  const auto found = std::find(kInterpolations.begin(), kInterpolations.end(), interpolation);
-  if (found == kInterpolations.end()) {
-    throw std::invalid_argument("interpolation: got " + interpolation);
-  }
   const Preprocessing wanted{static_cast<int>(prepared.shape(0)), crop_pct,
-                             static_cast<Interpolation>(found - kInterpolations.begin())};
+                             interpolation_of(interpolation)};
   uint8_t* to = prepared.mutable_data();
   const py::gil_scoped_release release;
   prepare(frame.data(), frame.shape(0), frame.shape(1), frame.strides(0), wanted, isa_of(isa), to);

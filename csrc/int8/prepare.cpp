@@ -191,6 +191,15 @@ void check(int64_t height, int64_t width, int64_t stride, const Preprocessing& w
 
 const Passes kScalarPasses{along_rows, along_columns};
 
+Interpolation interpolation_of(const std::string& name) {
+  std::string accepted;
+  for (size_t i = 0; i < kInterpolations.size(); ++i) {
+    if (name == kInterpolations[i]) return static_cast<Interpolation>(i);
+    accepted += kInterpolations[i] + std::string(", ");
+  }
+  throw std::invalid_argument("interpolation: expected one of " + accepted + "got " + name);
+}
+
 void prepare(const uint8_t* source, int64_t height, int64_t width, int64_t stride,
              const Preprocessing& wanted, Isa isa, uint8_t* destination) {
   check(height, width, stride, wanted);

@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 
 #include "simd/isa.h"
 
@@ -25,6 +26,9 @@ struct Preprocessing {
   double crop_pct = 1;  // 0.1 to 2
   Interpolation interpolation = Interpolation::bicubic;
 };
+
+// Of its name; throws std::invalid_argument, which names those there are.
+Interpolation interpolation_of(const std::string& name);
 
 // source [height, width, 3]: RGB of 8 bits, its rows `stride` bytes apart (negative: bottom up).
 // destination [image_size, image_size, 3], without gaps; it overlaps no source. Any number of

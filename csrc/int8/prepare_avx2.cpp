@@ -23,10 +23,15 @@ struct Sums {
   __m256i upper, lower;
 
   VITKD_INLINE void clear() { upper = lower = _mm256_setzero_si256(); }
-  // of words, two to a sum
+  // of words, two to a sum; asm keeps gcc from forming products early and spilling sums
   VITKD_INLINE void add(__m256i pixels, __m256i uppers, __m256i lowers) {
-    upper = _mm256_add_epi32(upper, _mm256_madd_epi16(pixels, uppers));
-    lower = _mm256_add_epi32(lower, _mm256_madd_epi16(pixels, lowers));
+    __m256i products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(upper), "=&x"(products)
+        : "x"(pixels), "x"(uppers));
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(lower), "=&x"(products)
+        : "x"(pixels), "x"(lowers));
   }
   VITKD_INLINE __m256i total() const {
     return _mm256_add_epi32(_mm256_slli_epi32(upper, 16), lower);

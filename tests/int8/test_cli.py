@@ -18,6 +18,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.transforms_factory import create_transform
 
+from support.pillow_tools import rows_first
 from vitkd_fast import int8, models
 from vitkd_fast.distill import config, sources
 from vitkd_fast.distill import quantized as quantized_run
@@ -72,7 +73,8 @@ def timms(size: int, crop_pct: float, interpolation: str):
 
 def pixels_of(transform, file: Path) -> np.ndarray:
     """By a transform of training: [H, W, 3]."""
-    return np.asarray(transform(Image.open(file).convert("RGB"))).transpose(1, 2, 0)
+    image = rows_first(Image.open(file).convert("RGB"))
+    return np.asarray(transform(image)).transpose(1, 2, 0)
 
 
 def expected(model: Path, files: list[Path], size: int = 32, **options) -> bytes:
@@ -117,7 +119,7 @@ def test_pixels_are_those_of_training(size: int, crop_pct: float, interpolation:
         image = Image.fromarray(array)
         ours = prepare(image, pixels)
         assert ours.shape == (size, size, 3) and ours.flags.writeable
-        assert np.array_equal(ours, np.asarray(transform(image)).transpose(1, 2, 0)), (
+        assert np.array_equal(ours, np.asarray(transform(rows_first(image))).transpose(1, 2, 0)), (
             height,
             width,
         )

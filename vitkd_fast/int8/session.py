@@ -10,6 +10,7 @@ import numpy as np
 
 from vitkd_fast import _int8
 
+from .._preprocessing import check_out, prepare
 from .._timing import warn_of_threads
 from . import file
 from .graph import Graph
@@ -109,31 +110,43 @@ class Session:
             )
         return np.ascontiguousarray(array)
 
-    def __call__(self, images: Any, out: np.ndarray | None = None) -> np.ndarray:
+    def prepare(self, frame: Any, out: np.ndarray | None = None) -> np.ndarray:
+        """A frame of any size as the session wants it: uint8 [image_size, image_size, 3].
+
+        The pixels are those of calibration and of training's validation; see `images.prepare`.
+
+        Args:
+            frame: RGB, uint8 [H, W, 3], an array or a CPU tensor.
+            out: uint8 [image_size, image_size, 3], contiguous, to write them to.
+
+        Raises:
+            ValueError: frame or out of another shape or dtype.
+        """
+        return prepare("int8.Session.prepare", frame, self, out, self.isa)
+
+    def __call__(
+        self, images: Any, out: np.ndarray | None = None, *, prepare: bool = False
+    ) -> np.ndarray:
         """Logits of images.
 
         Args:
             images: uint8 [N, image_size, image_size, 3], an array or a CPU tensor, not normalised.
             out: float32 [N, classes], contiguous, to write the logits to.
+            prepare: whether images is a sequence of frames of any size, each for `prepare`.
 
         Raises:
             ValueError: images or out of another shape or dtype, or a closed session.
         """
-        engine, images = self._open(), self._batch(images)
+        engine = self._open()
+        if prepare:
+            frames, images = images, np.empty((len(images), *2 * (self.image_size,), 3), np.uint8)
+            for frame, prepared in zip(frames, images, strict=True):
+                self.prepare(frame, prepared)
+        images = self._batch(images)
         shape = (len(images), engine.classes)
         if out is None:
             out = np.empty(shape, np.float32)
-        elif (
-            not isinstance(out, np.ndarray)
-            or out.dtype != np.float32
-            or out.shape != shape
-            or not (out.flags.c_contiguous and out.flags.writeable)
-        ):
-            given = f"{getattr(out, 'dtype', type(out).__name__)} {list(np.shape(out))}"
-            raise ValueError(
-                "int8.Session: out: expected a contiguous, writeable float32 ndarray "
-                f"{list(shape)}, got {given}"
-            )
+        check_out("int8.Session", out, np.float32, shape)
         engine.run(images, out)
         return out
 
