@@ -15,10 +15,9 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from vitkd_fast import images, int8
+from vitkd_fast import int8
 
 
 def camera(fps: float) -> Iterator[np.ndarray]:
@@ -63,8 +62,7 @@ def main() -> None:
     latencies, end = [], time.perf_counter() + given.seconds
     while time.perf_counter() < end:
         taken, frame = slot.get()
-        image = images.prepare(Image.fromarray(frame), session)
-        answer = session.classes[int(session(image[None]).argmax())]
+        answer = session.classes[int(session([frame], prepare=True).argmax())]
         latencies.append(1e3 * (time.perf_counter() - taken))
     stop.set()
     thread.join()

@@ -159,20 +159,28 @@ void along_columns(const uint8_t* const* rows, const int32_t* weights, int taps,
 
 const Passes& passes(Isa isa) {
 #if defined(__x86_64__)
-  if (isa != Isa::scalar) return kAvx2Passes;
+  switch (isa) {
+    case Isa::avx2:
+    case Isa::avxvnni:
+    case Isa::avx512:
+    case Isa::avx512vnni:
+    case Isa::amx:
+      return kAvx2Passes;
+    default:
+      return kScalarPasses;
+  }
 #elif defined(__aarch64__)
-  if (isa != Isa::scalar) return kNeonPasses;
-#endif
+  return isa == Isa::scalar ? kScalarPasses : kNeonPasses;
+#else
   return kScalarPasses;
+#endif
 }
-
-std::string both(int64_t a, int64_t b) { return std::to_string(a) + " and " + std::to_string(b); }
 
 void check(int64_t height, int64_t width, int64_t stride, const Preprocessing& wanted) {
   const auto fail = [](const std::string& message) { throw std::invalid_argument(message); };
   if (std::min(height, width) < 1 || std::max(height, width) > kMostSide) {
     fail("height and width: expected 1 to " + std::to_string(kMostSide) + ", got " +
-         both(height, width));
+         std::to_string(height) + " and " + std::to_string(width));
   }
   if (std::abs(stride) < 3 * width && height > 1) {
     fail("stride: expected a row's bytes, " + std::to_string(3 * width) + ", or more, got " +
@@ -213,7 +221,7 @@ void prepare(const uint8_t* source, int64_t height, int64_t width, int64_t strid
   const Weights columns = weigh(across, wanted.interpolation);
   const Passes& pass = passes(isa);
 
-  // results of the first pass, as many as the second one needs at once
+  // results of the pass along rows, as many as one along columns needs
   const int bytes = 3 * across.kept, ring_stride = bytes + 64, ring_rows = rows.taps + kRows;
   std::vector<uint8_t> ring(int64_t{ring_rows} * ring_stride);
   const auto slot = [&](int64_t row) { return ring.data() + row % ring_rows * ring_stride; };

@@ -30,9 +30,10 @@ struct Preprocessing {
 // Of its name; throws std::invalid_argument, which names those there are.
 Interpolation interpolation_of(const std::string& name);
 
-// source [height, width, 3]: RGB of 8 bits, its rows `stride` bytes apart (negative: bottom up).
-// destination [image_size, image_size, 3], without gaps; it overlaps no source. Any number of
-// threads may call it at once; what it allocates, it frees.
+// source [height, width, 3]: RGB of 8 bits, its rows `stride` bytes apart (negative: bottom up);
+// bytes between them may be read, none behind the last. destination [image_size, image_size, 3],
+// without gaps, apart from source. Any number of threads may call it at once; what it allocates, it
+// frees.
 // Throws std::invalid_argument, which names what was expected and what was given: sides of 1 to
 // 2^24, a preprocessing in its bounds with image_size >= crop_pct.
 void prepare(const uint8_t* source, int64_t height, int64_t width, int64_t stride,

@@ -26,9 +26,8 @@ class Session {
   const Plan& plan() const { return plan_; }
   int classes() const { return plan_.layers.back().out.channels; }
   // images [count, image_size, image_size, 3], logits [count, classes]. An image is RGB of 8 bits,
-  // not normalised, as vitkd_fast/images.py opens and prepares it: upright by its EXIF orientation,
-  // 16 bits divided by 257, alpha dropped; the short side resized to image_size / crop_pct with
-  // antialiasing, and the centre cropped
+  // not normalised, as int8/prepare.h resizes and crops it and vitkd_fast/images.py opens it:
+  // upright by its EXIF orientation, 16 bits divided by 257, alpha dropped
   void run(const uint8_t* images, int64_t count, float* logits);
   // the same on one thread, timed node by node
   std::vector<NodeProfile> profile(const uint8_t* images, int64_t count, float* logits);
