@@ -32,7 +32,7 @@ def prepare(
     """A frame, uint8 [H, W, 3], resized and cropped to uint8 [image_size, image_size, 3].
 
     Args:
-        who: asks, for messages.
+        who: the caller's name, for messages.
         frame: an array or a CPU tensor; its rows may be apart, or bottom up.
         out: contiguous, to write to.
         isa: one of `int8.isa()`; "": the best.
@@ -45,7 +45,7 @@ def prepare(
         raise ValueError(
             f"{who}: expected a frame, uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}"
         )
-    if frame.strides[1:] != (3, 1):
+    if frame.strides[1:] != (3, 1) or abs(frame.strides[0]) < 3 * frame.shape[1]:
         frame = np.ascontiguousarray(frame)
     if out is None:
         out = np.empty((size, size, 3), np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 
 from vitkd_fast import _int8
 
-from .._preprocessing import check_out, prepare
+from .. import _preprocessing
 from .._timing import warn_of_threads
 from . import file
 from .graph import Graph
@@ -122,7 +122,7 @@ class Session:
         Raises:
             ValueError: frame or out of another shape or dtype.
         """
-        return prepare("int8.Session.prepare", frame, self, out, self.isa)
+        return _preprocessing.prepare("int8.Session.prepare", frame, self, out, self.isa)
 
     def __call__(
         self, images: Any, out: np.ndarray | None = None, *, prepare: bool = False
@@ -146,7 +146,7 @@ class Session:
         shape = (len(images), engine.classes)
         if out is None:
             out = np.empty(shape, np.float32)
-        check_out("int8.Session", out, np.float32, shape)
+        _preprocessing.check_out("int8.Session", out, np.float32, shape)
         engine.run(images, out)
         return out
 
