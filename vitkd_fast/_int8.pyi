@@ -3,14 +3,31 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from .int8.graph import Graph
-
 class GraphError(ValueError): ...
+
+# the content of an int8 file; raises GraphError, which says what was expected and what was given
+class File:
+    def __init__(self, data: bytes) -> None: ...
+    @property
+    def data(self) -> bytes: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+    @property
+    def crop_pct(self) -> float: ...
+    @property
+    def interpolation(self) -> str: ...
+    # none, or one for each logit
+    @property
+    def classes(self) -> tuple[str, ...]: ...
 
 class Session:
     def __init__(
         self,
-        graph: Graph,
+        file: File,
         *,
         image_size: int,
         threads: int = 1,
@@ -36,9 +53,6 @@ class Session:
     def arena_bytes(self) -> int: ...
     @property
     def steps(self) -> int: ...
-
-# raises GraphError, which names node and field; returns the number of logits
-def check(graph: Graph) -> int: ...
 
 # frame [H, W, 3], pixels of a row side by side; out [image_size, image_size, 3], contiguous
 def prepare(

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "int8/from_python.h"
 #include "int8/prepare.h"
+#include "int8/reader.h"
 #include "int8/session.h"
 #include "simd/isa.h"
 
@@ -19,25 +19,23 @@ using namespace vitkd::int8;
 
 namespace {
 
-Isa isa_of(const std::string& wanted) {
-  std::string accepted;
-  for (Isa isa : available_isas()) {
-    if (wanted.empty() || wanted == name(isa)) return isa;
-    accepted += (accepted.empty() ? "" : ", ") + std::string(name(isa));
+// A file's content, and the bytes that it borrows.
+struct File {
+  explicit File(const py::bytes& from) : bytes(from) {
+    const std::string_view view = bytes;
+    const py::gil_scoped_release release;
+    model = read({reinterpret_cast<const uint8_t*>(view.data()), view.size()});
   }
-  throw std::invalid_argument("isa: expected one of this machine's, " + accepted + ", got " +
-                              wanted);
-}
 
-std::unique_ptr<Session> make_session(const py::object& from, int image_size, int threads,
+  const py::bytes bytes;
+  Model model;
+};
+
+std::unique_ptr<Session> make_session(const File& file, int image_size, int threads,
                                       const std::string& isa, bool fuse, bool poison) {
-  const Graph graph = graph_from_python(from);
-  if (threads < 1 || threads > 256) {
-    throw std::invalid_argument("threads: expected 1 to 256, got " + std::to_string(threads));
-  }
   const Options options{image_size, threads, isa_of(isa), fuse, poison};
   const py::gil_scoped_release release;
-  return std::make_unique<Session>(graph, options);
+  return std::make_unique<Session>(file.model.graph, options);
 }
 
 // The caller has checked: images uint8 [count, size, size, 3], logits float32 [count, classes],
@@ -118,12 +116,6 @@ void prepare_frame(const py::array_t<uint8_t>& frame, double crop_pct,
 PYBIND11_MODULE(_int8, module) {
   module.doc() = "The compiled int8 engine of vitkd_fast.";
   py::register_exception<GraphError>(module, "GraphError", PyExc_ValueError);
-  // the number of logits
-  module.def("check", [](const py::object& from) {
-    const Graph graph = graph_from_python(from);
-    const py::gil_scoped_release release;
-    return check(graph, graph.image_size).back().channels;
-  });
   module.def("prepare", &prepare_frame, py::arg("frame").noconvert(), py::kw_only(),
              py::arg("crop_pct"), py::arg("interpolation"), py::arg("isa") = "",
              py::arg("out").noconvert());
@@ -141,8 +133,21 @@ PYBIND11_MODULE(_int8, module) {
   };
   peak("vnni_peak", vnni_peak);
   peak("fma_peak", fma_peak);
+  py::class_<File>(module, "File")
+      .def(py::init<py::bytes>())
+      .def_readonly("data", &File::bytes)
+      .def_property_readonly("image_size", [](const File& f) { return f.model.graph.image_size; })
+      .def_property_readonly("mean",
+                             [](const File& f) { return py::tuple(py::cast(f.model.mean)); })
+      .def_property_readonly("std", [](const File& f) { return py::tuple(py::cast(f.model.std)); })
+      .def_property_readonly("crop_pct", [](const File& f) { return f.model.crop_pct; })
+      .def_property_readonly(
+          "interpolation",
+          [](const File& f) { return kInterpolations[static_cast<size_t>(f.model.interpolation)]; })
+      .def_property_readonly("classes",
+                             [](const File& f) { return py::tuple(py::cast(f.model.classes)); });
   py::class_<Session>(module, "Session")
-      .def(py::init(&make_session), py::arg("graph"), py::kw_only(), py::arg("image_size"),
+      .def(py::init(&make_session), py::arg("file"), py::kw_only(), py::arg("image_size"),
            py::arg("threads") = 1, py::arg("isa") = "", py::arg("fuse") = true,
            py::arg("poison") = false)
       .def("run", &run)

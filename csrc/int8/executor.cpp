@@ -417,6 +417,11 @@ Workspace::Workspace(const Plan& plan)
       middle(plan.channels * 4),
       factors(plan.channels * 4) {}
 
+size_t workspace_bytes(const Plan& plan) {
+  return plan.arena + plan.rings + scratch_bytes(plan) + gemm_scratch_bytes(plan) +
+         4 * 4 * plan.channels + 8 * kSlack;
+}
+
 void Workspace::poison() const {
   for (const Buffer* b :
        {&arena, &rings, &scratch, &gemm_scratch, &sums, &means, &middle, &factors}) {

@@ -17,6 +17,8 @@ struct Workspace {
   Buffer arena, rings, scratch, gemm_scratch, sums, means, middle, factors;
 };
 
+size_t workspace_bytes(const Plan& plan);
+
 struct NodeTime {
   double seconds = 0;
   const char* kernel = nullptr;  // of the largest call, where there is one

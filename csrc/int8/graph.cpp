@@ -8,9 +8,10 @@
 namespace vitkd::int8 {
 namespace {
 
-constexpr int kMaxNodes = 4096, kMaxImage = 8192, kMaxStride = 8;
+constexpr int kMaxImage = 8192, kMaxStride = 8;
 constexpr int64_t kMaxChannels = 65536, kMaxPooled = int64_t{1} << 22;
 constexpr int64_t kMaxActivation = int64_t{1} << 31;  // bytes
+constexpr int64_t kMaxRows = int64_t{1} << 26;        // bytes, of the rows that plans pad with
 constexpr double kMaxConstant = 0x1p20, kMaxElement = 0x1p32;
 constexpr double kMaxSum = 0x1p31;
 constexpr double kMaxValue = 0x1p30;  // before rounding: x86 converts 2^31 to -2^31
@@ -194,7 +195,7 @@ class Checker {
     if (!(most < kMaxHidden)) fail("weights", "sums under 2^100", "up to " + text(most));
   }
 
-  Shape shape_of(const Node& node) const {
+  Shape shape_of(const Node& node) {
     const bool two = node.op == Op::add || node.residual;
     if (node.inputs.size() != (two ? 2 : 1)) {
       fail("inputs", two ? "2" : "1", text(node.inputs.size()));
@@ -218,6 +219,10 @@ class Checker {
         const Shape y{output_size(node, 0, x.height), output_size(node, 1, x.width),
                       static_cast<int>(out)};
         check_sums(node, y.channels);
+        rows_ += int64_t{x.width} * (x.channels + 15);
+        if (rows_ > kMaxRows) {
+          fail("input", "rows of up to " + text(kMaxRows) + " bytes in all", text(rows_));
+        }
         if (two) same_shape(input(1, false), y);
         return y;
       }
@@ -248,6 +253,7 @@ class Checker {
   const Graph& graph_;
   const int size_;
   int64_t index_ = -1;
+  int64_t rows_ = 0;
   std::vector<Shape> shapes_;
 };
 

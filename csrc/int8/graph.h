@@ -15,7 +15,7 @@ struct GraphError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-constexpr int kMaxKernel = 31;
+constexpr int kMaxKernel = 31, kMaxNodes = 4096;
 
 // Borrowed memory.
 template <class T>

@@ -18,7 +18,8 @@ Node numbers_of(Node node) {
 
 }  // namespace
 
-Plan::Plan(const Graph& graph, const Options& o) : options(o), with(kernels(o.isa)) {
+Plan::Plan(const Graph& graph, const Options& o, const std::function<void()>& arrays_read)
+    : options(o), with(kernels(o.isa)) {
   const std::vector<Shape> shapes = check(graph, o.image_size);
   layers.reserve(shapes.size());
   for (size_t i = 0; i < shapes.size(); ++i) {
@@ -32,6 +33,7 @@ Plan::Plan(const Graph& graph, const Options& o) : options(o), with(kernels(o.is
     channels = std::max<size_t>(channels, layer.pixel);
     macs += layer.macs;
   }
+  if (arrays_read) arrays_read();
   pack_weights();
   fuse_chains();
   find_head();

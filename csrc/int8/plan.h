@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "int8/graph.h"
@@ -58,7 +59,8 @@ struct Step {
 };
 
 struct Plan {
-  Plan(const Graph& graph, const Options& options);  // throws GraphError; borrows nothing
+  // throws GraphError; borrows nothing, and calls `arrays_read` when it needs no array any more
+  Plan(const Graph& graph, const Options& options, const std::function<void()>& arrays_read);
 
   Options options;
   const Kernels& with;

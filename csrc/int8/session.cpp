@@ -74,10 +74,25 @@ class Session::Lease {
   std::unique_ptr<Caller> caller_;
 };
 
-Session::Session(const Graph& graph, const Options& options)
+Isa isa_of(const std::string& wanted) {
+  std::string accepted;
+  for (Isa isa : available_isas()) {
+    if (wanted.empty() || wanted == name(isa)) return isa;
+    accepted += (accepted.empty() ? "" : ", ") + std::string(name(isa));
+  }
+  throw std::invalid_argument("isa: expected one of this machine's, " + accepted + ", got " +
+                              wanted);
+}
+
+Session::Session(const Graph& graph, const Options& options,
+                 const std::function<void()>& arrays_read)
     : plan_([&] {
+        if (options.threads < 1 || options.threads > 256) {
+          throw std::invalid_argument("threads: expected 1 to 256, got " +
+                                      std::to_string(options.threads));
+        }
         const FloatState state;  // its constants are rounded here
-        return Plan(graph, options);
+        return Plan(graph, options, arrays_read);
       }()),
       generation_(forks().generation) {}
 
@@ -86,6 +101,8 @@ Session::~Session() {
   if (generation_ == forks().generation) return;
   for (auto& caller : idle_) static_cast<void>(caller.release());
 }
+
+size_t Session::run_bytes() const { return plan_.options.threads * workspace_bytes(plan_); }
 
 void Session::run(const uint8_t* images, int64_t count, float* logits) {
   const int64_t size = plan_.options.image_size, image = size * size * 3;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -18,13 +19,20 @@ struct NodeProfile {
   double seconds;  // for all images
 };
 
+// The instruction set of that name, the best for none; throws std::invalid_argument.
+Isa isa_of(const std::string& wanted);
+
 class Session {
  public:
-  Session(const Graph& graph, const Options& options);  // throws GraphError; borrows nothing
+  // throws GraphError, and std::invalid_argument for threads; borrows nothing, and calls
+  // `arrays_read` when it needs no array of the graph any more
+  Session(const Graph& graph, const Options& options,
+          const std::function<void()>& arrays_read = {});
   ~Session();
 
   const Plan& plan() const { return plan_; }
   int classes() const { return plan_.layers.back().out.channels; }
+  size_t run_bytes() const;  // that each of the calls at one time needs
   // images [count, image_size, image_size, 3], logits [count, classes]. An image is RGB of 8 bits,
   // not normalised, as int8/prepare.h resizes and crops it and vitkd_fast/images.py opens it:
   // upright by its EXIF orientation, 16 bits divided by 257, alpha dropped

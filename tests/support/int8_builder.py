@@ -7,6 +7,7 @@ import numpy as np
 
 from support.int8_graphs import random_images
 from vitkd_fast import _int8
+from vitkd_fast.int8 import file
 from vitkd_fast.int8.graph import Array, Classifier, Conv, Depthwise, Graph, Node, Pool
 
 ISAS = [isa for isa in _int8.isa() if isa != "avx512"]  # which has the kernels of avx2
@@ -93,7 +94,8 @@ def mobilenet_v2(divisor: int = 1, image_size: int = 224) -> Graph:
 
 
 def engine(graph: Graph, **options: Any) -> Any:
-    return _int8.Session(graph, **({"image_size": graph.image_size, "poison": True} | options))
+    options = {"image_size": graph.image_size, "poison": True} | options
+    return _int8.Session(file.opened(graph), **options)
 
 
 def images_for(graph: Graph, count: int, size: int | None = None, seed: int = 0) -> Array:

@@ -67,7 +67,7 @@ class Session:
 
     def __init__(
         self,
-        graph: Graph,
+        opened: _int8.File,
         *,
         threads: int = 1,
         isa: str | None = None,
@@ -78,17 +78,17 @@ class Session:
         warn_of_threads("int8.load: threads", threads)
         if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
             raise ValueError(f"int8.load: image_size: expected 1 or more, got {image_size!r}")
-        size = graph.image_size if image_size is None else image_size
+        size = opened.image_size if image_size is None else image_size
         try:
             self._engine: _int8.Session | None = _int8.Session(
-                graph, image_size=size, threads=threads, isa=isa or ""
+                opened, image_size=size, threads=threads, isa=isa or ""
             )
         except _int8.GraphError as error:
             raise ValueError(f"int8.load: image_size {size}: {error}") from error
         self.image_size, self.threads, self.isa = size, threads, self._engine.isa
-        self.mean, self.std = graph.mean, graph.std
-        self.crop_pct, self.interpolation = graph.crop_pct, graph.interpolation
-        self.classes = graph.classes or tuple(map(str, range(self._engine.classes)))
+        self.mean, self.std = opened.mean, opened.std
+        self.crop_pct, self.interpolation = opened.crop_pct, opened.interpolation
+        self.classes = opened.classes or tuple(map(str, range(self._engine.classes)))
 
     @property
     def resize(self) -> int:
@@ -210,8 +210,4 @@ def load(
         FileNotFoundError: there is no file.
         ValueError: threads, isa or image_size is out of range.
     """
-    if isinstance(source, Graph):
-        file.validate(graph := source)
-    else:
-        graph = file.read(source)
-    return Session(graph, threads=threads, isa=isa, image_size=image_size)
+    return Session(file.opened(source), threads=threads, isa=isa, image_size=image_size)
