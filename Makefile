@@ -31,7 +31,7 @@ OLDEST := .venv-oldest
 # what test-triton runs with, from the one of torch 2.11 on, and which of the tests
 TRITONS ?= 3.6 3.7 3.8 3.9
 TRITON_TESTS ?= triton
-CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*')
+CXX_SOURCES = $(shell find csrc cmake examples tests -name '*.h' -o -name '*.c' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*')
 
 .PHONY: help install demo test test-all test-oldest test-triton fuzz wheel bench gpu gpu-test gpu-bench \
   gpu-sanitize docs lint format clean
@@ -72,7 +72,7 @@ $(TRITONS:%=test-triton-%): test-triton-%: .venv-triton-%/ready
 	@$(WITH_TRITON) $(BIN)/pytest -m "$(TRITON_TESTS)" || \
 	  { echo "make test-triton: tests fail with Triton $*" >&2; exit 1; }
 
-fuzz: install  ## 10,000 damaged int8 files and graphs, the engine under both sanitizers
+fuzz: install  ## damaged int8 files and graphs, through Python and C, under both sanitizers
 	$(PY) tests/int8/fuzz.py --files 10000 --sanitize
 
 # manylinux but for torch's libraries and CUDA's, which the installed torch brings; `auditwheel show`

@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SHARED = sorted(glob("csrc/simd/*.cpp") + glob("csrc/int8/kernels/*.cpp"))  # in both extensions
-ENGINE = [*sorted(glob("csrc/int8/*.cpp")), *SHARED]
+ENGINE = [*sorted(set(glob("csrc/int8/*.cpp")) - {"csrc/int8/capi.cpp"}), *SHARED]
 OPERATIONS = [*sorted(glob("csrc/cpu/*.cpp")), *SHARED, "csrc/binding/module.cpp"]
 INCLUDE = os.path.abspath("csrc")
 CXX = "-std=c++20 -O3 -ffp-contract=off -fvisibility=hidden -Wall -Wextra".split()

@@ -25,8 +25,12 @@ constexpr Isa kBestFirst[] = {Isa::amx,     Isa::avx512vnni, Isa::avx512,
 #if defined(__x86_64__)
 // CPUID leaf 7, subleaf 1: bit 4 of EAX
 bool avxvnni() {
+#if defined(VITKD_WITHOUT_AVXVNNI)  // a smaller library
+  return false;
+#else
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4) != 0;
+#endif
 }
 
 // Linux grants tile registers on request, for the whole process and permanently
@@ -48,9 +52,13 @@ bool cpu_has(Isa isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
+#if defined(VITKD_WITHOUT_AVX512)
+  constexpr bool avx512 = false;
+#else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+#endif
   switch (isa) {
     case Isa::scalar:
       return true;

@@ -5,8 +5,9 @@
 Half of the cases are files with flipped bytes, cut short, or with other JSON, offsets, shapes and
 arrays, most of them with a right checksum; the other half are Graph objects. What loads and needs
 little memory runs one image, on two instruction sets, which must agree. A process of its own does
-all that, so that a crash is a finding; --sanitize builds the engine for it with AddressSanitizer
-and UndefinedBehaviorSanitizer (some minutes).
+all that, so that a crash is a finding. Then as many files go through the C API, each with eight
+variants (tests/cpp/fuzz_capi.cpp). --sanitize builds the engine for both with AddressSanitizer and
+UndefinedBehaviorSanitizer (some minutes), and looks for leaks behind the C API.
 """
 
 from __future__ import annotations
@@ -174,13 +175,14 @@ def run_cases(folder: Path, seed: int, first: int, count: int) -> None:
     graphs = [int8.file.read(data) for data in corpus]
     counts = dict.fromkeys(["files", "loaded", "graphs", "made", "run"], 0)
 
-    def run(rng: Rng, session: Any, graph: Any, size: int) -> None:
+    def run(rng: Rng, session: Any, source: Any, size: int) -> None:
         counts["run"] += 1
         image = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
         options = {"isa": one_of(rng, isas), "fuse": bool(rng.integers(2))}
         options |= {"threads": int(rng.integers(1, 3)), "poison": True}
         logits = []
-        for engine in (session, _int8.Session(graph, image_size=size, **options)):
+        other = _int8.Session(int8.file.opened(source), image_size=size, **options)
+        for engine in (session, other):
             logits.append(np.full((1, engine.classes), np.nan, np.float32))
             engine.run(image, logits[-1])
         assert logits[0].tobytes() == logits[1].tobytes(), f"{session.isa} and {options} differ"
@@ -204,7 +206,7 @@ def run_cases(folder: Path, seed: int, first: int, count: int) -> None:
                 tracemalloc.stop()
                 assert peak < 2 * need[i] + (1 << 20), f"{peak} bytes for a file of {len(data)}"
             if loaded._engine.arena_bytes <= 2 * need[i]:
-                run(rng, loaded._engine, int8.file.read(data), loaded.image_size)
+                run(rng, loaded._engine, data, loaded.image_size)
             continue
         graph = changed_graph(rng, graphs[i])
         size = graphs[i].image_size if rng.random() < 0.8 else one_of(rng, NUMBERS)
@@ -212,7 +214,7 @@ def run_cases(folder: Path, seed: int, first: int, count: int) -> None:
         if rng.random() < 0.1:
             options[one_of(rng, ["threads", "isa", "fuse"])] = one_of(rng, NUMBERS + OTHERS)
         try:
-            made = _int8.Session(graph, **options)
+            made = _int8.Session(int8.file.opened(graph), **options)
         except (ValueError, TypeError):
             continue
         counts["made"] += 1
@@ -221,8 +223,26 @@ def run_cases(folder: Path, seed: int, first: int, count: int) -> None:
     print("fuzz:", ", ".join(f"{count} {what}" for what, count in counts.items()), "no finding")
 
 
-def build(folder: Path) -> Path:
-    """The engine under both sanitizers; but for the stack of the largest kernels."""
+def feed(program: Path, folder: Path, seed: int, first: int, count: int) -> int:
+    """Changed files to the fuzzer of the C API; its exit code."""
+    corpus = [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
+    with subprocess.Popen([program, "8"], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        try:
+            for case in range(first, first + count):
+                rng = np.random.default_rng([seed, case])
+                data = changed_file(rng, one_of(rng, corpus))
+                process.stdin.write(len(data).to_bytes(4, "little") + data)
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # a finding
+    return process.wait()
+
+
+def build(folder: Path) -> tuple[Path, Path]:
+    """The engine and the fuzzer of its C API under both sanitizers; but for the stack of the
+    largest kernels.
+    """
     import pybind11
 
     include = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
@@ -242,12 +262,15 @@ def build(folder: Path) -> Path:
 
     folders = [ROOT / "csrc" / folder for folder in ("simd", "int8", "int8/kernels")]
     sources = [source for folder in folders for source in folder.glob("*.cpp")]
+    sources.append(ROOT / "tests/cpp/fuzz_capi.cpp")
     sources.sort(key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
-    module = folder / "_int8.so"
-    subprocess.run([compiler, "-shared", *flags[5:8], *objects, "-o", module], check=True)
-    return module
+    module, program = folder / "_int8.so", folder / "fuzz_capi"
+    for to, other, more in ((module, program.name, ["-shared"]), (program, "bind", ["-pthread"])):
+        parts = [path for path in objects if path.stem != other]
+        subprocess.run([compiler, *more, *flags[5:8], *parts, "-o", to], check=True)
+    return module, program
 
 
 def write_corpus(folder: Path) -> None:
@@ -271,6 +294,7 @@ def main() -> None:
     for name, default in (("--files", 300), ("--seed", 0), ("--first", 0)):
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--program", type=Path, help="the C API's fuzzer, and nothing else")
     for name in ("--engine", "--folder"):  # of the process that runs the cases
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -283,20 +307,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpus(folder)
-        environment, more = dict(os.environ), []
+        environment, more, program = dict(os.environ), [], given.program
         if given.sanitize:
-            more = ["--engine", build(folder)]
+            module, program = build(folder)
+            more = ["--engine", module]
             # the second, because the first must find its exceptions
             names = [f"-print-file-name={name}" for name in ("libasan.so", "libstdc++.so")]
             paths = [subprocess.check_output(["g++", name], text=True).strip() for name in names]
             environment |= {"LD_PRELOAD": " ".join(paths), "UBSAN_OPTIONS": "print_stacktrace=1"}
-            environment |= {"ASAN_OPTIONS": "detect_leaks=0:max_allocation_size_mb=64"}
+            environment |= {"ASAN_OPTIONS": "detect_leaks=0:max_allocation_size_mb=96"}
         command = [sys.executable, __file__, "--folder", folder, "--seed", given.seed]
         command += ["--first", given.first, "--files", given.files, *more]
-        code = subprocess.run([*map(str, command)], env=environment, check=False).returncode
-        if code:
-            case = f"--seed {given.seed} --first {(folder / 'case').read_text()} --files 1"
-            sys.exit(f"fuzz: {case}: ended with {code}")
+        if not given.program:
+            code = subprocess.run([*map(str, command)], env=environment, check=False).returncode
+            if code:
+                case = f"--seed {given.seed} --first {(folder / 'case').read_text()} --files 1"
+                sys.exit(f"fuzz: {case}: ended with {code}")
+        if program:
+            os.environ.setdefault("ASAN_OPTIONS", "max_allocation_size_mb=96")
+            os.environ.setdefault("UBSAN_OPTIONS", "print_stacktrace=1")
+            if code := feed(program, folder, given.seed, given.first, given.files):
+                sys.exit(f"fuzz: the C API, --seed {given.seed}: ended with {code}")
 
 
 if __name__ == "__main__":

@@ -37,12 +37,16 @@ void restrict(const ConvSpec& spec, int channel, Packed::Panel* panel) {
 const Kernels& kernels(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
+#if !defined(VITKD_WITHOUT_AVX512)
     case Isa::amx:
       return amx_kernels();
     case Isa::avx512vnni:
       return kAvx512Vnni;
+#endif
+#if !defined(VITKD_WITHOUT_AVXVNNI)
     case Isa::avxvnni:
       return avxvnni_kernels();
+#endif
     case Isa::avx512:
     case Isa::avx2:
       return kAvx2;
