@@ -188,7 +188,9 @@ void Plan::find_head() {
       head = s;
       break;
     }
-    const bool product = layer.packed.spec.taps() == 1 && !layer.packed.spec.depthwise;
+    // a stride would skip images
+    const bool product = layer.packed.spec.taps() == 1 && !layer.packed.spec.depthwise &&
+                         layer.node.stride == std::array{1, 1};
     if (!alone || !follows || !product || layer.in.pixels() != 1) break;
     if (layer.node.op != Op::conv && layer.node.op != Op::classifier) break;
   }

@@ -74,6 +74,16 @@ def test_more_images_than_a_head_takes_at_once() -> None:
     assert_equal(graph, images_for(graph, 19), batches=(9, 19), threads=(1, 2))
 
 
+def test_a_stride_of_one_pixel_in_a_batch() -> None:
+    b = Builder()
+    b.conv(16, 3, inputs=(-1,), stride=(2, 2), padding="same")
+    b.add(Pool, None, 16, ratio=1.0, zero_point=100)
+    b.conv(24, stride=(3, 2))
+    b.conv(7, cls=Classifier)
+    graph = Graph(nodes=tuple(b.nodes), image_size=9, **FIELDS)
+    assert_equal(graph, images_for(graph, 5))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_small_maps(size: int) -> None:
     graph = random_graph(size, image_size=size)
