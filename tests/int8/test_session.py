@@ -163,6 +163,8 @@ def test_profile(graph: Graph, images: Array) -> None:
 _KERNELS = {
     "scalar": ["gemm 1x16", *["depthwise 1x1x16"] * 4, *["gemm 1x16"] * 2, "depthwise 1x1x16",
                "gemm 1x16", "pool", "gemm 1x16"],
+    "sse41": ["gemm 3x16", *["depthwise 1x1x16"] * 4, *["gemm 3x16"] * 2, "depthwise 1x1x16",
+              "gemm 3x16", "pool", "gemm 1x16"],
     "avx2": ["gemm 6x16", *["depthwise 3x3 sliding 2x1x16"] * 2, "depthwise 3x3 sliding 1x1x16",
              "depthwise 2x4x16", *["gemm 6x16"] * 2, "depthwise 3x3 sliding 2x1x16", "gemm 6x16",
              "pool", "gemm 1x16"],

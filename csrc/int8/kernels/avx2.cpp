@@ -280,7 +280,7 @@ struct Block {
 // weights [steps][16 lanes][4] of each panel in its own order, behind its constants and shuffles
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   const bool magic = spec.epilogue.kind != EpilogueKind::logits;
-  lay_out_gemm(spec, pixel, {1, 0, 0, magic, magic ? halves_order : in_order}, packed);
+  lay_out_gemm<int8_t>(spec, pixel, {1, 0, 0, magic, magic ? halves_order : in_order}, packed);
   const Buffer bytes_in_order = std::move(packed->own);
   const int segment_bytes = 4 * packed->steps;
   std::vector<uint8_t> all;

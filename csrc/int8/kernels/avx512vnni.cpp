@@ -286,7 +286,7 @@ namespace {
 
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   const bool magic = spec.epilogue.kind != EpilogueKind::logits;
-  lay_out_gemm(spec, pixel, {4, 0, 0, magic, gemm_order(spec)}, packed);
+  lay_out_gemm<int8_t>(spec, pixel, {4, 0, 0, magic, gemm_order(spec)}, packed);
 }
 
 const char* gemm_name(const Packed& packed, const GemmCall& call) {

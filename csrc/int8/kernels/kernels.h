@@ -168,7 +168,7 @@ struct Kernels {
 };
 
 const Kernels& kernels(Isa isa);
-extern const Kernels kScalar, kAvx2, kAvx512Vnni;
+extern const Kernels kScalar, kSse41, kAvx2, kAvx512Vnni;
 void pack_depthwise_vnni(const ConvSpec& spec, Packed* packed);
 void depthwise_vnni(const Packed& packed, const DepthwiseCall& call);
 const char* depthwise_name_vnni(const Packed& packed, const DepthwiseCall& call);
@@ -212,7 +212,9 @@ struct Layout {
   int step_multiple = 1;  // of a gemm: segments begin at such steps
 };
 void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed);
-// the same, with weights [segments][steps][vectors * 16][4] in the room
+// the same, with weights [segments][steps][vectors * 16][4] in the room; words:
+// [segments][2 * steps][vectors * 16][2]
+template <class T>
 void lay_out_gemm(const ConvSpec& spec, int64_t pixel, Layout layout, Packed* packed);
 // the same for a depthwise convolution: groups of `group_size` (row, column) whose inputs lie side
 // by side, and taps, each a group at a column with weights for one or two output rows,

@@ -12,7 +12,7 @@ int in_order(int, int vector, int lane) { return vector * 16 + lane; }
 
 // one vector per panel; weights [segments][steps][16][4]
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
-  lay_out_gemm(spec, pixel, {1, 0, 0, false, in_order}, packed);
+  lay_out_gemm<int8_t>(spec, pixel, {1, 0, 0, false, in_order}, packed);
 }
 
 const int32_t* bias_of(const Packed& packed, const Packed::Panel& panel) {
