@@ -185,8 +185,8 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
   }
 }
 
-void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
-            float* h) {
+void linear(const int8_t* q, int64_t stride, const float* s, const int32_t* inputs, const float* x,
+            int count, int out, float* h) {
   // four vectors at once: additions to one sum wait for each other
   for (int j = 0; j < out; j += 32) {
     __m256 sum[4], scale[4];
@@ -195,15 +195,15 @@ void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int
       sum[v] = v < vectors ? _mm256_loadu_ps(h + j + v * 8) : _mm256_setzero_ps();
       scale[v] = v < vectors ? _mm256_loadu_ps(s + j + v * 8) : _mm256_setzero_ps();
     }
-    const int8_t* from = q + j;
     // what lies past `out` is computed and thrown away: rows have slack
-    for (int c = 0; c < in; ++c, from += stride) {
-      const __m256 mean = _mm256_set1_ps(x[c]);
+    for (int i = 0; i < count; ++i) {
+      const int8_t* from = q + inputs[i] * stride + j;
+      const __m256 input = _mm256_set1_ps(x[i]);
       _mm_prefetch(reinterpret_cast<const char*>(from + 16 * stride), _MM_HINT_T0);
       VITKD_UNROLL(4, v) {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + v * 8));
         const __m256 w = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), scale[v]);
-        sum[v] = _mm256_add_ps(sum[v], _mm256_mul_ps(w, mean));
+        sum[v] = _mm256_add_ps(sum[v], _mm256_mul_ps(w, input));
       }
       VITKD_END;
     }

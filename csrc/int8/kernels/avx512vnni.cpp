@@ -200,15 +200,29 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
            int64_t pixels, int64_t pixel, uint8_t* y) {
   const EpilogueConstants f = epilogue_constants({requantize, EpilogueKind::bytes, 0, 0}, false);
   const __m512i zero = _mm512_set1_epi32(z);
-  for (int64_t p = 0; p < pixels; ++p, x += pixel, y += pixel) {
-    for (int64_t c = 0; c < pixel; c += 16) {
-      store16(y + c, _mm512_mul_ps(centred(x + c, zero), _mm512_loadu_ps(factor + c)), f);
+  for (int64_t c = 0; c < pixel; c += 64) {
+    __m512 factors[4];  // in packed_order
+    alignas(kLine) float lanes[16];
+    for (int v = 0; v < 4; ++v) {
+      for (int i = 0; i < 16; ++i) lanes[i] = factor[c + packed_order(4, v, i)];
+      factors[v] = _mm512_load_ps(lanes);
+    }
+    const __mmask64 mask = ~uint64_t{0} >> (64 - std::min<int64_t>(64, pixel - c));
+    for (int64_t p = 0; p < pixels; ++p) {
+      const __m512i bytes = _mm512_loadu_si512(x + p * pixel + c);
+      __m512 v[4];
+      VITKD_UNROLL(4, i) {
+        const __m512i q = _mm512_sub_epi32(spread<i>(bytes), zero);
+        v[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(q), factors[i]);
+      }
+      VITKD_END;
+      _mm512_mask_storeu_epi8(y + p * pixel + c, mask, pack4(v[0], v[1], v[2], v[3], f));
     }
   }
 }
 
-void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
-            float* h) {
+void linear(const int8_t* q, int64_t stride, const float* s, const int32_t* inputs, const float* x,
+            int count, int out, float* h) {
   // eight vectors at once: additions to one sum wait for each other
   for (int j = 0; j < out; j += 128) {
     const int vectors = std::min(8, (out - j) / 16);
@@ -217,17 +231,17 @@ void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int
       sum[v] = _mm512_loadu_ps(h + j + v * 16);
       scale[v] = _mm512_loadu_ps(s + j + v * 16);
     }
-    const int8_t* from = q + j;
     const auto rows = [&]<int kVectors>() __attribute__((always_inline)) {
-      for (int c = 0; c < in; ++c, from += stride) {
-        const __m512 mean = _mm512_set1_ps(x[c]);
+      for (int i = 0; i < count; ++i) {
+        const int8_t* from = q + inputs[i] * stride + j;
+        const __m512 input = _mm512_set1_ps(x[i]);
         _mm_prefetch(from + 16 * stride, _MM_HINT_T0);
         _mm_prefetch(from + 16 * stride + 64, _MM_HINT_T0);
         VITKD_UNROLL(kVectors, v) {
           const auto* bytes = reinterpret_cast<const __m128i*>(from + v * 16);
           const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(bytes));
           const __m512 w = _mm512_mul_ps(_mm512_cvtepi32_ps(wide), scale[v]);
-          sum[v] = _mm512_add_ps(sum[v], _mm512_mul_ps(w, mean));
+          sum[v] = _mm512_add_ps(sum[v], _mm512_mul_ps(w, input));
         }
         VITKD_END;
       }

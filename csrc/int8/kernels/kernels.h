@@ -162,9 +162,10 @@ struct Kernels {
   // y = requantise(float(x - z) * factor[c])
   void (*scale)(const uint8_t* x, int z, const float* factor, const Requantize&, int64_t pixels,
                 int64_t pixel, uint8_t* y);
-  // h[j] = h[j] + (float(q[c * stride + j]) * s[j]) * x[c], c ascending; out is a multiple of 16
-  void (*linear)(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
-                 float* h);
+  // h[j] = h[j] + (float(q[inputs[i] * stride + j]) * s[j]) * x[i], i < count ascending; out is a
+  // multiple of 16
+  void (*linear)(const int8_t* q, int64_t stride, const float* s, const int32_t* inputs,
+                 const float* x, int count, int out, float* h);
 };
 
 const Kernels& kernels(Isa isa);

@@ -123,12 +123,13 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
   }
 }
 
-void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
-            float* h) {
-  for (int c = 0; c < in; ++c, q += stride) {
+void linear(const int8_t* q, int64_t stride, const float* s, const int32_t* inputs, const float* x,
+            int count, int out, float* h) {
+  for (int i = 0; i < count; ++i) {
+    const int8_t* row = q + inputs[i] * stride;
     for (int j = 0; j < out; ++j) {
-      const float w = mul(static_cast<float>(q[j]), s[j]);
-      h[j] = vitkd::int8::add(h[j], mul(w, x[c]));
+      const float w = mul(static_cast<float>(row[j]), s[j]);
+      h[j] = vitkd::int8::add(h[j], mul(w, x[i]));
     }
   }
 }

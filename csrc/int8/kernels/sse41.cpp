@@ -225,18 +225,18 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
   }
 }
 
-void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
-            float* h) {
+void linear(const int8_t* q, int64_t stride, const float* s, const int32_t* inputs, const float* x,
+            int count, int out, float* h) {
   for (int j = 0; j < out; j += 16) {
     Values sum;
     for (int v = 0; v < 4; ++v) sum[v] = _mm_loadu_ps(h + j + 4 * v);
-    for (int c = 0; c < in; ++c) {
+    for (int i = 0; i < count; ++i) {
       for (int v = 0; v < 4; ++v) {
         int32_t four;
-        std::memcpy(&four, q + c * stride + j + 4 * v, 4);
+        std::memcpy(&four, q + inputs[i] * stride + j + 4 * v, 4);
         const __m128 bytes = _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four)));
         const __m128 w = _mm_mul_ps(bytes, _mm_loadu_ps(s + j + 4 * v));
-        sum[v] = _mm_add_ps(sum[v], _mm_mul_ps(w, _mm_set1_ps(x[c])));
+        sum[v] = _mm_add_ps(sum[v], _mm_mul_ps(w, _mm_set1_ps(x[i])));
       }
     }
     for (int v = 0; v < 4; ++v) _mm_storeu_ps(h + j + 4 * v, sum[v]);
