@@ -44,6 +44,7 @@ const Kernels& kernels(Isa isa) {
     case Isa::avxvnni:
       return avxvnni_kernels();
     case Isa::avx512:
+      return avx512_kernels();
     case Isa::avx2:
       return kAvx2;
     case Isa::sse41:

@@ -92,10 +92,10 @@ struct Packed {
     size_t weights = 0;    // offset in bytes
     bool magic = false;    // see kMagicBits
     bool bits = false;     // see kBitsGrid
-    int steps = 0;         // avx2: its own, of its own order of the inputs
+    int steps = 0;         // pairs: its own, of its own order of the inputs
     int gathers = 0, gathers_end = 0;
   };
-  // avx2: bytes of a segment, shuffled: 4, 8, 12 or 16, or 32 together with those of the next
+  // pairs: bytes of a segment, shuffled: 4, 8, 12 or 16, or 32 together with those of the next
   struct Gather {
     int segment, from, to, bytes;
     size_t mask;  // offset in bytes
@@ -106,13 +106,14 @@ struct Packed {
   int stride = 0;         // steps from one segment's weights to the next's
   bool slides = false;    // depthwise: packed for columns that slide through registers
   size_t scratch = 0;     // bytes that a product needs
-  int64_t row_bytes = 0;  // avx2: of a pixel in it
+  int64_t row_bytes = 0;  // pairs: of a pixel in it
+  int64_t chunk = 0;      // pairs: pixels in it
   std::vector<Panel> panels;
   // a plan moves all weights to one buffer, in the order of their use: kernels prefetch ahead
   const uint8_t* data = nullptr;
   Buffer own;
   std::vector<int32_t> offsets;  // depthwise: where the bytes of a tap lie
-  std::vector<Gather> gathers;   // avx2: how a panel's order of the inputs is made
+  std::vector<Gather> gathers;   // pairs: how a panel's order of the inputs is made
   std::vector<int32_t> groups;   // depthwise: rows and columns of what lies side by side
 };
 
@@ -176,6 +177,7 @@ const char* depthwise_name_vnni(const Packed& packed, const DepthwiseCall& call)
 void depthwise_sliding_vnni(const Packed& packed, const DepthwiseCall& call,
                             const Packed::Panel& panel);
 const Kernels& amx_kernels();      // kAvx512Vnni, with products on tiles
+const Kernels& avx512_kernels();   // kAvx2, with wider products
 const Kernels& avxvnni_kernels();  // kAvx2, with products and depthwise convolutions by vpdpbusd
 
 // The most multiply-adds a second that vpdpbusd, and vfmadd231ps, reach on registers; need AVX-512
