@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ISAS = ["amx", "avx512vnni", "avx512", "avxvnni", "avx2", "scalar"]  # best first
+ISAS = ["amx", "avx512vnni", "avx512", "avxvnni", "avx2", "sse41", "scalar"]  # best first
 
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

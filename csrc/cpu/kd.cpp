@@ -190,9 +190,9 @@ void run(Call<A> c, Layout layout, Pass pass) {
   if constexpr (std::is_same_v<A, float>) {
     const Isa isa = selected_isa();
     const bool wide = isa >= Isa::avx512;
-    if (isa != Isa::scalar && layout == Layout::kRows) {
+    if (isa >= Isa::avx2 && layout == Layout::kRows) {
       kernel = wide ? avx512::run_rows : avx2::run_rows;
-    } else if (isa != Isa::scalar && layout == Layout::kColumns) {
+    } else if (isa >= Isa::avx2 && layout == Layout::kColumns) {
       kernel = wide ? avx512::run_columns : avx2::run_columns;
       unit_rows = wide ? 16 : 8;
       units = c.shape.outer * ceil_div(c.shape.inner, unit_rows);

@@ -51,6 +51,8 @@ class Executor {
         rings_(own.rings.data()),
         scratch_(own.scratch.data()),
         gemm_scratch_(own.gemm_scratch.data()),
+        inputs_(reinterpret_cast<int32_t*>(own.inputs.data())),
+        values_(floats(own.values)),
         sums_(reinterpret_cast<int32_t*>(shared.sums.data())),
         means_(floats(shared.means)),
         middle_(floats(shared.middle)),
@@ -350,15 +352,20 @@ class Executor {
     }
   }
 
-  // a part of h = b + (q s)^T x
-  Range linear(const Buffer& q, const Buffer& s, const Buffer& b, const float* x, int in,
+  // a part of h = b + (q s)^T x; what is multiplied by 0, half of what ReLU leaves, changes nothing
+  Range linear(const uint8_t* q, const uint8_t* s, const uint8_t* b, const float* x, int in,
                int64_t out, float* h) {
     const int64_t stride = pixel_bytes(out);
     const Range mine = part_of(stride, 16, thread_, threads_);
     if (mine.begin < mine.end) {
-      std::memcpy(h + mine.begin, b.data() + 4 * mine.begin, 4 * (mine.end - mine.begin));
-      plan_.with.linear(reinterpret_cast<const int8_t*>(q.data()) + mine.begin, stride,
-                        reinterpret_cast<const float*>(s.data()) + mine.begin, x, in,
+      int count = 0;
+      for (int c = 0; c < in; ++c) {
+        inputs_[count] = c, values_[count] = x[c];
+        count += x[c] != 0;
+      }
+      std::memcpy(h + mine.begin, b + 4 * mine.begin, 4 * (mine.end - mine.begin));
+      plan_.with.linear(reinterpret_cast<const int8_t*>(q) + mine.begin, stride,
+                        reinterpret_cast<const float*>(s) + mine.begin, inputs_, values_, count,
                         static_cast<int>(mine.end - mine.begin), h + mine.begin);
     }
     return mine;
@@ -369,18 +376,21 @@ class Executor {
     const Node& n = layer.node;
     const int channels = layer.in.channels, middle = layer.middle;
     const Activation x = activation(n.inputs[0]), y = activation(i);
+    const uint8_t* const data = layer.packed.data;
     const Range summed = centred_sums(i);
     for (int64_t c = summed.begin; c < summed.end; ++c) {
       means_[c] = mul(static_cast<float>(sums_[c]), layer.mean_multiplier);
     }
     barrier();
-    Range mine = linear(layer.q1, layer.s1, layer.b1, means_, channels, middle, middle_);
+    Range mine = linear(data + layer.q1, data + layer.s1, data + layer.b1, means_, channels, middle,
+                        middle_);
     for (int64_t j = mine.begin; j < mine.end; ++j) {
       const float h = middle_[j];
       middle_[j] = n.hidden_hardswish ? hardswish(h, 1.0f / 6.0f) : std::max(h, 0.0f);
     }
     barrier();
-    mine = linear(layer.q2, layer.s2, layer.b2, middle_, middle, channels, factors_);
+    mine = linear(data + layer.q2, data + layer.s2, data + layer.b2, middle_, middle, channels,
+                  factors_);
     for (int64_t c = mine.begin; c < mine.end; ++c) {
       const float gate = mul(clamp(vitkd::int8::add(factors_[c], 3.0f), 0.0f, 6.0f), 1.0f / 6.0f);
       factors_[c] = mul(gate, static_cast<float>(n.ratio));
@@ -394,6 +404,8 @@ class Executor {
 
   const Plan& plan_;
   uint8_t *const arena_, *const rings_, *const scratch_, *const gemm_scratch_;
+  int32_t* const inputs_;
+  float* const values_;
   int32_t* const sums_;
   float *const means_, *const middle_, *const factors_;
   ThreadTeam* const team_;
@@ -412,6 +424,8 @@ Workspace::Workspace(const Plan& plan)
       rings(plan.rings),
       scratch(scratch_bytes(plan)),
       gemm_scratch(gemm_scratch_bytes(plan)),
+      inputs(plan.channels * 4),
+      values(plan.channels * 4),
       sums(plan.channels * 4),
       means(plan.channels * 4),
       middle(plan.channels * 4),
@@ -423,8 +437,8 @@ size_t workspace_bytes(const Plan& plan) {
 }
 
 void Workspace::poison() const {
-  for (const Buffer* b :
-       {&arena, &rings, &scratch, &gemm_scratch, &sums, &means, &middle, &factors}) {
+  for (const Buffer* b : {&arena, &rings, &scratch, &gemm_scratch, &inputs, &values, &sums, &means,
+                          &middle, &factors}) {
     std::memset(b->data(), 0xA5, b->size() + kSlack);
   }
 }

@@ -45,16 +45,6 @@ void Plan::pack_layer(const Node& n, const std::array<int, 3>& image_padding, La
   const int from = n.inputs[0];
   const int64_t in_pixel = from < 0 ? 3 : layers[from].pixel;
   const Requantize requantize{n.zero_point, n.lo, n.hi, n.hardswish ? n.hardswish_scale : 0.0f};
-  const auto keep = [this](const auto& array, int64_t rows, int64_t columns) {
-    const int64_t size = sizeof(*array.data), stride = round_up(columns, 16) * size;
-    Buffer buffer(rows * stride);
-    std::memset(buffer.data(), 0, buffer.size());
-    for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(buffer.data() + r * stride, array.data + r * columns, columns * size);
-    }
-    weights += buffer.size();
-    return buffer;
-  };
   layer.bytes = layer.in.pixels() * layer.in.channels + layer.out.pixels() * layer.out.channels;
   switch (n.op) {
     case Op::conv:
@@ -104,9 +94,26 @@ void Plan::pack_layer(const Node& n, const std::array<int, 3>& image_padding, La
     case Op::squeeze_excite: {
       const int64_t middle = n.b1.shape[0], channels = layer.in.channels;
       layer.middle = static_cast<int>(middle);
-      layer.q1 = keep(n.q1, channels, middle), layer.q2 = keep(n.q2, middle, channels);
-      layer.s1 = keep(n.s1, 1, middle), layer.b1 = keep(n.b1, 1, middle);
-      layer.s2 = keep(n.s2, 1, channels), layer.b2 = keep(n.b2, 1, channels);
+      const auto each = [&](const auto& f) {  // in the order of their use
+        f(n.b1, 1, middle, &layer.b1), f(n.s1, 1, middle, &layer.s1);
+        f(n.q1, channels, middle, &layer.q1);
+        f(n.b2, 1, channels, &layer.b2), f(n.s2, 1, channels, &layer.s2);
+        f(n.q2, middle, channels, &layer.q2);
+      };
+      size_t bytes = 0;
+      each([&](const auto& array, int64_t rows, int64_t columns, size_t* at) {
+        *at = bytes;
+        bytes += round_up(rows * round_up(columns, 16) * sizeof(*array.data), kLine);
+      });
+      Buffer& own = layer.packed.own = Buffer(bytes);
+      std::memset(own.data(), 0, bytes);
+      each([&](const auto& array, int64_t rows, int64_t columns, const size_t* at) {
+        const size_t size = sizeof(*array.data), stride = round_up(columns, 16) * size;
+        for (int64_t r = 0; r < rows; ++r) {
+          std::memcpy(own.data() + *at + r * stride, array.data + r * columns, columns * size);
+        }
+      });
+      layer.packed.data = own.data();
       layer.mean_multiplier = static_cast<float>(n.scale / static_cast<double>(layer.in.pixels()));
       layer.macs = 2 * middle * channels + layer.out.pixels() * channels;
       layer.bytes += 2 * middle * channels;
@@ -119,13 +126,13 @@ void Plan::pack_layer(const Node& n, const std::array<int, 3>& image_padding, La
   }
 }
 
-// The weights of all convolutions side by side, in the order of their use: kernels prefetch ahead.
+// All weights side by side, in the order of their use: kernels prefetch ahead.
 void Plan::pack_weights() {
   size_t bytes = 0;
   for (const Layer& layer : layers) bytes += round_up(layer.packed.own.size(), kLine);
-  convolutions = Buffer(bytes);
+  packed = Buffer(bytes);
   weights += bytes;
-  uint8_t* to = convolutions.data();
+  uint8_t* to = packed.data();
   for (Layer& layer : layers) {
     const size_t size = layer.packed.own.size();
     if (size == 0) continue;

@@ -29,19 +29,20 @@ struct Options {
 struct Layer {
   Node node;  // without its arrays
   Shape in, out;
-  int top = 0, left = 0;          // padding
-  Packed packed;                  // convolutions and the classifier
-  Buffer padding;                 // a row of the input's padding bytes
-  Buffer q1, s1, b1, q2, s2, b2;  // squeeze-excite: [in][out rounded up to 16]
-  int middle = 0;                 // squeeze-excite: channels between its layers
-  float mean_multiplier = 0;      // squeeze-excite and pool
-  int64_t pixel = 0;              // bytes of an output pixel
-  size_t offset = 0;              // of the output, in the arena or (ring > 0) in a thread's rings
-  int ring = 0;                   // rows in memory, inside a chain
-  bool by_panels = false;         // how threads share it; else by rows
-  int images = 1;                 // in one output: the head computes several images at once
-  int64_t macs = 0;               // per image
-  int64_t bytes = 0;              // read and written per image, each once
+  int top = 0, left = 0;  // padding
+  Packed packed;          // convolutions and the classifier; squeeze-excite: its bytes
+  Buffer padding;         // a row of the input's padding bytes
+  // squeeze-excite: where they are in packed.data, [in][out rounded up to 16]
+  size_t b1 = 0, s1 = 0, q1 = 0, b2 = 0, s2 = 0, q2 = 0;
+  int middle = 0;             // squeeze-excite: channels between its layers
+  float mean_multiplier = 0;  // squeeze-excite and pool
+  int64_t pixel = 0;          // bytes of an output pixel
+  size_t offset = 0;          // of the output, in the arena or (ring > 0) in a thread's rings
+  int ring = 0;               // rows in memory, inside a chain
+  bool by_panels = false;     // how threads share it; else by rows
+  int images = 1;             // in one output: the head computes several images at once
+  int64_t macs = 0;           // per image
+  int64_t bytes = 0;          // read and written per image, each once
 
   size_t activation_bytes() const {
     const size_t rows = ring > 0 ? ring : out.height * images;
@@ -69,7 +70,7 @@ struct Plan {
   size_t head = 0;      // the step of the pool and what follows it: products of single pixels
   size_t arena = 0;     // bytes of activations outside chains
   size_t rings = 0;     // bytes of the largest chain's rings, per thread
-  Buffer convolutions;  // what `Layer::packed` points to
+  Buffer packed;        // what `Layer::packed` points to
   size_t weights = 0;   // bytes packed
   size_t channels = 0;  // of the widest activation
   int64_t macs = 0;     // of one image

@@ -19,8 +19,8 @@
 namespace vitkd {
 namespace {
 
-constexpr Isa kBestFirst[] = {Isa::amx,     Isa::avx512vnni, Isa::avx512,
-                              Isa::avxvnni, Isa::avx2,       Isa::scalar};
+constexpr Isa kBestFirst[] = {Isa::amx,  Isa::avx512vnni, Isa::avx512, Isa::avxvnni,
+                              Isa::avx2, Isa::sse41,      Isa::scalar};
 
 #if defined(__x86_64__)
 // CPUID leaf 7, subleaf 1: bit 4 of EAX
@@ -62,6 +62,8 @@ bool cpu_has(Isa isa) {
   switch (isa) {
     case Isa::scalar:
       return true;
+    case Isa::sse41:
+      return __builtin_cpu_supports("sse4.1");
     case Isa::avx2:
       return avx2;
     case Isa::avxvnni:
@@ -102,6 +104,8 @@ const char* name(Isa isa) {
   switch (isa) {
     case Isa::scalar:
       return "scalar";
+    case Isa::sse41:
+      return "sse41";
     case Isa::avx2:
       return "avx2";
     case Isa::avxvnni:

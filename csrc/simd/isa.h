@@ -1,7 +1,7 @@
 // The CPU's instruction sets, and the one that the kernels use (torch-free: compiled into both
 // extensions). A kernel is written once per instruction set and the pick is made at run time, so
-// that a wheel built anywhere runs everywhere. VITKD_FAST_ISA names another (scalar, avx2,
-// avxvnni, avx512, avx512vnni, amx), which is how every path is tested on one machine.
+// that a wheel built anywhere runs everywhere. VITKD_FAST_ISA names another (scalar, sse41,
+// avx2, avxvnni, avx512, avx512vnni, amx), which is how every path is tested on one machine.
 
 #pragma once
 
@@ -13,6 +13,7 @@ namespace vitkd {
 // AVX-512 VNNI lack and which code for torch's operations takes for avx2.
 enum class Isa {
   scalar,
+  sse41,       // SSE4.1; code for torch's operations takes it for scalar
   avx2,        // AVX2, FMA, F16C
   avxvnni,     // and AVX-VNNI
   avx512,      // AVX2 and AVX-512 F, BW, VL, DQ

@@ -21,6 +21,7 @@
 
 #define VITKD_AVX2 "avx2,fma,f16c"
 #define VITKD_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw"
+#define VITKD_VNNI "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma"
 
 namespace vitkd {
 

@@ -168,7 +168,7 @@ def run_cases(folder: Path, seed: int, first: int, count: int) -> None:
     from vitkd_fast import _int8, int8
 
     warnings.simplefilter("error")
-    isas = [isa for isa in _int8.isa() if isa != "avx512"]
+    isas = _int8.isa()
     corpus = [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
     honest = [(int8.load(data)._engine, len(data)) for data in corpus]
     need = [s.weight_bytes + s.arena_bytes + length for s, length in honest]

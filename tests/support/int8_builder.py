@@ -10,7 +10,7 @@ from vitkd_fast import _int8
 from vitkd_fast.int8 import file
 from vitkd_fast.int8.graph import Array, Classifier, Conv, Depthwise, Graph, Node, Pool
 
-ISAS = [isa for isa in _int8.isa() if isa != "avx512"]  # which has the kernels of avx2
+ISAS = _int8.isa()
 FIELDS: dict[str, Any] = {
     "padding_bytes": (124, 116, 104),
     "mean": (0.485, 0.456, 0.406),

@@ -23,9 +23,9 @@ __all__ = ["FileError", "LayerProfile", "Profile", "QuantizedModel", "Session", 
 def isa() -> list[str]:
     """The instruction sets that the CPU kernels may use, best first; they use the first.
 
-    The sets are scalar, avx2 (with FMA and F16C), avxvnni, avx512 (F, BW, VL, DQ), avx512vnni and
-    amx (AMX-INT8), each containing the ones before it but for avxvnni, which CPUs with AVX-512 may
-    lack. VITKD_FAST_ISA names the best one to use; it is read once.
+    The sets are scalar, sse41, avx2 (with FMA and F16C), avxvnni, avx512 (F, BW, VL, DQ),
+    avx512vnni and amx (AMX-INT8), each containing the ones before it but for avxvnni, which CPUs
+    with AVX-512 may lack. VITKD_FAST_ISA names the best one to use; it is read once.
 
     Raises:
         RuntimeError: VITKD_FAST_ISA names no instruction set, or one that this CPU lacks.

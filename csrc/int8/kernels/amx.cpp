@@ -8,6 +8,8 @@
 
 #include <cstring>
 
+#define VITKD_ZMM VITKD_VNNI
+
 #include "int8/kernels/epilogue_avx512.h"
 
 namespace vitkd::int8 {
@@ -159,7 +161,7 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   // where the product is short, sums on their way through memory cost more than tiles save
   if (spec.taps() * spec.in < kShort) return kAvx512Vnni.pack_gemm(spec, pixel, packed);
   const bool magic = spec.epilogue.kind != EpilogueKind::logits;
-  lay_out_gemm(spec, pixel, {4, 0, 0, magic, gemm_order(spec), kSteps}, packed);
+  lay_out_gemm<int8_t>(spec, pixel, {4, 0, 0, magic, gemm_order(spec), kSteps}, packed);
 }
 
 const char* gemm_name(const Packed& packed, const GemmCall& call) {

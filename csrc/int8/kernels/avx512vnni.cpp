@@ -1,154 +1,34 @@
 // The kernels in AVX-512 VNNI. Roof: two vpdpbusd a cycle, 128 multiply-adds; everything else that
 // needs a vector port (conversion, packing, byte interleaving) takes from it.
-//
-// Pointwise: tiles of pixels x channels (6x64, 8x48, 12x32, 16x16), four bytes of a pixel broadcast
-// to all lanes. Depthwise convolutions have a file of their own.
+// Depthwise convolutions have a file of their own.
 
 #if defined(__x86_64__)
+
+#define VITKD_ZMM VITKD_VNNI
 
 #include <chrono>
 #include <cstring>
 
 #include "int8/kernels/epilogue_avx512.h"
 
+VITKD_TARGET_BEGIN(VITKD_ZMM)
 namespace vitkd::int8 {
-VITKD_TARGET_BEGIN(VITKD_VNNI)
 namespace {
 
-constexpr int kPixels[] = {0, 16, 12, 8, 6};  // of a tile, by its vectors of channels
-constexpr int kAhead = 8 << 10;               // bytes that a single pass over weights fetches ahead
-
-struct GemmTile {
-  const uint8_t* const* x;
-  int64_t x_offset;
-  int64_t x_pixel;
-  int64_t segments;
-  int64_t steps;
-  int64_t skipped;      // bytes of weights between segments
-  const uint8_t* next;  // weights that will be needed soon, fetched to L2 a line a step
-  const uint8_t* weights;
-  Destination to;
+struct Dot {
+  static constexpr bool kPairs = false;
+  static VITKD_INLINE void add(__m512i& acc, __m512i x, __m512i w) { dot4(acc, x, w); }
 };
 
-// MR pixels and NV vectors of channels
-template <int MR, int NV, EpilogueKind kKind>
-VITKD_INLINE void gemm_tile(const GemmTile& t) {
-  __m512i acc[MR][NV];
-  VITKD_UNROLL(NV, v) {
-    const __m512i bias = _mm512_load_si512(t.to.constants + v * kLine);
-    VITKD_UNROLL(MR, r) { acc[r][v] = bias; }
-    VITKD_END;
-  }
-  VITKD_END;
-  {
-    const int64_t x_pixel = t.x_pixel;
-    const uint8_t* w = t.weights;
-    const uint8_t* next = t.next;
-    for (int64_t segment = 0; segment < t.segments; ++segment, w += t.skipped) {
-      const uint8_t* x = t.x[segment] + t.x_offset;
-      for (int64_t step = t.steps; step > 0; --step, x += 4, w += NV * kLine, next += kLine) {
-        if constexpr (MR == 1) {
-          VITKD_UNROLL(NV, v) { _mm_prefetch(w + v * kLine + kAhead, _MM_HINT_T1); }
-          VITKD_END;
-        } else {
-          _mm_prefetch(next, _MM_HINT_T1);
-        }
-        __m512i weights[NV];
-        VITKD_UNROLL(NV, v) { weights[v] = _mm512_load_si512(w + v * kLine); }
-        VITKD_END;
-        VITKD_UNROLL(MR, r) {
-          int32_t four;
-          std::memcpy(&four, x + r * x_pixel, 4);
-          const __m512i bytes = _mm512_set1_epi32(four);
-          VITKD_UNROLL(NV, v) { dot4(acc[r][v], bytes, weights[v]); }
-          VITKD_END;
-        }
-        VITKD_END;
-      }
-    }
-  }
-  forget(&t);
-  store_tile<MR, NV, kKind>(acc, t.to);
-}
+}  // namespace
+}  // namespace vitkd::int8
+VITKD_TARGET_END
 
-template <int MR, int NV, EpilogueKind kKind>
-void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall& call,
-                int64_t first, int64_t end) {
-  GemmTile t;
-  t.x = call.x;
-  t.x_offset = first * call.x_pixel;
-  t.x_pixel = call.x_pixel;
-  t.segments = packed.segments;
-  t.steps = packed.steps;
-  t.skipped = int64_t{packed.stride - packed.steps} * NV * kLine;
-  t.weights = packed.data + panel.weights;
-  t.to = destination(packed, panel, call, first);
-  // what follows is the next panel or the next layer's first; the fetching gets further ahead of
-  // the arithmetic where pixels are many, and lives on it where they are few
-  const int64_t bytes_of_tile = int64_t{packed.segments} * packed.steps * kLine;
-  const uint8_t* const soon = t.weights + int64_t{packed.segments} * packed.stride * NV * kLine;
-  t.next = call.fetched == nullptr ? soon : std::max(*call.fetched, soon);
-  const auto advance = [&](int64_t pixels) __attribute__((always_inline)) {
-    t.x_offset += pixels * t.x_pixel;
-    t.to.advance(pixels);
-    if (t.next - soon < kFar) t.next += bytes_of_tile;
-    if (call.fetched != nullptr) *call.fetched = t.next;
-  };
-  int64_t left = end - first;
-  for (; left >= MR; left -= MR) {
-    gemm_tile<MR, NV, kKind>(t);
-    advance(MR);
-  }
-  if (left > 2 && end - first >= MR) {
-    advance(left - MR);  // again what lies before: the same bytes
-    gemm_tile<MR, NV, kKind>(t);
-    return;
-  }
-  for (; left > 0; --left) {
-    gemm_tile<1, NV, kKind>(t);
-    advance(1);
-  }
-}
+#include "int8/kernels/gemm_zmm.h"
 
-template <EpilogueKind kKind>
-void gemm_panels(const Packed& packed, const GemmCall& call) {
-  // pixels that stay in L1 while the panels pass by, unless re-reading the weights would cost more
-  const int64_t depth = int64_t{4} * packed.segments * packed.steps;
-  int64_t chunk = std::max<int64_t>(48, (20 << 10) / depth / 48 * 48);
-  if (packed.spec.out * depth > (256 << 10)) chunk = std::max<int64_t>(chunk, call.pixels);
-  for (int64_t first = 0; first < call.pixels; first += chunk) {
-    const int64_t end = std::min(first + chunk, call.pixels);
-    for (int i = call.panel; i < call.panel_end; ++i) {
-      const Packed::Panel& panel = packed.panels[i];
-      switch (panel.vectors) {
-        case 1:
-          gemm_panel<kPixels[1], 1, kKind>(packed, panel, call, first, end);
-          break;
-        case 2:
-          gemm_panel<kPixels[2], 2, kKind>(packed, panel, call, first, end);
-          break;
-        case 3:
-          gemm_panel<kPixels[3], 3, kKind>(packed, panel, call, first, end);
-          break;
-        default:
-          gemm_panel<kPixels[4], 4, kKind>(packed, panel, call, first, end);
-      }
-    }
-  }
-}
-
-void gemm(const Packed& packed, const GemmCall& call) {
-  switch (packed.spec.epilogue.kind) {
-    case EpilogueKind::bytes:
-      return gemm_panels<EpilogueKind::bytes>(packed, call);
-    case EpilogueKind::hardswish:
-      return gemm_panels<EpilogueKind::hardswish>(packed, call);
-    case EpilogueKind::residual:
-      return gemm_panels<EpilogueKind::residual>(packed, call);
-    case EpilogueKind::logits:
-      return gemm_panels<EpilogueKind::logits>(packed, call);
-  }
-}
+namespace vitkd::int8 {
+VITKD_TARGET_BEGIN(VITKD_ZMM)
+namespace {
 
 // ---- elementwise ----
 
@@ -200,15 +80,29 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
            int64_t pixels, int64_t pixel, uint8_t* y) {
   const EpilogueConstants f = epilogue_constants({requantize, EpilogueKind::bytes, 0, 0}, false);
   const __m512i zero = _mm512_set1_epi32(z);
-  for (int64_t p = 0; p < pixels; ++p, x += pixel, y += pixel) {
-    for (int64_t c = 0; c < pixel; c += 16) {
-      store16(y + c, _mm512_mul_ps(centred(x + c, zero), _mm512_loadu_ps(factor + c)), f);
+  for (int64_t c = 0; c < pixel; c += 64) {
+    __m512 factors[4];  // in packed_order
+    alignas(kLine) float lanes[16];
+    for (int v = 0; v < 4; ++v) {
+      for (int i = 0; i < 16; ++i) lanes[i] = factor[c + packed_order(4, v, i)];
+      factors[v] = _mm512_load_ps(lanes);
+    }
+    const __mmask64 mask = ~uint64_t{0} >> (64 - std::min<int64_t>(64, pixel - c));
+    for (int64_t p = 0; p < pixels; ++p) {
+      const __m512i bytes = _mm512_loadu_si512(x + p * pixel + c);
+      __m512 v[4];
+      VITKD_UNROLL(4, i) {
+        const __m512i q = _mm512_sub_epi32(spread<i>(bytes), zero);
+        v[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(q), factors[i]);
+      }
+      VITKD_END;
+      _mm512_mask_storeu_epi8(y + p * pixel + c, mask, pack4(v[0], v[1], v[2], v[3], f));
     }
   }
 }
 
-void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
-            float* h) {
+void linear(const int8_t* q, int64_t stride, const float* s, const int32_t* inputs, const float* x,
+            int count, int out, float* h) {
   // eight vectors at once: additions to one sum wait for each other
   for (int j = 0; j < out; j += 128) {
     const int vectors = std::min(8, (out - j) / 16);
@@ -217,17 +111,17 @@ void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int
       sum[v] = _mm512_loadu_ps(h + j + v * 16);
       scale[v] = _mm512_loadu_ps(s + j + v * 16);
     }
-    const int8_t* from = q + j;
     const auto rows = [&]<int kVectors>() __attribute__((always_inline)) {
-      for (int c = 0; c < in; ++c, from += stride) {
-        const __m512 mean = _mm512_set1_ps(x[c]);
+      for (int i = 0; i < count; ++i) {
+        const int8_t* from = q + inputs[i] * stride + j;
+        const __m512 input = _mm512_set1_ps(x[i]);
         _mm_prefetch(from + 16 * stride, _MM_HINT_T0);
         _mm_prefetch(from + 16 * stride + 64, _MM_HINT_T0);
         VITKD_UNROLL(kVectors, v) {
           const auto* bytes = reinterpret_cast<const __m128i*>(from + v * 16);
           const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(bytes));
           const __m512 w = _mm512_mul_ps(_mm512_cvtepi32_ps(wide), scale[v]);
-          sum[v] = _mm512_add_ps(sum[v], _mm512_mul_ps(w, mean));
+          sum[v] = _mm512_add_ps(sum[v], _mm512_mul_ps(w, input));
         }
         VITKD_END;
       }
@@ -286,7 +180,7 @@ namespace {
 
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   const bool magic = spec.epilogue.kind != EpilogueKind::logits;
-  lay_out_gemm(spec, pixel, {4, 0, 0, magic, gemm_order(spec)}, packed);
+  lay_out_gemm<int8_t>(spec, pixel, {4, 0, 0, magic, gemm_order(spec)}, packed);
 }
 
 const char* gemm_name(const Packed& packed, const GemmCall& call) {
@@ -305,7 +199,7 @@ double vnni_peak(double seconds) { return peak(seconds, dot_loop, 64); }
 double fma_peak(double seconds) { return peak(seconds, fma_loop, 16); }
 
 const Kernels kAvx512Vnni{
-    Isa::avx512vnni, gemm_name, depthwise_name_vnni, pack_gemm, gemm,  pack_depthwise_vnni,
+    Isa::avx512vnni, gemm_name, depthwise_name_vnni, pack_gemm, multiply, pack_depthwise_vnni,
     depthwise_vnni,  add,       channel_sums,        scale,     linear};
 
 }  // namespace vitkd::int8

@@ -7,6 +7,8 @@
 
 #include <cstring>
 
+#define VITKD_ZMM VITKD_VNNI
+
 #include "int8/kernels/epilogue_avx512.h"
 
 namespace vitkd::int8 {

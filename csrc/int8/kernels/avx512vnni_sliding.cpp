@@ -4,6 +4,8 @@
 
 #if defined(__x86_64__)
 
+#define VITKD_ZMM VITKD_VNNI
+
 #include "int8/kernels/epilogue_avx512.h"
 
 namespace vitkd::int8 {

@@ -35,7 +35,7 @@ namespace {
 
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   const bool magic = spec.epilogue.kind != EpilogueKind::logits;
-  lay_out_gemm(spec, pixel, {1, 0, 0, magic, magic ? halves_order : in_order}, packed);
+  lay_out_gemm<int8_t>(spec, pixel, {1, 0, 0, magic, magic ? halves_order : in_order}, packed);
 }
 
 const char* gemm_name(const Packed&, const GemmCall& call) {

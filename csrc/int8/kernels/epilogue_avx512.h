@@ -17,8 +17,6 @@
 #include "int8/kernels/kernels.h"
 #include "simd/target.h"
 
-#define VITKD_VNNI "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma"
-
 namespace vitkd::int8 {
 namespace {
 
@@ -39,7 +37,7 @@ inline LaneOrder gemm_order(const ConvSpec& spec) {
 }  // namespace
 }  // namespace vitkd::int8
 
-VITKD_TARGET_BEGIN(VITKD_VNNI)
+VITKD_TARGET_BEGIN(VITKD_ZMM)
 #include "int8/kernels/unroll.h"
 
 namespace vitkd::int8 {

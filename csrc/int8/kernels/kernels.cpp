@@ -48,8 +48,11 @@ const Kernels& kernels(Isa isa) {
       return avxvnni_kernels();
 #endif
     case Isa::avx512:
+      return avx512_kernels();
     case Isa::avx2:
       return kAvx2;
+    case Isa::sse41:
+      return kSse41;
 #endif
     default:
       return kScalar;
@@ -102,14 +105,16 @@ void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed) {
   }
 }
 
+template <class T>
 void lay_out_gemm(const ConvSpec& spec, int64_t pixel, Layout layout, Packed* packed) {
   packed->segments = spec.kernel_h;
   packed->steps = static_cast<int>(((spec.kernel_w - 1) * pixel + spec.in + 3) / 4);
   packed->stride = static_cast<int>(round_up(packed->steps, layout.step_multiple));
-  layout.weight_bytes = size_t{kLine} * packed->segments * packed->stride;
+  constexpr int kGroup = 4 / sizeof(T);  // inputs side by side
+  layout.weight_bytes = sizeof(T) * kLine * packed->segments * packed->stride;
   lay_out(spec, layout, packed);
   for (const Packed::Panel& panel : packed->panels) {
-    auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
+    auto* weights = reinterpret_cast<T*>(packed->own.data() + panel.weights);
     for (int i = 0; i < panel.vectors * 16; ++i) {
       const int channel = panel.channel + layout.lanes(panel.width, i / 16, i % 16);
       if (channel >= spec.out) continue;
@@ -117,12 +122,15 @@ void lay_out_gemm(const ConvSpec& spec, int64_t pixel, Layout layout, Packed* pa
         const int64_t begin = int64_t{tap / spec.kernel_w} * packed->stride * 4;
         for (int c = 0; c < spec.in; ++c) {
           const int64_t k = begin + tap % spec.kernel_w * pixel + c;
-          weights[(k / 4 * panel.vectors * 16 + i) * 4 + k % 4] = spec.at(channel, tap, c);
+          weights[(k / kGroup * panel.vectors * 16 + i) * kGroup + k % kGroup] =
+              spec.at(channel, tap, c);
         }
       }
     }
   }
 }
+template void lay_out_gemm<int8_t>(const ConvSpec&, int64_t, Layout, Packed*);
+template void lay_out_gemm<int16_t>(const ConvSpec&, int64_t, Layout, Packed*);
 
 template <class T>
 void lay_out_depthwise(const ConvSpec& spec, Layout layout, int group_size, Packed* packed) {

@@ -92,10 +92,10 @@ struct Packed {
     size_t weights = 0;    // offset in bytes
     bool magic = false;    // see kMagicBits
     bool bits = false;     // see kBitsGrid
-    int steps = 0;         // avx2: its own, of its own order of the inputs
+    int steps = 0;         // pairs: its own, of its own order of the inputs
     int gathers = 0, gathers_end = 0;
   };
-  // avx2: bytes of a segment, shuffled: 4, 8, 12 or 16, or 32 together with those of the next
+  // pairs: bytes of a segment, shuffled: 4, 8, 12 or 16, or 32 together with those of the next
   struct Gather {
     int segment, from, to, bytes;
     size_t mask;  // offset in bytes
@@ -106,13 +106,14 @@ struct Packed {
   int stride = 0;         // steps from one segment's weights to the next's
   bool slides = false;    // depthwise: packed for columns that slide through registers
   size_t scratch = 0;     // bytes that a product needs
-  int64_t row_bytes = 0;  // avx2: of a pixel in it
+  int64_t row_bytes = 0;  // pairs: of a pixel in it
+  int64_t chunk = 0;      // pairs: pixels in it
   std::vector<Panel> panels;
   // a plan moves all weights to one buffer, in the order of their use: kernels prefetch ahead
   const uint8_t* data = nullptr;
   Buffer own;
   std::vector<int32_t> offsets;  // depthwise: where the bytes of a tap lie
-  std::vector<Gather> gathers;   // avx2: how a panel's order of the inputs is made
+  std::vector<Gather> gathers;   // pairs: how a panel's order of the inputs is made
   std::vector<int32_t> groups;   // depthwise: rows and columns of what lies side by side
 };
 
@@ -162,19 +163,21 @@ struct Kernels {
   // y = requantise(float(x - z) * factor[c])
   void (*scale)(const uint8_t* x, int z, const float* factor, const Requantize&, int64_t pixels,
                 int64_t pixel, uint8_t* y);
-  // h[j] = h[j] + (float(q[c * stride + j]) * s[j]) * x[c], c ascending; out is a multiple of 16
-  void (*linear)(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
-                 float* h);
+  // h[j] = h[j] + (float(q[inputs[i] * stride + j]) * s[j]) * x[i], i < count ascending; out is a
+  // multiple of 16
+  void (*linear)(const int8_t* q, int64_t stride, const float* s, const int32_t* inputs,
+                 const float* x, int count, int out, float* h);
 };
 
 const Kernels& kernels(Isa isa);
-extern const Kernels kScalar, kAvx2, kAvx512Vnni;
+extern const Kernels kScalar, kSse41, kAvx2, kAvx512Vnni;
 void pack_depthwise_vnni(const ConvSpec& spec, Packed* packed);
 void depthwise_vnni(const Packed& packed, const DepthwiseCall& call);
 const char* depthwise_name_vnni(const Packed& packed, const DepthwiseCall& call);
 void depthwise_sliding_vnni(const Packed& packed, const DepthwiseCall& call,
                             const Packed::Panel& panel);
 const Kernels& amx_kernels();      // kAvx512Vnni, with products on tiles
+const Kernels& avx512_kernels();   // kAvx2, with wider products
 const Kernels& avxvnni_kernels();  // kAvx2, with products and depthwise convolutions by vpdpbusd
 
 // The most multiply-adds a second that vpdpbusd, and vfmadd231ps, reach on registers; need AVX-512
@@ -212,7 +215,9 @@ struct Layout {
   int step_multiple = 1;  // of a gemm: segments begin at such steps
 };
 void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed);
-// the same, with weights [segments][steps][vectors * 16][4] in the room
+// the same, with weights [segments][steps][vectors * 16][4] in the room; words:
+// [segments][2 * steps][vectors * 16][2]
+template <class T>
 void lay_out_gemm(const ConvSpec& spec, int64_t pixel, Layout layout, Packed* packed);
 // the same for a depthwise convolution: groups of `group_size` (row, column) whose inputs lie side
 // by side, and taps, each a group at a column with weights for one or two output rows,

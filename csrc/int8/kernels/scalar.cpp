@@ -12,7 +12,7 @@ int in_order(int, int vector, int lane) { return vector * 16 + lane; }
 
 // one vector per panel; weights [segments][steps][16][4]
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
-  lay_out_gemm(spec, pixel, {1, 0, 0, false, in_order}, packed);
+  lay_out_gemm<int8_t>(spec, pixel, {1, 0, 0, false, in_order}, packed);
 }
 
 const int32_t* bias_of(const Packed& packed, const Packed::Panel& panel) {
@@ -123,12 +123,13 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
   }
 }
 
-void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
-            float* h) {
-  for (int c = 0; c < in; ++c, q += stride) {
+void linear(const int8_t* q, int64_t stride, const float* s, const int32_t* inputs, const float* x,
+            int count, int out, float* h) {
+  for (int i = 0; i < count; ++i) {
+    const int8_t* row = q + inputs[i] * stride;
     for (int j = 0; j < out; ++j) {
-      const float w = mul(static_cast<float>(q[j]), s[j]);
-      h[j] = vitkd::int8::add(h[j], mul(w, x[c]));
+      const float w = mul(static_cast<float>(row[j]), s[j]);
+      h[j] = vitkd::int8::add(h[j], mul(w, x[i]));
     }
   }
 }
