@@ -20,8 +20,14 @@ namespace {
 constexpr size_t kMostMemory = 64 << 20;
 long opened = 0, refused = 0, ran = 0;
 
+std::vector<uint8_t> current;
+
 [[noreturn]] void finding(const char* what) {
-  std::fprintf(stderr, "fuzz_capi: %s: %s\n", what, vitkd_int8_last_error());
+  std::fprintf(stderr, "fuzz_capi: %s: %s; the file is ./finding\n", what, vitkd_int8_last_error());
+  if (std::FILE* file = std::fopen("finding", "wb")) {
+    std::fwrite(current.data(), 1, current.size(), file);
+    std::fclose(file);
+  }
   std::abort();
 }
 
@@ -104,6 +110,7 @@ std::vector<uint8_t> mutated(std::vector<uint8_t> file, std::mt19937& random) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  current.assign(data, data + size);
   std::mt19937 random(static_cast<unsigned>(size));
   // memory of just that size, at any alignment
   const size_t shift = random() % 9;

@@ -42,13 +42,13 @@ const Kernels& kernels(Isa isa) {
       return amx_kernels();
     case Isa::avx512vnni:
       return kAvx512Vnni;
+    case Isa::avx512:
+      return avx512_kernels();
 #endif
 #if !defined(VITKD_WITHOUT_AVXVNNI)
     case Isa::avxvnni:
       return avxvnni_kernels();
 #endif
-    case Isa::avx512:
-      return avx512_kernels();
     case Isa::avx2:
       return kAvx2;
     case Isa::sse41:

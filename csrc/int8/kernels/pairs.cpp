@@ -95,6 +95,7 @@ void pack_pairs(const ConvSpec& spec, int64_t pixel, LaneOrder lanes, int rows, 
   const Buffer bytes_in_order = std::move(packed->own);
   const int segment_bytes = 4 * packed->steps;
   std::vector<uint8_t> all;
+  all.reserve(bytes_in_order.size() / 8 * 9);  // with the masks
   for (Packed::Panel& panel : packed->panels) {
     const auto* in_order = reinterpret_cast<const int8_t*>(bytes_in_order.data() + panel.weights);
     const uint8_t* constants = bytes_in_order.data() + panel.constants;
