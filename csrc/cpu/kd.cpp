@@ -189,7 +189,7 @@ void run(Call<A> c, Layout layout, Pass pass) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<A, float>) {
     const Isa isa = selected_isa();
-    const bool wide = isa >= Isa::avx512;
+    const bool wide = contains(isa, Isa::avx512);
     if (isa != Isa::scalar && layout == Layout::kRows) {
       kernel = wide ? avx512::run_rows : avx2::run_rows;
     } else if (isa != Isa::scalar && layout == Layout::kColumns) {

@@ -14,16 +14,32 @@ namespace {
 
 constexpr int64_t kWorthSharing = 8 << 20;  // multiply-adds of an image
 
+#if defined(__x86_64__)
+constexpr uint64_t kFloatState = 0x1F80;
+uint64_t float_state() { return _mm_getcsr(); }
+void set_float_state(uint64_t state) { _mm_setcsr(static_cast<unsigned>(state)); }
+#elif defined(__aarch64__)
+constexpr uint64_t kFloatState = 0;
+uint64_t float_state() {
+  uint64_t fpcr;
+  asm volatile("mrs %0, fpcr" : "=r"(fpcr) : : "memory");
+  return fpcr;
+}
+void set_float_state(uint64_t fpcr) { asm volatile("msr fpcr, %0" : : "r"(fpcr) : "memory"); }
+#else
+constexpr uint64_t kFloatState = 0;
+uint64_t float_state() { return 0; }
+void set_float_state(uint64_t) {}
+#endif
+
 // rounding to nearest, no flush to zero and no traps, whatever the calling thread is set to
 class FloatState {
-#if defined(__x86_64__)
  public:
-  FloatState() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
-  ~FloatState() { _mm_setcsr(saved_); }
+  FloatState() : saved_(float_state()) { set_float_state(kFloatState); }
+  ~FloatState() { set_float_state(saved_); }
 
  private:
-  unsigned saved_;
-#endif
+  uint64_t saved_;
 };
 
 // the mutex of all sessions' idle callers, and how often this process was forked

@@ -92,6 +92,7 @@ struct Packed {
     size_t weights = 0;    // offset in bytes
     bool magic = false;    // see kMagicBits
     bool bits = false;     // see kBitsGrid
+    bool words = false;    // before they are rounded, all values fit 16 bits
     int steps = 0;         // avx2: its own, of its own order of the inputs
     int gathers = 0, gathers_end = 0;
   };
@@ -168,7 +169,7 @@ struct Kernels {
 };
 
 const Kernels& kernels(Isa isa);
-extern const Kernels kScalar, kAvx2, kAvx512Vnni;
+extern const Kernels kScalar, kAvx2, kAvx512Vnni, kNeon;
 void pack_depthwise_vnni(const ConvSpec& spec, Packed* packed);
 void depthwise_vnni(const Packed& packed, const DepthwiseCall& call);
 const char* depthwise_name_vnni(const Packed& packed, const DepthwiseCall& call);
@@ -176,11 +177,19 @@ void depthwise_sliding_vnni(const Packed& packed, const DepthwiseCall& call,
                             const Packed::Panel& panel);
 const Kernels& amx_kernels();      // kAvx512Vnni, with products on tiles
 const Kernels& avxvnni_kernels();  // kAvx2, with products and depthwise convolutions by vpdpbusd
+// kNeon, with products and depthwise convolutions by dot products, and by matrix products
+const Kernels& neondot_kernels();
+const Kernels& neoni8mm_kernels();
 
-// The most multiply-adds a second that vpdpbusd, and vfmadd231ps, reach on registers; need AVX-512
-// VNNI.
+// The most multiply-adds a second that vpdpbusd, and vfmadd231ps, reach on registers; 0 without
+// AVX-512 VNNI.
+#if defined(__x86_64__)
 double vnni_peak(double seconds);
 double fma_peak(double seconds);
+#else
+inline double vnni_peak(double) { return 0; }
+inline double fma_peak(double) { return 0; }
+#endif
 
 // float(acc) * m in one instruction. An acc that starts from 0x4B400000, the bits of 1.5 * 2^23, is
 // as a float 1.5 * 2^23 + acc, exactly, while |acc| < 2^22; then fma(it, m, -1.5 * 2^23 * m) rounds

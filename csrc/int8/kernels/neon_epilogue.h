@@ -1,0 +1,165 @@
+// From 32-bit sums to bytes in NEON: an fma and two steps of narrowing (kBitsGrid); an fma
+// (kMagicBits), an addition that rounds, and narrowing; or by conversions. The files that include
+// this name their instruction set: VITKD_NEON.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "int8/kernels/kernels.h"
+#include "simd/target.h"
+
+// GCC 12's scheduling before the allocation of registers spills tiles that fill them.
+#if defined(__clang__)
+#define VITKD_NEON_BEGIN VITKD_TARGET_BEGIN(VITKD_NEON)
+#else
+#define VITKD_NEON_BEGIN \
+  VITKD_TARGET_BEGIN(VITKD_NEON) VITKD_PRAGMA(GCC optimize "no-schedule-insns")
+#endif
+
+VITKD_NEON_BEGIN
+#include "int8/kernels/unroll.h"
+
+namespace vitkd::int8 {
+namespace {
+
+// How sums become bytes.
+enum class Form {
+  bits,   // an fma leaves them in the low words
+  words,  // an fma multiplies; as no value leaves 16 bits, adding kMagicFloat leaves words
+  any,    // by conversions
+};
+
+struct EpilogueConstants {
+  float hardswish_scale, residual_multiplier;
+  float residual_zero_point;  // and kMagicFloat
+  int32_t sums_from;          // kMagicBits or 0
+  int16_t zero_point;
+  uint8_t lo, hi;
+  bool clamps;
+  Form form;
+};
+
+inline EpilogueConstants epilogue_constants(const Epilogue& e, const Packed::Panel& panel) {
+  const Requantize& r = e.requantize;
+  EpilogueConstants f;
+  f.hardswish_scale = r.hardswish_scale;
+  f.residual_multiplier = e.residual_multiplier;
+  f.residual_zero_point = kMagicFloat + static_cast<float>(e.residual_zero_point);
+  f.sums_from = panel.magic ? kMagicBits : 0;
+  f.zero_point = static_cast<int16_t>(r.zero_point);
+  f.lo = static_cast<uint8_t>(r.lo), f.hi = static_cast<uint8_t>(r.hi);
+  f.clamps = r.lo != 0 || r.hi != 255;
+  f.form = panel.bits ? Form::bits : panel.magic && panel.words ? Form::words : Form::any;
+  return f;
+}
+
+// `p` and all else in memory is loaded again after this: nothing of it holds a register across a
+// main loop
+VITKD_INLINE void forget(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+
+// 16 bytes as floats, 1.5 * 2^23 too large
+VITKD_INLINE void widen(uint8x16_t q, float32x4_t (&to)[4]) {
+  const uint32x4_t magic = vdupq_n_u32(kMagicBits);
+  const uint16x8_t low = vmovl_u8(vget_low_u8(q)), high = vmovl_high_u8(q);
+  to[0] = vreinterpretq_f32_u32(vaddw_u16(magic, vget_low_u16(low)));
+  to[1] = vreinterpretq_f32_u32(vaddw_high_u16(magic, low));
+  to[2] = vreinterpretq_f32_u32(vaddw_u16(magic, vget_low_u16(high)));
+  to[3] = vreinterpretq_f32_u32(vaddw_high_u16(magic, high));
+}
+
+VITKD_INLINE float32x4_t hardswish(float32x4_t t, float scale) {
+  float32x4_t u = vaddq_f32(t, vdupq_n_f32(3.0f));
+  u = vminq_f32(vmaxq_f32(u, vdupq_n_f32(0.0f)), vdupq_n_f32(6.0f));
+  return vmulq_f32(vmulq_f32(t, u), vdupq_n_f32(scale));
+}
+
+// Sums times multipliers, and what else comes before rounding. Of `shift` there are kShifts
+// vectors: loading them anew is cheaper than copying what an fma overwrites.
+template <EpilogueKind kKind, Form kForm, int kShifts>
+VITKD_INLINE void to_values(const int32x4_t (&sums)[4], const float32x4_t (&m)[4],
+                            const float* shift, uint8x16_t residual, const EpilogueConstants& f,
+                            float32x4_t (&v)[4]) {
+  VITKD_UNROLL(4, i) {
+    if constexpr (kForm == Form::any) {
+      v[i] = vmulq_f32(vcvtq_f32_s32(vsubq_s32(sums[i], vdupq_n_s32(f.sums_from))), m[i]);
+    } else {
+      const float32x4_t sum = vreinterpretq_f32_s32(sums[i]);
+      v[i] = vfmaq_f32(vld1q_f32(shift + i % kShifts * 4), sum, m[i]);
+    }
+    if constexpr (kKind == EpilogueKind::hardswish) v[i] = hardswish(v[i], f.hardswish_scale);
+  }
+  VITKD_END;
+  if constexpr (kKind == EpilogueKind::residual) {
+    float32x4_t b[4];
+    widen(residual, b);
+    VITKD_UNROLL(4, i) {
+      const float32x4_t q = vsubq_f32(b[i], vdupq_n_f32(f.residual_zero_point));
+      v[i] = vaddq_f32(v[i], vmulq_f32(q, vdupq_n_f32(f.residual_multiplier)));
+    }
+    VITKD_END;
+  }
+}
+
+VITKD_INLINE int16x8_t low_words(float32x4_t a, float32x4_t b) {
+  return vuzp1q_s16(vreinterpretq_s16_f32(a), vreinterpretq_s16_f32(b));
+}
+
+template <Form kForm>
+VITKD_INLINE int16x8_t to_words(float32x4_t a, float32x4_t b, const EpilogueConstants& f) {
+  if constexpr (kForm == Form::bits) return low_words(a, b);
+  const int16x8_t zero_point = vdupq_n_s16(f.zero_point);
+  if constexpr (kForm == Form::words) {
+    const float32x4_t magic = vdupq_n_f32(kMagicFloat);
+    return vaddq_s16(low_words(vaddq_f32(a, magic), vaddq_f32(b, magic)), zero_point);
+  }
+  const int16x4_t low = vqmovn_s32(vcvtnq_s32_f32(a));
+  return vqaddq_s16(vqmovn_high_s32(low, vcvtnq_s32_f32(b)), zero_point);
+}
+
+template <Form kForm>
+VITKD_INLINE uint8x16_t round_values(const float32x4_t (&v)[4], const EpilogueConstants& f) {
+  const uint8x8_t low = vqmovun_s16(to_words<kForm>(v[0], v[1], f));
+  uint8x16_t y = vqmovun_high_s16(low, to_words<kForm>(v[2], v[3], f));
+  if (f.clamps) y = vminq_u8(vmaxq_u8(y, vdupq_n_u8(f.lo)), vdupq_n_u8(f.hi));
+  return y;
+}
+
+// 16 bytes, in the order of their sums
+template <EpilogueKind kKind, Form kForm, int kShifts = 4>
+VITKD_INLINE uint8x16_t to_bytes(const int32x4_t (&sums)[4], const float32x4_t (&m)[4],
+                                 const float* shift, uint8x16_t residual,
+                                 const EpilogueConstants& f) {
+  float32x4_t v[4];
+  to_values<kKind, kForm, kShifts>(sums, m, shift, residual, f, v);
+  return round_values<kForm>(v, f);
+}
+
+}  // namespace
+}  // namespace vitkd::int8
+VITKD_TARGET_END
+
+namespace vitkd::int8 {
+namespace {
+
+inline int in_order(int, int, int lane) { return lane; }
+
+// Sums of activations less 128, which are signed bytes, start from 128 times their weights.
+inline void add_to_biases(const ConvSpec& spec, Packed* packed) {
+  for (const Packed::Panel& panel : packed->panels) {
+    auto* bias = reinterpret_cast<int32_t*>(packed->own.data() + panel.constants);
+    for (int i = 0; i < std::min(16, spec.out - panel.channel); ++i) {
+      for (int tap = 0; tap < spec.taps(); ++tap) {
+        for (int c = 0; c < (spec.depthwise ? 1 : spec.in); ++c) {
+          bias[i] += 128 * spec.at(panel.channel + i, tap, c);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace vitkd::int8
