@@ -107,7 +107,8 @@ struct Packed {
   int stride = 0;         // steps from one segment's weights to the next's
   bool slides = false;    // depthwise: packed for columns that slide through registers
   size_t scratch = 0;     // bytes that a product needs
-  int64_t row_bytes = 0;  // avx2: of a pixel in it
+  int64_t row_bytes = 0;  // of a pixel in it
+  int segment = 0;        // neon: bytes of one
   std::vector<Panel> panels;
   // a plan moves all weights to one buffer, in the order of their use: kernels prefetch ahead
   const uint8_t* data = nullptr;

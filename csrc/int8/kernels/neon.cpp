@@ -5,6 +5,8 @@
 
 #define VITKD_NEON "arch=armv8-a"
 
+#include <arm_neon.h>
+
 #include "simd/target.h"
 
 namespace vitkd::int8 {
@@ -12,7 +14,10 @@ namespace {
 
 struct Dot {
   static constexpr bool kPairs = false, kWords = true, kSigned = true;
-  static constexpr int kRows = 2, kFewRows = 1;
+  static constexpr int kRows = 2;
+  static VITKD_INLINE int8x16_t signed_bytes(uint8x16_t x) {
+    return vreinterpretq_s8_u8(veorq_u8(x, vdupq_n_u8(0x80)));
+  }
 };
 
 }  // namespace
@@ -25,51 +30,39 @@ VITKD_NEON_BEGIN
 namespace vitkd::int8 {
 namespace {
 
-// weights [segments][steps][16][4]
+// weights [steps][2][16][4]
 template <int MR>
 VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
   int32x4_t sums[MR][8];  // of two channels, two each
   VITKD_UNROLL(MR * 8, i) { sums[i / 8][i % 8] = vdupq_n_s32(0); }
   VITKD_END;
   const auto* w = reinterpret_cast<const int8_t*>(t.weights);
-  for (int64_t segment = 0; segment < t.segments; ++segment) {
-    const uint8_t* const rows = t.x[segment] + t.x_offset;
-    for (int64_t k = 0; k < t.bytes; k += 16, w += 256) {
-      int32x4_t x[MR];
+  const auto* x = reinterpret_cast<const int32_t*>(t.x);
+  for (int64_t step = t.steps; step > 0; --step, x += kStepBytes / 4, w += 128) {
+    int8x16_t a[MR], b[MR];  // four bytes, four times
+    VITKD_UNROLL(MR, r) {
+      a[r] = vreinterpretq_s8_s32(vld1q_dup_s32(x + 2 * r));
+      b[r] = vreinterpretq_s8_s32(vld1q_dup_s32(x + 2 * r + 1));
+    }
+    VITKD_END;
+    VITKD_UNROLL(4, c) {
+      const int8x16_t w0 = vld1q_s8(w + c * 16), w1 = vld1q_s8(w + c * 16 + 64);
       VITKD_UNROLL(MR, r) {
-        const uint8x16_t bytes = vld1q_u8(rows + r * t.x_pixel + k);
-        x[r] = vreinterpretq_s32_u8(veorq_u8(bytes, vdupq_n_u8(0x80)));
-      }
-      VITKD_END;
-      VITKD_UNROLL(2, steps) {
-        int8x16_t first[MR], second[MR];  // four bytes, four times
-        VITKD_UNROLL(MR, r) {
-          first[r] = vreinterpretq_s8_s32(vdupq_laneq_s32(x[r], 2 * steps));
-          second[r] = vreinterpretq_s8_s32(vdupq_laneq_s32(x[r], 2 * steps + 1));
-        }
-        VITKD_END;
-        VITKD_UNROLL(4, c) {
-          const int8x16_t a = vld1q_s8(w + steps * 128 + c * 16);
-          const int8x16_t b = vld1q_s8(w + steps * 128 + c * 16 + 64);
-          VITKD_UNROLL(MR, r) {
-            int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(first[r]));
-            int16x8_t high = vmull_high_s8(a, first[r]);
-            low = vmlal_s8(low, vget_low_s8(b), vget_low_s8(second[r]));
-            high = vmlal_high_s8(high, b, second[r]);
-            sums[r][2 * c] = vpadalq_s16(sums[r][2 * c], low);
-            sums[r][2 * c + 1] = vpadalq_s16(sums[r][2 * c + 1], high);
-          }
-          VITKD_END;
-        }
-        VITKD_END;
+        int16x8_t low = vmull_s8(vget_low_s8(w0), vget_low_s8(a[r]));
+        int16x8_t high = vmull_high_s8(w0, a[r]);
+        low = vmlal_s8(low, vget_low_s8(w1), vget_low_s8(b[r]));
+        high = vmlal_high_s8(high, w1, b[r]);
+        sums[r][2 * c] = vpadalq_s16(sums[r][2 * c], low);
+        sums[r][2 * c + 1] = vpadalq_s16(sums[r][2 * c + 1], high);
       }
       VITKD_END;
     }
+    VITKD_END;
   }
-  const auto* bias = reinterpret_cast<const int32_t*>(t.constants);
+  load_biases(t.constants, acc);
   VITKD_UNROLL(MR * 4, i) {
     constexpr int r = i / 4, c = i % 4;
-    acc[r][c] = vaddq_s32(vpaddq_s32(sums[r][2 * c], sums[r][2 * c + 1]), vld1q_s32(bias + 4 * c));
+    acc[r][c] = vaddq_s32(acc[r][c], vpaddq_s32(sums[r][2 * c], sums[r][2 * c + 1]));
   }
   VITKD_END;
 }
@@ -182,13 +175,8 @@ VITKD_TARGET_END
 namespace vitkd::int8 {
 namespace {
 
-void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
-  lay_out_gemm(spec, pixel, {1, 0, 0, true, in_order, 4}, packed);
-  add_to_biases(spec, packed);
-}
-
 const char* gemm_name(const Packed&, const GemmCall& call) {
-  return call.pixels < Dot::kRows ? "gemm_u8s8_1x16_neon" : "gemm_u8s8_2x16_neon";
+  return call.pixels < Dot::kRows ? "gemm_u8s8_2x16_neon" : "gemm_u8s8_2x16_neon";
 }
 
 const char* depthwise_name(const Packed&, const DepthwiseCall&) { return "depthwise_1x4x8_neon"; }

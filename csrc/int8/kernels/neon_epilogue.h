@@ -61,6 +61,17 @@ inline EpilogueConstants epilogue_constants(const Epilogue& e, const Packed::Pan
 // main loop
 VITKD_INLINE void forget(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 
+// Two vectors from `p` + kOffset, in one instruction. gcc would load them once and copy them.
+template <int kOffset, class V>
+VITKD_INLINE void load_pair(const void* p, V& a, V& b) {
+  asm volatile("ldp %q0, %q1, [%2, %3]" : "=w"(a), "=w"(b) : "r"(p), "i"(kOffset) : "memory");
+}
+
+VITKD_INLINE void load_four(const float* p, float32x4_t (&to)[4]) {
+  VITKD_UNROLL(4, i) { to[i] = vld1q_f32(p + 4 * i); }
+  VITKD_END;
+}
+
 // 16 bytes as floats, 1.5 * 2^23 too large
 VITKD_INLINE void widen(uint8x16_t q, float32x4_t (&to)[4]) {
   const uint32x4_t magic = vdupq_n_u32(kMagicBits);
@@ -83,12 +94,15 @@ template <EpilogueKind kKind, Form kForm, int kShifts>
 VITKD_INLINE void to_values(const int32x4_t (&sums)[4], const float32x4_t (&m)[4],
                             const float* shift, uint8x16_t residual, const EpilogueConstants& f,
                             float32x4_t (&v)[4]) {
+  if constexpr (kForm != Form::any) {
+    load_pair<0>(shift, v[0], v[1]);
+    load_pair<kShifts == 4 ? 32 : 0>(shift, v[2], v[3]);
+  }
   VITKD_UNROLL(4, i) {
     if constexpr (kForm == Form::any) {
       v[i] = vmulq_f32(vcvtq_f32_s32(vsubq_s32(sums[i], vdupq_n_s32(f.sums_from))), m[i]);
     } else {
-      const float32x4_t sum = vreinterpretq_f32_s32(sums[i]);
-      v[i] = vfmaq_f32(vld1q_f32(shift + i % kShifts * 4), sum, m[i]);
+      v[i] = vfmaq_f32(v[i], vreinterpretq_f32_s32(sums[i]), m[i]);
     }
     if constexpr (kKind == EpilogueKind::hardswish) v[i] = hardswish(v[i], f.hardswish_scale);
   }

@@ -1,5 +1,5 @@
-// Products in tiles of MR pixels x 16 channels in NEON. The file that includes this defines
-// multiply():
+// Products in tiles of MR pixels x 16 channels in NEON, 8 inputs a step. Pixels are first packed in
+// the order of their use, for all panels. The file that includes this multiplies by:
 //
 //   neon      smull, smlal, sadalp   16 multiply-adds in three instructions
 //   neondot   sdot by element        16 in one
@@ -12,31 +12,37 @@ VITKD_NEON_BEGIN
 namespace vitkd::int8 {
 namespace {
 
+constexpr int kRows = Dot::kRows;            // MR, but for the last pixels, of which two at a time
+constexpr int kLanes = Dot::kPairs ? 32 : 16;  // of a panel's constants
+constexpr int64_t kStepBytes = 8 * kRows;    // of packed pixels
+
 struct GemmTile {
-  const uint8_t* const* x;
-  int64_t x_offset, x_pixel;
-  int64_t segments, bytes;  // bytes of a segment: a multiple of 16
-  const uint8_t* weights;
+  const uint8_t* x;  // packed: [steps][kRows][8]
+  int64_t steps;
+  const uint8_t* weights;    // [steps][128]
   const uint8_t* constants;  // of the panel: bias, multiplier, shift
   uint8_t* y;
   int64_t y_pixel;
   const uint8_t* residual;
   int64_t residual_pixel;
   int channels;  // from the panel's first on
-  int pixels;    // that are left
+  bool alone;    // the second of two pixels is not wanted
   EpilogueConstants epilogue;
-
-  void advance(int64_t pixels) {
-    x_offset += pixels * x_pixel;
-    y += pixels * y_pixel;
-    residual += pixels * residual_pixel;
-  }
 };
 
 // Sums of a tile. Dot::kPairs: rows 2i and 2i + 1 hold two channels of pixel 2i and two of pixel
 // 2i + 1 in every vector, and constants are laid out like that.
 template <int MR>
 VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]);
+
+template <int MR>
+VITKD_INLINE void load_biases(const uint8_t* constants, int32x4_t (&acc)[MR][4]) {
+  VITKD_UNROLL(MR * 2, i) {
+    constexpr int at = (Dot::kPairs ? i % 4 : i % 2) * 32;
+    load_pair<at>(constants, acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
+  }
+  VITKD_END;
+}
 
 // The same by pixels.
 template <int MR>
@@ -58,63 +64,67 @@ VITKD_INLINE void split_pairs(float32x4_t (&v)[MR][4]) {
   VITKD_END;
 }
 
+template <int MR, Form kForm>
+VITKD_INLINE void store_logits(const int32x4_t (&acc)[MR][4], const GemmTile& t) {
+  const auto* m = reinterpret_cast<const float*>(t.constants) + kLanes;
+  float32x4_t v[MR][4];
+  VITKD_UNROLL(MR, r) {
+    float32x4_t scale[4];
+    load_four(m + (Dot::kPairs ? r % 2 * 16 : 0), scale);
+    to_values<EpilogueKind::logits, kForm, 4>(acc[r], scale, m, vdupq_n_u8(0), t.epilogue, v[r]);
+  }
+  VITKD_END;
+  if constexpr (Dot::kPairs) split_pairs(v);
+  const int bytes = 4 * std::min(16, t.channels);
+  std::memcpy(t.y, v[0], bytes);
+  VITKD_UNROLL(MR - 1, r) {
+    if (MR > 2 || !t.alone) std::memcpy(t.y + (r + 1) * t.y_pixel, v[r + 1], bytes);
+  }
+  VITKD_END;
+}
+
 template <int MR, EpilogueKind kKind, Form kForm>
 VITKD_INLINE void store_tile(const int32x4_t (&acc)[MR][4], const GemmTile& t) {
   const EpilogueConstants& f = t.epilogue;
-  constexpr int kLanes = Dot::kPairs ? 32 : 16;
   const auto* m = reinterpret_cast<const float*>(t.constants) + kLanes;
   const float* shift = m + kLanes;
-  const auto multipliers = [&](int h, float32x4_t(&to)[4]) __attribute__((always_inline)) {
-    VITKD_UNROLL(4, i) { to[i] = vld1q_f32(m + (4 * h + i) * 4); }
-    VITKD_END;
-  };
-  const auto residual = [&](int r) __attribute__((always_inline)) {
-    return kKind == EpilogueKind::residual ? vld1q_u8(t.residual + r * t.residual_pixel)
-                                           : vdupq_n_u8(0);
-  };
-  if constexpr (kKind == EpilogueKind::logits) {
-    float32x4_t v[MR][4];
-    VITKD_UNROLL(MR, r) {
-      float32x4_t scale[4];
-      multipliers(Dot::kPairs ? r % 2 : 0, scale);
-      to_values<kKind, kForm, 4>(acc[r], scale, shift, vdupq_n_u8(0), f, v[r]);
-    }
-    VITKD_END;
-    if constexpr (Dot::kPairs) split_pairs(v);
-    const int bytes = 4 * std::min(16, t.channels);
-    VITKD_UNROLL(MR, r) {
-      if (r < t.pixels) std::memcpy(t.y + r * t.y_pixel, v[r], bytes);
-    }
-    VITKD_END;
-  } else if constexpr (Dot::kPairs) {
-    uint8x16_t y[MR];
-    VITKD_UNROLL(2, h) {
-      float32x4_t scale[4];
-      multipliers(h, scale);
-      VITKD_UNROLL(MR / 2, i) {
-        const auto a = vreinterpretq_u16_u8(residual(2 * i));
-        const auto b = vreinterpretq_u16_u8(residual(2 * i + 1));
-        const auto q = vreinterpretq_u8_u16(h == 0 ? vzip1q_u16(a, b) : vzip2q_u16(a, b));
-        y[2 * i + h] = to_bytes<kKind, kForm>(acc[2 * i + h], scale, shift + 16 * h, q, f);
-      }
-      VITKD_END;
-    }
-    VITKD_END;
-    VITKD_UNROLL(MR / 2, i) {
-      const auto a = vreinterpretq_u16_u8(y[2 * i]), b = vreinterpretq_u16_u8(y[2 * i + 1]);
-      uint8_t* const to = t.y + 2 * i * t.y_pixel;
-      vst1q_u8(to, vreinterpretq_u8_u16(vuzp1q_u16(a, b)));
-      if (MR > 2 || t.pixels > 1) vst1q_u8(to + t.y_pixel, vreinterpretq_u8_u16(vuzp2q_u16(a, b)));
-    }
-    VITKD_END;
-  } else {
+  const bool alone = MR == 2 && t.alone;
+  const int64_t residual_pixel = alone ? 0 : t.residual_pixel;
+  uint8_t* const y = t.y;
+  const int64_t y_pixel = t.y_pixel;
+  uint8x16_t bytes[MR];
+  VITKD_UNROLL(Dot::kPairs ? 2 : 1, h) {
     float32x4_t scale[4];
-    multipliers(0, scale);
-    VITKD_UNROLL(MR, r) {
-      vst1q_u8(t.y + r * t.y_pixel, to_bytes<kKind, kForm>(acc[r], scale, shift, residual(r), f));
+    load_four(m + 16 * h, scale);
+    VITKD_UNROLL(MR / 2, i) {
+      uint8x16_t q[2] = {};
+      if constexpr (kKind == EpilogueKind::residual) {
+        q[0] = vld1q_u8(t.residual + 2 * i * residual_pixel);
+        q[1] = vld1q_u8(t.residual + (2 * i + 1) * residual_pixel);
+      }
+      if constexpr (Dot::kPairs) {
+        const auto a = vreinterpretq_u16_u8(q[0]), b = vreinterpretq_u16_u8(q[1]);
+        q[h] = vreinterpretq_u8_u16(h == 0 ? vzip1q_u16(a, b) : vzip2q_u16(a, b));
+        bytes[2 * i + h] =
+            to_bytes<kKind, kForm>(acc[2 * i + h], scale, shift + 16 * h, q[h], f);
+      } else {
+        bytes[2 * i] = to_bytes<kKind, kForm>(acc[2 * i], scale, shift, q[0], f);
+        bytes[2 * i + 1] = to_bytes<kKind, kForm>(acc[2 * i + 1], scale, shift, q[1], f);
+      }
+      if constexpr (!Dot::kPairs || h == 1) {
+        uint8x16_t &first = bytes[2 * i], &second = bytes[2 * i + 1];
+        if constexpr (Dot::kPairs) {
+          const auto a = vreinterpretq_u16_u8(first), b = vreinterpretq_u16_u8(second);
+          first = vreinterpretq_u8_u16(vuzp1q_u16(a, b));
+          second = vreinterpretq_u8_u16(vuzp2q_u16(a, b));
+        }
+        vst1q_u8(y + 2 * i * y_pixel, first);
+        if (!alone) vst1q_u8(y + (2 * i + 1) * y_pixel, second);
+      }
     }
     VITKD_END;
   }
+  VITKD_END;
 }
 
 template <int MR, EpilogueKind kKind>
@@ -122,57 +132,103 @@ VITKD_INLINE void gemm_tile(const GemmTile& t) {
   int32x4_t acc[MR][4];
   multiply<MR>(t, acc);
   forget(&t);
+  if constexpr (kKind == EpilogueKind::logits) return store_logits<MR, Form::any>(acc, t);
   if constexpr (kKind == EpilogueKind::bytes) {
     if (t.epilogue.form == Form::bits) return store_tile<MR, kKind, Form::bits>(acc, t);
   }
-  if constexpr (kKind != EpilogueKind::logits) {
-    if (t.epilogue.form == Form::words) return store_tile<MR, kKind, Form::words>(acc, t);
-  }
+  if (t.epilogue.form == Form::words) return store_tile<MR, kKind, Form::words>(acc, t);
   store_tile<MR, kKind, Form::any>(acc, t);
 }
 
+// Tiles of `pixels` pixels. Where they are not a multiple, the last one begins earlier: what it
+// computes again are the same bytes.
 template <EpilogueKind kKind>
 void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall& call,
-                int64_t first, int64_t end) {
+                int64_t first, int64_t pixels) {
   GemmTile t;
-  t.x = call.x;
-  t.x_offset = 0;
-  t.x_pixel = call.x_pixel;
-  t.segments = packed.segments;
-  t.bytes = int64_t{4} * packed.stride;
+  t.x = call.scratch;
+  t.steps = packed.row_bytes / 8;
   t.weights = packed.data + panel.weights;
   t.constants = packed.data + panel.constants;
   t.y_pixel = call.y_pixel;
-  t.y = call.y + panel.channel * (kKind == EpilogueKind::logits ? 4 : 1);
-  t.residual = call.residual + panel.channel;
+  t.y = call.y + panel.channel * (kKind == EpilogueKind::logits ? 4 : 1) + first * call.y_pixel;
+  t.residual = call.residual + panel.channel + first * call.residual_pixel;
   t.residual_pixel = call.residual_pixel;
   t.channels = packed.spec.out - panel.channel;
+  t.alone = false;
   t.epilogue = epilogue_constants(packed.spec.epilogue, panel);
-  t.advance(first);
-  constexpr int kRows = Dot::kRows, kFew = Dot::kFewRows;
-  int64_t left = end - first;
-  t.pixels = kRows;
-  for (; left >= kRows; left -= kRows, t.advance(kRows)) gemm_tile<kRows, kKind>(t);
-  if (left > 2 && end - first >= kRows) {
-    t.advance(left - kRows);  // again what lies before: the same bytes
+  const auto advance = [&](int64_t by) __attribute__((always_inline)) {
+    t.y += by * t.y_pixel;
+    t.residual += by * t.residual_pixel;
+  };
+  const int64_t tile_bytes = t.steps * kStepBytes;
+  int64_t left = pixels;
+  for (; left >= kRows; left -= kRows, t.x += tile_bytes, advance(kRows)) {
+    gemm_tile<kRows, kKind>(t);
+  }
+  if (left == 0) return;
+  if (left > 2 && pixels >= kRows) {
+    advance(left - kRows);
     return gemm_tile<kRows, kKind>(t);
   }
-  for (; left > 0; left -= kFew, t.advance(kFew)) {
-    t.pixels = static_cast<int>(left);
-    gemm_tile<kFew, kKind>(t);
+  for (; left > 0; left -= 2, t.x += 16, advance(2)) {
+    t.alone = left == 1;
+    gemm_tile<2, kKind>(t);
   }
+}
+
+// [steps][kRows][8]
+VITKD_INLINE void pack_tile(const uint8_t* const (&rows)[kRows], int64_t steps, uint8_t* to) {
+  for (int64_t k = 0; k < 8 * steps; k += 16, to += 2 * kStepBytes) {
+    VITKD_UNROLL(kRows / 2, i) {
+      const auto a = vreinterpretq_u64_s8(Dot::signed_bytes(vld1q_u8(rows[2 * i] + k)));
+      const auto b = vreinterpretq_u64_s8(Dot::signed_bytes(vld1q_u8(rows[2 * i + 1] + k)));
+      vst1q_u8(to + 16 * i, vreinterpretq_u8_u64(vzip1q_u64(a, b)));
+      vst1q_u8(to + kStepBytes + 16 * i, vreinterpretq_u8_u64(vzip2q_u64(a, b)));
+    }
+    VITKD_END;
+  }
+}
+
+// Pixels from `first` on, a tile's at a time, as gemm_panel wants them.
+void pack_pixels(const Packed& packed, const GemmCall& call, int64_t first, int64_t pixels) {
+  const int64_t steps = packed.row_bytes / 8;
+  uint8_t* const joined = call.scratch + packed.scratch - kRows * (packed.row_bytes + kSlack);
+  uint8_t* to = call.scratch;
+  for (int64_t p = 0; p < pixels; p += kRows, to += steps * kStepBytes) {
+    const int64_t left = pixels - p;
+    const int64_t begin = left > 2 && left < kRows && pixels >= kRows ? pixels - kRows : p;
+    const uint8_t* rows[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t at = (first + std::min(begin + r, pixels - 1)) * call.x_pixel;
+      rows[r] = call.x[0] + at;
+      if (packed.segments == 1) continue;
+      uint8_t* const row = joined + r * (packed.row_bytes + kSlack);
+      for (int segment = 0; segment < packed.segments; ++segment) {
+        for (int k = 0; k < packed.segment; k += 16) {
+          vst1q_u8(row + segment * packed.segment + k, vld1q_u8(call.x[segment] + at + k));
+        }
+      }
+      rows[r] = row;
+    }
+    pack_tile(rows, steps, to);
+  }
+}
+
+// That stay in L1 while the panels pass by, or of larger weights more.
+int64_t pixels_at_once(const Packed& packed) {
+  const int64_t least = packed.spec.out * packed.row_bytes > (256 << 10) ? 96 : 48;
+  return std::max(least, (20 << 10) / packed.row_bytes / 48 * 48);
 }
 
 template <EpilogueKind kKind>
 void gemm_panels(const Packed& packed, const GemmCall& call) {
-  // pixels that stay in L1 while the panels pass by, unless re-reading the weights would cost more
-  const int64_t depth = int64_t{4} * packed.segments * packed.stride;
-  int64_t chunk = std::max<int64_t>(48, (20 << 10) / depth / 48 * 48);
-  if (packed.spec.out * depth > (256 << 10)) chunk = std::max<int64_t>(chunk, call.pixels);
+  const int64_t chunk = pixels_at_once(packed);
   for (int64_t first = 0; first < call.pixels; first += chunk) {
-    const int64_t end = std::min(first + chunk, call.pixels);
+    const int64_t pixels = std::min(chunk, call.pixels - first);
+    pack_pixels(packed, call, first, pixels);
     for (int i = call.panel; i < call.panel_end; ++i) {
-      gemm_panel<kKind>(packed, packed.panels[i], call, first, end);
+      gemm_panel<kKind>(packed, packed.panels[i], call, first, pixels);
     }
   }
 }
@@ -193,3 +249,41 @@ void gemm(const Packed& packed, const GemmCall& call) {
 }  // namespace
 }  // namespace vitkd::int8
 VITKD_TARGET_END
+
+namespace vitkd::int8 {
+namespace {
+
+// constants of two channels, and again, for two pixels
+inline int pairs_order(int, int vector, int lane) {
+  return (16 * vector + lane) / 4 * 2 + lane % 2;
+}
+
+// weights [inputs / 8][16][8] or [inputs / 4][16][4], the segments' inputs one after the other
+void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
+  packed->segments = spec.kernel_h;
+  packed->segment = static_cast<int>((spec.kernel_w - 1) * pixel + spec.in);
+  packed->stride = static_cast<int>(round_up(packed->segment, 16) / 4);  // as it is read
+  packed->row_bytes = round_up(int64_t{packed->segments} * packed->segment, 8);
+  const size_t bytes = 16 * packed->row_bytes;
+  Dot::kPairs ? lay_out(spec, {1, 2, bytes / 2, true, pairs_order}, packed)
+              : lay_out(spec, {1, 1, bytes, true, in_order}, packed);
+  constexpr int kDeep = Dot::kPairs ? 8 : 4;
+  for (const Packed::Panel& panel : packed->panels) {
+    auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
+    for (int i = 0; i < std::min(16, spec.out - panel.channel); ++i) {
+      for (int tap = 0; tap < spec.taps(); ++tap) {
+        for (int c = 0; c < spec.in; ++c) {
+          const int64_t k =
+              tap / spec.kernel_w * packed->segment + tap % spec.kernel_w * pixel + c;
+          weights[(k / kDeep * 16 + i) * kDeep + k % kDeep] = spec.at(panel.channel + i, tap, c);
+        }
+      }
+    }
+  }
+  if constexpr (Dot::kSigned) add_to_biases(spec, packed);
+  const int64_t tiles = round_up(pixels_at_once(*packed), kRows);
+  packed->scratch = tiles * packed->row_bytes + kSlack + kRows * (packed->row_bytes + kSlack);
+}
+
+}  // namespace
+}  // namespace vitkd::int8

@@ -15,14 +15,21 @@ namespace {
 
 struct Dot {
   static constexpr bool kPairs = false, kWords = false, kSigned = true;
-  static constexpr int kRows = 6, kFewRows = 1;
+  static constexpr int kRows = 6;
   static VITKD_INLINE int8x16_t signed_bytes(uint8x16_t x) {
     return vreinterpretq_s8_u8(veorq_u8(x, vdupq_n_u8(0x80)));
   }
   static VITKD_INLINE int32x4_t add(int32x4_t acc, int8x16_t x, int8x16_t w) {
-    return vdotq_s32(acc, x, w);
+    asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(x), "w"(w));
+    return acc;
   }
 };
+
+// asm keeps gcc 12 from copying accumulators around
+template <int kLane>
+VITKD_INLINE void add_by_element(int32x4_t& acc, int8x16_t w, int8x16_t x) {
+  asm("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(acc) : "w"(w), "w"(x), "i"(kLane));
+}
 
 }  // namespace
 }  // namespace vitkd::int8
@@ -35,41 +42,25 @@ VITKD_NEON_BEGIN
 namespace vitkd::int8 {
 namespace {
 
-// weights [segments][steps][16][4]
+// weights [steps][2][16][4]
 template <int MR>
 VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
-  const auto* bias = reinterpret_cast<const int32_t*>(t.constants);
-  VITKD_UNROLL(MR * 4, i) { acc[i / 4][i % 4] = vld1q_s32(bias + i % 4 * 4); }
-  VITKD_END;
+  load_biases(t.constants, acc);
   const auto* w = reinterpret_cast<const int8_t*>(t.weights);
-  for (int64_t segment = 0; segment < t.segments; ++segment) {
-    const uint8_t* rows[MR];
-    VITKD_UNROLL(MR, r) {
-      rows[r] = t.x[segment] + t.x_offset + r * t.x_pixel;
-      asm("" : "+r"(rows[r]));  // in a register of its own
+  const auto* x = reinterpret_cast<const int8_t*>(t.x);
+  for (int64_t step = t.steps; step > 0; --step, x += kStepBytes, w += 128) {
+    int8x16_t a[MR / 2];  // of two pixels 8 bytes
+    VITKD_UNROLL(MR / 2, i) { a[i] = vld1q_s8(x + 16 * i); }
+    VITKD_END;
+    VITKD_UNROLL(4, j) {
+      constexpr int four = j / 2, c = j % 2 * 2;
+      const int8x16_t w0 = vld1q_s8(w + j * 32), w1 = vld1q_s8(w + j * 32 + 16);
+      VITKD_UNROLL(MR, r) { add_by_element<r % 2 * 2 + four>(acc[r][c], w0, a[r / 2]); }
+      VITKD_END;
+      VITKD_UNROLL(MR, r) { add_by_element<r % 2 * 2 + four>(acc[r][c + 1], w1, a[r / 2]); }
+      VITKD_END;
     }
     VITKD_END;
-    for (int64_t k = 0; k < t.bytes; k += 16, w += 256) {
-      int8x16_t x[MR];
-      VITKD_UNROLL(MR, r) { x[r] = Dot::signed_bytes(vld1q_u8(rows[r] + k)); }
-      VITKD_END;
-      VITKD_UNROLL(4, step) {
-        VITKD_UNROLL(2, half) {
-          const int8x16_t a = vld1q_s8(w + step * 64 + half * 32);
-          const int8x16_t b = vld1q_s8(w + step * 64 + half * 32 + 16);
-          VITKD_UNROLL(MR, r) {
-            acc[r][2 * half] = vdotq_laneq_s32(acc[r][2 * half], a, x[r], step);
-          }
-          VITKD_END;
-          VITKD_UNROLL(MR, r) {
-            acc[r][2 * half + 1] = vdotq_laneq_s32(acc[r][2 * half + 1], b, x[r], step);
-          }
-          VITKD_END;
-        }
-        VITKD_END;
-      }
-      VITKD_END;
-    }
   }
 }
 
@@ -80,13 +71,8 @@ VITKD_TARGET_END
 namespace vitkd::int8 {
 namespace {
 
-void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
-  lay_out_gemm(spec, pixel, {1, 0, 0, true, in_order, 4}, packed);
-  add_to_biases(spec, packed);
-}
-
 const char* gemm_name(const Packed&, const GemmCall& call) {
-  return call.pixels < Dot::kRows ? "gemm_u8s8_1x16_neondot" : "gemm_u8s8_6x16_neondot";
+  return call.pixels < Dot::kRows ? "gemm_u8s8_2x16_neondot" : "gemm_u8s8_6x16_neondot";
 }
 
 const char* depthwise_name(const Packed& packed, const DepthwiseCall&) {
