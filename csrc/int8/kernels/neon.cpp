@@ -70,7 +70,7 @@ VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
 // ---- elementwise ----
 
 VITKD_INLINE void centred(uint8x16_t q, float zero_point, float32x4_t (&to)[4]) {
-  widen(q, to);
+  widen(q, vdupq_n_u32(kMagicBits), to);
   VITKD_UNROLL(4, i) { to[i] = vsubq_f32(to[i], vdupq_n_f32(zero_point)); }
   VITKD_END;
 }

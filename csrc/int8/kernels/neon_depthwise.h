@@ -117,8 +117,8 @@ VITKD_INLINE void add_products(int32x4_t (&acc)[2], const uint8_t* x, const uint
     acc[1] = vmlal_high_s16(acc[1], a, b);
   } else {
     const auto *a = reinterpret_cast<const int8_t*>(x), *b = reinterpret_cast<const int8_t*>(w);
-    acc[0] = D::add(acc[0], vld1q_s8(a), vld1q_s8(b));
-    acc[1] = D::add(acc[1], vld1q_s8(a + 16), vld1q_s8(b + 16));
+    D::add(acc[0], vld1q_s8(a), vld1q_s8(b));
+    D::add(acc[1], vld1q_s8(a + 16), vld1q_s8(b + 16));
   }
 }
 
@@ -127,10 +127,10 @@ template <EpilogueKind kKind, Form kForm>
 VITKD_INLINE void store_outputs(const int32x4_t (&a)[2], const int32x4_t (&b)[2],
                                 const uint8_t* constants, const EpilogueConstants& f, uint8_t* y_a,
                                 uint8_t* y_b) {
-  const auto* m = reinterpret_cast<const float*>(constants) + 16;
+  const auto* m = reinterpret_cast<const float*>(constants + kLine);
   const float32x4_t low = vld1q_f32(m), high = vld1q_f32(m + 4);
   const uint8x16_t y = to_bytes<kKind, kForm, 2>({a[0], a[1], b[0], b[1]}, {low, high, low, high},
-                                                 m + 16, vdupq_n_u8(0), f);
+                                                 constants + 2 * kLine, vdupq_n_u8(0), f);
   vst1q_lane_u64(reinterpret_cast<uint64_t*>(y_b), vreinterpretq_u64_u8(y), 1);
   vst1_u8(y_a, vget_low_u8(y));
 }
@@ -141,9 +141,8 @@ VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
   for (int h = 0; h < t.halves; ++h) {
     const uint8_t* const constants = t.constants + 32 * h;
     int32x4_t acc[kColumns][MR][2];
-    const auto* bias = reinterpret_cast<const int32_t*>(constants);
     VITKD_UNROLL(kColumns * MR, i) {
-      acc[i / MR][i % MR][0] = vld1q_s32(bias), acc[i / MR][i % MR][1] = vld1q_s32(bias + 4);
+      load_pair<0>(constants, acc[i / MR][i % MR][0], acc[i / MR][i % MR][1]);
     }
     VITKD_END;
     const uint8_t* w = t.weights + h * kHalf;
@@ -248,6 +247,10 @@ void depthwise_panels(const Packed& packed, const DepthwiseCall& call) {
     if constexpr (kKind == EpilogueKind::bytes) {
       if (form == Form::bits) {
         depthwise_rows<kKind, Form::bits>(packed, call, panel);
+        continue;
+      }
+      if (form == Form::clamped) {
+        depthwise_rows<kKind, Form::clamped>(packed, call, panel);
         continue;
       }
     }

@@ -28,18 +28,21 @@ namespace {
 
 // How sums become bytes.
 enum class Form {
-  bits,   // an fma leaves them in the low words
-  words,  // an fma multiplies; as no value leaves 16 bits, adding kMagicFloat leaves words
-  any,    // by conversions
+  bits,     // an fma leaves them in the low words
+  clamped,  // and they end before 0 or 255
+  words,    // an fma multiplies; as no value leaves 16 bits, adding kMagicFloat leaves words
+  any,      // by conversions
 };
 
+// in memory, also what does not depend on the layer: registers belong to the sums
 struct EpilogueConstants {
+  float magic = kMagicFloat, three = 3, six = 6;
+  uint32_t magic_bits = kMagicBits;
   float hardswish_scale, residual_multiplier;
   float residual_zero_point;  // and kMagicFloat
   int32_t sums_from;          // kMagicBits or 0
   int16_t zero_point;
   uint8_t lo, hi;
-  bool clamps;
   Form form;
 };
 
@@ -52,8 +55,9 @@ inline EpilogueConstants epilogue_constants(const Epilogue& e, const Packed::Pan
   f.sums_from = panel.magic ? kMagicBits : 0;
   f.zero_point = static_cast<int16_t>(r.zero_point);
   f.lo = static_cast<uint8_t>(r.lo), f.hi = static_cast<uint8_t>(r.hi);
-  f.clamps = r.lo != 0 || r.hi != 255;
-  f.form = panel.bits ? Form::bits : panel.magic && panel.words ? Form::words : Form::any;
+  const bool clamped = r.lo != 0 || r.hi != 255;
+  const bool words = panel.magic && panel.words && !clamped;
+  f.form = panel.bits ? clamped ? Form::clamped : Form::bits : words ? Form::words : Form::any;
   return f;
 }
 
@@ -63,18 +67,19 @@ VITKD_INLINE void forget(const void* p) { asm volatile("" : : "r"(p) : "memory")
 
 // Two vectors from `p` + kOffset, in one instruction. gcc would load them once and copy them.
 template <int kOffset, class V>
-VITKD_INLINE void load_pair(const void* p, V& a, V& b) {
-  asm volatile("ldp %q0, %q1, [%2, %3]" : "=w"(a), "=w"(b) : "r"(p), "i"(kOffset) : "memory");
+VITKD_INLINE void load_pair(const uint8_t* p, V& a, V& b) {
+  asm volatile("ldp %q0, %q1, [%2, %3]"
+               : "=w"(a), "=w"(b)
+               : "r"(p), "i"(kOffset), "m"(*reinterpret_cast<const char(*)[kOffset + 32]>(p)));
 }
 
-VITKD_INLINE void load_four(const float* p, float32x4_t (&to)[4]) {
-  VITKD_UNROLL(4, i) { to[i] = vld1q_f32(p + 4 * i); }
+VITKD_INLINE void load_four(const uint8_t* p, float32x4_t (&to)[4]) {
+  VITKD_UNROLL(4, i) { to[i] = vld1q_f32(reinterpret_cast<const float*>(p) + 4 * i); }
   VITKD_END;
 }
 
 // 16 bytes as floats, 1.5 * 2^23 too large
-VITKD_INLINE void widen(uint8x16_t q, float32x4_t (&to)[4]) {
-  const uint32x4_t magic = vdupq_n_u32(kMagicBits);
+VITKD_INLINE void widen(uint8x16_t q, uint32x4_t magic, float32x4_t (&to)[4]) {
   const uint16x8_t low = vmovl_u8(vget_low_u8(q)), high = vmovl_high_u8(q);
   to[0] = vreinterpretq_f32_u32(vaddw_u16(magic, vget_low_u16(low)));
   to[1] = vreinterpretq_f32_u32(vaddw_high_u16(magic, low));
@@ -82,17 +87,17 @@ VITKD_INLINE void widen(uint8x16_t q, float32x4_t (&to)[4]) {
   to[3] = vreinterpretq_f32_u32(vaddw_high_u16(magic, high));
 }
 
-VITKD_INLINE float32x4_t hardswish(float32x4_t t, float scale) {
-  float32x4_t u = vaddq_f32(t, vdupq_n_f32(3.0f));
-  u = vminq_f32(vmaxq_f32(u, vdupq_n_f32(0.0f)), vdupq_n_f32(6.0f));
-  return vmulq_f32(vmulq_f32(t, u), vdupq_n_f32(scale));
+VITKD_INLINE float32x4_t hardswish(float32x4_t t, const EpilogueConstants& f) {
+  float32x4_t u = vaddq_f32(t, vdupq_n_f32(f.three));
+  u = vminq_f32(vmaxq_f32(u, vdupq_n_f32(0)), vdupq_n_f32(f.six));
+  return vmulq_f32(vmulq_f32(t, u), vdupq_n_f32(f.hardswish_scale));
 }
 
 // Sums times multipliers, and what else comes before rounding. Of `shift` there are kShifts
 // vectors: loading them anew is cheaper than copying what an fma overwrites.
 template <EpilogueKind kKind, Form kForm, int kShifts>
 VITKD_INLINE void to_values(const int32x4_t (&sums)[4], const float32x4_t (&m)[4],
-                            const float* shift, uint8x16_t residual, const EpilogueConstants& f,
+                            const uint8_t* shift, uint8x16_t residual, const EpilogueConstants& f,
                             float32x4_t (&v)[4]) {
   if constexpr (kForm != Form::any) {
     load_pair<0>(shift, v[0], v[1]);
@@ -104,12 +109,12 @@ VITKD_INLINE void to_values(const int32x4_t (&sums)[4], const float32x4_t (&m)[4
     } else {
       v[i] = vfmaq_f32(v[i], vreinterpretq_f32_s32(sums[i]), m[i]);
     }
-    if constexpr (kKind == EpilogueKind::hardswish) v[i] = hardswish(v[i], f.hardswish_scale);
+    if constexpr (kKind == EpilogueKind::hardswish) v[i] = hardswish(v[i], f);
   }
   VITKD_END;
   if constexpr (kKind == EpilogueKind::residual) {
     float32x4_t b[4];
-    widen(residual, b);
+    widen(residual, vdupq_n_u32(f.magic_bits), b);
     VITKD_UNROLL(4, i) {
       const float32x4_t q = vsubq_f32(b[i], vdupq_n_f32(f.residual_zero_point));
       v[i] = vaddq_f32(v[i], vmulq_f32(q, vdupq_n_f32(f.residual_multiplier)));
@@ -124,10 +129,10 @@ VITKD_INLINE int16x8_t low_words(float32x4_t a, float32x4_t b) {
 
 template <Form kForm>
 VITKD_INLINE int16x8_t to_words(float32x4_t a, float32x4_t b, const EpilogueConstants& f) {
-  if constexpr (kForm == Form::bits) return low_words(a, b);
+  if constexpr (kForm == Form::bits || kForm == Form::clamped) return low_words(a, b);
   const int16x8_t zero_point = vdupq_n_s16(f.zero_point);
   if constexpr (kForm == Form::words) {
-    const float32x4_t magic = vdupq_n_f32(kMagicFloat);
+    const float32x4_t magic = vdupq_n_f32(f.magic);
     return vaddq_s16(low_words(vaddq_f32(a, magic), vaddq_f32(b, magic)), zero_point);
   }
   const int16x4_t low = vqmovn_s32(vcvtnq_s32_f32(a));
@@ -138,14 +143,16 @@ template <Form kForm>
 VITKD_INLINE uint8x16_t round_values(const float32x4_t (&v)[4], const EpilogueConstants& f) {
   const uint8x8_t low = vqmovun_s16(to_words<kForm>(v[0], v[1], f));
   uint8x16_t y = vqmovun_high_s16(low, to_words<kForm>(v[2], v[3], f));
-  if (f.clamps) y = vminq_u8(vmaxq_u8(y, vdupq_n_u8(f.lo)), vdupq_n_u8(f.hi));
+  if constexpr (kForm == Form::clamped || kForm == Form::any) {
+    y = vminq_u8(vmaxq_u8(y, vdupq_n_u8(f.lo)), vdupq_n_u8(f.hi));
+  }
   return y;
 }
 
 // 16 bytes, in the order of their sums
 template <EpilogueKind kKind, Form kForm, int kShifts = 4>
 VITKD_INLINE uint8x16_t to_bytes(const int32x4_t (&sums)[4], const float32x4_t (&m)[4],
-                                 const float* shift, uint8x16_t residual,
+                                 const uint8_t* shift, uint8x16_t residual,
                                  const EpilogueConstants& f) {
   float32x4_t v[4];
   to_values<kKind, kForm, kShifts>(sums, m, shift, residual, f, v);

@@ -66,11 +66,11 @@ VITKD_INLINE void split_pairs(float32x4_t (&v)[MR][4]) {
 
 template <int MR, Form kForm>
 VITKD_INLINE void store_logits(const int32x4_t (&acc)[MR][4], const GemmTile& t) {
-  const auto* m = reinterpret_cast<const float*>(t.constants) + kLanes;
+  const uint8_t* const m = t.constants + 4 * kLanes;
   float32x4_t v[MR][4];
   VITKD_UNROLL(MR, r) {
     float32x4_t scale[4];
-    load_four(m + (Dot::kPairs ? r % 2 * 16 : 0), scale);
+    load_four(m + (Dot::kPairs ? r % 2 * 64 : 0), scale);
     to_values<EpilogueKind::logits, kForm, 4>(acc[r], scale, m, vdupq_n_u8(0), t.epilogue, v[r]);
   }
   VITKD_END;
@@ -86,8 +86,8 @@ VITKD_INLINE void store_logits(const int32x4_t (&acc)[MR][4], const GemmTile& t)
 template <int MR, EpilogueKind kKind, Form kForm>
 VITKD_INLINE void store_tile(const int32x4_t (&acc)[MR][4], const GemmTile& t) {
   const EpilogueConstants& f = t.epilogue;
-  const auto* m = reinterpret_cast<const float*>(t.constants) + kLanes;
-  const float* shift = m + kLanes;
+  const uint8_t* const m = t.constants + 4 * kLanes;
+  const uint8_t* const shift = m + 4 * kLanes;
   const bool alone = MR == 2 && t.alone;
   const int64_t residual_pixel = alone ? 0 : t.residual_pixel;
   uint8_t* const y = t.y;
@@ -95,7 +95,7 @@ VITKD_INLINE void store_tile(const int32x4_t (&acc)[MR][4], const GemmTile& t) {
   uint8x16_t bytes[MR];
   VITKD_UNROLL(Dot::kPairs ? 2 : 1, h) {
     float32x4_t scale[4];
-    load_four(m + 16 * h, scale);
+    load_four(m + 64 * h, scale);
     VITKD_UNROLL(MR / 2, i) {
       uint8x16_t q[2] = {};
       if constexpr (kKind == EpilogueKind::residual) {
@@ -106,7 +106,7 @@ VITKD_INLINE void store_tile(const int32x4_t (&acc)[MR][4], const GemmTile& t) {
         const auto a = vreinterpretq_u16_u8(q[0]), b = vreinterpretq_u16_u8(q[1]);
         q[h] = vreinterpretq_u8_u16(h == 0 ? vzip1q_u16(a, b) : vzip2q_u16(a, b));
         bytes[2 * i + h] =
-            to_bytes<kKind, kForm>(acc[2 * i + h], scale, shift + 16 * h, q[h], f);
+            to_bytes<kKind, kForm>(acc[2 * i + h], scale, shift + 64 * h, q[h], f);
       } else {
         bytes[2 * i] = to_bytes<kKind, kForm>(acc[2 * i], scale, shift, q[0], f);
         bytes[2 * i + 1] = to_bytes<kKind, kForm>(acc[2 * i + 1], scale, shift, q[1], f);
@@ -135,6 +135,7 @@ VITKD_INLINE void gemm_tile(const GemmTile& t) {
   if constexpr (kKind == EpilogueKind::logits) return store_logits<MR, Form::any>(acc, t);
   if constexpr (kKind == EpilogueKind::bytes) {
     if (t.epilogue.form == Form::bits) return store_tile<MR, kKind, Form::bits>(acc, t);
+    if (t.epilogue.form == Form::clamped) return store_tile<MR, kKind, Form::clamped>(acc, t);
   }
   if (t.epilogue.form == Form::words) return store_tile<MR, kKind, Form::words>(acc, t);
   store_tile<MR, kKind, Form::any>(acc, t);

@@ -19,9 +19,8 @@ struct Dot {
   static VITKD_INLINE int8x16_t signed_bytes(uint8x16_t x) {
     return vreinterpretq_s8_u8(veorq_u8(x, vdupq_n_u8(0x80)));
   }
-  static VITKD_INLINE int32x4_t add(int32x4_t acc, int8x16_t x, int8x16_t w) {
+  static VITKD_INLINE void add(int32x4_t& acc, int8x16_t x, int8x16_t w) {
     asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(x), "w"(w));
-    return acc;
   }
 };
 

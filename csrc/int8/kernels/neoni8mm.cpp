@@ -17,9 +17,8 @@ struct Dot {
   static constexpr bool kPairs = true, kWords = false, kSigned = false;
   static constexpr int kRows = 6;
   static VITKD_INLINE int8x16_t signed_bytes(uint8x16_t x) { return vreinterpretq_s8_u8(x); }
-  static VITKD_INLINE int32x4_t add(int32x4_t acc, int8x16_t x, int8x16_t w) {
+  static VITKD_INLINE void add(int32x4_t& acc, int8x16_t x, int8x16_t w) {
     asm("usdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(x), "w"(w));
-    return acc;
   }
 };
 
