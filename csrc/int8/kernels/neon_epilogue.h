@@ -78,6 +78,23 @@ VITKD_INLINE void load_four(const uint8_t* p, float32x4_t (&to)[4]) {
   VITKD_END;
 }
 
+// v = sums * m + shift, which has two or four vectors: to load them is cheaper than to copy what
+// fmla overwrites.
+template <int kShifts>
+VITKD_INLINE void multiply_add(const int32x4_t (&sums)[4], const float32x4_t (&m)[4],
+                               const uint8_t* shift, float32x4_t (&v)[4]) {
+  asm("ldp %q0, %q1, [%12]\n\t"
+      "ldp %q2, %q3, [%12, %13]\n\t"
+      "fmla %0.4s, %4.4s, %8.4s\n\t"
+      "fmla %1.4s, %5.4s, %9.4s\n\t"
+      "fmla %2.4s, %6.4s, %10.4s\n\t"
+      "fmla %3.4s, %7.4s, %11.4s"
+      : "=&w"(v[0]), "=&w"(v[1]), "=&w"(v[2]), "=&w"(v[3])
+      : "w"(sums[0]), "w"(sums[1]), "w"(sums[2]), "w"(sums[3]), "w"(m[0]), "w"(m[1]), "w"(m[2]),
+        "w"(m[3]), "r"(shift), "i"(kShifts == 4 ? 32 : 0),
+        "m"(*reinterpret_cast<const float(*)[4 * kShifts]>(shift)));
+}
+
 // 16 bytes as floats, 1.5 * 2^23 too large
 VITKD_INLINE void widen(uint8x16_t q, uint32x4_t magic, float32x4_t (&to)[4]) {
   const uint16x8_t low = vmovl_u8(vget_low_u8(q)), high = vmovl_high_u8(q);
@@ -93,21 +110,15 @@ VITKD_INLINE float32x4_t hardswish(float32x4_t t, const EpilogueConstants& f) {
   return vmulq_f32(vmulq_f32(t, u), vdupq_n_f32(f.hardswish_scale));
 }
 
-// Sums times multipliers, and what else comes before rounding. Of `shift` there are kShifts
-// vectors: loading them anew is cheaper than copying what an fma overwrites.
+// Sums times multipliers, and what else comes before rounding.
 template <EpilogueKind kKind, Form kForm, int kShifts>
 VITKD_INLINE void to_values(const int32x4_t (&sums)[4], const float32x4_t (&m)[4],
                             const uint8_t* shift, uint8x16_t residual, const EpilogueConstants& f,
                             float32x4_t (&v)[4]) {
-  if constexpr (kForm != Form::any) {
-    load_pair<0>(shift, v[0], v[1]);
-    load_pair<kShifts == 4 ? 32 : 0>(shift, v[2], v[3]);
-  }
+  if constexpr (kForm != Form::any) multiply_add<kShifts>(sums, m, shift, v);
   VITKD_UNROLL(4, i) {
     if constexpr (kForm == Form::any) {
       v[i] = vmulq_f32(vcvtq_f32_s32(vsubq_s32(sums[i], vdupq_n_s32(f.sums_from))), m[i]);
-    } else {
-      v[i] = vfmaq_f32(v[i], vreinterpretq_f32_s32(sums[i]), m[i]);
     }
     if constexpr (kKind == EpilogueKind::hardswish) v[i] = hardswish(v[i], f);
   }
