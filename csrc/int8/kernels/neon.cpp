@@ -7,6 +7,8 @@
 
 #include <arm_neon.h>
 
+#include <cmath>
+
 #include "simd/target.h"
 
 namespace vitkd::int8 {
@@ -83,13 +85,9 @@ EpilogueConstants rounding(const Requantize& requantize, float most) {
   return epilogue_constants({requantize, EpilogueKind::bytes, 0, 0}, panel);
 }
 
-VITKD_INLINE uint8x16_t round_values(const float32x4_t (&v)[4], const EpilogueConstants& f) {
-  return f.form == Form::words ? round_values<Form::words>(v, f) : round_values<Form::any>(v, f);
-}
-
-void add(const uint8_t* a, int z_a, float m_a, const uint8_t* b, int z_b, float m_b,
-         const Requantize& requantize, int64_t n, uint8_t* y) {
-  const EpilogueConstants f = rounding(requantize, 256 * (m_a + m_b));
+template <Form kForm>
+void add_as(const uint8_t* a, int z_a, float m_a, const uint8_t* b, int z_b, float m_b,
+            const EpilogueConstants& f, int64_t n, uint8_t* y) {
   const float zero_a = kMagicFloat + static_cast<float>(z_a);
   const float zero_b = kMagicFloat + static_cast<float>(z_b);
   for (int64_t i = 0; i < n; i += 16) {
@@ -98,8 +96,15 @@ void add(const uint8_t* a, int z_a, float m_a, const uint8_t* b, int z_b, float 
     centred(vld1q_u8(b + i), zero_b, u);
     VITKD_UNROLL(4, j) { v[j] = vaddq_f32(vmulq_n_f32(v[j], m_a), vmulq_n_f32(u[j], m_b)); }
     VITKD_END;
-    vst1q_u8(y + i, round_values(v, f));
+    vst1q_u8(y + i, round_values<kForm>(v, f));
   }
+}
+
+void add(const uint8_t* a, int z_a, float m_a, const uint8_t* b, int z_b, float m_b,
+         const Requantize& requantize, int64_t n, uint8_t* y) {
+  const EpilogueConstants f = rounding(requantize, 256 * (std::abs(m_a) + std::abs(m_b)));
+  const auto with = f.form == Form::words ? add_as<Form::words> : add_as<Form::any>;
+  with(a, z_a, m_a, b, z_b, m_b, f, n, y);
 }
 
 void channel_sums(const uint8_t* x, int64_t pixels, int64_t pixel, int64_t channels,
@@ -123,9 +128,22 @@ void channel_sums(const uint8_t* x, int64_t pixels, int64_t pixel, int64_t chann
   }
 }
 
+// 16 channels
+template <Form kForm>
+VITKD_INLINE void scale_as(const uint8_t* x, float zero_point, const float32x4_t (&factors)[4],
+                           const EpilogueConstants& f, int64_t pixels, int64_t pixel, uint8_t* y) {
+  for (int64_t p = 0; p < pixels; ++p, x += pixel, y += pixel) {
+    float32x4_t v[4];
+    centred(vld1q_u8(x), zero_point, v);
+    VITKD_UNROLL(4, i) { v[i] = vmulq_f32(v[i], factors[i]); }
+    VITKD_END;
+    vst1q_u8(y, round_values<kForm>(v, f));
+  }
+}
+
 void scale(const uint8_t* x, int z, const float* factor, const Requantize& requantize,
            int64_t pixels, int64_t pixel, uint8_t* y) {
-  const float zero = kMagicFloat + static_cast<float>(z);
+  const float zero_point = kMagicFloat + static_cast<float>(z);
   for (int64_t c = 0; c < pixel; c += 16) {
     float32x4_t factors[4], most = vdupq_n_f32(0);
     VITKD_UNROLL(4, i) {
@@ -134,13 +152,9 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
     }
     VITKD_END;
     const EpilogueConstants f = rounding(requantize, 256 * vmaxvq_f32(most));
-    for (int64_t p = 0; p < pixels; ++p) {
-      float32x4_t v[4];
-      centred(vld1q_u8(x + p * pixel + c), zero, v);
-      VITKD_UNROLL(4, i) { v[i] = vmulq_f32(v[i], factors[i]); }
-      VITKD_END;
-      vst1q_u8(y + p * pixel + c, round_values(v, f));
-    }
+    f.form == Form::words
+        ? scale_as<Form::words>(x + c, zero_point, factors, f, pixels, pixel, y + c)
+        : scale_as<Form::any>(x + c, zero_point, factors, f, pixels, pixel, y + c);
   }
 }
 

@@ -178,9 +178,13 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
   }
 }
 
-// [steps][kRows][8]
-VITKD_INLINE void pack_tile(const uint8_t* const (&rows)[kRows], int64_t steps, uint8_t* to) {
-  for (int64_t k = 0; k < 8 * steps; k += 16, to += 2 * kStepBytes) {
+using Rows = const uint8_t* [kRows];
+
+// The pixels of a tile, as [steps][kRows][8]; returns where the next step's lie. An odd step is
+// followed by bytes that do not matter.
+VITKD_INLINE uint8_t* pack_tile(const Rows& rows, int64_t steps, uint8_t* to) {
+  uint8_t* const end = to + steps * kStepBytes;
+  for (int64_t k = 0; to < end; k += 16, to += 2 * kStepBytes) {
     VITKD_UNROLL(kRows / 2, i) {
       const auto a = vreinterpretq_u64_s8(Dot::signed_bytes(vld1q_u8(rows[2 * i] + k)));
       const auto b = vreinterpretq_u64_s8(Dot::signed_bytes(vld1q_u8(rows[2 * i + 1] + k)));
@@ -189,30 +193,54 @@ VITKD_INLINE void pack_tile(const uint8_t* const (&rows)[kRows], int64_t steps, 
     }
     VITKD_END;
   }
+  return end;
+}
+
+// Where a tile's pixels begin in a segment; those past the last one, there.
+VITKD_INLINE void tile_rows(const uint8_t* x, int64_t pixel, int64_t pixels, Rows& rows) {
+  VITKD_UNROLL(kRows, r) {
+    rows[r] = x;
+    if (r + 1 < pixels) x += pixel;
+  }
+  VITKD_END;
+}
+
+// Segments of a few bytes, as the image's, one after the other.
+inline void join_segments(const Packed& packed, const GemmCall& call, int64_t at, int64_t pixels,
+                          uint8_t* to, Rows& rows) {
+  const int64_t row_bytes = packed.row_bytes + kSlack;
+  for (int segment = 0; segment < packed.segments; ++segment, to += packed.segment) {
+    tile_rows(call.x[segment] + at, call.x_pixel, pixels, rows);
+    for (int k = 0; k < packed.segment; k += 16) {
+      VITKD_UNROLL(kRows, r) { vst1q_u8(to + r * row_bytes + k, vld1q_u8(rows[r] + k)); }
+      VITKD_END;
+    }
+  }
+  to -= packed.segments * packed.segment;
+  VITKD_UNROLL(kRows, r) { rows[r] = to + r * row_bytes; }
+  VITKD_END;
 }
 
 // Pixels from `first` on, a tile's at a time, as gemm_panel wants them.
 void pack_pixels(const Packed& packed, const GemmCall& call, int64_t first, int64_t pixels) {
-  const int64_t steps = packed.row_bytes / 8;
-  uint8_t* const joined = call.scratch + packed.scratch - kRows * (packed.row_bytes + kSlack);
+  const bool joins = packed.segments > 1 && packed.segment % 8 != 0;
   uint8_t* to = call.scratch;
-  for (int64_t p = 0; p < pixels; p += kRows, to += steps * kStepBytes) {
+  uint8_t* const joined = to + packed.scratch - kRows * (packed.row_bytes + kSlack);
+  for (int64_t p = 0; p < pixels; p += kRows) {
     const int64_t left = pixels - p;
     const int64_t begin = left > 2 && left < kRows && pixels >= kRows ? pixels - kRows : p;
-    const uint8_t* rows[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t at = (first + std::min(begin + r, pixels - 1)) * call.x_pixel;
-      rows[r] = call.x[0] + at;
-      if (packed.segments == 1) continue;
-      uint8_t* const row = joined + r * (packed.row_bytes + kSlack);
-      for (int segment = 0; segment < packed.segments; ++segment) {
-        for (int k = 0; k < packed.segment; k += 16) {
-          vst1q_u8(row + segment * packed.segment + k, vld1q_u8(call.x[segment] + at + k));
-        }
-      }
-      rows[r] = row;
+    const int64_t at = (first + begin) * call.x_pixel;
+    Rows rows;
+    if (joins) {
+      join_segments(packed, call, at, pixels - begin, joined, rows);
+      to = pack_tile(rows, packed.row_bytes / 8, to);
+      continue;
     }
-    pack_tile(rows, steps, to);
+    const int64_t steps = packed.row_bytes / 8 / packed.segments;
+    for (int segment = 0; segment < packed.segments; ++segment) {
+      tile_rows(call.x[segment] + at, call.x_pixel, pixels - begin, rows);
+      to = pack_tile(rows, steps, to);
+    }
   }
 }
 
