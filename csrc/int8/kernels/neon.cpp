@@ -77,12 +77,11 @@ VITKD_INLINE void centred(uint8x16_t q, float zero_point, float32x4_t (&to)[4]) 
   VITKD_END;
 }
 
-// of values up to `most`
-EpilogueConstants rounding(const Requantize& requantize, float most) {
+Form form_of(const Requantize& requantize, float largest) {
   Packed::Panel panel;
   panel.magic = true;
-  panel.words = most < 32000;
-  return epilogue_constants({requantize, EpilogueKind::bytes, 0, 0}, panel);
+  panel.words = largest < 32000;
+  return form_of(requantize, panel);
 }
 
 template <Form kForm>
@@ -102,8 +101,9 @@ void add_as(const uint8_t* a, int z_a, float m_a, const uint8_t* b, int z_b, flo
 
 void add(const uint8_t* a, int z_a, float m_a, const uint8_t* b, int z_b, float m_b,
          const Requantize& requantize, int64_t n, uint8_t* y) {
-  const EpilogueConstants f = rounding(requantize, 256 * (std::abs(m_a) + std::abs(m_b)));
-  const auto with = f.form == Form::words ? add_as<Form::words> : add_as<Form::any>;
+  const EpilogueConstants f = epilogue_constants({requantize, EpilogueKind::bytes, 0, 0}, false);
+  const Form form = form_of(requantize, 256 * (std::abs(m_a) + std::abs(m_b)));
+  const auto with = form == Form::words ? add_as<Form::words> : add_as<Form::any>;
   with(a, z_a, m_a, b, z_b, m_b, f, n, y);
 }
 
@@ -143,6 +143,7 @@ VITKD_INLINE void scale_as(const uint8_t* x, float zero_point, const float32x4_t
 
 void scale(const uint8_t* x, int z, const float* factor, const Requantize& requantize,
            int64_t pixels, int64_t pixel, uint8_t* y) {
+  const EpilogueConstants f = epilogue_constants({requantize, EpilogueKind::bytes, 0, 0}, false);
   const float zero_point = kMagicFloat + static_cast<float>(z);
   for (int64_t c = 0; c < pixel; c += 16) {
     float32x4_t factors[4], most = vdupq_n_f32(0);
@@ -151,8 +152,7 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
       most = vmaxq_f32(most, vabsq_f32(factors[i]));
     }
     VITKD_END;
-    const EpilogueConstants f = rounding(requantize, 256 * vmaxvq_f32(most));
-    f.form == Form::words
+    form_of(requantize, 256 * vmaxvq_f32(most)) == Form::words
         ? scale_as<Form::words>(x + c, zero_point, factors, f, pixels, pixel, y + c)
         : scale_as<Form::any>(x + c, zero_point, factors, f, pixels, pixel, y + c);
   }
@@ -166,6 +166,7 @@ void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int
     VITKD_UNROLL(4, i) { sums[i] = vld1q_f32(h + j + 4 * i), scales[i] = vld1q_f32(s + j + 4 * i); }
     VITKD_END;
     const int8_t* from = q + j;
+#pragma GCC unroll 4
     for (int c = 0; c < in; ++c, from += stride) {
       const int8x16_t bytes = vld1q_s8(from);
       const int16x8_t words[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes)};

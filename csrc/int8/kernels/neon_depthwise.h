@@ -4,6 +4,8 @@
 // 2 multiplies: two output rows share them where the stride is 1.
 #pragma once
 
+#include <type_traits>
+
 #include "int8/kernels/neon_epilogue.h"
 
 VITKD_NEON_BEGIN
@@ -24,9 +26,8 @@ struct Strip {
   uint8_t* scratch;
   const uint8_t* edge;  // padding bytes
   int64_t pixel;
-  int width;       // of the input
-  int column;      // negative in the padding
-  int step, used;  // of every `step` columns the first `used` are read
+  int width;   // of the input
+  int column;  // negative in the padding
 };
 
 VITKD_INLINE uint16x8_t zip_low(uint8x16_t a, uint8x16_t b) {
@@ -37,32 +38,31 @@ VITKD_INLINE uint16x8_t zip_high(uint8x16_t a, uint8x16_t b) {
 }
 
 template <class D>
-VITKD_INLINE void interleave(const uint8x16_t (&v)[kGroup], uint8_t* to) {
-  if constexpr (D::kWords) {
-    vst1q_u16(reinterpret_cast<uint16_t*>(to), vmovl_u8(vget_low_u8(v[0])));
-    vst1q_u16(reinterpret_cast<uint16_t*>(to) + 8, vmovl_high_u8(v[0]));
-  } else {
-    const uint16x8_t ab[2] = {zip_low(v[0], v[1]), zip_high(v[0], v[1])};
-    const uint16x8_t cd[2] = {zip_low(v[2], v[3]), zip_high(v[2], v[3])};
-    VITKD_UNROLL(2, h) {
-      vst1q_s8(reinterpret_cast<int8_t*>(to) + 32 * h,
-               D::signed_bytes(vreinterpretq_u8_u16(vzip1q_u16(ab[h], cd[h]))));
-      vst1q_s8(reinterpret_cast<int8_t*>(to) + 32 * h + 16,
-               D::signed_bytes(vreinterpretq_u8_u16(vzip2q_u16(ab[h], cd[h]))));
-    }
-    VITKD_END;
+VITKD_INLINE void interleave(const uint8x16_t (&v)[1], uint8_t* to) {
+  auto* words = reinterpret_cast<uint16_t*>(to);
+  vst1q_u16(words, vmovl_u8(vget_low_u8(v[0])));
+  vst1q_u16(words + 8, vmovl_high_u8(v[0]));
+}
+template <class D>
+VITKD_INLINE void interleave(const uint8x16_t (&v)[4], uint8_t* to) {
+  const uint16x8_t ab[2] = {zip_low(v[0], v[1]), zip_high(v[0], v[1])};
+  const uint16x8_t cd[2] = {zip_low(v[2], v[3]), zip_high(v[2], v[3])};
+  auto* bytes = reinterpret_cast<int8_t*>(to);
+  VITKD_UNROLL(2, h) {
+    vst1q_s8(bytes + 32 * h, D::signed_bytes(vreinterpretq_u8_u16(vzip1q_u16(ab[h], cd[h]))));
+    vst1q_s8(bytes + 32 * h + 16, D::signed_bytes(vreinterpretq_u8_u16(vzip2q_u16(ab[h], cd[h]))));
   }
+  VITKD_END;
 }
 
-// Phase 1: columns [begin, end) of every group.
-inline void interleave_columns(const Strip& s, int begin, int end) {
+// Phase 1: `columns` columns of every group.
+inline void interleave_columns(const Strip& s, int columns) {
   for (int g = 0; g < s.groups; ++g) {
     const int32_t* shifts = s.places + g * 2 * kGroup + kGroup;
     // of these, no pixel is padding
-    const int inside = std::clamp(-s.column, begin, end);
-    const int outside = std::clamp(s.width - shifts[kGroup - 1] - s.column, inside, end);
-    uint8_t* to = s.scratch + g * s.group_bytes + begin * kColumnBytes;
-    int phase = begin % s.step;
+    const int inside = std::clamp(-s.column, 0, columns);
+    const int outside = std::clamp(s.width - shifts[kGroup - 1] - s.column, inside, columns);
+    uint8_t* to = s.scratch + g * s.group_bytes;
     const auto edges = [&](int from, int until) {
       for (int b = from; b < until; ++b, to += kColumnBytes) {
         uint8x16_t v[kGroup];
@@ -72,32 +72,26 @@ inline void interleave_columns(const Strip& s, int begin, int end) {
         }
         VITKD_END;
         interleave<Dot>(v, to);
-        if (++phase == s.step) phase = 0;
       }
     };
-    edges(begin, inside);
+    edges(0, inside);
     const uint8_t* from[kGroup];
-    for (int i = 0; i < kGroup; ++i) {
-      from[i] = s.rows[g][i] + (s.column + inside + shifts[i]) * s.pixel;
-    }
-    for (int b = inside; b < outside; ++b, to += kColumnBytes) {
-      if (phase < s.used) {
-        uint8x16_t v[kGroup];
-        VITKD_UNROLL(kGroup, i) { v[i] = vld1q_u8(from[i]); }
-        VITKD_END;
-        interleave<Dot>(v, to);
-      }
-      VITKD_UNROLL(kGroup, i) { from[i] += s.pixel; }
+    VITKD_UNROLL(kGroup, i) { from[i] = s.rows[g][i] + shifts[i] * s.pixel; }
+    VITKD_END;
+    int64_t at = (s.column + inside) * s.pixel;
+    const int64_t pixel = s.pixel;
+    for (int b = inside; b < outside; ++b, at += pixel, to += kColumnBytes) {
+      uint8x16_t v[kGroup];
+      VITKD_UNROLL(kGroup, i) { v[i] = vld1q_u8(from[i] + at); }
       VITKD_END;
-      if (++phase == s.step) phase = 0;
+      interleave<Dot>(v, to);
     }
-    edges(outside, end);
+    edges(outside, columns);
   }
 }
 
 struct DepthwiseTile {
   const uint8_t* x;  // in the scratch
-  int64_t step;      // bytes from one output's to the next's
   const uint8_t* constants;
   const uint8_t* weights;
   const int32_t* offsets;
@@ -108,18 +102,23 @@ struct DepthwiseTile {
   EpilogueConstants epilogue;
 };
 
-template <class D>
-VITKD_INLINE void add_products(int32x4_t (&acc)[2], const uint8_t* x, const uint8_t* w) {
-  if constexpr (D::kWords) {
-    const int16x8_t a = vld1q_s16(reinterpret_cast<const int16_t*>(x));
-    const int16x8_t b = vld1q_s16(reinterpret_cast<const int16_t*>(w));
-    acc[0] = vmlal_s16(acc[0], vget_low_s16(a), vget_low_s16(b));
-    acc[1] = vmlal_high_s16(acc[1], a, b);
-  } else {
-    const auto *a = reinterpret_cast<const int8_t*>(x), *b = reinterpret_cast<const int8_t*>(w);
-    D::add(acc[0], vld1q_s8(a), vld1q_s8(b));
-    D::add(acc[1], vld1q_s8(a + 16), vld1q_s8(b + 16));
-  }
+// 8 channels of a column
+using Half = std::conditional_t<Dot::kWords, int16x8_t[1], int8x16_t[2]>;
+
+VITKD_INLINE void load_half(const uint8_t* p, int16x8_t (&to)[1]) {
+  to[0] = vld1q_s16(reinterpret_cast<const int16_t*>(p));
+}
+VITKD_INLINE void load_half(const uint8_t* p, int8x16_t (&to)[2]) { load_pair<0>(p, to[0], to[1]); }
+
+VITKD_INLINE void add_products(int32x4_t (&acc)[2], const int16x8_t (&x)[1],
+                               const int16x8_t (&w)[1]) {
+  acc[0] = vmlal_s16(acc[0], vget_low_s16(x[0]), vget_low_s16(w[0]));
+  acc[1] = vmlal_high_s16(acc[1], x[0], w[0]);
+}
+template <class D = Dot>
+VITKD_INLINE void add_products(int32x4_t (&acc)[2], const int8x16_t (&x)[2],
+                               const int8x16_t (&w)[2]) {
+  D::add(acc[0], x[0], w[0]), D::add(acc[1], x[1], w[1]);
 }
 
 // 8 channels of two outputs
@@ -136,7 +135,7 @@ VITKD_INLINE void store_outputs(const int32x4_t (&a)[2], const int32x4_t (&b)[2]
 }
 
 // Phase 2: MR output rows of kColumns outputs, 8 channels at a time.
-template <int MR, int kColumns, EpilogueKind kKind, Form kForm>
+template <int MR, int kColumns, int kStride, EpilogueKind kKind, Form kForm>
 VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
   for (int h = 0; h < t.halves; ++h) {
     const uint8_t* const constants = t.constants + 32 * h;
@@ -149,8 +148,13 @@ VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
     const int32_t* offset = t.offsets;
     for (int64_t tap = t.taps; tap > 0; --tap, ++offset, w += MR * kColumnBytes) {
       const uint8_t* x = t.x + *offset + h * kHalf;
+      Half weights[MR];
+      VITKD_UNROLL(MR, r) { load_half(w + r * kColumnBytes, weights[r]); }
+      VITKD_END;
       VITKD_UNROLL(kColumns, c) {
-        VITKD_UNROLL(MR, r) { add_products<Dot>(acc[c][r], x + c * t.step, w + r * kColumnBytes); }
+        Half column;
+        load_half(x + c * kStride * kColumnBytes, column);
+        VITKD_UNROLL(MR, r) { add_products(acc[c][r], column, weights[r]); }
         VITKD_END;
       }
       VITKD_END;
@@ -175,7 +179,7 @@ VITKD_INLINE void depthwise_tile(const DepthwiseTile& t) {
   }
 }
 
-template <int MR, EpilogueKind kKind, Form kForm>
+template <int MR, int kStride, EpilogueKind kKind, Form kForm>
 void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
   const ConvSpec& spec = packed.spec;
   Strip s;
@@ -186,42 +190,41 @@ void depthwise_panel(const Packed& packed, const DepthwiseCall& call, const Pack
   s.edge = call.padding_row + panel.channel;
   s.pixel = call.x.pixel;
   s.width = call.x.width;
-  s.step = spec.stride_w;
-  s.used = std::min(spec.kernel_w, s.step);
   DepthwiseTile t;
-  t.step = int64_t{s.step} * kColumnBytes;
   t.constants = packed.data + panel.constants;
   t.weights = packed.data + panel.weights;
   t.offsets = packed.offsets.data();
   t.taps = packed.steps;
   t.halves = spec.out - panel.channel > 8 ? 2 : 1;
   t.y_pixel = call.y.pixel;
-  t.epilogue = epilogue_constants(spec.epilogue, panel);
+  t.epilogue = epilogue_constants(spec.epilogue, panel.magic);
   // strips so short that the scratch stays in L1
   const int wanted = static_cast<int>(
       std::min<int64_t>(s.group_bytes / kColumnBytes, (20 << 10) / s.groups / kColumnBytes));
-  const int at_once = std::max(1, (wanted - spec.kernel_w) / s.step + 1);
+  const int at_once = std::max(1, (wanted - spec.kernel_w) / spec.stride_w + 1);
   for (int begin = 0; begin < call.y.width; begin += at_once) {
     const int end = std::min(begin + at_once, call.y.width);
-    s.column = begin * s.step - call.left;
+    s.column = begin * spec.stride_w - call.left;
     for (int row = call.row; row < call.row_end; row += MR) {
       for (int i = 0; i < kGroup * s.groups; ++i) {
         const int r =
             row * spec.stride_h - call.top + s.places[i / kGroup * 2 * kGroup + i % kGroup];
         s.rows[i / kGroup][i % kGroup] = call.input_row(r) + panel.channel;
       }
-      interleave_columns(s, 0, (end - begin - 1) * s.step + spec.kernel_w);
+      interleave_columns(s, (end - begin - 1) * spec.stride_w + spec.kernel_w);
       const auto tile = [&]<int kColumns>(int at) __attribute__((always_inline)) {
         const int64_t to = int64_t{at} * call.y.pixel + panel.channel;
         t.y[0] = call.y.row(row) + to;
         t.y[1] = row + 1 < call.row_end ? call.y.row(row + 1) + to : t.y[0];
-        t.x = call.scratch + (at - begin) * t.step;
-        depthwise_tile<MR, kColumns, kKind, kForm>(t);
+        t.x = call.scratch + (at - begin) * spec.stride_w * kColumnBytes;
+        depthwise_tile<MR, kColumns, kStride, kKind, kForm>(t);
       };
       int at = begin;
-      for (; at + 4 <= end; at += 4) tile.template operator()<4>(at);
-      if (at + 2 <= end) tile.template operator()<2>(at), at += 2;
-      if (at < end) tile.template operator()<1>(at);
+      if (spec.stride_w == kStride) {
+        for (; at + 4 <= end; at += 4) tile.template operator()<4>(at);
+        if (at + 2 <= end) tile.template operator()<2>(at), at += 2;
+      }
+      for (; at < end; ++at) tile.template operator()<1>(at);
     }
   }
 }
@@ -232,18 +235,21 @@ void slide(const Packed& packed, const DepthwiseCall& call, const Packed::Panel&
 
 template <EpilogueKind kKind, Form kForm>
 void depthwise_rows(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
-  if constexpr (!Dot::kWords) {
+  const bool by_one = packed.spec.stride_h == 1;
+  if constexpr (Dot::kWords) {
+    if (by_one) return depthwise_panel<1, 1, kKind, kForm>(packed, call, panel);
+  } else {
     if (packed.slides) return slide<kKind, kForm>(packed, call, panel);
-    if (packed.spec.stride_h == 1) return depthwise_panel<2, kKind, kForm>(packed, call, panel);
+    if (by_one) return depthwise_panel<2, 1, kKind, kForm>(packed, call, panel);
   }
-  depthwise_panel<1, kKind, kForm>(packed, call, panel);
+  depthwise_panel<1, 2, kKind, kForm>(packed, call, panel);
 }
 
 template <EpilogueKind kKind>
 void depthwise_panels(const Packed& packed, const DepthwiseCall& call) {
   for (int i = call.panel; i < call.panel_end; ++i) {
     const Packed::Panel& panel = packed.panels[i];
-    const Form form = epilogue_constants(packed.spec.epilogue, panel).form;
+    const Form form = form_of(packed.spec.epilogue.requantize, panel);
     if constexpr (kKind == EpilogueKind::bytes) {
       if (form == Form::bits) {
         depthwise_rows<kKind, Form::bits>(packed, call, panel);

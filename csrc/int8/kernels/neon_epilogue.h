@@ -36,28 +36,35 @@ enum class Form {
 
 // in memory, also what does not depend on the layer: registers belong to the sums
 struct EpilogueConstants {
-  float magic = kMagicFloat, three = 3, six = 6;
-  uint32_t magic_bits = kMagicBits;
-  float hardswish_scale, residual_multiplier;
-  float residual_zero_point;  // and kMagicFloat
-  int32_t sums_from;          // kMagicBits or 0
-  int16_t zero_point;
-  uint8_t lo, hi;
-  Form form;
+  float magic[4], three[4], six[4];
+  uint32_t magic_bits[4];
+  float hardswish_scale[4], residual_multiplier[4];
+  float residual_zero_point[4];  // and kMagicFloat
+  int32_t sums_from[4];          // kMagicBits or 0
+  int16_t zero_point[8];
+  uint8_t lo[16], hi[16];
 };
 
-inline EpilogueConstants epilogue_constants(const Epilogue& e, const Packed::Panel& panel) {
+inline Form form_of(const Requantize& r, const Packed::Panel& panel) {
+  const bool clamped = r.lo != 0 || r.hi != 255;
+  if (panel.bits) return clamped ? Form::clamped : Form::bits;
+  return panel.magic && panel.words && !clamped ? Form::words : Form::any;
+}
+
+inline EpilogueConstants epilogue_constants(const Epilogue& e, bool magic) {
   const Requantize& r = e.requantize;
   EpilogueConstants f;
-  f.hardswish_scale = r.hardswish_scale;
-  f.residual_multiplier = e.residual_multiplier;
-  f.residual_zero_point = kMagicFloat + static_cast<float>(e.residual_zero_point);
-  f.sums_from = panel.magic ? kMagicBits : 0;
-  f.zero_point = static_cast<int16_t>(r.zero_point);
-  f.lo = static_cast<uint8_t>(r.lo), f.hi = static_cast<uint8_t>(r.hi);
-  const bool clamped = r.lo != 0 || r.hi != 255;
-  const bool words = panel.magic && panel.words && !clamped;
-  f.form = panel.bits ? clamped ? Form::clamped : Form::bits : words ? Form::words : Form::any;
+  vst1q_f32(f.magic, vdupq_n_f32(kMagicFloat));
+  vst1q_f32(f.three, vdupq_n_f32(3)), vst1q_f32(f.six, vdupq_n_f32(6));
+  vst1q_u32(f.magic_bits, vdupq_n_u32(kMagicBits));
+  vst1q_f32(f.hardswish_scale, vdupq_n_f32(r.hardswish_scale));
+  vst1q_f32(f.residual_multiplier, vdupq_n_f32(e.residual_multiplier));
+  const float zero_point = kMagicFloat + static_cast<float>(e.residual_zero_point);
+  vst1q_f32(f.residual_zero_point, vdupq_n_f32(zero_point));
+  vst1q_s32(f.sums_from, vdupq_n_s32(magic ? kMagicBits : 0));
+  vst1q_s16(f.zero_point, vdupq_n_s16(static_cast<int16_t>(r.zero_point)));
+  vst1q_u8(f.lo, vdupq_n_u8(static_cast<uint8_t>(r.lo)));
+  vst1q_u8(f.hi, vdupq_n_u8(static_cast<uint8_t>(r.hi)));
   return f;
 }
 
@@ -70,7 +77,7 @@ template <int kOffset, class V>
 VITKD_INLINE void load_pair(const uint8_t* p, V& a, V& b) {
   asm volatile("ldp %q0, %q1, [%2, %3]"
                : "=w"(a), "=w"(b)
-               : "r"(p), "i"(kOffset), "m"(*reinterpret_cast<const char(*)[kOffset + 32]>(p)));
+               : "r"(p), "i"(kOffset), "m"(*reinterpret_cast<const char (*)[kOffset + 32]>(p)));
 }
 
 VITKD_INLINE void load_four(const uint8_t* p, float32x4_t (&to)[4]) {
@@ -92,7 +99,7 @@ VITKD_INLINE void multiply_add(const int32x4_t (&sums)[4], const float32x4_t (&m
       : "=&w"(v[0]), "=&w"(v[1]), "=&w"(v[2]), "=&w"(v[3])
       : "w"(sums[0]), "w"(sums[1]), "w"(sums[2]), "w"(sums[3]), "w"(m[0]), "w"(m[1]), "w"(m[2]),
         "w"(m[3]), "r"(shift), "i"(kShifts == 4 ? 32 : 0),
-        "m"(*reinterpret_cast<const float(*)[4 * kShifts]>(shift)));
+        "m"(*reinterpret_cast<const float (*)[4 * kShifts]>(shift)));
 }
 
 // 16 bytes as floats, 1.5 * 2^23 too large
@@ -105,9 +112,9 @@ VITKD_INLINE void widen(uint8x16_t q, uint32x4_t magic, float32x4_t (&to)[4]) {
 }
 
 VITKD_INLINE float32x4_t hardswish(float32x4_t t, const EpilogueConstants& f) {
-  float32x4_t u = vaddq_f32(t, vdupq_n_f32(f.three));
-  u = vminq_f32(vmaxq_f32(u, vdupq_n_f32(0)), vdupq_n_f32(f.six));
-  return vmulq_f32(vmulq_f32(t, u), vdupq_n_f32(f.hardswish_scale));
+  float32x4_t u = vaddq_f32(t, vld1q_f32(f.three));
+  u = vminq_f32(vmaxq_f32(u, vdupq_n_f32(0)), vld1q_f32(f.six));
+  return vmulq_f32(vmulq_f32(t, u), vld1q_f32(f.hardswish_scale));
 }
 
 // Sums times multipliers, and what else comes before rounding.
@@ -118,17 +125,17 @@ VITKD_INLINE void to_values(const int32x4_t (&sums)[4], const float32x4_t (&m)[4
   if constexpr (kForm != Form::any) multiply_add<kShifts>(sums, m, shift, v);
   VITKD_UNROLL(4, i) {
     if constexpr (kForm == Form::any) {
-      v[i] = vmulq_f32(vcvtq_f32_s32(vsubq_s32(sums[i], vdupq_n_s32(f.sums_from))), m[i]);
+      v[i] = vmulq_f32(vcvtq_f32_s32(vsubq_s32(sums[i], vld1q_s32(f.sums_from))), m[i]);
     }
     if constexpr (kKind == EpilogueKind::hardswish) v[i] = hardswish(v[i], f);
   }
   VITKD_END;
   if constexpr (kKind == EpilogueKind::residual) {
     float32x4_t b[4];
-    widen(residual, vdupq_n_u32(f.magic_bits), b);
+    widen(residual, vld1q_u32(f.magic_bits), b);
     VITKD_UNROLL(4, i) {
-      const float32x4_t q = vsubq_f32(b[i], vdupq_n_f32(f.residual_zero_point));
-      v[i] = vaddq_f32(v[i], vmulq_f32(q, vdupq_n_f32(f.residual_multiplier)));
+      const float32x4_t q = vsubq_f32(b[i], vld1q_f32(f.residual_zero_point));
+      v[i] = vaddq_f32(v[i], vmulq_f32(q, vld1q_f32(f.residual_multiplier)));
     }
     VITKD_END;
   }
@@ -141,9 +148,9 @@ VITKD_INLINE int16x8_t low_words(float32x4_t a, float32x4_t b) {
 template <Form kForm>
 VITKD_INLINE int16x8_t to_words(float32x4_t a, float32x4_t b, const EpilogueConstants& f) {
   if constexpr (kForm == Form::bits || kForm == Form::clamped) return low_words(a, b);
-  const int16x8_t zero_point = vdupq_n_s16(f.zero_point);
+  const int16x8_t zero_point = vld1q_s16(f.zero_point);
   if constexpr (kForm == Form::words) {
-    const float32x4_t magic = vdupq_n_f32(f.magic);
+    const float32x4_t magic = vld1q_f32(f.magic);
     return vaddq_s16(low_words(vaddq_f32(a, magic), vaddq_f32(b, magic)), zero_point);
   }
   const int16x4_t low = vqmovn_s32(vcvtnq_s32_f32(a));
@@ -155,7 +162,7 @@ VITKD_INLINE uint8x16_t round_values(const float32x4_t (&v)[4], const EpilogueCo
   const uint8x8_t low = vqmovun_s16(to_words<kForm>(v[0], v[1], f));
   uint8x16_t y = vqmovun_high_s16(low, to_words<kForm>(v[2], v[3], f));
   if constexpr (kForm == Form::clamped || kForm == Form::any) {
-    y = vminq_u8(vmaxq_u8(y, vdupq_n_u8(f.lo)), vdupq_n_u8(f.hi));
+    y = vminq_u8(vmaxq_u8(y, vld1q_u8(f.lo)), vld1q_u8(f.hi));
   }
   return y;
 }

@@ -12,9 +12,9 @@ VITKD_NEON_BEGIN
 namespace vitkd::int8 {
 namespace {
 
-constexpr int kRows = Dot::kRows;            // MR, but for the last pixels, of which two at a time
+constexpr int kRows = Dot::kRows;  // MR, but for the last pixels, of which two at a time
 constexpr int kLanes = Dot::kPairs ? 32 : 16;  // of a panel's constants
-constexpr int64_t kStepBytes = 8 * kRows;    // of packed pixels
+constexpr int64_t kStepBytes = 8 * kRows;      // of packed pixels
 
 struct GemmTile {
   const uint8_t* x;  // packed: [steps][kRows][8]
@@ -27,6 +27,7 @@ struct GemmTile {
   int64_t residual_pixel;
   int channels;  // from the panel's first on
   bool alone;    // the second of two pixels is not wanted
+  Form form;
   EpilogueConstants epilogue;
 };
 
@@ -105,8 +106,7 @@ VITKD_INLINE void store_tile(const int32x4_t (&acc)[MR][4], const GemmTile& t) {
       if constexpr (Dot::kPairs) {
         const auto a = vreinterpretq_u16_u8(q[0]), b = vreinterpretq_u16_u8(q[1]);
         q[h] = vreinterpretq_u8_u16(h == 0 ? vzip1q_u16(a, b) : vzip2q_u16(a, b));
-        bytes[2 * i + h] =
-            to_bytes<kKind, kForm>(acc[2 * i + h], scale, shift + 64 * h, q[h], f);
+        bytes[2 * i + h] = to_bytes<kKind, kForm>(acc[2 * i + h], scale, shift + 64 * h, q[h], f);
       } else {
         bytes[2 * i] = to_bytes<kKind, kForm>(acc[2 * i], scale, shift, q[0], f);
         bytes[2 * i + 1] = to_bytes<kKind, kForm>(acc[2 * i + 1], scale, shift, q[1], f);
@@ -131,13 +131,16 @@ template <int MR, EpilogueKind kKind>
 VITKD_INLINE void gemm_tile(const GemmTile& t) {
   int32x4_t acc[MR][4];
   multiply<MR>(t, acc);
+  // what the epilogue spills is in registers until here
+  VITKD_UNROLL(MR * 4, i) { asm("" : "+w"(acc[i / 4][i % 4])); }
+  VITKD_END;
   forget(&t);
   if constexpr (kKind == EpilogueKind::logits) return store_logits<MR, Form::any>(acc, t);
   if constexpr (kKind == EpilogueKind::bytes) {
-    if (t.epilogue.form == Form::bits) return store_tile<MR, kKind, Form::bits>(acc, t);
-    if (t.epilogue.form == Form::clamped) return store_tile<MR, kKind, Form::clamped>(acc, t);
+    if (t.form == Form::bits) return store_tile<MR, kKind, Form::bits>(acc, t);
+    if (t.form == Form::clamped) return store_tile<MR, kKind, Form::clamped>(acc, t);
   }
-  if (t.epilogue.form == Form::words) return store_tile<MR, kKind, Form::words>(acc, t);
+  if (t.form == Form::words) return store_tile<MR, kKind, Form::words>(acc, t);
   store_tile<MR, kKind, Form::any>(acc, t);
 }
 
@@ -157,7 +160,8 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
   t.residual_pixel = call.residual_pixel;
   t.channels = packed.spec.out - panel.channel;
   t.alone = false;
-  t.epilogue = epilogue_constants(packed.spec.epilogue, panel);
+  t.form = form_of(packed.spec.epilogue.requantize, panel);
+  t.epilogue = epilogue_constants(packed.spec.epilogue, panel.magic);
   const auto advance = [&](int64_t by) __attribute__((always_inline)) {
     t.y += by * t.y_pixel;
     t.residual += by * t.residual_pixel;
@@ -302,8 +306,7 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
     for (int i = 0; i < std::min(16, spec.out - panel.channel); ++i) {
       for (int tap = 0; tap < spec.taps(); ++tap) {
         for (int c = 0; c < spec.in; ++c) {
-          const int64_t k =
-              tap / spec.kernel_w * packed->segment + tap % spec.kernel_w * pixel + c;
+          const int64_t k = tap / spec.kernel_w * packed->segment + tap % spec.kernel_w * pixel + c;
           weights[(k / kDeep * 16 + i) * kDeep + k % kDeep] = spec.at(panel.channel + i, tap, c);
         }
       }

@@ -61,7 +61,7 @@ VITKD_INLINE void slide_by_one(const DepthwiseCall& call, int row, int channel,
   // a second row that is not wanted is written to the first, before it
   uint8_t* below = row + 1 < call.row_end ? call.y.row(row + 1) + channel : y;
   int8x16_t x[3][2];
-  const auto load_column = [&](int i, int8x16_t (&to)[2]) __attribute__((always_inline)) {
+  const auto load_column = [&](int i, int8x16_t(&to)[2]) __attribute__((always_inline)) {
     const int at = i - window.left;
     if (at >= 0 && at < window.width) {
       const int64_t o = at * pixel;
@@ -123,7 +123,7 @@ VITKD_INLINE void slide_by_two(const DepthwiseCall& call, int row, int channel,
   const uint8_t *const a = window.rows[0], *const b = window.rows[1], *const c = window.rows[2];
   const int64_t pixel = window.pixel, y_pixel = call.y.pixel;
   uint8_t* y = call.y.row(row) + channel;
-  const auto load_column = [&](int i, int8x16_t (&to)[4]) __attribute__((always_inline)) {
+  const auto load_column = [&](int i, int8x16_t(&to)[4]) __attribute__((always_inline)) {
     const int at = i - window.left;
     if (at >= 0 && at < window.width) {
       const int64_t o = at * pixel;
@@ -133,21 +133,23 @@ VITKD_INLINE void slide_by_two(const DepthwiseCall& call, int row, int channel,
       join_rows(edge, edge, edge, to);
     }
   };
-  const auto add_column = [&]<int kColumn>(const int8x16_t (&x)[4], int32x4_t (&acc)[4])
+  const auto add_column = [&]<int kColumn>(const int8x16_t(&x)[4], int32x4_t(&acc)[4])
                               __attribute__((always_inline)) {
-    VITKD_UNROLL(4, q) { Dot::add(acc[q], x[q], w[kColumn][q]); }
-    VITKD_END;
-  };
-  const auto start = [&](const int8x16_t (&x)[4], int32x4_t (&acc)[4])
+                                VITKD_UNROLL(4, q) { Dot::add(acc[q], x[q], w[kColumn][q]); }
+                                VITKD_END;
+                              };
+  const auto start = [&](const int8x16_t(&x)[4], int32x4_t(&acc)[4])
                          __attribute__((always_inline)) {
-    load_pair<0>(constants, acc[0], acc[1]);
-    load_pair<32>(constants, acc[2], acc[3]);
-    add_column.template operator()<0>(x, acc);
-  };
-  const auto output = [&](int32x4_t (&acc)[4]) __attribute__((always_inline)) {
+                           load_pair<0>(constants, acc[0], acc[1]);
+                           load_pair<32>(constants, acc[2], acc[3]);
+                           add_column.template operator()<0>(x, acc);
+                         };
+  const auto output = [&](int32x4_t(&acc)[4]) __attribute__((always_inline)) {
     float32x4_t scale[4];
     load_four(constants + kLine, scale);
-    vst1q_u8(y, to_bytes<kKind, kForm>(acc, scale, constants + 2 * kLine, vdupq_n_u8(0), f));
+    const uint8x16_t bytes =
+        to_bytes<kKind, kForm>(acc, scale, constants + 2 * kLine, vdupq_n_u8(0), f);
+    vst1q_u8(y, bytes);
     y += y_pixel;
   };
   int8x16_t x[4];
@@ -183,7 +185,7 @@ VITKD_INLINE void slide_by_two(const DepthwiseCall& call, int row, int channel,
 
 template <EpilogueKind kKind, Form kForm>
 void slide(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
-  const EpilogueConstants f = epilogue_constants(packed.spec.epilogue, panel);
+  const EpilogueConstants f = epilogue_constants(packed.spec.epilogue, panel.magic);
   const uint8_t* const constants = packed.data + panel.constants;
   const uint8_t* const weights = packed.data + panel.weights;
   if (packed.spec.stride_h == 2) {
