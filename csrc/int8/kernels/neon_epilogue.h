@@ -72,6 +72,9 @@ inline EpilogueConstants epilogue_constants(const Epilogue& e, bool magic) {
 // main loop
 VITKD_INLINE void forget(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 
+// What is spilled after this is in a register before it.
+VITKD_INLINE void divide_range(int32x4_t& v) { asm("" : "+w"(v)); }
+
 // Two vectors from `p` + kOffset, in one instruction. gcc would load them once and copy them.
 template <int kOffset, class V>
 VITKD_INLINE void load_pair(const uint8_t* p, V& a, V& b) {
@@ -111,10 +114,19 @@ VITKD_INLINE void widen(uint8x16_t q, uint32x4_t magic, float32x4_t (&to)[4]) {
   to[3] = vreinterpretq_f32_u32(vaddw_high_u16(magic, high));
 }
 
-VITKD_INLINE float32x4_t hardswish(float32x4_t t, const EpilogueConstants& f) {
-  float32x4_t u = vaddq_f32(t, vld1q_f32(f.three));
-  u = vminq_f32(vmaxq_f32(u, vdupq_n_f32(0)), vld1q_f32(f.six));
-  return vmulq_f32(vmulq_f32(t, u), vld1q_f32(f.hardswish_scale));
+// step by step for all: what waits for a result stands apart from it
+VITKD_INLINE void hardswish(float32x4_t (&v)[4], const EpilogueConstants& f) {
+  float32x4_t u[4];
+  VITKD_UNROLL(4, i) { u[i] = vaddq_f32(v[i], vld1q_f32(f.three)); }
+  VITKD_END;
+  VITKD_UNROLL(4, i) { u[i] = vmaxq_f32(u[i], vdupq_n_f32(0)); }
+  VITKD_END;
+  VITKD_UNROLL(4, i) { u[i] = vminq_f32(u[i], vld1q_f32(f.six)); }
+  VITKD_END;
+  VITKD_UNROLL(4, i) { v[i] = vmulq_f32(v[i], u[i]); }
+  VITKD_END;
+  VITKD_UNROLL(4, i) { v[i] = vmulq_f32(v[i], vld1q_f32(f.hardswish_scale)); }
+  VITKD_END;
 }
 
 // Sums times multipliers, and what else comes before rounding.
@@ -123,13 +135,13 @@ VITKD_INLINE void to_values(const int32x4_t (&sums)[4], const float32x4_t (&m)[4
                             const uint8_t* shift, uint8x16_t residual, const EpilogueConstants& f,
                             float32x4_t (&v)[4]) {
   if constexpr (kForm != Form::any) multiply_add<kShifts>(sums, m, shift, v);
-  VITKD_UNROLL(4, i) {
-    if constexpr (kForm == Form::any) {
+  if constexpr (kForm == Form::any) {
+    VITKD_UNROLL(4, i) {
       v[i] = vmulq_f32(vcvtq_f32_s32(vsubq_s32(sums[i], vld1q_s32(f.sums_from))), m[i]);
     }
-    if constexpr (kKind == EpilogueKind::hardswish) v[i] = hardswish(v[i], f);
+    VITKD_END;
   }
-  VITKD_END;
+  if constexpr (kKind == EpilogueKind::hardswish) hardswish(v, f);
   if constexpr (kKind == EpilogueKind::residual) {
     float32x4_t b[4];
     widen(residual, vld1q_u32(f.magic_bits), b);

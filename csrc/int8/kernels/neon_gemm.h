@@ -131,8 +131,7 @@ template <int MR, EpilogueKind kKind>
 VITKD_INLINE void gemm_tile(const GemmTile& t) {
   int32x4_t acc[MR][4];
   multiply<MR>(t, acc);
-  // what the epilogue spills is in registers until here
-  VITKD_UNROLL(MR * 4, i) { asm("" : "+w"(acc[i / 4][i % 4])); }
+  VITKD_UNROLL(MR * 4, i) { divide_range(acc[i / 4][i % 4]); }
   VITKD_END;
   forget(&t);
   if constexpr (kKind == EpilogueKind::logits) return store_logits<MR, Form::any>(acc, t);

@@ -44,6 +44,7 @@ VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
   load_biases(t.constants, acc);
   const auto* w = reinterpret_cast<const int8_t*>(t.weights);
   const uint8_t* x = t.x;
+#pragma GCC unroll 2
   for (int64_t step = t.steps; step > 0; --step, x += kStepBytes, w += 128) {
     uint8x16_t a[MR / 2];  // of two pixels 8 bytes
     VITKD_UNROLL(MR / 2, i) { a[i] = vld1q_u8(x + 16 * i); }
