@@ -77,13 +77,13 @@ Kernel kernel_for(const Call& c) {
 #if defined(__x86_64__)
   const Isa isa = selected_isa();
   const bool any_float = c.q_s.dtype == ScalarType::Float || c.q_t.dtype == ScalarType::Float;
-  if (isa >= Isa::amx && !any_float) {
+  if (contains(isa, Isa::amx) && !any_float) {
     return {avx512::scratch<avx512::Tiles>, avx512::run_heads<avx512::Tiles, kKind, kPass>};
   }
-  if (isa >= Isa::avx512) {
+  if (contains(isa, Isa::avx512)) {
     return {avx512::scratch<avx512::Fma>, avx512::run_heads<avx512::Fma, kKind, kPass>};
   }
-  if (isa >= Isa::avx2) {
+  if (contains(isa, Isa::avx2)) {
     return {avx2::scratch<avx2::Fma>, avx2::run_heads<avx2::Fma, kKind, kPass>};
   }
 #endif

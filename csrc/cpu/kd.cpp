@@ -189,10 +189,10 @@ void run(Call<A> c, Layout layout, Pass pass) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<A, float>) {
     const Isa isa = selected_isa();
-    const bool wide = isa >= Isa::avx512;
-    if (isa >= Isa::avx2 && layout == Layout::kRows) {
+    const bool wide = contains(isa, Isa::avx512), narrow = contains(isa, Isa::avx2);
+    if (narrow && layout == Layout::kRows) {
       kernel = wide ? avx512::run_rows : avx2::run_rows;
-    } else if (isa >= Isa::avx2 && layout == Layout::kColumns) {
+    } else if (narrow && layout == Layout::kColumns) {
       kernel = wide ? avx512::run_columns : avx2::run_columns;
       unit_rows = wide ? 16 : 8;
       units = c.shape.outer * ceil_div(c.shape.inner, unit_rows);

@@ -144,8 +144,8 @@ Kernels<A> selected_kernels() {
   } else {
 #if defined(__x86_64__)
     const Isa isa = selected_isa();
-    if (isa >= Isa::avx512) return avx512::kKernels;
-    if (isa >= Isa::avx2) return avx2::kKernels;
+    if (contains(isa, Isa::avx512)) return avx512::kKernels;
+    if (contains(isa, Isa::avx2)) return avx2::kKernels;
 #endif
     return float32::kKernels;
   }

@@ -124,15 +124,8 @@ PYBIND11_MODULE(_int8, module) {
     for (Isa isa : available_isas()) names.emplace_back(name(isa));
     return names;
   });
-  // multiply-adds a second; 0 without AVX-512 VNNI
-  const auto peak = [&](const char* name, double (*measure)(double)) {
-    module.def(name, [measure](double seconds) {
-      const py::gil_scoped_release release;
-      return available_isas().front() >= Isa::avx512vnni ? measure(seconds) : 0.0;
-    });
-  };
-  peak("vnni_peak", vnni_peak);
-  peak("fma_peak", fma_peak);
+  module.def("vnni_peak", vnni_peak, py::call_guard<py::gil_scoped_release>());
+  module.def("fma_peak", fma_peak, py::call_guard<py::gil_scoped_release>());
   py::class_<File>(module, "File")
       .def(py::init<py::bytes>())
       .def_readonly("data", &File::bytes)

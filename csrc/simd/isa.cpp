@@ -1,5 +1,5 @@
 // Instruction sets by __builtin_cpu_supports, which also asks whether the system saves their
-// registers.
+// registers, and on aarch64 by what the system says of the CPU.
 
 #include "simd/isa.h"
 
@@ -9,6 +9,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include <algorithm>
@@ -19,10 +23,20 @@
 namespace vitkd {
 namespace {
 
-constexpr Isa kBestFirst[] = {Isa::amx,  Isa::avx512vnni, Isa::avx512, Isa::avxvnni,
-                              Isa::avx2, Isa::sse41,      Isa::scalar};
+struct Entry {
+  Isa isa;
+  const char* name;
+  Isa contains;  // and all that this one contains
+};
 
 #if defined(__x86_64__)
+// avxvnni stands apart: some CPUs with AVX-512 VNNI lack it
+constexpr Entry kBestFirst[] = {
+    {Isa::amx, "amx", Isa::avx512vnni}, {Isa::avx512vnni, "avx512vnni", Isa::avx512},
+    {Isa::avx512, "avx512", Isa::avx2}, {Isa::avxvnni, "avxvnni", Isa::avx2},
+    {Isa::avx2, "avx2", Isa::sse41},    {Isa::sse41, "sse41", Isa::scalar},
+    {Isa::scalar, "scalar", Isa::scalar}};
+
 // CPUID leaf 7, subleaf 1: bit 4 of EAX
 bool avxvnni() {
 #if defined(VITKD_WITHOUT_AVXVNNI)  // a smaller library
@@ -45,10 +59,8 @@ bool tiles_granted() {
   return false;
 #endif
 }
-#endif
 
 bool cpu_has(Isa isa) {
-#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
@@ -75,14 +87,59 @@ bool cpu_has(Isa isa) {
     case Isa::amx:
       return avx512 && __builtin_cpu_supports("avx512vnni") && tiles_granted();
   }
+  return false;
+}
+
+#elif defined(__aarch64__)
+constexpr Entry kBestFirst[] = {{Isa::neoni8mm, "neoni8mm", Isa::neondot},
+                                {Isa::neondot, "neondot", Isa::neon},
+                                {Isa::neon, "neon", Isa::scalar},
+                                {Isa::scalar, "scalar", Isa::scalar}};
+
+#if defined(__linux__)
+bool dot_products() { return (getauxval(AT_HWCAP) & 1ul << 20) != 0; }      // HWCAP_ASIMDDP
+bool matrix_products() { return (getauxval(AT_HWCAP2) & 1ul << 13) != 0; }  // HWCAP2_I8MM
+#elif defined(__APPLE__)
+bool feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool dot_products() { return feature("hw.optional.arm.FEAT_DotProd"); }
+bool matrix_products() { return feature("hw.optional.arm.FEAT_I8MM"); }
+#else
+bool dot_products() { return false; }
+bool matrix_products() { return false; }
 #endif
-  return isa == Isa::scalar;
+
+bool cpu_has(Isa isa) {
+  switch (isa) {
+    case Isa::scalar:
+    case Isa::neon:
+      return true;
+    case Isa::neondot:
+      return dot_products();
+    case Isa::neoni8mm:
+      return dot_products() && matrix_products();
+  }
+  return false;
+}
+
+#else
+constexpr Entry kBestFirst[] = {{Isa::scalar, "scalar", Isa::scalar}};
+
+bool cpu_has(Isa isa) { return isa == Isa::scalar; }
+#endif
+
+const Entry& entry(Isa isa) {
+  return *std::find_if(std::begin(kBestFirst), std::end(kBestFirst),
+                       [isa](const Entry& e) { return e.isa == isa; });
 }
 
 std::vector<Isa> detect() {
   std::vector<Isa> isas;
-  for (Isa isa : kBestFirst) {
-    if (cpu_has(isa)) isas.push_back(isa);
+  for (const Entry& e : kBestFirst) {
+    if (cpu_has(e.isa)) isas.push_back(e.isa);
   }
   const char* wanted = std::getenv("VITKD_FAST_ISA");
   if (wanted == nullptr || *wanted == '\0') return isas;
@@ -100,24 +157,11 @@ std::vector<Isa> detect() {
 
 }  // namespace
 
-const char* name(Isa isa) {
-  switch (isa) {
-    case Isa::scalar:
-      return "scalar";
-    case Isa::sse41:
-      return "sse41";
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avxvnni:
-      return "avxvnni";
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx512vnni:
-      return "avx512vnni";
-    case Isa::amx:
-      return "amx";
-  }
-  return "unknown";
+const char* name(Isa isa) { return entry(isa).name; }
+
+bool contains(Isa isa, Isa part) {
+  while (isa != part && isa != Isa::scalar) isa = entry(isa).contains;
+  return isa == part;
 }
 
 std::vector<Isa> available_isas() {

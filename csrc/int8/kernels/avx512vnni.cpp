@@ -195,8 +195,12 @@ const char* gemm_name(const Packed& packed, const GemmCall& call) {
 
 }  // namespace
 
-double vnni_peak(double seconds) { return peak(seconds, dot_loop, 64); }
-double fma_peak(double seconds) { return peak(seconds, fma_loop, 16); }
+double vnni_peak(double seconds) {
+  return contains(selected_isa(), Isa::avx512vnni) ? peak(seconds, dot_loop, 64) : 0;
+}
+double fma_peak(double seconds) {
+  return contains(selected_isa(), Isa::avx512vnni) ? peak(seconds, fma_loop, 16) : 0;
+}
 
 const Kernels kAvx512Vnni{
     Isa::avx512vnni, gemm_name, depthwise_name_vnni, pack_gemm, multiply, pack_depthwise_vnni,

@@ -27,9 +27,13 @@ void restrict(const ConvSpec& spec, int channel, Packed::Panel* panel) {
   const auto [low, high] = sums(spec, channel);
   const double m = spec.multiplier[channel], shift = double{kMagicFloat} * m;
   panel->magic &= -(1 << 22) < low && high < (1 << 22) && shift == static_cast<float>(shift);
+  const Epilogue& e = spec.epilogue;
+  double most = m * static_cast<double>(std::max(-low, high));
+  if (e.kind == EpilogueKind::hardswish) most *= 6 * double{e.requantize.hardswish_scale};
+  if (e.kind == EpilogueKind::residual) most += 255 * std::abs(double{e.residual_multiplier});
+  panel->words &= most < 32000;
   const double steps = m / kBitsGrid;
-  const double most = m * static_cast<double>(std::max(-low, high));
-  panel->bits &= steps == std::rint(steps) && m <= 1 && most < 32000;
+  panel->bits &= panel->words && steps == std::rint(steps) && m <= 1;
 }
 
 }  // namespace
@@ -53,6 +57,13 @@ const Kernels& kernels(Isa isa) {
       return kAvx2;
     case Isa::sse41:
       return kSse41;
+#elif defined(__aarch64__)
+    case Isa::neoni8mm:
+      return neoni8mm_kernels();
+    case Isa::neondot:
+      return neondot_kernels();
+    case Isa::neon:
+      return kNeon;
 #endif
     default:
       return kScalar;
@@ -69,7 +80,7 @@ void lay_out(const ConvSpec& spec, const Layout& layout, Packed* packed) {
     panel.vectors = layout.vectors ? layout.vectors : panel.width;
     panel.constants = end;
     panel.weights = end + panel.vectors * 3 * kLine;
-    panel.magic = layout.magic;
+    panel.magic = panel.words = layout.magic;
     const Epilogue& e = spec.epilogue;
     panel.bits = e.kind == EpilogueKind::bytes && e.requantize.zero_point % 2 == 0;
     const int channels = std::min(spec.out - channel, panel.width * 16);
@@ -134,7 +145,7 @@ template void lay_out_gemm<int16_t>(const ConvSpec&, int64_t, Layout, Packed*);
 
 template <class T>
 void lay_out_depthwise(const ConvSpec& spec, Layout layout, int group_size, Packed* packed) {
-  const int variants = spec.stride_h == 1 ? 2 : 1;
+  const int variants = spec.stride_h == 1 && group_size > 1 ? 2 : 1;
   const int rows = spec.kernel_h + variants - 1;
   struct Tap {
     int group, column;

@@ -92,6 +92,7 @@ struct Packed {
     size_t weights = 0;    // offset in bytes
     bool magic = false;    // see kMagicBits
     bool bits = false;     // see kBitsGrid
+    bool words = false;    // before they are rounded, all values fit 16 bits
     int steps = 0;         // pairs: its own, of its own order of the inputs
     int gathers = 0, gathers_end = 0;
   };
@@ -106,8 +107,9 @@ struct Packed {
   int stride = 0;         // steps from one segment's weights to the next's
   bool slides = false;    // depthwise: packed for columns that slide through registers
   size_t scratch = 0;     // bytes that a product needs
-  int64_t row_bytes = 0;  // pairs: of a pixel in it
+  int64_t row_bytes = 0;  // of a pixel in it
   int64_t chunk = 0;      // pairs: pixels in it
+  int segment = 0;        // neon: bytes of one
   std::vector<Panel> panels;
   // a plan moves all weights to one buffer, in the order of their use: kernels prefetch ahead
   const uint8_t* data = nullptr;
@@ -170,7 +172,7 @@ struct Kernels {
 };
 
 const Kernels& kernels(Isa isa);
-extern const Kernels kScalar, kSse41, kAvx2, kAvx512Vnni;
+extern const Kernels kScalar, kSse41, kAvx2, kAvx512Vnni, kNeon;
 void pack_depthwise_vnni(const ConvSpec& spec, Packed* packed);
 void depthwise_vnni(const Packed& packed, const DepthwiseCall& call);
 const char* depthwise_name_vnni(const Packed& packed, const DepthwiseCall& call);
@@ -179,11 +181,19 @@ void depthwise_sliding_vnni(const Packed& packed, const DepthwiseCall& call,
 const Kernels& amx_kernels();      // kAvx512Vnni, with products on tiles
 const Kernels& avx512_kernels();   // kAvx2, with wider products
 const Kernels& avxvnni_kernels();  // kAvx2, with products and depthwise convolutions by vpdpbusd
+// kNeon, with products and depthwise convolutions by dot products, and by matrix products
+const Kernels& neondot_kernels();
+const Kernels& neoni8mm_kernels();
 
-// The most multiply-adds a second that vpdpbusd, and vfmadd231ps, reach on registers; need AVX-512
-// VNNI.
+// The most multiply-adds a second that vpdpbusd, and vfmadd231ps, reach on registers; 0 without
+// AVX-512 VNNI.
+#if defined(__x86_64__)
 double vnni_peak(double seconds);
 double fma_peak(double seconds);
+#else
+inline double vnni_peak(double) { return 0; }
+inline double fma_peak(double) { return 0; }
+#endif
 
 // float(acc) * m in one instruction. An acc that starts from 0x4B400000, the bits of 1.5 * 2^23, is
 // as a float 1.5 * 2^23 + acc, exactly, while |acc| < 2^22; then fma(it, m, -1.5 * 2^23 * m) rounds

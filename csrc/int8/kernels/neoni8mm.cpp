@@ -1,0 +1,103 @@
+// Products by USMMLA and depthwise convolutions by USDOT, for CPUs with the int8 matrix extension:
+// activations stay unsigned. The rest is as in plain NEON.
+
+#if defined(__aarch64__)
+
+#define VITKD_NEON "arch=armv8.2-a+dotprod+i8mm"
+
+#include <arm_neon.h>
+
+#include "simd/target.h"
+
+VITKD_TARGET_BEGIN(VITKD_NEON)
+namespace vitkd::int8 {
+namespace {
+
+struct Dot {
+  static constexpr bool kPairs = true, kWords = false, kSigned = false;
+  static constexpr int kRows = 6;
+  static VITKD_INLINE int8x16_t signed_bytes(uint8x16_t x) { return vreinterpretq_s8_u8(x); }
+  static VITKD_INLINE void add(int32x4_t& acc, int8x16_t x, int8x16_t w) {
+    asm("usdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(x), "w"(w));
+  }
+};
+
+// asm keeps gcc 12 from copying accumulators around
+VITKD_INLINE void add_matrix(int32x4_t& acc, uint8x16_t x, int8x16_t w) {
+  asm("usmmla %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(x), "w"(w));
+}
+
+}  // namespace
+}  // namespace vitkd::int8
+VITKD_TARGET_END
+
+#include "int8/kernels/neon_gemm.h"
+#include "int8/kernels/neon_sliding.h"
+
+VITKD_NEON_BEGIN
+namespace vitkd::int8 {
+namespace {
+
+// weights [steps][16][8]
+template <int MR>
+VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
+  load_biases(t.constants, acc);
+  const auto* w = reinterpret_cast<const int8_t*>(t.weights);
+  const uint8_t* x = t.x;
+#pragma GCC unroll 2
+  for (int64_t step = t.steps; step > 0; --step, x += kStepBytes, w += 128) {
+    uint8x16_t a[MR / 2];  // of two pixels 8 bytes
+    VITKD_UNROLL(MR / 2, i) { a[i] = vld1q_u8(x + 16 * i); }
+    VITKD_END;
+    VITKD_UNROLL(4, j) {
+      constexpr int h = j / 2, c = j % 2 * 2;
+      const int8x16_t w0 = vld1q_s8(w + j * 32), w1 = vld1q_s8(w + j * 32 + 16);
+      VITKD_UNROLL(MR / 2, i) { add_matrix(acc[2 * i + h][c], a[i], w0); }
+      VITKD_END;
+      VITKD_UNROLL(MR / 2, i) { add_matrix(acc[2 * i + h][c + 1], a[i], w1); }
+      VITKD_END;
+    }
+    VITKD_END;
+  }
+}
+
+}  // namespace
+}  // namespace vitkd::int8
+VITKD_TARGET_END
+
+namespace vitkd::int8 {
+namespace {
+
+const char* gemm_name(const Packed&, const GemmCall& call) {
+  return call.pixels < Dot::kRows ? "gemm_u8s8_2x16_neoni8mm" : "gemm_u8s8_6x16_neoni8mm";
+}
+
+const char* depthwise_name(const Packed& packed, const DepthwiseCall&) {
+  const bool two_rows = packed.spec.stride_h == 1;
+  if (packed.slides) {
+    return two_rows ? "depthwise_3x3_sliding_2x1x8_neoni8mm"
+                    : "depthwise_3x3_sliding_1x1x16_neoni8mm";
+  }
+  return two_rows ? "depthwise_2x4x8_neoni8mm" : "depthwise_1x4x8_neoni8mm";
+}
+
+}  // namespace
+
+const Kernels& neoni8mm_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = kNeon;
+    k.isa = Isa::neoni8mm;
+    k.gemm_name = gemm_name;
+    k.depthwise_name = depthwise_name;
+    k.pack_gemm = pack_gemm;
+    k.gemm = gemm;
+    k.pack_depthwise = pack_depthwise;
+    k.depthwise = depthwise;
+    return k;
+  }();
+  return kernels;
+}
+
+}  // namespace vitkd::int8
+
+#endif
