@@ -32,9 +32,9 @@ struct Entry {
 #if defined(__x86_64__)
 // avxvnni stands apart: some CPUs with AVX-512 VNNI lack it
 constexpr Entry kBestFirst[] = {
-    {Isa::amx, "amx", Isa::avx512vnni}, {Isa::avx512vnni, "avx512vnni", Isa::avx512},
-    {Isa::avx512, "avx512", Isa::avx2}, {Isa::avxvnni, "avxvnni", Isa::avx2},
-    {Isa::avx2, "avx2", Isa::sse41},    {Isa::sse41, "sse41", Isa::scalar},
+    {Isa::amx, "amx", Isa::avx512vnni},  {Isa::avx512vnni, "avx512vnni", Isa::avx512},
+    {Isa::avx512, "avx512", Isa::avx2},  {Isa::avxvnni, "avxvnni", Isa::avx2},
+    {Isa::avx2, "avx2", Isa::sse41},     {Isa::sse41, "sse41", Isa::scalar},
     {Isa::scalar, "scalar", Isa::scalar}};
 
 // CPUID leaf 7, subleaf 1: bit 4 of EAX

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from vitkd_fast import _int8, int8
-from vitkd_fast.int8 import file
 
 OPTIONS = ({}, {"fuse": False, "poison": True}, {"threads": 2, "poison": True})
 # of FPCR: rounding up, down and to zero; flush to zero
@@ -41,7 +40,7 @@ def float_mode(new: int | None = None) -> int:
 
 def compare(path: Path) -> Counter[str]:
     want, data = np.load(path.with_suffix(".npz")), path.read_bytes()
-    graph, images, logits = file.read(data), want["images"], want["logits"]
+    opened, images, logits = _int8.File(data), want["images"], want["logits"]
     passed: Counter[str] = Counter()
 
     def check(same: bool, isa: str, what: object) -> None:
@@ -51,7 +50,7 @@ def compare(path: Path) -> Counter[str]:
     def call(isa: str, mode: int | None = None, **options: object) -> None:
         got = np.full_like(logits, np.nan)
         before = float_mode(mode)
-        session = _int8.Session(graph, image_size=graph.image_size, isa=isa, **options)
+        session = _int8.Session(opened, image_size=opened.image_size, isa=isa, **options)
         session.run(images, got)
         after = float_mode(before)
         check(got.tobytes() == logits.tobytes(), isa, options | {"mode": mode})
@@ -64,7 +63,7 @@ def compare(path: Path) -> Counter[str]:
         for mode in MODES if want["modes"] else ():
             call(isa, mode)
             call(isa, mode, threads=2, poison=True)
-        session = _int8.Session(graph, image_size=graph.image_size, isa=isa, fuse=False)
+        session = _int8.Session(opened, image_size=opened.image_size, isa=isa, fuse=False)
         for index, output in enumerate(session.activations(images[:1])):
             if output is not None:
                 check(output.tobytes() == want[f"node{index}"].tobytes(), isa, f"node {index}")

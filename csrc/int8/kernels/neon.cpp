@@ -158,33 +158,31 @@ void scale(const uint8_t* x, int z, const float* factor, const Requantize& requa
   }
 }
 
-void linear(const int8_t* q, int64_t stride, const float* s, const float* x, int in, int out,
-            float* h) {
+void linear(const int8_t* q, int64_t stride, const float* s, const int32_t* inputs, const float* x,
+            int count, int out, float* h) {
   const int32x4_t magic = vdupq_n_s32(kMagicBits);
   for (int j = 0; j < out; j += 16) {
     float32x4_t sums[4], scales[4];
     VITKD_UNROLL(4, i) { sums[i] = vld1q_f32(h + j + 4 * i), scales[i] = vld1q_f32(s + j + 4 * i); }
     VITKD_END;
-    const int8_t* from = q + j;
-    const auto add_row = [&](float mean) __attribute__((always_inline)) {
-      const int8x16_t bytes = vld1q_s8(from);
+    const auto add_row = [&](int row, float input) __attribute__((always_inline)) {
+      const int8x16_t bytes = vld1q_s8(q + inputs[row] * stride + j);
       const int16x8_t words[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes)};
       VITKD_UNROLL(4, i) {
         const int32x4_t wide = i % 2 == 0 ? vaddw_s16(magic, vget_low_s16(words[i / 2]))
                                           : vaddw_high_s16(magic, words[i / 2]);
         const float32x4_t w = vsubq_f32(vreinterpretq_f32_s32(wide), vdupq_n_f32(kMagicFloat));
-        sums[i] = vaddq_f32(sums[i], vmulq_n_f32(vmulq_f32(w, scales[i]), mean));
+        sums[i] = vaddq_f32(sums[i], vmulq_n_f32(vmulq_f32(w, scales[i]), input));
       }
       VITKD_END;
-      from += stride;
     };
-    int c = 0;
-    for (; c + 4 <= in; c += 4) {
-      const float32x4_t means = vld1q_f32(x + c);
-      VITKD_UNROLL(4, i) { add_row(vgetq_lane_f32(means, i)); }
+    int row = 0;
+    for (; row + 4 <= count; row += 4) {
+      const float32x4_t four = vld1q_f32(x + row);
+      VITKD_UNROLL(4, i) { add_row(row + i, vgetq_lane_f32(four, i)); }
       VITKD_END;
     }
-    for (; c < in; ++c) add_row(x[c]);
+    for (; row < count; ++row) add_row(row, x[row]);
     VITKD_UNROLL(4, i) { vst1q_f32(h + j + 4 * i, sums[i]); }
     VITKD_END;
   }
