@@ -20,10 +20,13 @@ constexpr microseconds kAlone{20};  // then yields the core, perhaps to the thre
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #endif
 }
 
 void wait_while(const std::atomic<int>& value, int old, microseconds spin) {
+  // acquires what the thread that changed it has released: a job, or what came before a barrier
   const auto changed = [&] { return value.load(std::memory_order_acquire) != old; };
   if (changed()) return;
   const auto start = steady_clock::now();
@@ -35,7 +38,7 @@ void wait_while(const std::atomic<int>& value, int old, microseconds spin) {
     }
     if (waited > kAlone) std::this_thread::yield();
   }
-  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+  value.wait(old, std::memory_order_acquire);
 }
 
 }  // namespace
@@ -52,7 +55,7 @@ ThreadTeam::ThreadTeam(int threads) {
 ThreadTeam::~ThreadTeam() { stop(); }
 
 void ThreadTeam::stop() {
-  stop_ = true;
+  stop_ = true;  // released like a job
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();
   for (std::thread& worker : workers_) worker.join();
@@ -71,6 +74,7 @@ void ThreadTeam::start(Job job, const void* argument) {
   job_ = job;
   argument_ = argument;
   if (!workers_.empty()) {
+    // releases job_, argument_ and what the caller has written
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
   }
@@ -80,8 +84,11 @@ void ThreadTeam::start(Job job, const void* argument) {
 
 void ThreadTeam::barrier() {
   if (workers_.empty()) return;
-  const int phase = phase_.load(std::memory_order_acquire);
+  // cannot be the next one: it is counted after this thread has arrived, which is after this
+  const int phase = phase_.load(std::memory_order_relaxed);
+  // each releases what it has written to the last one, which acquires it from all
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads()) {
+    // nobody arrives again before the phase has changed, and that is released after this
     arrived_.store(0, std::memory_order_relaxed);
     phase_.fetch_add(1, std::memory_order_release);
     phase_.notify_all();
