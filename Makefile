@@ -33,8 +33,11 @@ TRITONS ?= 3.6 3.7 3.8 3.9
 TRITON_TESTS ?= triton
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: help install demo test test-all test-oldest test-triton fuzz wheel bench gpu gpu-test gpu-bench \
-  gpu-sanitize docs lint format clean
+# Debian's, for the targets that end in -arm
+ARM_TOOLS := g++-aarch64-linux-gnu qemu-user
+
+.PHONY: help install demo test test-all test-arm test-oldest test-triton fuzz wheel wheel-arm bench bench-arm \
+  arm-tools gpu gpu-test gpu-bench gpu-sanitize docs lint format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -52,6 +55,15 @@ test: install  ## the tests for every day
 
 test-all: install  ## every test
 	$(BIN)/pytest $(PARALLEL)
+
+test-arm: install arm-tools  ## the int8 engine on ARM CPUs that QEMU emulates; of it `test` has the quick part
+	$(BIN)/pytest $(PARALLEL) tests/arm
+
+# without them the tests are skipped, and say so
+arm-tools:
+	@dpkg -s $(ARM_TOOLS) >/dev/null 2>&1 || { apt-get update -qq && \
+	  apt-get install -qq --yes --no-install-recommends $(ARM_TOOLS) >/dev/null; } || \
+	  echo "make: cannot be installed: $(ARM_TOOLS)"
 
 # the wheel, not the checkout: run from a folder outside it, so that nothing else can be imported
 test-oldest: wheel $(OLDEST)/ready  ## the wheel, built with the newest torch, in torch 2.11
@@ -85,12 +97,22 @@ wheel: install  ## dist/*.whl, for every GPU; both extensions, of which _int8 ne
 	  --wheel-dir dist build/wheel/*.whl
 	@ls dist
 
+wheel-arm: export PATH := $(BIN):$(PATH)
+wheel-arm: install arm-tools  ## the same for aarch64, by a cross compiler: _int8 alone, for Debian's Python
+	wheel=$$($(PY) tests/support/arm_tools.py) && auditwheel repair --wheel-dir dist $$wheel
+	@ls dist
+
 bench: install  ## the CPU benches, and the documentation's tables and plot from them
 	for bench in benches/bench_*.py; do stem=$${bench#benches/bench_}; \
 	  $(BIN)/pytest $$bench -m "not gpu" --benchmark-json=benches/results/cpu-$${stem%.py}.json || exit 1; \
 	done
 	$(PY) benches/tables.py
 	$(PY) benches/bench_attention_map.py
+
+bench-arm: ARM_TOOLS += llvm-19
+bench-arm: install arm-tools  ## instructions and predicted cycles on ARM, beside LiteRT: no times
+	PYTHONPATH=tests $(PY) benches/arm_counts.py
+	$(PY) benches/tables.py
 
 gpu gpu-test gpu-bench gpu-sanitize: export VITKD_FAST_CUDA ?= 1
 gpu gpu-test gpu-bench gpu-sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0
