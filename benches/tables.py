@@ -15,11 +15,13 @@ MARK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 SETS = {"avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI",
         "amx_int8": "AMX"}  # fmt: skip
 # values of a bench that is no race, and how they are shown
-FIGURES = {"resident_mb": "{:.0f} MB", "fidelity": "{:.3g}"}
+FIGURES = {"resident_mb": "{:.0f} MB", "fidelity": "{:.3g}", "counts": "{:.3g}"}
 
 
 def machine(results: dict, benches: list[dict]) -> str:
     """The CPU, what it can do that matters, threads and torch's version."""
+    if "tools" in (info := benches[0]["extra_info"]):  # no machine at all
+        return info["tools"]
     cpu = results["machine_info"]["cpu"]
     info = next((b["extra_info"] for b in benches if "device" in b["extra_info"]), {})
     device = info.get("device", "cpu")
