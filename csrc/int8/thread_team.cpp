@@ -62,8 +62,8 @@ void ThreadTeam::stop() {
 }
 
 void ThreadTeam::work(int index) {
-  for (int round = 0;; ++round) {
-    wait_while(round_, round, kBetweenCalls);
+  for (unsigned round = 0;; ++round) {  // wraps like the atomic, after weeks
+    wait_while(round_, static_cast<int>(round), kBetweenCalls);
     if (stop_) return;
     job_(argument_, index);
     barrier();

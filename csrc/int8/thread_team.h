@@ -1,5 +1,9 @@
 // The threads of one call: the caller and those that wait for it. They run the same function side
 // by side and meet at barriers. A thread that waits spins first, and then sleeps.
+//
+// What a thread has written before a barrier, or the caller before `run`, all read after it, on
+// machines that reorder memory, too: tests/int8/test_thread_team.py tries every interleaving that
+// C++ allows, and finds an error as soon as an order is weaker.
 #pragma once
 
 #include <atomic>
