@@ -145,7 +145,10 @@ def versions() -> str:
 
 
 def main() -> None:
-    machine = arm_tools.machine()
+    try:
+        machine = arm_tools.machine()
+    except arm_tools.Unavailable as reason:
+        raise SystemExit(f"make bench-arm: unavailable: {reason}") from reason
     litert, plugin = machine.folder / "litert", machine.folder / "count.so"
     if not litert.exists():
         arm_tools.unpack_wheels(machine, [LITERT], litert)

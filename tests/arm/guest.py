@@ -61,7 +61,7 @@ def compare(path: Path) -> Counter[str]:
     for isa in _int8.isa():
         for options in OPTIONS:
             call(isa, **options)
-        for mode in MODES if "modes" in want else ():
+        for mode in MODES if want["modes"] else ():
             call(isa, mode)
             call(isa, mode, threads=2, poison=True)
         session = _int8.Session(graph, image_size=graph.image_size, isa=isa, fuse=False)

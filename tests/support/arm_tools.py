@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "arm"
 PROGRAMS = ("qemu-aarch64", "aarch64-linux-gnu-g++", "apt-get", "dpkg-deb")
 DEBIAN = ("python3-minimal", "libpython3-stdlib", "libpython3-dev", "libstdc++6")
-WHEELS = ("numpy", "pillow", "typer", "setuptools", "pybind11")
+WHEELS = ("numpy", "pillow", "typer")
+BUILD_WHEELS = ("setuptools>=77", "pybind11>=3")
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
 # of what the wheel is built from
 SOURCES = ("csrc", "vitkd_fast", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -113,9 +114,9 @@ def machine() -> Machine:
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _once("root", " ".join(DEBIAN), lambda: _unpack_debian(made))
-        pinned = [f"{name}=={metadata.version(name)}" for name in WHEELS]
-        _once("site", " ".join(pinned), lambda: unpack_wheels(made, pinned, made.site))
-        _once("wheel", f"{_digest()} {' '.join(pinned)}", lambda: _build(made))
+        wheels = [*(f"{name}=={metadata.version(name)}" for name in WHEELS), *BUILD_WHEELS]
+        _once("site", " ".join(wheels), lambda: unpack_wheels(made, wheels, made.site))
+        _once("wheel", f"{_digest()} {' '.join(wheels)}", lambda: _build(made))
     return made
 
 
@@ -132,8 +133,8 @@ def _once(name: str, key: str, make) -> None:
 def _fetch(*command: object) -> None:
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     if result.returncode:
-        said = result.stderr.strip().splitlines() or ["no message"]
-        raise Unavailable(f"arm64 packages cannot be fetched: {command[0]}: {said[-1]}")
+        errors = [line for line in result.stderr.splitlines() if line.startswith("E")]
+        raise Unavailable(f"arm64 packages cannot be fetched: {' '.join(errors[-1:])}")
 
 
 def _unpack_debian(made: Machine) -> None:
