@@ -48,7 +48,7 @@ demo: install  ## real work, and what it did
 	$(BIN)/vitkd demo
 
 # threads of several processes on the same cores wait for one another
-test test-all: export OMP_NUM_THREADS ?= 1
+test test-all test-arm: export OMP_NUM_THREADS ?= 1
 
 test: install  ## the tests for every day
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
