@@ -195,7 +195,7 @@ def _build(made: Machine) -> None:
     compiler = {
         "CC": "aarch64-linux-gnu-gcc",
         "CXX": "aarch64-linux-gnu-g++",
-        "CFLAGS": "-g0",  # Debian's Python asks for -g
+        "CXXFLAGS": "-g0",  # Debian's Python asks for -g
         "CPPFLAGS": f"-I{include / made.interpreter.name} -I{include}",
         "MAX_JOBS": str(os.cpu_count()),
     }
