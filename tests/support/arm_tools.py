@@ -179,7 +179,7 @@ def _sources() -> Iterator[Path]:
 
 
 def _digest() -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(Path(__file__).read_bytes())
     for path in _sources():
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()
@@ -195,6 +195,7 @@ def _build(made: Machine) -> None:
     compiler = {
         "CC": "aarch64-linux-gnu-gcc",
         "CXX": "aarch64-linux-gnu-g++",
+        "CXXFLAGS": "-g0",  # Debian's Python asks for -g
         "CPPFLAGS": f"-I{include / made.interpreter.name} -I{include}",
         "MAX_JOBS": str(os.cpu_count()),
     }

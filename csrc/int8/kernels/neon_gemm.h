@@ -45,6 +45,35 @@ VITKD_INLINE void load_biases(const uint8_t* constants, int32x4_t (&acc)[MR][4])
   VITKD_END;
 }
 
+// The sums, by add(j, 8 bytes of pairs of pixels, weights, sums) for each quarter j of a step.
+// Weights are loaded ahead of their use: an in-order CPU would wait for them.
+template <int MR, class F>
+VITKD_INLINE void multiply_steps(const GemmTile& t, int32x4_t (&acc)[MR][4], F&& add) {
+  load_biases<MR>(t.constants, acc);
+  const auto* x = reinterpret_cast<const int8_t*>(t.x);
+  const uint8_t* w = t.weights;
+  int8x16_t weights[2][2];
+  load_pair<0>(w, weights[0][0], weights[0][1]);
+  const auto step = [&](auto i) __attribute__((always_inline)) {
+    int8x16_t a[MR / 2];
+    VITKD_UNROLL(MR / 2, pair) { a[pair] = vld1q_s8(x + i * kStepBytes + 16 * pair); }
+    VITKD_END;
+    VITKD_UNROLL(4, j) {
+      auto& next = weights[(j + 1) % 2];
+      load_pair<i * 128 + 32 * (j + 1)>(w, next[0], next[1]);
+      add(j, a, weights[j % 2], acc);
+    }
+    VITKD_END;
+  };
+  int64_t left = t.steps;
+  while (left >= 2) {
+    unroll<2>(step);
+    left -= 2, x += 2 * kStepBytes, w += 256;
+    asm("" : "+r"(left), "+r"(x), "+r"(w));  // not computed again after the loop
+  }
+  if (left > 0) unroll<1>(step);
+}
+
 // The same by pixels.
 template <int MR>
 VITKD_INLINE void split_pairs(float32x4_t (&v)[MR][4]) {

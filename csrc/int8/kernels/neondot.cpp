@@ -44,24 +44,14 @@ namespace {
 // weights [steps][2][16][4]
 template <int MR>
 VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
-  load_biases(t.constants, acc);
-  const auto* w = reinterpret_cast<const int8_t*>(t.weights);
-  const auto* x = reinterpret_cast<const int8_t*>(t.x);
-#pragma GCC unroll 2
-  for (int64_t step = t.steps; step > 0; --step, x += kStepBytes, w += 128) {
-    int8x16_t a[MR / 2];  // of two pixels 8 bytes
-    VITKD_UNROLL(MR / 2, i) { a[i] = vld1q_s8(x + 16 * i); }
+  multiply_steps<MR>(t, acc, [](auto j, const auto& a, const auto& w, auto& sums)
+                                 __attribute__((always_inline)) {
+    constexpr int four = j / 2, c = j % 2 * 2;
+    VITKD_UNROLL(MR, r) { add_by_element<r % 2 * 2 + four>(sums[r][c], w[0], a[r / 2]); }
     VITKD_END;
-    VITKD_UNROLL(4, j) {
-      constexpr int four = j / 2, c = j % 2 * 2;
-      const int8x16_t w0 = vld1q_s8(w + j * 32), w1 = vld1q_s8(w + j * 32 + 16);
-      VITKD_UNROLL(MR, r) { add_by_element<r % 2 * 2 + four>(acc[r][c], w0, a[r / 2]); }
-      VITKD_END;
-      VITKD_UNROLL(MR, r) { add_by_element<r % 2 * 2 + four>(acc[r][c + 1], w1, a[r / 2]); }
-      VITKD_END;
-    }
+    VITKD_UNROLL(MR, r) { add_by_element<r % 2 * 2 + four>(sums[r][c + 1], w[1], a[r / 2]); }
     VITKD_END;
-  }
+  });
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ struct Dot {
 };
 
 // asm keeps gcc 12 from copying accumulators around
-VITKD_INLINE void add_matrix(int32x4_t& acc, uint8x16_t x, int8x16_t w) {
+VITKD_INLINE void add_matrix(int32x4_t& acc, int8x16_t x, int8x16_t w) {
   asm("usmmla %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(x), "w"(w));
 }
 
@@ -41,24 +41,14 @@ namespace {
 // weights [steps][16][8]
 template <int MR>
 VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
-  load_biases(t.constants, acc);
-  const auto* w = reinterpret_cast<const int8_t*>(t.weights);
-  const uint8_t* x = t.x;
-#pragma GCC unroll 2
-  for (int64_t step = t.steps; step > 0; --step, x += kStepBytes, w += 128) {
-    uint8x16_t a[MR / 2];  // of two pixels 8 bytes
-    VITKD_UNROLL(MR / 2, i) { a[i] = vld1q_u8(x + 16 * i); }
+  multiply_steps<MR>(t, acc, [](auto j, const auto& a, const auto& w, auto& sums)
+                                 __attribute__((always_inline)) {
+    constexpr int h = j / 2, c = j % 2 * 2;
+    VITKD_UNROLL(MR / 2, i) { add_matrix(sums[2 * i + h][c], a[i], w[0]); }
     VITKD_END;
-    VITKD_UNROLL(4, j) {
-      constexpr int h = j / 2, c = j % 2 * 2;
-      const int8x16_t w0 = vld1q_s8(w + j * 32), w1 = vld1q_s8(w + j * 32 + 16);
-      VITKD_UNROLL(MR / 2, i) { add_matrix(acc[2 * i + h][c], a[i], w0); }
-      VITKD_END;
-      VITKD_UNROLL(MR / 2, i) { add_matrix(acc[2 * i + h][c + 1], a[i], w1); }
-      VITKD_END;
-    }
+    VITKD_UNROLL(MR / 2, i) { add_matrix(sums[2 * i + h][c + 1], a[i], w[1]); }
     VITKD_END;
-  }
+  });
 }
 
 }  // namespace
