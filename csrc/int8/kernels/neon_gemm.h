@@ -319,7 +319,7 @@ inline int pairs_order(int, int vector, int lane) {
   return (16 * vector + lane) / 4 * 2 + lane % 2;
 }
 
-// weights [inputs / 8][16][8] or [inputs / 4][16][4], the segments' inputs one after the other
+// the segments' inputs one after the other
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   packed->segments = spec.kernel_h;
   packed->segment = static_cast<int>((spec.kernel_w - 1) * pixel + spec.in);
@@ -328,14 +328,13 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   const size_t bytes = 16 * packed->row_bytes;
   Dot::kPairs ? lay_out(spec, {1, 2, bytes / 2, true, pairs_order}, packed)
               : lay_out(spec, {1, 1, bytes, true, in_order}, packed);
-  constexpr int kDeep = Dot::kPairs ? 8 : 4;
   for (const Packed::Panel& panel : packed->panels) {
     auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
     for (int i = 0; i < std::min(16, spec.out - panel.channel); ++i) {
       for (int tap = 0; tap < spec.taps(); ++tap) {
         for (int c = 0; c < spec.in; ++c) {
           const int64_t k = tap / spec.kernel_w * packed->segment + tap % spec.kernel_w * pixel + c;
-          weights[(k / kDeep * 16 + i) * kDeep + k % kDeep] = spec.at(panel.channel + i, tap, c);
+          weights[Dot::place(i, k)] = spec.at(panel.channel + i, tap, c);
         }
       }
     }
