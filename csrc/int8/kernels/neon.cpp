@@ -82,10 +82,7 @@ VITKD_INLINE void centred(uint8x16_t q, float zero_point, float32x4_t (&to)[4]) 
 }
 
 Form form_of(const Requantize& requantize, float largest) {
-  Packed::Panel panel;
-  panel.magic = true;
-  panel.words = largest < 32000;
-  return form_of(requantize, panel);
+  return whole_range(requantize) && largest < 32000 ? Form::words : Form::any;
 }
 
 template <Form kForm>

@@ -166,7 +166,6 @@ VITKD_INLINE void gemm_tile(const GemmTile& t) {
   if constexpr (kKind == EpilogueKind::logits) return store_logits<MR, Form::any>(acc, t);
   if constexpr (kKind == EpilogueKind::bytes) {
     if (t.form == Form::bits) return store_tile<MR, kKind, Form::bits>(acc, t);
-    if (t.form == Form::clamped) return store_tile<MR, kKind, Form::clamped>(acc, t);
   }
   if (t.form == Form::words) return store_tile<MR, kKind, Form::words>(acc, t);
   store_tile<MR, kKind, Form::any>(acc, t);
@@ -188,7 +187,7 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
   t.residual_pixel = call.residual_pixel;
   t.channels = packed.spec.out - panel.channel;
   t.alone = false;
-  t.form = form_of(packed.spec.epilogue.requantize, panel);
+  t.form = form_of(panel);
   t.epilogue = epilogue_constants(packed.spec.epilogue, panel.magic);
   const auto advance = [&](int64_t by) __attribute__((always_inline)) {
     t.y += by * t.y_pixel;
@@ -326,8 +325,9 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   packed->stride = static_cast<int>(round_up(packed->segment, 16) / 4);  // as it is read
   packed->row_bytes = round_up(int64_t{packed->segments} * packed->segment, 8);
   const size_t bytes = 16 * packed->row_bytes;
-  Dot::kPairs ? lay_out(spec, {1, 2, bytes / 2, true, pairs_order}, packed)
-              : lay_out(spec, {1, 1, bytes, true, in_order}, packed);
+  const bool magic = whole_range(spec.epilogue.requantize);
+  Dot::kPairs ? lay_out(spec, {1, 2, bytes / 2, magic, pairs_order}, packed)
+              : lay_out(spec, {1, 1, bytes, magic, in_order}, packed);
   for (const Packed::Panel& panel : packed->panels) {
     auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
     for (int i = 0; i < std::min(16, spec.out - panel.channel); ++i) {
