@@ -17,6 +17,10 @@ namespace {
 struct Dot {
   static constexpr bool kPairs = false, kWords = true, kSigned = true;
   static constexpr int kRows = 2;
+  // weights [steps][4][2][4][4]: 4 channels' first and second 4 inputs
+  static int64_t place(int channel, int64_t k) {
+    return ((k / 8 * 4 + channel / 4) * 2 + k / 4 % 2) * 16 + channel % 4 * 4 + k % 4;
+  }
   static VITKD_INLINE int8x16_t signed_bytes(uint8x16_t x) {
     return vreinterpretq_s8_u8(veorq_u8(x, vdupq_n_u8(0x80)));
   }
@@ -25,14 +29,13 @@ struct Dot {
 }  // namespace
 }  // namespace vitkd::int8
 
-#include "int8/kernels/neon_depthwise.h"
 #include "int8/kernels/neon_gemm.h"
+#include "int8/kernels/neon_sliding.h"
 
 VITKD_NEON_BEGIN
 namespace vitkd::int8 {
 namespace {
 
-// weights [steps][2][16][4]
 template <int MR>
 VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
   int32x4_t sums[MR][8];  // of two channels, two each
@@ -41,14 +44,15 @@ VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
   const auto* w = reinterpret_cast<const int8_t*>(t.weights);
   const auto* x = reinterpret_cast<const int32_t*>(t.x);
   for (int64_t step = t.steps; step > 0; --step, x += kStepBytes / 4, w += 128) {
+    const int32x4_t bytes = vld1q_s32(x);
     int8x16_t a[MR], b[MR];  // four bytes, four times
     VITKD_UNROLL(MR, r) {
-      a[r] = vreinterpretq_s8_s32(vld1q_dup_s32(x + 2 * r));
-      b[r] = vreinterpretq_s8_s32(vld1q_dup_s32(x + 2 * r + 1));
+      a[r] = vreinterpretq_s8_s32(vdupq_laneq_s32(bytes, 2 * r));
+      b[r] = vreinterpretq_s8_s32(vdupq_laneq_s32(bytes, 2 * r + 1));
     }
     VITKD_END;
     VITKD_UNROLL(4, c) {
-      const int8x16_t w0 = vld1q_s8(w + c * 16), w1 = vld1q_s8(w + c * 16 + 64);
+      const int8x16_t w0 = vld1q_s8(w + c * 32), w1 = vld1q_s8(w + c * 32 + 16);
       VITKD_UNROLL(MR, r) {
         int16x8_t low = vmull_s8(vget_low_s8(w0), vget_low_s8(a[r]));
         int16x8_t high = vmull_high_s8(w0, a[r]);
@@ -78,10 +82,7 @@ VITKD_INLINE void centred(uint8x16_t q, float zero_point, float32x4_t (&to)[4]) 
 }
 
 Form form_of(const Requantize& requantize, float largest) {
-  Packed::Panel panel;
-  panel.magic = true;
-  panel.words = largest < 32000;
-  return form_of(requantize, panel);
+  return whole_range(requantize) && largest < 32000 ? Form::words : Form::any;
 }
 
 template <Form kForm>
@@ -199,7 +200,9 @@ const char* gemm_name(const Packed&, const GemmCall& call) {
   return call.pixels < Dot::kRows ? "gemm_u8s8_2x16_neon" : "gemm_u8s8_2x16_neon";
 }
 
-const char* depthwise_name(const Packed&, const DepthwiseCall&) { return "depthwise_1x4x8_neon"; }
+const char* depthwise_name(const Packed& packed, const DepthwiseCall&) {
+  return packed.slides ? "depthwise_3x3_sliding_2x1x8_neon" : "depthwise_1x4x8_neon";
+}
 
 }  // namespace
 

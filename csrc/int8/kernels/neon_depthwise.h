@@ -235,28 +235,20 @@ void slide(const Packed& packed, const DepthwiseCall& call, const Packed::Panel&
 
 template <EpilogueKind kKind, Form kForm>
 void depthwise_rows(const Packed& packed, const DepthwiseCall& call, const Packed::Panel& panel) {
-  const bool by_one = packed.spec.stride_h == 1;
-  if constexpr (Dot::kWords) {
-    if (by_one) return depthwise_panel<1, 1, kKind, kForm>(packed, call, panel);
-  } else {
-    if (packed.slides) return slide<kKind, kForm>(packed, call, panel);
-    if (by_one) return depthwise_panel<2, 1, kKind, kForm>(packed, call, panel);
-  }
-  depthwise_panel<1, 2, kKind, kForm>(packed, call, panel);
+  if (packed.slides) return slide<kKind, kForm>(packed, call, panel);
+  packed.spec.stride_h == 1
+      ? depthwise_panel<Dot::kWords ? 1 : 2, 1, kKind, kForm>(packed, call, panel)
+      : depthwise_panel<1, 2, kKind, kForm>(packed, call, panel);
 }
 
 template <EpilogueKind kKind>
 void depthwise_panels(const Packed& packed, const DepthwiseCall& call) {
   for (int i = call.panel; i < call.panel_end; ++i) {
     const Packed::Panel& panel = packed.panels[i];
-    const Form form = form_of(packed.spec.epilogue.requantize, panel);
+    const Form form = form_of(panel);
     if constexpr (kKind == EpilogueKind::bytes) {
       if (form == Form::bits) {
         depthwise_rows<kKind, Form::bits>(packed, call, panel);
-        continue;
-      }
-      if (form == Form::clamped) {
-        depthwise_rows<kKind, Form::clamped>(packed, call, panel);
         continue;
       }
     }
@@ -279,12 +271,13 @@ namespace vitkd::int8 {
 namespace {
 
 void pack_depthwise(const ConvSpec& spec, Packed* packed) {
+  const bool same = spec.stride_h == spec.stride_w && spec.stride_h <= (Dot::kWords ? 1 : 2);
+  packed->slides = spec.kernel_h == 3 && spec.kernel_w == 3 && same;
+  const bool magic = whole_range(spec.epilogue.requantize);
   if constexpr (Dot::kWords) {
-    lay_out_depthwise<int16_t>(spec, {1, 1, 0, true, in_order}, 1, packed);
+    lay_out_depthwise<int16_t>(spec, {1, 1, 0, magic, in_order}, 1, packed);
   } else {
-    const bool same = spec.stride_h == spec.stride_w && spec.stride_h <= 2;
-    packed->slides = spec.kernel_h == 3 && spec.kernel_w == 3 && same;
-    lay_out_depthwise<int8_t>(spec, {1, 1, 0, true, in_order}, 4, packed);
+    lay_out_depthwise<int8_t>(spec, {1, 1, 0, magic, in_order}, 4, packed);
     if constexpr (Dot::kSigned) add_to_biases(spec, packed);
   }
 }

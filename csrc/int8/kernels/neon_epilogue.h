@@ -28,10 +28,9 @@ namespace {
 
 // How sums become bytes.
 enum class Form {
-  bits,     // an fma leaves them in the low words
-  clamped,  // and they end before 0 or 255
-  words,    // an fma multiplies; as no value leaves 16 bits, adding kMagicFloat leaves words
-  any,      // by conversions
+  bits,   // an fma leaves them in the low words
+  words,  // an fma multiplies; as no value leaves 16 bits, adding kMagicFloat leaves words
+  any,    // by conversions
 };
 
 // in memory, also what does not depend on the layer: registers belong to the sums
@@ -45,10 +44,8 @@ struct EpilogueConstants {
   uint8_t lo[16], hi[16];
 };
 
-inline Form form_of(const Requantize& r, const Packed::Panel& panel) {
-  const bool clamped = r.lo != 0 || r.hi != 255;
-  if (panel.bits) return clamped ? Form::clamped : Form::bits;
-  return panel.magic && panel.words && !clamped ? Form::words : Form::any;
+inline Form form_of(const Packed::Panel& panel) {
+  return panel.bits ? Form::bits : panel.magic && panel.words ? Form::words : Form::any;
 }
 
 inline EpilogueConstants epilogue_constants(const Epilogue& e, bool magic) {
@@ -159,7 +156,7 @@ VITKD_INLINE int16x8_t low_words(float32x4_t a, float32x4_t b) {
 
 template <Form kForm>
 VITKD_INLINE int16x8_t to_words(float32x4_t a, float32x4_t b, const EpilogueConstants& f) {
-  if constexpr (kForm == Form::bits || kForm == Form::clamped) return low_words(a, b);
+  if constexpr (kForm == Form::bits) return low_words(a, b);
   const int16x8_t zero_point = vld1q_s16(f.zero_point);
   if constexpr (kForm == Form::words) {
     const float32x4_t magic = vld1q_f32(f.magic);
@@ -173,9 +170,7 @@ template <Form kForm>
 VITKD_INLINE uint8x16_t round_values(const float32x4_t (&v)[4], const EpilogueConstants& f) {
   const uint8x8_t low = vqmovun_s16(to_words<kForm>(v[0], v[1], f));
   uint8x16_t y = vqmovun_high_s16(low, to_words<kForm>(v[2], v[3], f));
-  if constexpr (kForm == Form::clamped || kForm == Form::any) {
-    y = vminq_u8(vmaxq_u8(y, vld1q_u8(f.lo)), vld1q_u8(f.hi));
-  }
+  if constexpr (kForm == Form::any) y = vminq_u8(vmaxq_u8(y, vld1q_u8(f.lo)), vld1q_u8(f.hi));
   return y;
 }
 
@@ -197,6 +192,9 @@ namespace vitkd::int8 {
 namespace {
 
 inline int in_order(int, int, int lane) { return lane; }
+
+// Bytes that end before 0 or 255 are left to Form::any: quantize() makes none.
+inline bool whole_range(const Requantize& r) { return r.lo == 0 && r.hi == 255; }
 
 // Sums of activations less 128, which are signed bytes, start from 128 times their weights.
 inline void add_to_biases(const ConvSpec& spec, Packed* packed) {

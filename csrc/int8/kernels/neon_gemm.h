@@ -166,7 +166,6 @@ VITKD_INLINE void gemm_tile(const GemmTile& t) {
   if constexpr (kKind == EpilogueKind::logits) return store_logits<MR, Form::any>(acc, t);
   if constexpr (kKind == EpilogueKind::bytes) {
     if (t.form == Form::bits) return store_tile<MR, kKind, Form::bits>(acc, t);
-    if (t.form == Form::clamped) return store_tile<MR, kKind, Form::clamped>(acc, t);
   }
   if (t.form == Form::words) return store_tile<MR, kKind, Form::words>(acc, t);
   store_tile<MR, kKind, Form::any>(acc, t);
@@ -188,7 +187,7 @@ void gemm_panel(const Packed& packed, const Packed::Panel& panel, const GemmCall
   t.residual_pixel = call.residual_pixel;
   t.channels = packed.spec.out - panel.channel;
   t.alone = false;
-  t.form = form_of(packed.spec.epilogue.requantize, panel);
+  t.form = form_of(panel);
   t.epilogue = epilogue_constants(packed.spec.epilogue, panel.magic);
   const auto advance = [&](int64_t by) __attribute__((always_inline)) {
     t.y += by * t.y_pixel;
@@ -319,23 +318,23 @@ inline int pairs_order(int, int vector, int lane) {
   return (16 * vector + lane) / 4 * 2 + lane % 2;
 }
 
-// weights [inputs / 8][16][8] or [inputs / 4][16][4], the segments' inputs one after the other
+// the segments' inputs one after the other
 void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   packed->segments = spec.kernel_h;
   packed->segment = static_cast<int>((spec.kernel_w - 1) * pixel + spec.in);
   packed->stride = static_cast<int>(round_up(packed->segment, 16) / 4);  // as it is read
   packed->row_bytes = round_up(int64_t{packed->segments} * packed->segment, 8);
   const size_t bytes = 16 * packed->row_bytes;
-  Dot::kPairs ? lay_out(spec, {1, 2, bytes / 2, true, pairs_order}, packed)
-              : lay_out(spec, {1, 1, bytes, true, in_order}, packed);
-  constexpr int kDeep = Dot::kPairs ? 8 : 4;
+  const bool magic = whole_range(spec.epilogue.requantize);
+  Dot::kPairs ? lay_out(spec, {1, 2, bytes / 2, magic, pairs_order}, packed)
+              : lay_out(spec, {1, 1, bytes, magic, in_order}, packed);
   for (const Packed::Panel& panel : packed->panels) {
     auto* weights = reinterpret_cast<int8_t*>(packed->own.data() + panel.weights);
     for (int i = 0; i < std::min(16, spec.out - panel.channel); ++i) {
       for (int tap = 0; tap < spec.taps(); ++tap) {
         for (int c = 0; c < spec.in; ++c) {
           const int64_t k = tap / spec.kernel_w * packed->segment + tap % spec.kernel_w * pixel + c;
-          weights[(k / kDeep * 16 + i) * kDeep + k % kDeep] = spec.at(panel.channel + i, tap, c);
+          weights[Dot::place(i, k)] = spec.at(panel.channel + i, tap, c);
         }
       }
     }

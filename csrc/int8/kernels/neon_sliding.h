@@ -1,5 +1,5 @@
-// Depthwise 3x3 convolutions in NEON by dot products of three or four rows: columns slide through
-// registers, which hold the weights, too.
+// Depthwise 3x3 convolutions in NEON: columns of three or four rows slide through registers, which
+// hold the weights, too.
 #pragma once
 
 #include "int8/kernels/neon_depthwise.h"
@@ -25,34 +25,81 @@ struct Window {
   }
 };
 
-VITKD_INLINE int8x16_t load_weights(const uint8_t* w) {
-  return vld1q_s8(reinterpret_cast<const int8_t*>(w));
+VITKD_INLINE int8x16_t load_bytes(const uint8_t* p) {
+  return vld1q_s8(reinterpret_cast<const int8_t*>(p));
 }
 
 VITKD_INLINE int8x16_t zip_words(uint16x8_t a, uint16x8_t b, bool high) {
   return Dot::signed_bytes(vreinterpretq_u8_u16(high ? vzip2q_u16(a, b) : vzip1q_u16(a, b)));
 }
 
-// 8 channels of a column of four rows
-VITKD_INLINE void join_rows(uint8x16_t a, uint8x16_t b, uint8x16_t c, uint8x16_t d,
-                            int8x16_t (&to)[2]) {
-  const uint16x8_t ab = zip_low(a, b), cd = zip_low(c, d);
-  to[0] = zip_words(ab, cd, false), to[1] = zip_words(ab, cd, true);
-}
+// A column of four rows, 8 channels of them, and the weights that multiply it for two rows of
+// outputs.
+template <class D, bool kWords = D::kWords>
+struct Filter;
 
-// 16 channels of a column of three rows, the third again: its second weight is 0
-VITKD_INLINE void join_rows(uint8x16_t a, uint8x16_t b, uint8x16_t c, int8x16_t (&to)[4]) {
-  const uint16x8_t ab[2] = {zip_low(a, b), zip_high(a, b)};
-  const uint16x8_t cc[2] = {zip_low(c, c), zip_high(c, c)};
-  VITKD_UNROLL(4, q) { to[q] = zip_words(ab[q / 2], cc[q / 2], q % 2 == 1); }
-  VITKD_END;
-}
+template <class D>
+struct Filter<D, false> {
+  struct Column {
+    int8x16_t x[2];  // [8][4]
+  };
+  int8x16_t w[3][2][2];  // [column][row of outputs][half]
 
-// Stride 1: 8 channels of two rows of outputs. `w` are weights by column, row of outputs and half.
+  VITKD_INLINE explicit Filter(const uint8_t* weights) {
+    VITKD_UNROLL(12, i) {
+      w[i / 4][i / 2 % 2][i % 2] = load_bytes(weights + i / 2 * kColumnBytes + i % 2 * 16);
+    }
+    VITKD_END;
+  }
+  static VITKD_INLINE void join(uint8x16_t a, uint8x16_t b, uint8x16_t c, uint8x16_t d,
+                                Column& to) {
+    const uint16x8_t ab = zip_low(a, b), cd = zip_low(c, d);
+    to.x[0] = zip_words(ab, cd, false), to.x[1] = zip_words(ab, cd, true);
+  }
+  template <int kTap>
+  VITKD_INLINE void add(int32x4_t (&acc)[2][2], const Column& column) const {
+    VITKD_UNROLL(4, i) { D::add(acc[i / 2][i % 2], column.x[i % 2], w[kTap][i / 2][i % 2]); }
+    VITKD_END;
+  }
+};
+
+template <class D>
+struct Filter<D, true> {
+  struct Column {
+    int16x8_t x[4];
+  };
+  int16x8_t w[3][3];  // [row][column]
+
+  VITKD_INLINE explicit Filter(const uint8_t* weights) {
+    VITKD_UNROLL(9, i) {
+      w[i / 3][i % 3] = vreinterpretq_s16_s8(load_bytes(weights + i * kColumnBytes));
+    }
+    VITKD_END;
+  }
+  static VITKD_INLINE void join(uint8x16_t a, uint8x16_t b, uint8x16_t c, uint8x16_t d,
+                                Column& to) {
+    const uint8x16_t rows[4] = {a, b, c, d};
+    VITKD_UNROLL(4, i) { to.x[i] = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(rows[i]))); }
+    VITKD_END;
+  }
+  template <int kTap>
+  VITKD_INLINE void add(int32x4_t (&acc)[2][2], const Column& column) const {
+    VITKD_UNROLL(6, i) {
+      constexpr int row = i / 2, r = i % 2;
+      const int16x8_t x = column.x[row + r];
+      acc[r][0] = vmlal_s16(acc[r][0], vget_low_s16(x), vget_low_s16(w[row][kTap]));
+      acc[r][1] = vmlal_high_s16(acc[r][1], x, w[row][kTap]);
+    }
+    VITKD_END;
+  }
+};
+
+// Stride 1: 8 channels of two rows of outputs.
 template <EpilogueKind kKind, Form kForm>
 VITKD_INLINE void slide_by_one(const DepthwiseCall& call, int row, int channel,
-                               const int8x16_t (&w)[3][2][2], const uint8_t* constants,
+                               const Filter<Dot>& filter, const uint8_t* constants,
                                const EpilogueConstants& f) {
+  using Column = Filter<Dot>::Column;
   const Window<4> window(call, row, channel);
   const uint8_t *const a = window.rows[0], *const b = window.rows[1], *const c = window.rows[2],
                        *const d = window.rows[3];
@@ -60,27 +107,24 @@ VITKD_INLINE void slide_by_one(const DepthwiseCall& call, int row, int channel,
   uint8_t* y = call.y.row(row) + channel;
   // a second row that is not wanted is written to the first, before it
   uint8_t* below = row + 1 < call.row_end ? call.y.row(row + 1) + channel : y;
-  int8x16_t x[3][2];
-  const auto load_column = [&](int i, int8x16_t(&to)[2]) __attribute__((always_inline)) {
+  Column x[3];
+  const auto load = [&](int64_t o, Column& to) __attribute__((always_inline)) {
+    filter.join(vld1q_u8(a + o), vld1q_u8(b + o), vld1q_u8(c + o), vld1q_u8(d + o), to);
+  };
+  const auto load_column = [&](int i, Column& to) __attribute__((always_inline)) {
     const int at = i - window.left;
     if (at >= 0 && at < window.width) {
-      const int64_t o = at * pixel;
-      join_rows(vld1q_u8(a + o), vld1q_u8(b + o), vld1q_u8(c + o), vld1q_u8(d + o), to);
+      load(at * pixel, to);
     } else {
       const uint8x16_t edge = vld1q_u8(window.padding);
-      join_rows(edge, edge, edge, edge, to);
+      filter.join(edge, edge, edge, edge, to);
     }
   };
   const auto output = [&]<int kPhase>() __attribute__((always_inline)) {
     int32x4_t acc[2][2];
     load_pair<0>(constants, acc[0][0], acc[0][1]);
     load_pair<0>(constants, acc[1][0], acc[1][1]);
-    VITKD_UNROLL(3, tap) {
-      VITKD_UNROLL(4, i) {
-        Dot::add(acc[i / 2][i % 2], x[(kPhase + tap) % 3][i % 2], w[tap][i / 2][i % 2]);
-      }
-      VITKD_END;
-    }
+    VITKD_UNROLL(3, tap) { filter.template add<tap>(acc, x[(kPhase + tap) % 3]); }
     VITKD_END;
     store_outputs<kKind, kForm>(acc[0], acc[1], constants, f, y, below);
     y += y_pixel, below += y_pixel;
@@ -94,8 +138,7 @@ VITKD_INLINE void slide_by_one(const DepthwiseCall& call, int row, int channel,
     int64_t o = (2 - window.left) * pixel;
     for (; i + 3 <= end; i += 3) {
       VITKD_UNROLL(3, phase) {
-        join_rows(vld1q_u8(a + o), vld1q_u8(b + o), vld1q_u8(c + o), vld1q_u8(d + o),
-                  x[(phase + 2) % 3]);
+        load(o, x[(phase + 2) % 3]);
         o += pixel;
         output.template operator()<phase>();
       }
@@ -113,9 +156,17 @@ VITKD_INLINE void slide_by_one(const DepthwiseCall& call, int row, int channel,
   }
 }
 
+// 16 channels of a column of three rows, the third again: its second weight is 0
+VITKD_INLINE void join_rows(uint8x16_t a, uint8x16_t b, uint8x16_t c, int8x16_t (&to)[4]) {
+  const uint16x8_t ab[2] = {zip_low(a, b), zip_high(a, b)};
+  const uint16x8_t cc[2] = {zip_low(c, c), zip_high(c, c)};
+  VITKD_UNROLL(4, q) { to[q] = zip_words(ab[q / 2], cc[q / 2], q % 2 == 1); }
+  VITKD_END;
+}
+
 // Stride 2: 16 channels of a row of outputs. The last column of one output is the first of the
 // next. `w` are weights by column and quarter.
-template <EpilogueKind kKind, Form kForm>
+template <class D, EpilogueKind kKind, Form kForm>
 VITKD_INLINE void slide_by_two(const DepthwiseCall& call, int row, int channel,
                                const int8x16_t (&w)[3][4], const uint8_t* constants,
                                const EpilogueConstants& f) {
@@ -135,7 +186,7 @@ VITKD_INLINE void slide_by_two(const DepthwiseCall& call, int row, int channel,
   };
   const auto add_column = [&]<int kColumn>(const int8x16_t(&x)[4], int32x4_t(&acc)[4])
                               __attribute__((always_inline)) {
-                                VITKD_UNROLL(4, q) { Dot::add(acc[q], x[q], w[kColumn][q]); }
+                                VITKD_UNROLL(4, q) { D::add(acc[q], x[q], w[kColumn][q]); }
                                 VITKD_END;
                               };
   const auto start = [&](const int8x16_t(&x)[4], int32x4_t(&acc)[4])
@@ -188,24 +239,21 @@ void slide(const Packed& packed, const DepthwiseCall& call, const Packed::Panel&
   const EpilogueConstants f = epilogue_constants(packed.spec.epilogue, panel.magic);
   const uint8_t* const constants = packed.data + panel.constants;
   const uint8_t* const weights = packed.data + panel.weights;
-  if (packed.spec.stride_h == 2) {
-    int8x16_t w[3][4];
-    VITKD_UNROLL(12, i) { w[i / 4][i % 4] = load_weights(weights + 16 * i); }
-    VITKD_END;
-    for (int row = call.row; row < call.row_end; ++row) {
-      slide_by_two<kKind, kForm>(call, row, panel.channel, w, constants, f);
+  if constexpr (!Dot::kWords) {
+    if (packed.spec.stride_h == 2) {
+      int8x16_t w[3][4];
+      VITKD_UNROLL(12, i) { w[i / 4][i % 4] = load_bytes(weights + 16 * i); }
+      VITKD_END;
+      for (int row = call.row; row < call.row_end; ++row) {
+        slide_by_two<Dot, kKind, kForm>(call, row, panel.channel, w, constants, f);
+      }
+      return;
     }
-    return;
   }
   for (int h = 0; h < (packed.spec.out - panel.channel > 8 ? 2 : 1); ++h) {
-    int8x16_t w[3][2][2];
-    VITKD_UNROLL(12, i) {
-      w[i / 4][i / 2 % 2][i % 2] =
-          load_weights(weights + i / 2 * kColumnBytes + h * kHalf + i % 2 * 16);
-    }
-    VITKD_END;
+    const Filter<Dot> filter(weights + h * kHalf);
     for (int row = call.row; row < call.row_end; row += 2) {
-      slide_by_one<kKind, kForm>(call, row, panel.channel + 8 * h, w, constants + 32 * h, f);
+      slide_by_one<kKind, kForm>(call, row, panel.channel + 8 * h, filter, constants + 32 * h, f);
     }
   }
 }

@@ -19,6 +19,8 @@ struct Dot {
   static VITKD_INLINE int8x16_t signed_bytes(uint8x16_t x) {
     return vreinterpretq_s8_u8(veorq_u8(x, vdupq_n_u8(0x80)));
   }
+  // weights [steps][2][16][4]
+  static int64_t place(int channel, int64_t k) { return (k / 4 * 16 + channel) * 4 + k % 4; }
   static VITKD_INLINE void add(int32x4_t& acc, int8x16_t x, int8x16_t w) {
     asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(x), "w"(w));
   }
@@ -41,17 +43,16 @@ VITKD_NEON_BEGIN
 namespace vitkd::int8 {
 namespace {
 
-// weights [steps][2][16][4]
 template <int MR>
 VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
-  multiply_steps<MR>(t, acc, [](auto j, const auto& a, const auto& w, auto& sums)
-                                 __attribute__((always_inline)) {
-    constexpr int four = j / 2, c = j % 2 * 2;
-    VITKD_UNROLL(MR, r) { add_by_element<r % 2 * 2 + four>(sums[r][c], w[0], a[r / 2]); }
-    VITKD_END;
-    VITKD_UNROLL(MR, r) { add_by_element<r % 2 * 2 + four>(sums[r][c + 1], w[1], a[r / 2]); }
-    VITKD_END;
-  });
+  multiply_steps<MR>(
+      t, acc, [](auto j, const auto& a, const auto& w, auto& sums) __attribute__((always_inline)) {
+        constexpr int four = j / 2, c = j % 2 * 2;
+        VITKD_UNROLL(MR, r) { add_by_element<r % 2 * 2 + four>(sums[r][c], w[0], a[r / 2]); }
+        VITKD_END;
+        VITKD_UNROLL(MR, r) { add_by_element<r % 2 * 2 + four>(sums[r][c + 1], w[1], a[r / 2]); }
+        VITKD_END;
+      });
 }
 
 }  // namespace

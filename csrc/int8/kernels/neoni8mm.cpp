@@ -17,6 +17,8 @@ struct Dot {
   static constexpr bool kPairs = true, kWords = false, kSigned = false;
   static constexpr int kRows = 6;
   static VITKD_INLINE int8x16_t signed_bytes(uint8x16_t x) { return vreinterpretq_s8_u8(x); }
+  // weights [steps][16][8]
+  static int64_t place(int channel, int64_t k) { return (k / 8 * 16 + channel) * 8 + k % 8; }
   static VITKD_INLINE void add(int32x4_t& acc, int8x16_t x, int8x16_t w) {
     asm("usdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(x), "w"(w));
   }
@@ -38,17 +40,16 @@ VITKD_NEON_BEGIN
 namespace vitkd::int8 {
 namespace {
 
-// weights [steps][16][8]
 template <int MR>
 VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
-  multiply_steps<MR>(t, acc, [](auto j, const auto& a, const auto& w, auto& sums)
-                                 __attribute__((always_inline)) {
-    constexpr int h = j / 2, c = j % 2 * 2;
-    VITKD_UNROLL(MR / 2, i) { add_matrix(sums[2 * i + h][c], a[i], w[0]); }
-    VITKD_END;
-    VITKD_UNROLL(MR / 2, i) { add_matrix(sums[2 * i + h][c + 1], a[i], w[1]); }
-    VITKD_END;
-  });
+  multiply_steps<MR>(
+      t, acc, [](auto j, const auto& a, const auto& w, auto& sums) __attribute__((always_inline)) {
+        constexpr int h = j / 2, c = j % 2 * 2;
+        VITKD_UNROLL(MR / 2, i) { add_matrix(sums[2 * i + h][c], a[i], w[0]); }
+        VITKD_END;
+        VITKD_UNROLL(MR / 2, i) { add_matrix(sums[2 * i + h][c + 1], a[i], w[1]); }
+        VITKD_END;
+      });
 }
 
 }  // namespace
