@@ -83,7 +83,7 @@ Buffer contents(const char* path) {
     const int descriptor;
     ~File() { close(descriptor); }
   };
-  const File file{open(path, O_RDONLY | O_CLOEXEC)};
+  const File file{open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK)};  // a pipe's would wait
   struct stat status{};
   if (file.descriptor < 0 || fstat(file.descriptor, &status) != 0) fail(std::strerror(errno));
   if (!S_ISREG(status.st_mode)) fail("expected a regular file");
@@ -105,14 +105,11 @@ Buffer contents(const char* path) {
 // `own` is freed as soon as it has been read.
 vitkd_int8_session* open_session(std::span<const uint8_t> bytes, Buffer* own, const char* path,
                                  const vitkd_int8_options* given) {
-  const auto prefixed = [&](const GraphError& error) {
-    return (path == nullptr ? "" : path + std::string(": ")) + error.what();
-  };
   Model model;
   try {
     model = int8::read(bytes);
   } catch (const GraphError& error) {
-    throw GraphError(prefixed(error));
+    throw GraphError((path == nullptr ? "" : path + std::string(": ")) + error.what());
   }
   constexpr vitkd_int8_options kDefaults{0, 0, nullptr};
   const vitkd_int8_options& wanted = given == nullptr ? kDefaults : *given;

@@ -311,7 +311,12 @@ def test_refused_files(library: Library, graph: Graph, tmp_path: Path) -> None:
         assert library.open(bytes(path), None, byref(opened)) == FORMAT
         assert library.error() == f"{path}: {error.value}"
     missing = tmp_path / "none"
-    for path, message in ((missing, "No such file"), (tmp_path, "expected a regular file")):
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in (
+        (missing, "No such file or directory"),
+        (tmp_path, "expected a regular file"),
+        (tmp_path / "pipe", "expected a regular file"),
+    ):
         assert library.open(bytes(path), None, byref(opened)) == IO
         assert library.error().startswith(f"{path}: {message}")
     with (tmp_path / "huge").open("wb") as huge:

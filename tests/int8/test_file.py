@@ -345,34 +345,6 @@ def test_hostile(change: Callable[..., bytes], message: str) -> None:
         read(change(*unpack(dump(small_graph()))))
 
 
-def test_other_spellings_of_the_same_json() -> None:
-    """Other orders of keys, space and escapes."""
-    graph = replace(small_graph(), classes=('d"\\/\b\f\n\r\t\x7fö', "\U0001f408\u2028"))
-    header, document, section = unpack(dump(graph))
-    document = {key: document[key] for key in reversed(document)}
-    document["nodes"] = [{k: node[k] for k in reversed(node)} for node in document["nodes"]]
-    for options in ({"indent": 1}, {"ensure_ascii": False}, {"separators": (" , ", "\r\n:\t")}):
-        text = json.dumps(document, **options)  # type: ignore[arg-type]
-        assert_same(read(pack(dict(reversed(header.items())), text, section)), graph)
-    text = json.dumps(document).replace("nodes", "\\u006eodes").replace("0.02", "2.0E-2")
-    assert_same(read(pack(header, text, section)), graph)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [b"", b"{", b"}", b"{}}", b"{} {}", b"[1,]", b"{,}", b'{"a"}', b'{"a":}', b'{"a":1,}', b"{a:1}",
-     b"{'a':1}", b'{"a" 1}', b"[1 2]", b"[01]", b"[1.]", b"[.5]", b"[+1]", b"[-]", b"[1e]",
-     b"[1e+]", b"[0x1]", b"[tru]", b"[nulls]", b'["a]', b'["\\x"]', b'["\\u12g4"]', b'["\\u12"]',
-     b'["\n"]', b'["\0"]', b"[\0]", b"\xef\xbb\xbf[]", b'["\xc0\x80"]', b'["\xed\xa0\x80"]',
-     b'["\x80"]', b'["\xf5\x80\x80\x80"]', b'["\xe2\x82"]', b'["\xf0\x8f\xbf\xbf"]', b"/**/[]"],
-)  # fmt: skip
-def test_no_json(text: bytes) -> None:
-    with pytest.raises(ValueError):
-        json.loads(text.decode())
-    with pytest.raises(FileError, match=r"its JSON cannot be read: .* at byte \d+$"):
-        read(framed(text + b" " * 8))
-
-
 def test_what_a_header_claims_is_not_allocated() -> None:
     header, document, section = unpack(dump(random_graph(0, channels=(96,))))
     name = max(header, key=lambda n: header[n]["data_offsets"][1] - header[n]["data_offsets"][0])
