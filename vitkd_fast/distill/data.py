@@ -98,7 +98,7 @@ def train_transform(data: Data, augmentation: Augmentation) -> Any:
 
 
 def eval_transform(image_size: int, crop_pct: float, interpolation: str) -> Any:
-    """`images.prepare`, which is timm's validation transform, up to a uint8 array [3, H, W]."""
+    """`images.prepare`, with the geometry of timm's validation transform: uint8 [3, H, W]."""
     return _Prepare(image_size, crop_pct, interpolation)
 
 
