@@ -319,7 +319,7 @@ inline int pairs_order(int, int vector, int lane) {
 }
 
 // the segments' inputs one after the other
-void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
+inline void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   packed->segments = spec.kernel_h;
   packed->segment = static_cast<int>((spec.kernel_w - 1) * pixel + spec.in);
   packed->stride = static_cast<int>(round_up(packed->segment, 16) / 4);  // as it is read
@@ -342,6 +342,11 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   if constexpr (Dot::kSigned) add_to_biases(spec, packed);
   const int64_t tiles = round_up(pixels_at_once(*packed), kRows);
   packed->scratch = tiles * packed->row_bytes + kSlack + kRows * (packed->row_bytes + kSlack);
+}
+
+inline const char* gemm_name(const Packed&, const GemmCall& call) {
+  return kRows == 2 || call.pixels < kRows ? "gemm_u8s8_2x16_" VITKD_NEON_NAME
+                                           : "gemm_u8s8_6x16_" VITKD_NEON_NAME;
 }
 
 }  // namespace
