@@ -19,7 +19,7 @@ constexpr int kHalf = kColumnBytes / 2;                   // 8 channels
 // Where a strip's columns come from and go to: column b of the scratch is input column `column +
 // b`.
 struct Strip {
-  const uint8_t* rows[16][kGroup];  // by group: the row's first byte of this panel
+  const uint8_t* rows[32][kGroup];  // by group: the row's first byte of this panel
   const int32_t* places;            // by group: kGroup rows and kGroup columns
   int groups;
   int64_t group_bytes;
