@@ -4,6 +4,7 @@
 #if defined(__aarch64__)
 
 #define VITKD_NEON "arch=armv8-a"
+#define VITKD_NEON_NAME "neon"
 
 #include <arm_neon.h>
 
@@ -194,17 +195,6 @@ void linear(const int8_t* q, int64_t stride, const float* s, const int32_t* inpu
 VITKD_TARGET_END
 
 namespace vitkd::int8 {
-namespace {
-
-const char* gemm_name(const Packed&, const GemmCall& call) {
-  return call.pixels < Dot::kRows ? "gemm_u8s8_2x16_neon" : "gemm_u8s8_2x16_neon";
-}
-
-const char* depthwise_name(const Packed& packed, const DepthwiseCall&) {
-  return packed.slides ? "depthwise_3x3_sliding_2x1x8_neon" : "depthwise_1x4x8_neon";
-}
-
-}  // namespace
 
 const Kernels kNeon{Isa::neon, gemm_name, depthwise_name, pack_gemm, gemm,  pack_depthwise,
                     depthwise, add,       channel_sums,   scale,     linear};

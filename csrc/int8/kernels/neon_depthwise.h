@@ -19,7 +19,7 @@ constexpr int kHalf = kColumnBytes / 2;                   // 8 channels
 // Where a strip's columns come from and go to: column b of the scratch is input column `column +
 // b`.
 struct Strip {
-  const uint8_t* rows[16][kGroup];  // by group: the row's first byte of this panel
+  const uint8_t* rows[32][kGroup];  // by group: the row's first byte of this panel
   const int32_t* places;            // by group: kGroup rows and kGroup columns
   int groups;
   int64_t group_bytes;
@@ -270,7 +270,7 @@ VITKD_TARGET_END
 namespace vitkd::int8 {
 namespace {
 
-void pack_depthwise(const ConvSpec& spec, Packed* packed) {
+inline void pack_depthwise(const ConvSpec& spec, Packed* packed) {
   const bool same = spec.stride_h == spec.stride_w && spec.stride_h <= (Dot::kWords ? 1 : 2);
   packed->slides = spec.kernel_h == 3 && spec.kernel_w == 3 && same;
   const bool magic = whole_range(spec.epilogue.requantize);
@@ -280,6 +280,16 @@ void pack_depthwise(const ConvSpec& spec, Packed* packed) {
     lay_out_depthwise<int8_t>(spec, {1, 1, 0, magic, in_order}, 4, packed);
     if constexpr (Dot::kSigned) add_to_biases(spec, packed);
   }
+}
+
+inline const char* depthwise_name(const Packed& packed, const DepthwiseCall&) {
+  const bool by_one = packed.spec.stride_h == 1;
+  if (packed.slides) {
+    return by_one ? "depthwise_3x3_sliding_2x1x8_" VITKD_NEON_NAME
+                  : "depthwise_3x3_sliding_1x1x16_" VITKD_NEON_NAME;
+  }
+  return by_one && !Dot::kWords ? "depthwise_2x4x8_" VITKD_NEON_NAME
+                                : "depthwise_1x4x8_" VITKD_NEON_NAME;
 }
 
 }  // namespace

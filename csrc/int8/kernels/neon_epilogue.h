@@ -69,7 +69,7 @@ inline EpilogueConstants epilogue_constants(const Epilogue& e, bool magic) {
 // main loop
 VITKD_INLINE void forget(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 
-// What is spilled after this is in a register before it.
+// Before this, `v` is in a register even if it is spilled afterwards.
 VITKD_INLINE void divide_range(int32x4_t& v) { asm("" : "+w"(v)); }
 
 // Two vectors from `p` + kOffset, in one instruction. gcc would load them once and copy them.
@@ -126,17 +126,18 @@ VITKD_INLINE void hardswish(float32x4_t (&v)[4], const EpilogueConstants& f) {
   VITKD_END;
 }
 
-// Sums times multipliers, and what else comes before rounding.
+// Sums times multipliers, hard-swish, and the residual's share.
 template <EpilogueKind kKind, Form kForm, int kShifts>
 VITKD_INLINE void to_values(const int32x4_t (&sums)[4], const float32x4_t (&m)[4],
                             const uint8_t* shift, uint8x16_t residual, const EpilogueConstants& f,
                             float32x4_t (&v)[4]) {
-  if constexpr (kForm != Form::any) multiply_add<kShifts>(sums, m, shift, v);
   if constexpr (kForm == Form::any) {
     VITKD_UNROLL(4, i) {
       v[i] = vmulq_f32(vcvtq_f32_s32(vsubq_s32(sums[i], vld1q_s32(f.sums_from))), m[i]);
     }
     VITKD_END;
+  } else {
+    multiply_add<kShifts>(sums, m, shift, v);
   }
   if constexpr (kKind == EpilogueKind::hardswish) hardswish(v, f);
   if constexpr (kKind == EpilogueKind::residual) {

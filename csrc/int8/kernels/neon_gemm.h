@@ -1,5 +1,5 @@
 // Products in tiles of MR pixels x 16 channels in NEON, 8 inputs a step. Pixels are first packed in
-// the order of their use, for all panels. The file that includes this multiplies by:
+// the order of their use, once for all panels. The file that includes this defines multiply():
 //
 //   neon      smull, smlal, sadalp   16 multiply-adds in three instructions
 //   neondot   sdot by element        16 in one
@@ -74,7 +74,7 @@ VITKD_INLINE void multiply_steps(const GemmTile& t, int32x4_t (&acc)[MR][4], F&&
   if (left > 0) unroll<1>(step);
 }
 
-// The same by pixels.
+// Values in pairs, by pixels.
 template <int MR>
 VITKD_INLINE void split_pairs(float32x4_t (&v)[MR][4]) {
   VITKD_UNROLL(MR / 2, i) {
@@ -275,7 +275,8 @@ void pack_pixels(const Packed& packed, const GemmCall& call, int64_t first, int6
   }
 }
 
-// That stay in L1 while the panels pass by, or of larger weights more.
+// As many as stay in L1 while the panels pass by; more where all weights are read again for each
+// chunk of them.
 int64_t pixels_at_once(const Packed& packed) {
   const int64_t least = packed.spec.out * packed.row_bytes > (256 << 10) ? 96 : 48;
   return std::max(least, (20 << 10) / packed.row_bytes / 48 * 48);
@@ -318,8 +319,8 @@ inline int pairs_order(int, int vector, int lane) {
   return (16 * vector + lane) / 4 * 2 + lane % 2;
 }
 
-// the segments' inputs one after the other
-void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
+// weights as Dot::place says, the segments' inputs one after the other
+inline void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   packed->segments = spec.kernel_h;
   packed->segment = static_cast<int>((spec.kernel_w - 1) * pixel + spec.in);
   packed->stride = static_cast<int>(round_up(packed->segment, 16) / 4);  // as it is read
@@ -342,6 +343,11 @@ void pack_gemm(const ConvSpec& spec, int64_t pixel, Packed* packed) {
   if constexpr (Dot::kSigned) add_to_biases(spec, packed);
   const int64_t tiles = round_up(pixels_at_once(*packed), kRows);
   packed->scratch = tiles * packed->row_bytes + kSlack + kRows * (packed->row_bytes + kSlack);
+}
+
+inline const char* gemm_name(const Packed&, const GemmCall& call) {
+  return kRows == 2 || call.pixels < kRows ? "gemm_u8s8_2x16_" VITKD_NEON_NAME
+                                           : "gemm_u8s8_6x16_" VITKD_NEON_NAME;
 }
 
 }  // namespace

@@ -261,3 +261,22 @@ void slide(const Packed& packed, const DepthwiseCall& call, const Packed::Panel&
 }  // namespace
 }  // namespace vitkd::int8
 VITKD_TARGET_END
+
+namespace vitkd::int8 {
+namespace {
+
+// kNeon, with products and depthwise convolutions by Dot
+[[maybe_unused]] Kernels kernels_here(Isa isa) {
+  Kernels k = kNeon;
+  k.isa = isa;
+  k.gemm_name = gemm_name;
+  k.depthwise_name = depthwise_name;
+  k.pack_gemm = pack_gemm;
+  k.gemm = gemm;
+  k.pack_depthwise = pack_depthwise;
+  k.depthwise = depthwise;
+  return k;
+}
+
+}  // namespace
+}  // namespace vitkd::int8

@@ -4,6 +4,7 @@
 #if defined(__aarch64__)
 
 #define VITKD_NEON "arch=armv8.2-a+dotprod"
+#define VITKD_NEON_NAME "neondot"
 
 #include <arm_neon.h>
 
@@ -60,35 +61,9 @@ VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
 VITKD_TARGET_END
 
 namespace vitkd::int8 {
-namespace {
-
-const char* gemm_name(const Packed&, const GemmCall& call) {
-  return call.pixels < Dot::kRows ? "gemm_u8s8_2x16_neondot" : "gemm_u8s8_6x16_neondot";
-}
-
-const char* depthwise_name(const Packed& packed, const DepthwiseCall&) {
-  const bool two_rows = packed.spec.stride_h == 1;
-  if (packed.slides) {
-    return two_rows ? "depthwise_3x3_sliding_2x1x8_neondot"
-                    : "depthwise_3x3_sliding_1x1x16_neondot";
-  }
-  return two_rows ? "depthwise_2x4x8_neondot" : "depthwise_1x4x8_neondot";
-}
-
-}  // namespace
 
 const Kernels& neondot_kernels() {
-  static const Kernels kernels = [] {
-    Kernels k = kNeon;
-    k.isa = Isa::neondot;
-    k.gemm_name = gemm_name;
-    k.depthwise_name = depthwise_name;
-    k.pack_gemm = pack_gemm;
-    k.gemm = gemm;
-    k.pack_depthwise = pack_depthwise;
-    k.depthwise = depthwise;
-    return k;
-  }();
+  static const Kernels kernels = kernels_here(Isa::neondot);
   return kernels;
 }
 

@@ -4,6 +4,7 @@
 #if defined(__aarch64__)
 
 #define VITKD_NEON "arch=armv8.2-a+dotprod+i8mm"
+#define VITKD_NEON_NAME "neoni8mm"
 
 #include <arm_neon.h>
 
@@ -57,35 +58,9 @@ VITKD_INLINE void multiply(const GemmTile& t, int32x4_t (&acc)[MR][4]) {
 VITKD_TARGET_END
 
 namespace vitkd::int8 {
-namespace {
-
-const char* gemm_name(const Packed&, const GemmCall& call) {
-  return call.pixels < Dot::kRows ? "gemm_u8s8_2x16_neoni8mm" : "gemm_u8s8_6x16_neoni8mm";
-}
-
-const char* depthwise_name(const Packed& packed, const DepthwiseCall&) {
-  const bool two_rows = packed.spec.stride_h == 1;
-  if (packed.slides) {
-    return two_rows ? "depthwise_3x3_sliding_2x1x8_neoni8mm"
-                    : "depthwise_3x3_sliding_1x1x16_neoni8mm";
-  }
-  return two_rows ? "depthwise_2x4x8_neoni8mm" : "depthwise_1x4x8_neoni8mm";
-}
-
-}  // namespace
 
 const Kernels& neoni8mm_kernels() {
-  static const Kernels kernels = [] {
-    Kernels k = kNeon;
-    k.isa = Isa::neoni8mm;
-    k.gemm_name = gemm_name;
-    k.depthwise_name = depthwise_name;
-    k.pack_gemm = pack_gemm;
-    k.gemm = gemm;
-    k.pack_depthwise = pack_depthwise;
-    k.depthwise = depthwise;
-    return k;
-  }();
+  static const Kernels kernels = kernels_here(Isa::neoni8mm);
   return kernels;
 }
 
