@@ -112,6 +112,12 @@ bool dot_products() { return false; }
 bool matrix_products() { return false; }
 #endif
 
+#if defined(VITKD_WITHOUT_NEONI8MM)  // a smaller library
+constexpr bool kMatrixProducts = false;
+#else
+constexpr bool kMatrixProducts = true;
+#endif
+
 bool cpu_has(Isa isa) {
   switch (isa) {
     case Isa::scalar:
@@ -120,7 +126,7 @@ bool cpu_has(Isa isa) {
     case Isa::neondot:
       return dot_products();
     case Isa::neoni8mm:
-      return dot_products() && matrix_products();
+      return kMatrixProducts && dot_products() && matrix_products();
   }
   return false;
 }

@@ -58,8 +58,10 @@ const Kernels& kernels(Isa isa) {
     case Isa::sse41:
       return kSse41;
 #elif defined(__aarch64__)
+#if !defined(VITKD_WITHOUT_NEONI8MM)
     case Isa::neoni8mm:
       return neoni8mm_kernels();
+#endif
     case Isa::neondot:
       return neondot_kernels();
     case Isa::neon:
