@@ -5,6 +5,7 @@ With poisoned memory and node by node, so that a failure names the first node th
 
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,21 @@ def assert_equal(
 def test_random_graphs(seed: int) -> None:
     graph = random_graph(seed)
     assert_equal(file.read(file.dump(graph)), images_for(graph, 5))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mobilenetv1_100", "mobilenetv2_050", "mobilenetv3_small_050", "mobilenetv4_conv_small_050",
+     "efficientnet_lite0"],
+)  # fmt: skip
+def test_families(name: str) -> None:
+    """Quantized at 64 pixels, and run at an odd size."""
+    pytest.importorskip("timm")
+    from support.int8_models import PIXELS, create
+
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    graph = replace(int8.quantize(create(name), images, **PIXELS).graph, image_size=47)
+    assert_equal(graph, images_for(graph, 3), batches=(1, 3), threads=(1, 2))
 
 
 def test_more_images_than_a_head_takes_at_once() -> None:
