@@ -140,16 +140,8 @@ void gemm_panels(const Packed& packed, const GemmCall& call) {
 
 void gemm(const Packed& packed, const GemmCall& call) {
   if (!on_tiles(packed, call)) return kAvx512Vnni.gemm(packed, call);
-  switch (packed.spec.epilogue.kind) {
-    case EpilogueKind::bytes:
-      return gemm_panels<EpilogueKind::bytes>(packed, call);
-    case EpilogueKind::hardswish:
-      return gemm_panels<EpilogueKind::hardswish>(packed, call);
-    case EpilogueKind::residual:
-      return gemm_panels<EpilogueKind::residual>(packed, call);
-    case EpilogueKind::logits:
-      return gemm_panels<EpilogueKind::logits>(packed, call);
-  }
+  with_kind(packed.spec.epilogue.kind,
+            [&]<EpilogueKind kKind>() { gemm_panels<kKind>(packed, call); });
 }
 
 }  // namespace

@@ -57,6 +57,21 @@ struct Activation {
 // What is done to a sum, as graph.py's Conv states it.
 enum class EpilogueKind { bytes, hardswish, residual, logits };
 
+// f<kind>(), with the kind as a constant
+template <class F>
+void with_kind(EpilogueKind kind, F&& f) {
+  switch (kind) {
+    case EpilogueKind::bytes:
+      return f.template operator()<EpilogueKind::bytes>();
+    case EpilogueKind::hardswish:
+      return f.template operator()<EpilogueKind::hardswish>();
+    case EpilogueKind::residual:
+      return f.template operator()<EpilogueKind::residual>();
+    case EpilogueKind::logits:
+      return f.template operator()<EpilogueKind::logits>();
+  }
+}
+
 struct Epilogue {
   Requantize requantize;
   EpilogueKind kind = EpilogueKind::bytes;
