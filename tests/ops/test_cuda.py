@@ -90,11 +90,12 @@ def test_all_values(stem: str, emulated: Path, tmp_path: Path) -> None:
     run_emulated(emulated, tmp_path, stem, "(every_isa or emulated)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stem", "marked"),
     [
         *((stem, "sanitized and not slow") for stem in STEMS),
-        pytest.param("attention_map", "sanitized and slow", marks=pytest.mark.slow),
+        ("attention_map", "sanitized and slow"),
     ],
 )
 def test_under_sanitizers(stem: str, marked: str, sanitized: Path, tmp_path: Path) -> None:
