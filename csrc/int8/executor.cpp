@@ -433,7 +433,7 @@ Workspace::Workspace(const Plan& plan)
 
 size_t workspace_bytes(const Plan& plan) {
   return plan.arena + plan.rings + scratch_bytes(plan) + gemm_scratch_bytes(plan) +
-         4 * 4 * plan.channels + 8 * kSlack;
+         6 * 4 * plan.channels + 10 * kSlack;  // inputs, values, sums, means, middle, factors
 }
 
 void Workspace::poison() const {
