@@ -33,7 +33,7 @@ from vitkd_fast import _ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ONE_OF_EACH = ["kd", "attention_map", "relation", "at", "mse", "nst", "rkd"]
+ONE_OF_EACH = ["kd", "attention_map", "relation", "at", "mse", "nst", "rkd", "sp", "pkt", "cc"]
 
 
 class Case:

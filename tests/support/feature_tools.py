@@ -1,4 +1,4 @@
-"""at_loss, feature_loss, nst_loss and rkd_loss in tests, each by one name beside its usual form."""
+"""Losses of features and embeddings in tests, each by one name beside its usual form."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from vitkd_fast import reference
-from vitkd_fast.functional import at_loss, feature_loss, nst_loss, rkd_loss
+from vitkd_fast.functional import (
+    at_loss,
+    cc_loss,
+    feature_loss,
+    nst_loss,
+    pkt_loss,
+    rkd_loss,
+    sp_loss,
+)
 
 OPS = torch.ops.vitkd_fast
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -49,6 +57,12 @@ def usual_feature(x: Tensor, t: Tensor, kind: str = "mse") -> Tensor:
     return reference.feature_loss(as_tokens(x), as_tokens(t), weight.to(x.device), kind=kind)
 
 
+def embedded(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss of embeddings, of maps."""
+    return lambda x, t, **options: loss(x.flatten(1), t.flatten(1), **options)
+
+
+EMBEDDED = ["rkd", "sp", "pkt", "cc"]
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "at": at_loss,
     "at_p1": partial(at_loss, p=1.0),
@@ -57,7 +71,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "cosine": partial(feature, kind="cosine"),
     "smooth_l1": partial(feature, kind="smooth_l1"),
     "nst": nst_loss,
-    "rkd": lambda x, t, **options: rkd_loss(x.flatten(1), t.flatten(1), **options),
+    "rkd": embedded(rkd_loss),
+    "sp": embedded(sp_loss),
+    "pkt": embedded(pkt_loss),
+    "cc": embedded(cc_loss),
 }
 USUAL: dict[str, Callable[..., Tensor]] = {
     "at": lambda x, t: reference.at_loss(x, t).mean(),
@@ -67,10 +84,13 @@ USUAL: dict[str, Callable[..., Tensor]] = {
     "cosine": partial(usual_feature, kind="cosine"),
     "smooth_l1": partial(usual_feature, kind="smooth_l1"),
     "nst": lambda x, t: reference.nst_loss(x, t).mean(),
-    "rkd": lambda x, t: reference.rkd_loss(x.flatten(1), t.flatten(1)),
+    "rkd": embedded(reference.rkd_loss),
+    "sp": embedded(reference.sp_loss),
+    "pkt": embedded(reference.pkt_loss),
+    "cc": embedded(reference.cc_loss),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
-SPATIAL = [name for name in LOSSES if name != "rkd"]
+SPATIAL = [name for name in LOSSES if name not in EMBEDDED]
 every_spatial = pytest.mark.parametrize("name", SPATIAL)
 
 
@@ -100,7 +120,7 @@ def assert_near(given: Tensor, want: Tensor, roundings: int = 8, size: float = 0
 
 # rounding errors of each loss in float32, on the largest number of the result: a sum over channels
 # or triplets, whose order torch chooses
-ROUNDINGS = {"nst": 64, "rkd": 32}
+ROUNDINGS = {"nst": 64, "rkd": 32, "pkt": 128}
 
 
 def check(name: str, x: Tensor, t: Tensor, t_form: Tensor | None = None) -> None:

@@ -2,7 +2,8 @@
 
 A derivative that a loss does not have (the teacher's, a weight's, a second one, one in forward
 mode) is an error where it is asked for, never 0. One case is torch's own: a second derivative of
-`feature_loss`, `nst_loss` or `rkd_loss` inside torch.compile is dropped, as that of exp is there.
+`rkd_loss`, or of a loss without an operation of its own, inside torch.compile is dropped, as that
+of exp is there.
 """
 
 from .._extras import require
@@ -11,9 +12,12 @@ require("torch", __name__)
 
 from .at import at_loss as at_loss
 from .attention_map import attention_map_loss as attention_map_loss
+from .cc import cc_loss as cc_loss
 from .feature import feature_loss as feature_loss
 from .kd import Labels as Labels
 from .kd import kd_loss as kd_loss
 from .nst import nst_loss as nst_loss
+from .pkt import pkt_loss as pkt_loss
 from .relation import relation_loss as relation_loss
 from .rkd import rkd_loss as rkd_loss
+from .sp import sp_loss as sp_loss

@@ -13,6 +13,7 @@ from .attention_map import AttentionMapOptions as AttentionMapOptions
 from .attention_map import attention_map_bwd as attention_map_bwd
 from .attention_map import attention_map_fwd as attention_map_fwd
 from .attention_map import attention_map_fwd_grad as attention_map_fwd_grad
+from .cc import cc_loss as cc_loss
 from .feature import feature_loss as feature_loss
 from .int8 import int8_dwconv as int8_dwconv
 from .int8 import int8_dwconv_shape as int8_dwconv_shape
@@ -27,5 +28,7 @@ from .kd import kd_fwd as kd_fwd
 from .kd import kd_fwd_grad as kd_fwd_grad
 from .kd import kd_scale_ as kd_scale_
 from .nst import nst_loss as nst_loss
+from .pkt import pkt_loss as pkt_loss
 from .rkd import rkd_fwd_grad as rkd_fwd_grad
 from .rkd import rkd_loss as rkd_loss
+from .sp import sp_loss as sp_loss
