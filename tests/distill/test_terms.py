@@ -21,11 +21,14 @@ from vitkd_fast.functional import (
     at_loss,
     cc_loss,
     feature_loss,
+    mmd_loss,
     nst_loss,
     pkt_loss,
     relation_loss,
     rkd_loss,
+    sliced_wasserstein_loss,
     sp_loss,
+    wkd_feature_loss,
 )
 from vitkd_fast.taps import TapOutputs
 
@@ -47,7 +50,14 @@ TERMS = [
     "sp: {features: pooled}",
     "pkt: {}",
     "cc: {}",
+    "mmd: {stride: 8}",
+    "mmd: {stride: 4, teacher_stride: 8, bandwidth: 0.5}",
+    "wkd_feature: {stride: 8}",
+    "wkd_feature: {stride: 4, cells: 2, block: 0}",
+    "sliced_wasserstein: {stride: 8}",
+    "sliced_wasserstein: {stride: 4, teacher_stride: 8, p: 1.0}",
 ]
+OF_FEATURES = [*dict.fromkeys(of.split(":")[0] for of in TERMS)]
 SLOW = ["pkt"]  # to learn, in a batch of 32
 
 
@@ -72,7 +82,7 @@ def test_a_term_learns(losses: str) -> None:
     made = task(losses).train()
     name = losses.split(":")[0]
     learned = made.trainable_module.learned
-    widths_differ = name == "feature"
+    widths_differ = name in ("feature", "wkd_feature")
     assert bool(learned) == widths_differ
     optimizer = torch.optim.Adam(made.trainable_module.parameters(), 2e-3)
     before = {key: x.clone() for key, x in learned.named_parameters()}
@@ -120,7 +130,7 @@ def test_terms_are_the_functions() -> None:
     assert given.student.pooled is not None
     f_s, f_t = given.student.maps[8], given.teacher.tokens[-1][:, 1:]
     pooled = given.student.pooled, given.teacher.pooled
-    layer, wide = nn.Linear(8, 16), nn.Linear(24, 16)
+    layer, wide, conv = nn.Linear(8, 16), nn.Linear(24, 16), nn.Conv2d(8, 16, 1)
     found = [
         value("at: {stride: 8, p: 3.0}", given),
         value("nst: {stride: 8}", given),
@@ -130,10 +140,15 @@ def test_terms_are_the_functions() -> None:
         value("sp: {features: pooled}", given),
         value("pkt: {}", given),
         value("cc: {gamma: 0.5, order: 3}", given),
+        value("mmd: {stride: 8, bandwidth: median}", given),
+        value("mmd: {stride: 8, bandwidth: 2}", given),
+        value("wkd_feature: {stride: 8, cells: 2}", given, learned=conv),
+        value("sliced_wasserstein: {stride: 8, projections: 3, seed: 4}", given),
         value("feature: {stride: 8}", given, learned=layer),
         value("feature: {features: pooled, kind: cosine}", given, learned=wide),
     ]
     heads = [x.unflatten(2, (2, -1)).transpose(1, 2) for x in (f_s.flatten(2).mT, f_t)]
+    points = [nn.functional.normalize(x, dim=2) for x in (f_s.flatten(2), f_t.mT)]
     wanted = [
         at_loss(f_s, f_t, p=3.0),
         nst_loss(f_s, f_t),
@@ -143,6 +158,10 @@ def test_terms_are_the_functions() -> None:
         sp_loss(*pooled),
         pkt_loss(*pooled),
         cc_loss(*pooled, gamma=0.5, order=3),
+        mmd_loss(f_s, f_t, bandwidth="median"),
+        mmd_loss(f_s, f_t, bandwidth=2),
+        wkd_feature_loss(conv(f_s), f_t, cells=2),
+        sliced_wasserstein_loss(*points, projections=3, seed=4),
         feature_loss(f_s, f_t, layer.weight, layer.bias),
         1 - nn.functional.cosine_similarity(wide(pooled[0]), pooled[1]).mean(),
     ]
@@ -150,7 +169,9 @@ def test_terms_are_the_functions() -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["at", "nst", "rkd", "relation", "sp", "pkt", "cc"])
+@pytest.mark.parametrize(
+    "name", ["at", "nst", "rkd", "relation", "sp", "pkt", "cc", "mmd", "sliced_wasserstein"]
+)
 def test_weights_are_schedules(name: str) -> None:
     given = outputs()
     stride = "" if name in ("rkd", "pkt", "cc") else "stride: 8, "
@@ -162,6 +183,7 @@ def test_weights_are_schedules(name: str) -> None:
 
 def test_a_projection_is_learned_where_widths_differ() -> None:
     assert not task("feature: {stride: 8}", embed_dim=16).trainable_module.learned
+    assert not task("wkd_feature: {stride: 8}", embed_dim=16).trainable_module.learned
     for losses, width in (("feature: {stride: 8, projection: always}", 16), (TERMS[2], 32)):
         layer = task(losses, embed_dim=width).trainable_module.learned["feature"]
         assert [*layer.weight.shape] == [width, 16]
@@ -172,7 +194,22 @@ def test_heads_that_do_not_divide_a_width_are_an_error() -> None:
         task("relation: {stride: 8, heads: 3}")(*batch())
 
 
-@pytest.mark.parametrize("name", ["at", "feature", "nst", "rkd", "relation", "sp", "pkt", "cc"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "at",
+        "feature",
+        "nst",
+        "rkd",
+        "relation",
+        "sp",
+        "pkt",
+        "cc",
+        "mmd",
+        "wkd_feature",
+        "sliced_wasserstein",
+    ],
+)
 def test_features_train_no_classifier(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^losses.{name}: trains no classifier; add losses.kd"):
         load("digits", [f"losses={yaml.safe_dump({name: {}}, default_flow_style=True)}"])

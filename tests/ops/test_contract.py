@@ -33,7 +33,10 @@ from vitkd_fast import _ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ONE_OF_EACH = ["kd", "attention_map", "relation", "at", "mse", "nst", "rkd", "sp", "pkt", "cc"]
+ONE_OF_EACH = [
+    "kd", "attention_map", "relation", "at", "mse", "nst", "rkd", "sp", "pkt", "cc", "mmd",
+    "wkd_feature", "sliced",
+]  # fmt: skip
 
 
 class Case:

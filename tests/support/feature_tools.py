@@ -13,10 +13,14 @@ from vitkd_fast.functional import (
     at_loss,
     cc_loss,
     feature_loss,
+    mmd_loss,
     nst_loss,
     pkt_loss,
     rkd_loss,
+    sliced_wasserstein,
+    sliced_wasserstein_loss,
     sp_loss,
+    wkd_feature_loss,
 )
 
 OPS = torch.ops.vitkd_fast
@@ -62,6 +66,31 @@ def embedded(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, t, **options: loss(x.flatten(1), t.flatten(1), **options)
 
 
+def as_wide(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss of as many channels of both sides: those that both have."""
+
+    def cut(x: Tensor, channels: int) -> Tensor:
+        if x.shape[dim := 1 if x.dim() == 4 else 2] == channels:
+            return x
+        return x.narrow(dim, 0, channels)
+
+    def run(x: Tensor, t: Tensor, **options: Any) -> Tensor:
+        channels = min(a.shape[1 if a.dim() == 4 else 2] for a in (x, t))
+        return loss(cut(x, channels), cut(t, channels), **options)
+
+    return run
+
+
+def sliced(x: Tensor, t: Tensor, **options: Any) -> Tensor:
+    """sliced_wasserstein_loss of channels, over positions."""
+    return sliced_wasserstein_loss(x.flatten(2), t.flatten(2), projections=5, **options)
+
+
+def usual_sliced(x: Tensor, t: Tensor) -> Tensor:
+    across = sliced_wasserstein._directions(x[0, 0].numel(), 5, 0).to(x.device)
+    return reference.sliced_wasserstein_loss(x.flatten(2), t.flatten(2), across).mean()
+
+
 EMBEDDED = ["rkd", "sp", "pkt", "cc"]
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "at": at_loss,
@@ -71,6 +100,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "cosine": partial(feature, kind="cosine"),
     "smooth_l1": partial(feature, kind="smooth_l1"),
     "nst": nst_loss,
+    "mmd": partial(mmd_loss, bandwidth=0.8),
+    "wkd_feature": as_wide(wkd_feature_loss),
+    "wkd_cells": as_wide(partial(wkd_feature_loss, cells=2)),
+    "sliced": sliced,
     "rkd": embedded(rkd_loss),
     "sp": embedded(sp_loss),
     "pkt": embedded(pkt_loss),
@@ -84,13 +117,17 @@ USUAL: dict[str, Callable[..., Tensor]] = {
     "cosine": partial(usual_feature, kind="cosine"),
     "smooth_l1": partial(usual_feature, kind="smooth_l1"),
     "nst": lambda x, t: reference.nst_loss(x, t).mean(),
+    "mmd": lambda x, t: reference.mmd_loss(x, t, 0.8).mean(),
+    "wkd_feature": as_wide(lambda x, t: reference.wkd_feature_loss(x, t).mean()),
+    "wkd_cells": as_wide(lambda x, t: reference.wkd_feature_loss(x, t, 2).mean()),
+    "sliced": usual_sliced,
     "rkd": embedded(reference.rkd_loss),
     "sp": embedded(reference.sp_loss),
     "pkt": embedded(reference.pkt_loss),
     "cc": embedded(reference.cc_loss),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
-SPATIAL = [name for name in LOSSES if name not in EMBEDDED]
+SPATIAL = [name for name in LOSSES if name not in (*EMBEDDED, "sliced")]
 every_spatial = pytest.mark.parametrize("name", SPATIAL)
 
 
@@ -120,7 +157,7 @@ def assert_near(given: Tensor, want: Tensor, roundings: int = 8, size: float = 0
 
 # rounding errors of each loss in float32, on the largest number of the result: a sum over channels
 # or triplets, whose order torch chooses
-ROUNDINGS = {"nst": 64, "rkd": 32, "pkt": 128}
+ROUNDINGS = {"nst": 64, "mmd": 64, "rkd": 32, "pkt": 128, "sliced": 64}
 
 
 def check(name: str, x: Tensor, t: Tensor, t_form: Tensor | None = None) -> None:

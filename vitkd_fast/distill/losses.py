@@ -20,11 +20,14 @@ from ..functional import (
     cc_loss,
     feature_loss,
     kd_loss,
+    mmd_loss,
     nst_loss,
     pkt_loss,
     relation_loss,
     rkd_loss,
+    sliced_wasserstein_loss,
     sp_loss,
+    wkd_feature_loss,
 )
 from ..functional._features import resize_map
 from ..nn import AttentionMapProjection
@@ -388,6 +391,80 @@ class CC(PooledTerm):
         return self.weight.at(x) * cc_loss(*pair, gamma=self.gamma, order=self.order)
 
 
+class MMD(MapTerm):
+    """weight * mmd_loss: the student's channels are distributed as the teacher's, over positions.
+
+    Maximum mean discrepancy, Gaussian kernel (Huang and Wang, 2017, arXiv:1707.01219),
+    `functional.mmd_loss`.
+    """
+
+    # of the kernel: a number, or that of the distances between student and teacher
+    bandwidth: Literal["mean", "median"] | Annotated[float, Field(gt=0)] = "mean"
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        loss = mmd_loss(f_s, f_t, bandwidth=self.bandwidth, teacher_grid=grid)
+        return self.weight.at(x) * loss
+
+
+class WKDFeature(MapTerm):
+    """weight * wkd_feature_loss: means and deviations of channels, by Wasserstein distance.
+
+    WKD-F (Lv et al., 2024, arXiv:2412.08139), `functional.wkd_feature_loss`. Where the widths
+    differ, the student's map goes through a 1x1 convolution that is trained with it and only needed
+    in training.
+    """
+
+    cells: int = Field(1, ge=1)  # of each side of the grid, with moments of their own
+    mean_weight: float = Field(2.0, ge=0)  # of the means, beside that of deviations of 1
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
+        f_s, f_t, _ = self.pair(student, teacher)
+        of_t = f_t.shape[1] if f_t.dim() == 4 else f_t.shape[2]
+        return nn.Conv2d(f_s.shape[1], of_t, 1) if f_s.shape[1] != of_t else None
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        loss = wkd_feature_loss(
+            learned(f_s) if learned else f_s,
+            f_t,
+            cells=self.cells,
+            mean_weight=self.mean_weight,
+            teacher_grid=grid,
+        )
+        return self.weight.at(x) * loss
+
+
+class SlicedWasserstein(MapTerm):
+    """weight * sliced_wasserstein_loss: channels as points, each of length 1 over its positions.
+
+    Transport in one dimension along directions (of features Heitz et al., 2021, arXiv:2006.07229),
+    `functional.sliced_wasserstein_loss`. The student's map is resized to the teacher's grid; the
+    widths may differ.
+    """
+
+    projections: int = Field(64, ge=1)  # directions
+    p: float = Field(2.0, ge=1)  # the power of the distance
+    seed: int = 0  # of the directions
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        if f_t.dim() == 4:
+            grid, f_t = (f_t.shape[2], f_t.shape[3]), f_t.flatten(2).mT
+        side = math.isqrt(f_t.shape[1])
+        points = resize_map(f_s, grid or (side, side)).flatten(2), f_t.mT
+        loss = sliced_wasserstein_loss(
+            *(normalize(x.float(), dim=2) for x in points),
+            projections=self.projections,
+            p=self.p,
+            seed=self.seed,
+        )
+        return self.weight.at(x) * loss
+
+
 def _pooled(student: TapOutputs, teacher: TapOutputs, *tokens: int) -> tuple[Tensor, Tensor]:
     """What both classifiers read, [B, features], or as so many tokens in between."""
     assert student.pooled is not None and teacher.pooled is not None
@@ -419,6 +496,9 @@ class Losses(Section):
     sp: SP | None = None
     pkt: PKT | None = None
     cc: CC | None = None
+    mmd: MMD | None = None
+    wkd_feature: WKDFeature | None = None
+    sliced_wasserstein: SlicedWasserstein | None = None
 
     def terms(self) -> Iterator[tuple[str, Term]]:
         """The terms that were named, with their names."""
