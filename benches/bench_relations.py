@@ -28,17 +28,24 @@ from features import (
     features,
     step,
 )
+from vitkd_fast import reference
 from vitkd_fast.functional import (
     cc_loss,
+    mlkd_loss,
     mmd_loss,
     pkt_loss,
     sliced_wasserstein,
     sliced_wasserstein_loss,
     sp_loss,
+    spearman_loss,
+    wkd_cost,
     wkd_feature_loss,
+    wkd_logit_loss,
 )
 
 N, DIM, DIM_T = 256, 1280, 384
+CLASSES = 1000
+COSTS = wkd_cost(draw(CLASSES, 64))
 
 
 def public_sp(x_s, x_t):
@@ -104,6 +111,48 @@ def public_sliced_wasserstein(x_s, x_t):
     return apart.pow(2).mean()
 
 
+def public_mlkd(student, teacher):
+    loss = 0
+    for temperature in (2.0, 3.0, 4.0, 5.0, 6.0):
+        p, q = (student / temperature).softmax(1), (teacher / temperature).softmax(1)
+        log_p = (student / temperature).log_softmax(1)
+        kd = F.kl_div(log_p, q, reduction="none").sum(1).mean() * temperature**2
+        batch = (p @ p.t() - q @ q.t()).pow(2).sum() / len(p)
+        classes = (p.t() @ p - q.t() @ q).pow(2).sum() / p.shape[1]
+        loss = loss + kd + batch + classes
+    return loss / 5
+
+
+def public_spearman(student, teacher):
+    z = student / 0.1
+    soft = 0.5 + torch.sigmoid(z.unsqueeze(2) - z.unsqueeze(1)).sum(2)
+    exact = teacher.argsort(1).argsort(1).to(z.dtype) + 1
+    soft, exact = (x - x.mean(1, keepdim=True) for x in (soft, exact))
+    return (1 - F.cosine_similarity(soft, exact)).mean()
+
+
+def labels(x):
+    return torch.arange(len(x), device=x.device)
+
+
+def ours_wkd_logit(student, teacher):
+    return wkd_logit_loss(student, teacher, COSTS.to(student.device), labels(student))
+
+
+def public_wkd_logit(student, teacher):
+    cost = COSTS.to(student.device, student.dtype)
+    return reference.wkd_logit_loss(student, teacher, cost, labels(student)).mean()
+
+
+def logits():
+    return [draw(64, CLASSES)], [draw(65, CLASSES)[1:]]
+
+
+def few_logits():
+    """As the unfused form has a matrix of costs for each row, several times."""
+    return [draw(16, CLASSES)], [draw(17, CLASSES)[1:]]
+
+
 def maps():
     """A few: the unfused form takes 230 MB for each."""
     student, teacher = features("cpu", "nchw")
@@ -124,6 +173,9 @@ CASES = {
     "pkt": (pkt_loss, public_pkt, embeddings, {}),
     "cc": (cc_loss, public_cc, embeddings, {}),
     "mmd": (partial(mmd_loss, bandwidth=1.0), public_mmd, maps, {"eager, bmm": public_mmd_bmm}),
+    "mlkd": (mlkd_loss, public_mlkd, logits, {}),
+    "wkd_logit": (ours_wkd_logit, public_wkd_logit, few_logits, {}),
+    "spearman": (spearman_loss, public_spearman, few_logits, {}),
     "wkd_feature": (wkd_feature_loss, public_wkd_feature, equal_maps, {}),
     "sliced_wasserstein": (sliced_wasserstein_loss, public_sliced_wasserstein, channels, {}),
 }

@@ -14,13 +14,14 @@ from torch.nn.functional import interpolate
 from vitkd_fast import models
 from vitkd_fast.distill import sources
 from vitkd_fast.distill.config import ConfigError, load
-from vitkd_fast.distill.losses import StepOutputs
+from vitkd_fast.distill.losses import ClassCosts, StepOutputs
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
 from vitkd_fast.functional import (
     at_loss,
     cc_loss,
     feature_loss,
+    mlkd_loss,
     mmd_loss,
     nst_loss,
     pkt_loss,
@@ -28,7 +29,10 @@ from vitkd_fast.functional import (
     rkd_loss,
     sliced_wasserstein_loss,
     sp_loss,
+    spearman_loss,
+    wkd_cost,
     wkd_feature_loss,
+    wkd_logit_loss,
 )
 from vitkd_fast.taps import TapOutputs
 
@@ -57,6 +61,12 @@ TERMS = [
     "sliced_wasserstein: {stride: 8}",
     "sliced_wasserstein: {stride: 4, teacher_stride: 8, p: 1.0}",
 ]
+OF_LOGITS = [
+    "mlkd: {}",
+    "mlkd: {temperatures: [4], kd_weight: 0}",
+    "spearman: {softness: 0.5}",
+    "wkd_logit: {}",
+]
 OF_FEATURES = [*dict.fromkeys(of.split(":")[0] for of in TERMS)]
 SLOW = ["pkt"]  # to learn, in a batch of 32
 
@@ -77,13 +87,13 @@ def batch() -> tuple[Tensor, Tensor]:
     return interpolate(small, 32), torch.as_tensor(digits.labels[:32])
 
 
-@pytest.mark.parametrize("losses", TERMS)
+@pytest.mark.parametrize("losses", [*TERMS, *OF_LOGITS])
 def test_a_term_learns(losses: str) -> None:
     made = task(losses).train()
     name = losses.split(":")[0]
     learned = made.trainable_module.learned
     widths_differ = name in ("feature", "wkd_feature")
-    assert bool(learned) == widths_differ
+    assert bool([*learned.parameters()]) == widths_differ
     optimizer = torch.optim.Adam(made.trainable_module.parameters(), 2e-3)
     before = {key: x.clone() for key, x in learned.named_parameters()}
     course = []
@@ -215,3 +225,45 @@ def test_features_train_no_classifier(name: str) -> None:
         load("digits", [f"losses={yaml.safe_dump({name: {}}, default_flow_style=True)}"])
     with pytest.raises(ConfigError, match=f"^teacher.model: missing, and losses.{name} needs a t"):
         load("digits", [f"losses={{ce: {{}}, {name}: {{}}}}", "teacher.model=''"])
+
+
+def test_terms_of_logits_are_the_functions() -> None:
+    given = outputs()
+    assert given.teacher is not None
+    pair = given.student.logits, given.teacher.logits
+    costs = ClassCosts(torch.randn(10, 4), 2.0)
+    found = [
+        value("mlkd: {temperatures: [2, 3], class_weight: 5}", given),
+        value("spearman: {softness: 2}", given),
+        value("wkd_logit: {iterations: 3, weight: 2}", given, learned=costs),
+    ]
+    wanted = [
+        mlkd_loss(*pair, temperatures=(2, 3), class_weight=5),
+        spearman_loss(*pair, softness=2),
+        2 * wkd_logit_loss(*pair, costs.cost, given.labels, iterations=3),
+    ]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_of_mixed_labels_the_larger_share_counts() -> None:
+    given, costs = outputs(), ClassCosts(torch.randn(10, 4), 2.0)
+    a, b = given.labels, torch.tensor([4, 5, 6])
+    assert isinstance(a, Tensor)
+    for share, wanted in (
+        (0.7, a),
+        (0.3, b),
+        (torch.tensor([0.9, 0.1, 0.8]), torch.tensor([1, 5, 3])),
+    ):
+        of = [
+            value("wkd_logit: {}", given._replace(labels=x), learned=costs)
+            for x in ((a, b, share), wanted)
+        ]
+        assert torch.equal(*of)
+
+
+def test_costs_are_those_of_the_teachers_classifier() -> None:
+    made = task("wkd_logit: {}")
+    assert made.teacher is not None
+    weight = made.teacher[1].get_classifier().weight
+    torch.testing.assert_close(made.trainable_module.learned["wkd_logit"].cost, wkd_cost(weight))

@@ -6,13 +6,11 @@ backend (test_rkd.py).
 """
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.feature_tools import (
     BFLOAT,
@@ -23,6 +21,7 @@ from support.feature_tools import (
     LOSSES,
     SPATIAL,
     USUAL,
+    Largest,
     as_tokens,
     assert_near,
     check,
@@ -264,21 +263,6 @@ def test_layout_of_the_gradient(name: str) -> None:
     x, t = draw(2, 5, 4, 4).to(memory_format=torch.channels_last), draw(2, 6, 4, 4)
     _, grad = loss_and_grad(LOSSES[name], x, t)
     assert grad.is_contiguous(memory_format=torch.channels_last)
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers in a tensor that any operation gave back as its own memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor) and not func.is_view:
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkd_fast import reference
 from vitkd_fast.functional import (
@@ -174,6 +175,21 @@ def check(name: str, x: Tensor, t: Tensor, t_form: Tensor | None = None) -> None
             pytest.skip("test_weights_in_low_precision_match has the rounded weight")
     assert_near(value, want, roundings)
     assert_near(grad, want_grad, roundings)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in a tensor that any operation gave back as its own memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and not func.is_view:
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return out
 
 
 Bad = tuple[Callable[[], Tensor], type[Exception], str]  # a call, its error, and words of that

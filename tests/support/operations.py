@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from support import attention_map_tools, feature_tools, kd_tools
+from support import attention_map_tools, feature_tools, kd_tools, relation_tools
 from vitkd_fast.functional import attention_map_loss, kd_loss, relation_loss
 
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -176,6 +176,21 @@ OPERATIONS = {
             once=name.startswith("at"),
         )
         for name, loss in feature_tools.LOSSES.items()
+    },
+    **{
+        name: Operation(
+            loss,
+            _drawn((6, 9), (6, 9)),
+            _none,
+            [{}, {}],
+            [(FLOAT, None), (BFLOAT, None), (DOUBLE, None)],
+            [_drawn((33, 12), (33, 12))],
+            [_drawn((7, 12), (7, 12))],
+            _drawn((3, 5), (3, 5)),
+            {"plain": _none},
+            once=False,
+        )
+        for name, loss in relation_tools.LOGITS.items()
     },
 }
 PATHS = [(name, *path) for name, of in OPERATIONS.items() for path in of.paths]

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
+import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -20,6 +21,7 @@ from ..functional import (
     cc_loss,
     feature_loss,
     kd_loss,
+    mlkd_loss,
     mmd_loss,
     nst_loss,
     pkt_loss,
@@ -27,7 +29,10 @@ from ..functional import (
     rkd_loss,
     sliced_wasserstein_loss,
     sp_loss,
+    spearman_loss,
+    wkd_cost,
     wkd_feature_loss,
+    wkd_logit_loss,
 )
 from ..functional._features import resize_map
 from ..nn import AttentionMapProjection
@@ -465,6 +470,107 @@ class SlicedWasserstein(MapTerm):
         return self.weight.at(x) * loss
 
 
+class MLKD(Term):
+    """weight * mlkd_loss: rows, and which of them and of the classes are alike, at temperatures.
+
+    Multi-level logit distillation (Jin, Wang and Lin, CVPR 2023), `functional.mlkd_loss`.
+    """
+
+    classifies = True
+
+    # each divides both logits
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field([2, 3, 4, 5, 6], min_length=1)
+    kd_weight: float = Field(1.0, ge=0)  # of the rows
+    batch_weight: float = Field(1.0, ge=0)  # of the Gram matrices of rows
+    class_weight: float = Field(1.0, ge=0)  # of those of classes
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        loss = mlkd_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            temperatures=self.temperatures,
+            kd_weight=self.kd_weight,
+            batch_weight=self.batch_weight,
+            class_weight=self.class_weight,
+        )
+        return self.weight.at(x) * loss
+
+
+class Spearman(Term):
+    """weight * spearman_loss: the student's classes in the teacher's order.
+
+    The correlation of ranks, `functional.spearman_loss`.
+    """
+
+    classifies = True
+
+    softness: float = Field(0.1, gt=0)  # of the student's ranks, in units of its logits
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        loss = spearman_loss(outputs.student.logits, outputs.teacher.logits, softness=self.softness)
+        return self.weight.at(x) * loss
+
+
+class ClassCosts(nn.Module):
+    """What it costs to take a class for another: nothing that is learned."""
+
+    cost: Tensor  # [classes, classes]
+
+    def __init__(self, classes: Tensor, sharpness: float) -> None:
+        super().__init__()
+        self.register_buffer("cost", wkd_cost(classes, sharpness))
+
+
+class WKDLogit(PooledTerm):
+    """weight * wkd_logit_loss: transport of the probabilities of the classes but the label's.
+
+    WKD-L (Lv et al., 2024, arXiv:2412.08139), `functional.wkd_logit_loss`. Classes are as far apart
+    as their rows of the teacher's classifier; of mixed labels, the one of the larger share counts.
+    """
+
+    classifies = True
+
+    temperature: float = Field(2.0, gt=0)  # divides both logits
+    regularization: float = Field(0.05, gt=0)  # of the plan's entropy
+    iterations: int = Field(10, ge=1)  # of Sinkhorn
+    sharpness: float = Field(2.0, gt=0)  # of the costs
+    target_weight: float = Field(1.0, ge=0)  # of the label's own probability
+    transport_weight: float = Field(1.0, ge=0)  # of the other classes
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
+        weight = getattr(taps.classifier, "weight", None)
+        if not isinstance(weight, Tensor) or len(weight) != teacher.logits.shape[1]:
+            raise ValueError(
+                "wkd_logit: teacher: expected a classifier with a row of weights for each class, "
+                f"got {taps.classifier}"
+            )
+        return ClassCosts(weight.float().flatten(1), self.sharpness)
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None and isinstance(learned, ClassCosts)
+        labels = outputs.labels
+        if not isinstance(labels, Tensor):
+            first, second, share = labels
+            if not isinstance(share, Tensor):
+                labels = first if share >= 0.5 else second
+            else:
+                labels = torch.where(share >= 0.5, first, second)
+        loss = wkd_logit_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            learned.cost,
+            labels,
+            temperature=self.temperature,
+            regularization=self.regularization,
+            iterations=self.iterations,
+            target_weight=self.target_weight,
+            transport_weight=self.transport_weight,
+        )
+        return self.weight.at(x) * loss
+
+
 def _pooled(student: TapOutputs, teacher: TapOutputs, *tokens: int) -> tuple[Tensor, Tensor]:
     """What both classifiers read, [B, features], or as so many tokens in between."""
     assert student.pooled is not None and teacher.pooled is not None
@@ -499,6 +605,9 @@ class Losses(Section):
     mmd: MMD | None = None
     wkd_feature: WKDFeature | None = None
     sliced_wasserstein: SlicedWasserstein | None = None
+    mlkd: MLKD | None = None
+    spearman: Spearman | None = None
+    wkd_logit: WKDLogit | None = None
 
     def terms(self) -> Iterator[tuple[str, Term]]:
         """The terms that were named, with their names."""

@@ -16,6 +16,7 @@ from .cc import cc_loss as cc_loss
 from .feature import feature_loss as feature_loss
 from .kd import Labels as Labels
 from .kd import kd_loss as kd_loss
+from .mlkd import mlkd_loss as mlkd_loss
 from .mmd import mmd_loss as mmd_loss
 from .nst import nst_loss as nst_loss
 from .pkt import pkt_loss as pkt_loss
@@ -23,4 +24,7 @@ from .relation import relation_loss as relation_loss
 from .rkd import rkd_loss as rkd_loss
 from .sliced_wasserstein import sliced_wasserstein_loss as sliced_wasserstein_loss
 from .sp import sp_loss as sp_loss
+from .spearman import spearman_loss as spearman_loss
 from .wkd_feature import wkd_feature_loss as wkd_feature_loss
+from .wkd_logit import wkd_cost as wkd_cost
+from .wkd_logit import wkd_logit_loss as wkd_logit_loss

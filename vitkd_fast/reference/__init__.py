@@ -27,6 +27,7 @@ from .kd import kd_bwd as kd_bwd
 from .kd import kd_fwd as kd_fwd
 from .kd import kd_fwd_grad as kd_fwd_grad
 from .kd import kd_scale_ as kd_scale_
+from .mlkd import mlkd_loss as mlkd_loss
 from .mmd import mmd_loss as mmd_loss
 from .nst import nst_loss as nst_loss
 from .pkt import pkt_loss as pkt_loss
@@ -34,4 +35,6 @@ from .rkd import rkd_fwd_grad as rkd_fwd_grad
 from .rkd import rkd_loss as rkd_loss
 from .sliced_wasserstein import sliced_wasserstein_loss as sliced_wasserstein_loss
 from .sp import sp_loss as sp_loss
+from .spearman import spearman_loss as spearman_loss
 from .wkd_feature import wkd_feature_loss as wkd_feature_loss
+from .wkd_logit import wkd_logit_loss as wkd_logit_loss
