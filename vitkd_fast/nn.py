@@ -32,11 +32,12 @@ class KDLoss(nn.Module):
         self,
         temperature: float | Tensor = 1.0,
         kd_weight: float = 1.0,
-        ce_weight: float = 0.0,
+        ce_weight: float | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         class_dim: int = -1,
         reduction: str = "mean",
+        compat: str | None = None,
     ) -> None:
         super().__init__()
         self.temperature = temperature
@@ -46,6 +47,7 @@ class KDLoss(nn.Module):
         self.ignore_index = ignore_index
         self.class_dim = class_dim
         self.reduction = reduction
+        self.compat = compat
 
     def forward(
         self,
@@ -67,13 +69,15 @@ class KDLoss(nn.Module):
             row_weights=row_weights,
             class_dim=self.class_dim,
             reduction=self.reduction,
+            compat=self.compat,
         )
 
     def extra_repr(self) -> str:
+        compat = f", compat={self.compat!r}" if self.compat else ""
         return (
             f"temperature={self.temperature}, kd_weight={self.kd_weight}, "
             f"ce_weight={self.ce_weight}, label_smoothing={self.label_smoothing}, "
-            f"reduction={self.reduction!r}"
+            f"reduction={self.reduction!r}{compat}"
         )
 
 

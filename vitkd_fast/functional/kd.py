@@ -26,6 +26,8 @@ _kd_fwd_grad = torch.ops.vitkd_fast.kd_fwd_grad.default
 _kd_bwd = torch.ops.vitkd_fast.kd_bwd.default
 _kd_scale_ = torch.ops.vitkd_fast.kd_scale_.default
 
+COMPAT = (None, "timm", "deit", "torchdistill", "mdistiller", "hf")
+
 _LABEL_FORMS = (
     "an int64 tensor of class ids, or mixup's (labels_a, labels_b, lam) with lam a float or one "
     "number per row"
@@ -141,6 +143,47 @@ def _row_options(
     }  # fmt: skip
 
 
+def _check_compat(
+    compat: str,
+    student: Tensor,
+    temperature: float | Tensor,
+    row_weights: Tensor | None,
+    class_dim: int,
+    reduction: str,
+) -> None:
+    """What no library's loss has is an error: there is no scale of theirs to reproduce."""
+    for argument, expected, got, fits in (
+        ("student", "[batch, classes]", list(student.shape), student.dim() == 2 and class_dim == 1),
+        ("temperature", "a number", "a tensor", not isinstance(temperature, Tensor)),
+        ("row_weights", "None", "a tensor", row_weights is None),
+        ("reduction", "'mean'", repr(reduction), reduction == "mean"),
+    ):
+        if not fits:
+            raise ValueError(
+                f"kd_loss: {argument}: expected {expected} with compat={compat!r}, got {got}"
+            )
+
+
+def _weights_of(
+    compat: str | None,
+    kd_weight: float,
+    ce_weight: float | None,
+    temperature: float | Tensor,
+    labels: Labels | None,
+    classes: int,
+) -> tuple[float, float]:
+    """The weights of both terms, with which they add up to that library's loss."""
+    if ce_weight is None:
+        # most have one factor a in (1 - a) CE + a KD; timm's task_loss_weight is 1 unless given
+        ce_weight = {None: 0.0, "mdistiller": 0.0, "timm": 1.0}.get(compat, 1 - kd_weight)
+    if compat == "deit":  # its sum is divided by the number of logits
+        return kd_weight / classes, ce_weight
+    if compat == "torchdistill" and (ce_weight == 0 or labels is None):
+        assert not isinstance(temperature, Tensor)
+        return 1 / temperature**2, 0.0  # it returns the divergence as it is
+    return kd_weight, ce_weight
+
+
 def kd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -148,12 +191,13 @@ def kd_loss(
     temperature: float | Tensor = 1.0,
     labels: Labels | None = None,
     kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
+    ce_weight: float | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     row_weights: Tensor | None = None,
     class_dim: int = -1,
     reduction: str = "mean",
+    compat: str | None = None,
 ) -> Tensor:
     """kd_weight * T^2 * KL(softmax(teacher/T) || softmax(student/T)) + ce_weight * CE(student, y).
 
@@ -176,13 +220,19 @@ def kd_loss(
             `ce_weight` is 0. A label out of range is an error on the CPU, a device-side assertion
             in CUDA C++, and a NaN loss for its row in Triton.
         kd_weight: weight of the distillation term.
-        ce_weight: weight of the cross-entropy; needs labels unless 0.
+        ce_weight: weight of the cross-entropy; needs labels unless 0. 0 unless given; with `compat`
+            what the library takes: 1 - kd_weight for deit, torchdistill and hf, 1 for timm.
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
         ignore_index: the label whose rows are ignored.
         row_weights: scales each row's loss, rows-shaped; a row of weight 0 is not looked at.
         class_dim: the dimension of the classes: 1 for [B, C, H, W].
         reduction: "mean" over the rows that are not ignored (by the sum of their weights, where
             `row_weights` is given), "sum", or "none".
+        compat: the scale of another library's loss, for weights tuned there: "timm", "deit",
+            "torchdistill", "mdistiller" or "hf" (the guide of transformers). The KD term of "deit"
+            is divided by the number of classes; that of "torchdistill" has no factor at all, T^2
+            and kd_weight included, where ce_weight is 0 or there are no labels. For logits [batch,
+            classes], one number as the temperature, the mean, and no row weights.
 
     Returns:
         The loss, float32 (float64 for float64): 0-dim, or one number per row for "none". Ignored
@@ -199,6 +249,7 @@ def kd_loss(
     check_tensors("kd_loss", given)
     numbers = {"kd_weight": kd_weight, "ce_weight": ce_weight, "label_smoothing": label_smoothing}
     check_numbers("kd_loss", numbers)
+    check_choice("kd_loss", "compat", compat, COMPAT)
     check_derivatives("kd_loss", given, {"teacher"})
     check_floating("kd_loss", given)
     shape, dtype = student.shape, student.dtype
@@ -224,10 +275,6 @@ def kd_loss(
     check_choice("kd_loss", "reduction", reduction, REDUCTIONS)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"kd_loss: label_smoothing: expected 0 to 1, got {label_smoothing}")
-    if ce_weight != 0 and labels is None:
-        raise ValueError(
-            f"kd_loss: labels: expected {_LABEL_FORMS}, as ce_weight is {ce_weight}, got None"
-        )
     if dtype is not teacher.dtype and torch.float64 in (dtype, teacher.dtype):
         student, teacher = student.double(), teacher.double()
 
@@ -237,6 +284,15 @@ def kd_loss(
         by_row = _row_options(student, rows, labels, row_weights, temperature)
     elif not temperature > 0:
         raise ValueError(f"kd_loss: temperature: expected a number > 0, got {temperature}")
+    if compat:
+        _check_compat(compat, student, temperature, row_weights, class_dim, reduction)
+    kd_weight, ce_weight = _weights_of(
+        compat, kd_weight, ce_weight, temperature, labels, shape[class_dim]
+    )
+    if ce_weight != 0 and labels is None:
+        raise ValueError(
+            f"kd_loss: labels: expected {_LABEL_FORMS}, as ce_weight is {ce_weight}, got None"
+        )
     options = reference.KDOptions(
         kd_weight=kd_weight, class_dim=class_dim, reduction=REDUCTIONS[reduction],
         ce_weight=ce_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, **by_row,
