@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from support import attention_map_tools, feature_tools, kd_tools
-from vitkd_fast.functional import attention_map_loss, kd_loss, relation_loss
+from vitkd_fast.functional import (
+    attention_map_loss,
+    fused_linear_kd_loss,
+    kd_loss,
+    relation_loss,
+)
 
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Tensors = list[Tensor]
@@ -107,6 +112,22 @@ def _map_options(student: Tensors, name: str = "everything", **kind: str) -> dic
     return attention_map_tools.OPTIONS[name](maps) | kind
 
 
+def _classifier(rows: int, dim: int, classes: int) -> Draw:
+    """Features, weight and bias of the student's; the teacher's logits."""
+
+    def draw(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+        new = partial(kd_tools.draw, dtype=dtype, device=device, scale=1.0)
+        return [new(rows, dim), new(classes, dim), new(classes)], [new(rows, classes)]
+
+    return draw
+
+
+def _row_options_of(student: Tensors, name: str = "everything") -> dict[str, Any]:
+    """kd_loss's, of the logits that features and weight give."""
+    x, weight, _ = student
+    return kd_tools.OPTIONS[name](kd_tools.Rows([x.shape[0]], weight.shape[0], str(x.device)))
+
+
 def _none(student: Tensors) -> dict[str, Any]:
     return {}
 
@@ -132,6 +153,18 @@ OPERATIONS = {
         _logits(4, 5, 2),
         {name: partial(_logit_options, name=name) for name in kd_tools.OPTIONS},
         lambda dtype, reduction: reduction != "none" and dtype != HALF,
+    ),
+    "fused_linear_kd": Operation(
+        partial(fused_linear_kd_loss, chunk=4),
+        _classifier(6, 7, 9),
+        _row_options_of,
+        [{"temperature": 1.0}, {"temperature": 4.0}],
+        [(FLOAT, "mean"), (FLOAT, "sum"), (HALF, "mean"), (BFLOAT, "mean"), (DOUBLE, "mean")],
+        [_classifier(5, 16, 33)],
+        [_classifier(9, 5, 12)],
+        _classifier(3, 2, 4),
+        {name: partial(_row_options_of, name=name) for name in kd_tools.MAIN_OPTIONS},
+        once=False,
     ),
     "attention_map": Operation(
         attention_map_loss,

@@ -12,6 +12,7 @@ require("torch", __name__)
 from .at import at_loss as at_loss
 from .attention_map import attention_map_loss as attention_map_loss
 from .feature import feature_loss as feature_loss
+from .fused_linear_kd import fused_linear_kd_loss as fused_linear_kd_loss
 from .kd import Labels as Labels
 from .kd import kd_loss as kd_loss
 from .nst import nst_loss as nst_loss

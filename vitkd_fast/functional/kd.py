@@ -17,6 +17,7 @@ from ._common import (
     check_numbers,
     check_tensors,
     differentiable_once,
+    wide_dtype,
 )
 
 Labels: TypeAlias = Tensor | tuple[Tensor, Tensor, float | Tensor]
@@ -76,28 +77,30 @@ class _KDInBackward(torch.autograd.Function):
         return grad, *[None] * (1 + len(options))
 
 
-def _per_row(name: str, x: Tensor, student: Tensor, rows: torch.Size, dtype: torch.dtype) -> Tensor:
+def _per_row(
+    argument: str, x: Tensor, student: Tensor, rows: torch.Size, dtype: torch.dtype, name: str
+) -> Tensor:
     """A 0-dim or rows-shaped tensor argument, in the accumulation type."""
     if x.dim() != 0 and x.shape != rows:
         raise ValueError(
-            f"kd_loss: {name}: expected a number, a 0-dim tensor or one number per row, "
+            f"{name}: {argument}: expected a number, a 0-dim tensor or one number per row, "
             f"{list(rows)}, got {list(x.shape)}"
         )
-    check_device("kd_loss", name, x, "student", student)
-    check_derivatives("kd_loss", {name: x}, {name})
+    check_device(name, argument, x, "student", student)
+    check_derivatives(name, {argument: x}, {argument})
     return x.to(dtype)
 
 
-def _check_labels(name: str, x: Any, student: Tensor, rows: torch.Size) -> None:
+def _check_labels(argument: str, x: Any, student: Tensor, rows: torch.Size, name: str) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"kd_loss: {name}: expected {_LABEL_FORMS}, got a {type(x).__name__}")
+        raise TypeError(f"{name}: {argument}: expected {_LABEL_FORMS}, got a {type(x).__name__}")
     if x.dtype != torch.int64 or x.shape != rows:
         dense = " (dense soft labels are not supported)" if x.is_floating_point() else ""
         raise ValueError(
-            f"kd_loss: {name}: expected {_LABEL_FORMS}, of the rows' shape {list(rows)}, got "
+            f"{name}: {argument}: expected {_LABEL_FORMS}, of the rows' shape {list(rows)}, got "
             f"{x.dtype} {list(x.shape)}{dense}"
         )
-    check_device("kd_loss", name, x, "student", student)
+    check_device(name, argument, x, "student", student)
 
 
 def _row_options(
@@ -106,37 +109,42 @@ def _row_options(
     labels: Labels | None,
     row_weights: Tensor | None,
     temperature: float | Tensor,
+    name: str = "kd_loss",
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """The operations' options that are tensors of the rows, or stand in for one."""
-    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    """The operations' options that are tensors of the rows, or stand in for one.
+
+    dtype: of the arithmetic, the student's accumulation type unless given.
+    """
+    wide = dtype or wide_dtype(student)
     temperature_rows = lam_rows = labels_b = None
     lam: float | Tensor = 1.0
     if isinstance(temperature, Tensor):
-        temperature_rows = _per_row("temperature", temperature, student, rows, wide)
+        temperature_rows = _per_row("temperature", temperature, student, rows, wide, name)
         temperature = 1.0
     elif not temperature > 0:
-        raise ValueError(f"kd_loss: temperature: expected a number > 0, got {temperature}")
+        raise ValueError(f"{name}: temperature: expected a number > 0, got {temperature}")
     if isinstance(labels, (tuple, list)):
         if len(labels) != 3:
             raise ValueError(
-                f"kd_loss: labels: expected {_LABEL_FORMS}, got a {type(labels).__name__} of "
+                f"{name}: labels: expected {_LABEL_FORMS}, got a {type(labels).__name__} of "
                 f"{len(labels)}"
             )
         labels, labels_b, lam = labels
-        _check_labels("labels_b", labels_b, student, rows)
+        _check_labels("labels_b", labels_b, student, rows, name)
         if isinstance(lam, Tensor):
-            lam_rows, lam = _per_row("lam", lam, student, rows, wide), 1.0
+            lam_rows, lam = _per_row("lam", lam, student, rows, wide, name), 1.0
         elif not 0 <= lam <= 1:
-            raise ValueError(f"kd_loss: lam: expected 0 to 1, got {lam}")
+            raise ValueError(f"{name}: lam: expected 0 to 1, got {lam}")
     if labels is not None:
-        _check_labels("labels", labels, student, rows)
+        _check_labels("labels", labels, student, rows, name)
     if row_weights is not None:
         if row_weights.shape != rows:
             raise ValueError(
-                f"kd_loss: row_weights: expected one number per row, {list(rows)}, got "
+                f"{name}: row_weights: expected one number per row, {list(rows)}, got "
                 f"{list(row_weights.shape)}"
             )
-        row_weights = _per_row("row_weights", row_weights, student, rows, wide)
+        row_weights = _per_row("row_weights", row_weights, student, rows, wide, name)
     return {
         "temperature": temperature, "labels": labels, "labels_b": labels_b, "lam_rows": lam_rows,
         "temperature_rows": temperature_rows, "row_weights": row_weights, "lam": lam,

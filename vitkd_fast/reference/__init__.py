@@ -14,6 +14,7 @@ from .attention_map import attention_map_bwd as attention_map_bwd
 from .attention_map import attention_map_fwd as attention_map_fwd
 from .attention_map import attention_map_fwd_grad as attention_map_fwd_grad
 from .feature import feature_loss as feature_loss
+from .fused_linear_kd import fused_linear_kd_loss as fused_linear_kd_loss
 from .int8 import int8_dwconv as int8_dwconv
 from .int8 import int8_dwconv_shape as int8_dwconv_shape
 from .int8 import int8_pwconv as int8_pwconv
