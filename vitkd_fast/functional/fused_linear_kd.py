@@ -26,7 +26,7 @@ from ._common import (
     wide_dtype,
 )
 from ._features import empty_grad, formed_in_forward
-from .kd import Labels, _row_options
+from ._rows import Labels, row_options
 
 Classifier: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # features, weight, bias
 
@@ -203,8 +203,8 @@ def fused_linear_kd_loss(
     elif chunk < 1:
         raise ValueError(f"{_NAME}: chunk: expected 1 row or more, got {chunk}")
     dtype = wide_dtype(*given.values())
-    by_row = _row_options(
-        features, torch.Size((rows,)), labels, row_weights, temperature, _NAME, dtype
+    by_row = row_options(
+        _NAME, features, torch.Size((rows,)), labels, row_weights, temperature, dtype=dtype
     )
     options = reference.KDOptions(
         kd_weight=kd_weight, class_dim=1, reduction=REDUCTIONS["sum"], ce_weight=ce_weight,
