@@ -29,7 +29,7 @@ _BUILD = (
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
 
-def _loss_like(student: Tensor, o: reference.KDOptions) -> Tensor:
+def _loss_like(student: Tensor, o: Any) -> Tensor:
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     shape = list(student.shape)
     del shape[o.class_dim]
@@ -91,6 +91,27 @@ def _rkd_fwd_grad_fake(gram_s: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return gram_s.new_empty([]), gram_s.new_empty(gram_s.shape)
 
 
+def _row_loss_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
+    return _loss_like(student, reference.RowLossOptions(*options))
+
+
+def _row_loss_bwd_fake(
+    grad_loss: Tensor, student: Tensor, teacher: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    o = reference.RowLossOptions(*options)
+    rows = _loss_like(student, o._replace(reduction=reference.NONE))
+    if not o.wants_temperature:
+        rows = rows.new_empty(0)
+    return torch.empty_like(student), rows
+
+
+def _row_loss_fwd_grad_fake(
+    student: Tensor, teacher: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = _row_loss_fwd_fake(student, teacher, *options)
+    return loss, *_row_loss_bwd_fake(loss, student, teacher, *options)
+
+
 class Operation(NamedTuple):
     schema: str
     fake: Callable
@@ -113,6 +134,7 @@ def _schema_of(options: type) -> str:
 
 
 _KD_OPTIONS = _schema_of(reference.KDOptions)
+_ROW_OPTIONS = _schema_of(reference.RowLossOptions)
 _MAP_OPTIONS = _schema_of(reference.AttentionMapOptions)
 _MAPS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t"
 
@@ -133,6 +155,20 @@ OPERATIONS = [
     Operation(
         "kd_scale_(Tensor(a!) grad, Tensor factor) -> ()",
         _nothing, reference.kd_scale_, "kd",
+    ),
+    Operation(
+        f"row_loss_fwd(Tensor student, Tensor teacher, {_ROW_OPTIONS}) -> Tensor",
+        _row_loss_fwd_fake, reference.row_loss_fwd, "row_loss",
+    ),
+    Operation(
+        f"row_loss_fwd_grad(Tensor student, Tensor teacher, {_ROW_OPTIONS}) "
+        "-> (Tensor loss, Tensor grad, Tensor grad_temperature)",
+        _row_loss_fwd_grad_fake, reference.row_loss_fwd_grad, "row_loss",
+    ),
+    Operation(
+        "row_loss_bwd(Tensor grad_loss, Tensor student, Tensor teacher, "
+        f"{_ROW_OPTIONS}) -> (Tensor grad, Tensor grad_temperature)",
+        _row_loss_bwd_fake, reference.row_loss_bwd, "row_loss",
     ),
     Operation(
         f"attention_map_fwd({_MAPS}, {_MAP_OPTIONS}) -> (Tensor loss, Tensor stats)",
@@ -211,7 +247,8 @@ def _register(backend: str) -> torch.library.Library:
                 f"VITKD_FAST_BACKEND=cuda: {op.name} has no CUDA C++ kernel in this build; "
                 "rebuild with VITKD_FAST_CUDA=1"
             )
-        if importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
+        written = importlib.util.find_spec(f"vitkd_fast.kernels.{op.stem}")
+        if written and importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
             kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")
             library.impl(op.name, getattr(kernels, op.name), "CUDA", allow_override=True)
             _triton.add(op.name)

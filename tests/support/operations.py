@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from support import attention_map_tools, feature_tools, kd_tools
-from vitkd_fast.functional import attention_map_loss, kd_loss, relation_loss
+from vitkd_fast.functional import (
+    attention_map_loss,
+    dkd_loss,
+    js_loss,
+    kd_loss,
+    relation_loss,
+    reverse_kl_loss,
+    tv_loss,
+)
 
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Tensors = list[Tensor]
@@ -102,6 +110,17 @@ def _logit_options(student: Tensors, name: str = "everything") -> dict[str, Any]
     return kd_tools.options_for(name, student[0], min(1, student[0].dim() - 1))
 
 
+def _dkd(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    """With labels, and none that are mixed."""
+    labels = options.pop("labels", None)
+    if labels is None:
+        class_dim = options.get("class_dim", -1)
+        labels = teacher.detach().nan_to_num().argmin(class_dim)
+    elif isinstance(labels, tuple):
+        labels, *_ = labels
+    return dkd_loss(student, teacher, labels, **options)
+
+
 def _map_options(student: Tensors, name: str = "everything", **kind: str) -> dict[str, Any]:
     maps = attention_map_tools.Maps(*student, *student)
     return attention_map_tools.OPTIONS[name](maps) | kind
@@ -133,6 +152,31 @@ OPERATIONS = {
         {name: partial(_logit_options, name=name) for name in kd_tools.OPTIONS},
         lambda dtype, reduction: reduction != "none" and dtype != HALF,
     ),
+    **{
+        name: Operation(
+            loss,
+            _logits(6, 40),
+            _logit_options,
+            [{"temperature": 1.0}, {"temperature": 4.0}],
+            kd_tools.PATHS,
+            [
+                *(_logits(*shape) for shape, _ in kd_tools.FORMS.values()),
+                *(_logits(5), _strided_logits, _transposed_logits),
+            ],
+            [_logits(9, 33), _logits(31, 1001)],
+            _logits(4, 5, 2) if name != "tv" else _logits(4, 5, 3),
+            {case: partial(_logit_options, name=case) for case in kd_tools.MAIN_OPTIONS},
+            lambda dtype, reduction: reduction != "none" and dtype != HALF,
+        )
+        for name, loss in {
+            "reverse_kl": reverse_kl_loss,
+            "js": partial(js_loss, beta=0.3),
+            "tv": tv_loss,
+            "dkd": _dkd,
+            "kd_standardized": partial(kd_loss, standardize=True),
+            "dkd_standardized": partial(_dkd, standardize=True),
+        }.items()
+    },
     "attention_map": Operation(
         attention_map_loss,
         _maps(2, 3, 5, 7, 16, 8),

@@ -9,10 +9,14 @@ from .._extras import require
 
 require("torch", __name__)
 
+from ._rows import Labels as Labels
 from .at import at_loss as at_loss
 from .attention_map import attention_map_loss as attention_map_loss
+from .divergence import js_loss as js_loss
+from .divergence import reverse_kl_loss as reverse_kl_loss
+from .divergence import tv_loss as tv_loss
+from .dkd import dkd_loss as dkd_loss
 from .feature import feature_loss as feature_loss
-from .kd import Labels as Labels
 from .kd import kd_loss as kd_loss
 from .nst import nst_loss as nst_loss
 from .relation import relation_loss as relation_loss

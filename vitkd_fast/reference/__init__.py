@@ -29,3 +29,8 @@ from .kd import kd_scale_ as kd_scale_
 from .nst import nst_loss as nst_loss
 from .rkd import rkd_fwd_grad as rkd_fwd_grad
 from .rkd import rkd_loss as rkd_loss
+from .row_loss import DIVERGENCES as DIVERGENCES
+from .row_loss import RowLossOptions as RowLossOptions
+from .row_loss import row_loss_bwd as row_loss_bwd
+from .row_loss import row_loss_fwd as row_loss_fwd
+from .row_loss import row_loss_fwd_grad as row_loss_fwd_grad
