@@ -50,6 +50,12 @@ class TapOutputs:
     tokens: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, heads, N, dim]
     keys: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, heads, N, dim]
+    prefix_tokens: int = 0  # as of the `Taps`
+    grid: tuple[int, int] | None = None  # likewise
+
+    def patches(self, block: int) -> Tensor:
+        """[B, patches, C]: the tokens of a block that was tapped, without those in front."""
+        return self.tokens[block][:, self.prefix_tokens :]
 
 
 def _queries_and_keys(
@@ -185,4 +191,6 @@ class Taps:
             tokens={i: self._as_tokens(outputs[m]) for i, m in self._tokens.items()},
             queries={i: q for i, (q, _) in pairs.items()},
             keys={i: k for i, (_, k) in pairs.items()},
+            prefix_tokens=self.prefix_tokens,
+            grid=self.grid,
         )

@@ -172,17 +172,19 @@ class Config(Section):
             raise ConfigError(
                 f"losses: expected one or more of {', '.join(Losses.model_fields)}, got none"
             )
-        losses = self.losses
-        distilled = [name for name in ("kd", "attention") if getattr(losses, name)]
-        if bool(distilled) != bool(self.teacher.model):
+        terms = dict(self.losses.terms())
+        distil = [name for name, term in terms.items() if term.distils]
+        if bool(distil) != bool(self.teacher.model):
             raise ConfigError(
-                f"teacher.model: missing, and losses.{distilled[0]} needs a teacher"
-                if distilled
+                f"teacher.model: missing, and losses.{distil[0]} needs a teacher"
+                if distil
                 else f"teacher.model: {self.teacher.model} teaches nothing without losses.kd or "
-                "losses.attention"
+                "another loss that compares with it"
             )
-        if losses.attention and not (losses.kd or losses.ce):
-            raise ConfigError("losses.attention: trains no classifier; add losses.kd or losses.ce")
+        if not any(term.classifies for term in terms.values()):
+            raise ConfigError(
+                f"losses.{distil[0]}: trains no classifier; add losses.kd or losses.ce"
+            )
         teacher = self.teacher
         if Path(teacher.model).is_file() and (
             teacher.pretrained or teacher.checkpoint or teacher.options or teacher.epochs

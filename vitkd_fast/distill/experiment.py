@@ -30,7 +30,7 @@ from . import (
     results,
     sources,
 )
-from .config import Config, ConfigError, Model
+from .config import Config, ConfigError, Model, Teacher
 from .loop import Trainer
 from .runtime import Runtime
 from .task import DistillationTask
@@ -97,6 +97,9 @@ class _Experiment:
     ) -> nn.Module:
         """Trains one model, which may be the teacher, in the folder of this name."""
         section = config.teacher if name == "teacher" else config.student
+        source = config.teacher if teacher else Teacher()
+        if teacher and source.epochs:
+            source = Teacher(model=str((self.folder / "teacher" / "last.safetensors").absolute()))
         trainer = Trainer(
             config,
             DistillationTask.create(config, student, teacher, self.runtime),
@@ -111,6 +114,10 @@ class _Experiment:
                 pixels=preflight.pixels(config, student),
                 classes=tuple(self.classes),
             ),
+            rebuild={
+                "student": preflight.rebuilding(section, student).model_dump(),
+                "teacher": source.model_dump(),
+            },
         )
         if self.resume:
             trainer.restore()

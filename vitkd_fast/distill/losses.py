@@ -8,16 +8,26 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from ..functional import Labels, kd_loss
+from ..functional import (
+    Labels,
+    at_loss,
+    feature_loss,
+    kd_loss,
+    nst_loss,
+    relation_loss,
+    rkd_loss,
+)
+from ..functional._features import resize_map
 from ..nn import AttentionMapProjection
 from ..taps import TapOutputs, Taps
 
-TapSpec: TypeAlias = Mapping[str, tuple[int, ...]]  # arguments of Taps
+TapSpec: TypeAlias = Mapping[str, tuple[int, ...] | bool]  # arguments of Taps
 
 
 class StepOutputs(NamedTuple):
@@ -63,6 +73,9 @@ ONE, ZERO = Ramp(start=1, end=1), Ramp(start=0, end=0)
 class Term(Section):
     """One term of the loss, times its weight."""
 
+    distils: ClassVar[bool] = True  # compares the student with a teacher
+    classifies: ClassVar[bool] = False  # trains the student's classifier
+
     weight: Schedule = ONE  # factor of the term
 
     def taps(self) -> tuple[TapSpec, TapSpec]:
@@ -80,6 +93,9 @@ class Term(Section):
 
 class CE(Term):
     """weight * CE(student, labels), the loss of a student without a teacher."""
+
+    distils = False
+    classifies = True
 
     label_smoothing: float = Field(0.0, ge=0, le=1)  # of the cross-entropy
 
@@ -100,6 +116,8 @@ class KD(Term):
 
     Hinton, Vinyals and Dean, 2015, arXiv:1503.02531; one fused pass, `functional.kd_loss`.
     """
+
+    classifies = True
 
     temperature: float = Field(1.0, gt=0)  # divides both logits
     ce_weight: Schedule = ZERO  # factor of the cross-entropy
@@ -157,12 +175,189 @@ class Attention(Term):
         return self.weight.at(x) * loss
 
 
+class MapTerm(Term):
+    """A term of a map of the student and patches of the teacher: of a block, or a map."""
+
+    stride: int = Field(16, ge=1)  # of the student's map
+    block: int = -1  # of the teacher, whose patch tokens are compared
+    teacher_stride: int | None = Field(None, ge=1)  # of a map of the teacher, instead of a block
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        if self.teacher_stride is None:
+            return {"maps": (self.stride,)}, {"tokens": (self.block,)}
+        return {"maps": (self.stride,)}, {"maps": (self.teacher_stride,)}
+
+    def pair(
+        self, student: TapOutputs, teacher: TapOutputs
+    ) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+        """The student's map, the teacher's map or tokens, and the tokens' grid where it is known.
+
+        [B, C, H, W]; [B, C, H, W] or [B, N, C].
+        """
+        of_student = student.maps[self.stride]
+        if self.teacher_stride is None:
+            return of_student, teacher.patches(self.block), teacher.grid
+        return of_student, teacher.maps[self.teacher_stride], None
+
+
+class AT(MapTerm):
+    """weight * at_loss: where the student's activations are large, and where the teacher's are.
+
+    Attention transfer (Zagoruyko and Komodakis, 2017, arXiv:1612.03928), `functional.at_loss`.
+    """
+
+    p: float = Field(2.0, ge=1)  # the power of the activations
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        return self.weight.at(x) * at_loss(f_s, f_t, p=self.p, teacher_grid=grid)
+
+
+class Feature(MapTerm):
+    """weight * feature_loss: the student's features, through a 1x1 layer, are the teacher's.
+
+    FitNet's hint (Romero et al., 2015, arXiv:1412.6550), `functional.feature_loss`. The layer is
+    trained with the student and only needed in training.
+    """
+
+    # a map and patches, or what both classifiers read
+    features: Literal["map", "pooled"] = "map"
+    kind: Literal["mse", "cosine", "smooth_l1"] = "mse"  # the error
+    beta: float = Field(1.0, ge=0)  # of smooth_l1: where its square turns into its line
+    # of each position of the teacher, over its channels
+    normalize_teacher: Literal["none", "layer_norm", "l2"] = "none"
+    projection: Literal["auto", "always"] = "auto"  # auto: where the widths differ
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        if self.features == "map":
+            return super().taps()
+        return {"pooled": True}, {"pooled": True}
+
+    def pair(
+        self, student: TapOutputs, teacher: TapOutputs
+    ) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+        if self.features == "map":
+            return super().pair(student, teacher)
+        return *_pooled(student, teacher, 1), None
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
+        f_s, f_t, _ = self.pair(student, teacher)
+        of_s, of_t = (x.shape[1] if x.dim() == 4 else x.shape[2] for x in (f_s, f_t))
+        return nn.Linear(of_s, of_t) if self.projection == "always" or of_s != of_t else None
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        layer = (learned.weight, learned.bias) if isinstance(learned, nn.Linear) else ()
+        loss = feature_loss(
+            f_s,
+            f_t,
+            *layer,
+            kind=self.kind,
+            beta=self.beta,
+            normalize_teacher=None if self.normalize_teacher == "none" else self.normalize_teacher,
+            teacher_grid=grid,
+        )
+        return self.weight.at(x) * loss
+
+
+class NST(MapTerm):
+    """weight * nst_loss: the student's channels answer to the same positions as the teacher's.
+
+    Neuron selectivity transfer (Huang and Wang, 2017, arXiv:1707.01219), `functional.nst_loss`.
+    """
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        return self.weight.at(x) * nst_loss(f_s, f_t, teacher_grid=grid)
+
+
+class RKD(Term):
+    """weight * rkd_loss: distances and angles between a batch's images, in what classifiers read.
+
+    Relational distillation (Park et al., 2019, arXiv:1904.05068), `functional.rkd_loss`.
+    """
+
+    distance_weight: float = Field(25.0, ge=0)  # of distances of pairs
+    angle_weight: float = Field(50.0, ge=0)  # of angles of triplets
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        return {"pooled": True}, {"pooled": True}
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        loss = rkd_loss(
+            *_pooled(outputs.student, outputs.teacher),
+            distance_weight=self.distance_weight,
+            angle_weight=self.angle_weight,
+        )
+        return self.weight.at(x) * loss
+
+
+class Relation(MapTerm):
+    """weight * relation_loss: which of an image's patches are alike, T^2 KL of softmax(x x^T / T).
+
+    Of the student's map, resized to the teacher's grid (MiniLMv2: Wang et al., 2021,
+    arXiv:2012.15828), `functional.relation_loss`. The widths may differ.
+    """
+
+    heads: int = Field(1, ge=1)  # into which both widths are split
+    # dot: x x^T / sqrt(dim); cosine: of x of length 1
+    similarity: Literal["dot", "cosine"] = "dot"
+    temperature: float = Field(1.0, gt=0)  # divides both similarities
+    kind: Literal["kl", "reverse_kl", "js", "mse"] = "kl"  # the divergence
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        if f_t.dim() == 4:
+            grid, f_t = (f_t.shape[2], f_t.shape[3]), f_t.flatten(2).mT
+        side = math.isqrt(f_t.shape[1])
+        f_s = resize_map(f_s, grid or (side, side)).flatten(2).mT
+        scale = None
+        if self.similarity == "cosine":
+            f_s, f_t, scale = normalize(f_s.float(), dim=-1), normalize(f_t.float(), dim=-1), 1.0
+        loss = relation_loss(
+            _heads("student", f_s, self.heads),
+            _heads("teacher", f_t, self.heads),
+            scale_s=scale,
+            scale_t=scale,
+            temperature=self.temperature,
+            kind=self.kind,
+        )
+        return self.weight.at(x) * loss
+
+
+def _pooled(student: TapOutputs, teacher: TapOutputs, *tokens: int) -> tuple[Tensor, Tensor]:
+    """What both classifiers read, [B, features], or as so many tokens in between."""
+    assert student.pooled is not None and teacher.pooled is not None
+    s, t = student.pooled, teacher.pooled
+    return s.reshape(len(s), *tokens, -1), t.reshape(len(t), *tokens, -1)
+
+
+def _heads(side: str, x: Tensor, heads: int) -> Tensor:
+    """[B, N, C] as [B, heads, N, C / heads]."""
+    if x.shape[2] % heads:
+        raise ValueError(
+            f"relation: heads: expected a divisor of the {side}'s {x.shape[2]} channels, "
+            f"got {heads}"
+        )
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
 class Losses(Section):
     """The terms that are added up; each is left out until it is named."""
 
     kd: KD | None = None
     ce: CE | None = None
     attention: Attention | None = None
+    at: AT | None = None
+    feature: Feature | None = None
+    nst: NST | None = None
+    rkd: RKD | None = None
+    relation: Relation | None = None
 
     def terms(self) -> Iterator[tuple[str, Term]]:
         """The terms that were named, with their names."""

@@ -105,6 +105,14 @@ def create_teacher(config: Config, names: Sequence[str]) -> nn.Module:
     return teacher
 
 
+def rebuilding(section: Model, model: nn.Module) -> Model:
+    """A section that makes the same model with other weights, without a file of its weights."""
+    return Model(
+        model=section.model,
+        options={**models.Origin.of(model).options, **section.options},
+    )
+
+
 def _create(
     config: Config, section: Model, num_classes: int | None, *, new_head: bool
 ) -> nn.Module:

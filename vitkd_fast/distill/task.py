@@ -166,12 +166,15 @@ class _Trainable(nn.Module):
 
 def _taps(predict: nn.Sequential, wanted: list[TapSpec]) -> Taps | None:
     """Taps of a predictor's model for all terms; None if they need only logits."""
-    merged: dict[str, tuple[int, ...]] = {}
+    merged: dict[str, Any] = {}
     for arguments in wanted:
         for name, places in arguments.items():
-            merged[name] = tuple(dict.fromkeys((*merged.get(name, ()), *places)))
+            if isinstance(places, bool):
+                merged[name] = places
+            else:
+                merged[name] = tuple(dict.fromkeys((*merged.get(name, ()), *places)))
     if not merged:
         return None
-    taps = Taps(predict[1], **merged)  # type: ignore[arg-type]
+    taps = Taps(predict[1], **merged)
     taps.model = predict
     return taps

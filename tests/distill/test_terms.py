@@ -1,0 +1,158 @@
+"""Terms of the loop that compare features: each learns, and its gradient arrives."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from vitkd_fast import models
+from vitkd_fast.distill import sources
+from vitkd_fast.distill.config import ConfigError, load
+from vitkd_fast.distill.losses import StepOutputs
+from vitkd_fast.distill.runtime import Runtime
+from vitkd_fast.distill.task import DistillationTask
+from vitkd_fast.functional import at_loss, feature_loss, nst_loss, relation_loss, rkd_loss
+from vitkd_fast.taps import TapOutputs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TERMS = [
+    "at: {stride: 8}",
+    "at: {stride: 4, p: 1.0, teacher_stride: 8}",
+    "feature: {stride: 8}",
+    "feature: {stride: 8, kind: cosine, block: 0}",
+    "feature: {stride: 4, kind: smooth_l1, normalize_teacher: layer_norm, teacher_stride: 8}",
+    "feature: {features: pooled}",
+    "nst: {stride: 8}",
+    "rkd: {}",
+    "relation: {stride: 8}",
+    "relation: {stride: 8, heads: 4, kind: js}",
+    "relation: {stride: 4, teacher_stride: 8, similarity: cosine, temperature: 0.2}",
+]
+
+
+def task(losses: str, **teacher: Any) -> DistillationTask:
+    config = load("digits", [f"losses={{ce: {{weight: 0}}, {losses}}}", "data.image_size=32"])
+    torch.manual_seed(0)
+    student = models.create("mobilenetv2_035", num_classes=10)
+    options = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, **teacher}
+    made = models.create("vit_tiny_patch16_224", num_classes=10, image_size=32, options=options)
+    return DistillationTask.create(config, student, made, Runtime(torch.device("cpu")))
+
+
+@functools.cache
+def batch() -> tuple[Tensor, Tensor]:
+    digits = sources.Digits()
+    small = torch.as_tensor(digits.images[:32])[:, None].expand(-1, 3, -1, -1)
+    return interpolate(small, 32), torch.as_tensor(digits.labels[:32])
+
+
+@pytest.mark.parametrize("losses", TERMS)
+def test_a_term_learns(losses: str) -> None:
+    made = task(losses).train()
+    name = losses.split(":")[0]
+    learned = made.trainable_module.learned
+    widths_differ = name == "feature"
+    assert bool(learned) == widths_differ
+    optimizer = torch.optim.Adam(made.trainable_module.parameters(), 2e-3)
+    before = {key: x.clone() for key, x in learned.named_parameters()}
+    course = []
+    for _ in range(16):
+        result = made(*batch(), 0.0)
+        optimizer.zero_grad()
+        result["loss"].backward()
+        for x in (made.student.get_parameter("conv_stem.weight"), *learned.parameters()):
+            assert x.grad is not None and x.grad.abs().sum() > 0
+        optimizer.step()
+        course.append(result["terms"][1].item())
+    assert sum(course[-3:]) < 0.8 * sum(course[:3]), course
+    assert all(not torch.equal(x, before[key]) for key, x in learned.named_parameters())
+    assert made.teacher is not None
+    assert all(x.grad is None for x in made.teacher.parameters())
+
+
+def outputs() -> StepOutputs:
+    """A student and a teacher, as if they had been tapped: 4x4 patches behind a class token."""
+    student = TapOutputs(
+        torch.randn(3, 10), pooled=torch.randn(3, 24), maps={8: torch.randn(3, 8, 4, 4)}
+    )
+    teacher = TapOutputs(
+        torch.randn(3, 10),
+        pooled=torch.randn(3, 16),
+        tokens={-1: torch.randn(3, 17, 16)},
+        prefix_tokens=1,
+        grid=(4, 4),
+    )
+    return StepOutputs(student, teacher, torch.tensor([1, 2, 3]))
+
+
+def value(losses: str, given: StepOutputs, x: float = 0.0, learned: nn.Module | None = None):
+    """Of the term that a configuration describes."""
+    name = losses.split(":")[0]
+    made = getattr(load("digits", [f"losses={{ce: {{}}, {losses}}}"]).losses, name)
+    return made(given, x, learned)
+
+
+def test_terms_are_the_functions() -> None:
+    """Of the map and the patches without the class token, times the weight."""
+    given = outputs()
+    assert given.teacher is not None and given.teacher.pooled is not None
+    assert given.student.pooled is not None
+    f_s, f_t = given.student.maps[8], given.teacher.tokens[-1][:, 1:]
+    pooled = given.student.pooled, given.teacher.pooled
+    layer, wide = nn.Linear(8, 16), nn.Linear(24, 16)
+    found = [
+        value("at: {stride: 8, p: 3.0}", given),
+        value("nst: {stride: 8}", given),
+        value("rkd: {angle_weight: 2}", given),
+        value("relation: {stride: 8, heads: 2}", given),
+        value("feature: {stride: 8}", given, learned=layer),
+        value("feature: {features: pooled, kind: cosine}", given, learned=wide),
+    ]
+    heads = [x.unflatten(2, (2, -1)).transpose(1, 2) for x in (f_s.flatten(2).mT, f_t)]
+    wanted = [
+        at_loss(f_s, f_t, p=3.0),
+        nst_loss(f_s, f_t),
+        rkd_loss(*pooled, angle_weight=2),
+        relation_loss(*heads),
+        feature_loss(f_s, f_t, layer.weight, layer.bias),
+        1 - nn.functional.cosine_similarity(wide(pooled[0]), pooled[1]).mean(),
+    ]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["at", "nst", "rkd", "relation"])
+def test_weights_are_schedules(name: str) -> None:
+    given = outputs()
+    stride = "" if name == "rkd" else "stride: 8, "
+    one = value(f"{name}: {{{stride}weight: 1}}", given)
+    text = f"{name}: {{{stride}weight: {{start: 0, end: 3, until: 0.5}}}}"
+    for x, factor in ((0.0, 0.0), (0.25, 1.5), (1.0, 3.0)):
+        torch.testing.assert_close(value(text, given, x), factor * one)
+
+
+def test_a_projection_is_learned_where_widths_differ() -> None:
+    assert not task("feature: {stride: 8}", embed_dim=16).trainable_module.learned
+    for losses, width in (("feature: {stride: 8, projection: always}", 16), (TERMS[2], 32)):
+        layer = task(losses, embed_dim=width).trainable_module.learned["feature"]
+        assert [*layer.weight.shape] == [width, 16]
+
+
+def test_heads_that_do_not_divide_a_width_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"^relation: heads: expected a divisor of .* 16 channels"):
+        task("relation: {stride: 8, heads: 3}")(*batch())
+
+
+@pytest.mark.parametrize("name", ["at", "feature", "nst", "rkd", "relation"])
+def test_features_train_no_classifier(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^losses.{name}: trains no classifier; add losses.kd"):
+        load("digits", [f"losses={yaml.safe_dump({name: {}}, default_flow_style=True)}"])
+    with pytest.raises(ConfigError, match=f"^teacher.model: missing, and losses.{name} needs a t"):
+        load("digits", [f"losses={{ce: {{}}, {name}: {{}}}}", "teacher.model=''"])
