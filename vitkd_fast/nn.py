@@ -10,12 +10,14 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
 from .functional._common import check_derivatives, check_tensors
 from .functional._features import resize_map
+from .functional.dino import dino
 
 if TYPE_CHECKING:
     from .taps import Taps
@@ -351,6 +353,109 @@ class CrossAttentionProjector(nn.Module):
         y = torch.baddbmm(self.bias.unsqueeze(1).to(x.dtype), places, self.weight.to(x.dtype))
         y = y.reshape(g, g, batch, height // g, width // g, -1).permute(2, 3, 0, 4, 1, 5)
         return self.dropout(y.reshape(batch, height * width, -1))
+
+
+class DistillationHead(nn.Module):
+    """Two classifiers on the same features, whose mean is the student's own: logits +- d(x).
+
+    Distillation through a head of its own (Touvron et al., 2021, arXiv:2012.12877) for a student
+    of one classifier, such as a MobileNet of timm: a linear layer d on what the classifier reads
+    stands for half the difference of two heads, one for the labels and one for the teacher. Their
+    mean, which DeiT predicts with, is the classifier as it is: it is evaluated, exported and
+    quantised alone, and nothing is to be folded. Gradients of both heads reach it. The module is
+    only needed in training.
+
+    Args:
+        features: that the classifier reads.
+        classes: of the classifier.
+    """
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.difference = nn.Linear(features, classes)
+        # both heads begin as the classifier, which may be trained
+        nn.init.zeros_(self.difference.weight)
+        nn.init.zeros_(self.difference.bias)
+
+    def forward(self, pooled: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The heads' logits, [batch, classes] each: of the labels, and of the teacher.
+
+        Args:
+            pooled: what the classifier read, [batch, features].
+            logits: what it gave, [batch, classes].
+        """
+        check_tensors(type(self).__name__, {"pooled": pooled, "logits": logits})
+        half = self.difference(pooled.flatten(1))
+        if half.shape != logits.shape:
+            raise ValueError(
+                f"{type(self).__name__}: logits: expected {list(half.shape)}, got "
+                f"{list(logits.shape)}"
+            )
+        return logits + half, logits - half
+
+
+class DINOLoss(nn.Module):
+    """dino_loss, with the centre that follows the teacher's logits: c <- m c + (1 - m) mean(t).
+
+    Self-distillation with no labels (Caron et al., 2021, arXiv:2104.14294). In training mode each
+    call moves the centre after the loss, by the mean over all views and images, which is formed
+    while the teacher's logits are read. It is the mean over all processes where torch.distributed
+    is initialised.
+
+    Args:
+        classes: of the heads.
+        temperature: of the student.
+        teacher_temperature: may be changed, or given to a call: DINO warms it up to 0.07.
+        momentum: m of the centre.
+
+    Attributes:
+        centre: [classes], a buffer, float32.
+    """
+
+    centre: Tensor
+
+    def __init__(
+        self,
+        classes: int,
+        temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"DINOLoss: momentum: expected 0 to 1, got {momentum}")
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+        self.momentum = momentum
+        self.register_buffer("centre", torch.zeros(classes))
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, teacher_temperature: float | None = None
+    ) -> Tensor:
+        """The loss, 0-dim; arguments are those of `vitkd_fast.functional.dino_loss`."""
+        if teacher_temperature is None:
+            teacher_temperature = self.teacher_temperature
+        centre = self.centre.clone()  # the graph's own: the next call must not change it
+        if not self.training:
+            return functional.dino_loss(
+                student, teacher, centre, temperature=self.temperature,
+                teacher_temperature=teacher_temperature,
+            )  # fmt: skip
+        sums = torch.zeros_like(centre, dtype=torch.promote_types(centre.dtype, teacher.dtype))
+        loss = dino(student, teacher, centre, self.temperature, teacher_temperature, sums)
+        with torch.no_grad():
+            mean = sums / max(teacher.shape[0] * teacher.shape[1], 1)
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
+            if teacher.shape[1]:
+                self.centre.lerp_(mean.to(self.centre.dtype), 1 - self.momentum)
+        return loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"classes={self.centre.numel()}, temperature={self.temperature}, "
+            f"teacher_temperature={self.teacher_temperature}, momentum={self.momentum}"
+        )
 
 
 def _constant(x: Tensor) -> Tensor:

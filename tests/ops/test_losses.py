@@ -17,6 +17,8 @@ from support.process_tools import run_tests
 from vitkd_fast.functional import (
     at_loss,
     attention_map_loss,
+    deit_hard_loss,
+    dino_loss,
     feature_loss,
     fused_linear_kd_loss,
     kd_loss,
@@ -57,6 +59,8 @@ LABELLED = {"labels": torch.arange(6), "ce_weight": 0.5, "temperature": 2.0}
 CALLS = {
     "kd": Call(kd_loss, LOGITS),
     "kd_labels": Call(partial(kd_loss, **LABELLED), LOGITS),
+    "deit_hard": Call(partial(deit_hard_loss, labels=torch.arange(6)), LOGITS),
+    "dino": Call(dino_loss, {"student": (4, 3, 10), "teacher": (2, 3, 10)}),
     "fused_linear_kd": Call(
         partial(fused_linear_kd_loss, chunk=4, **LABELLED),
         {"features": (6, 5), "weight": (10, 5), "bias": (10,), "teacher": (6, 10)},

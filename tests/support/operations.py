@@ -11,6 +11,8 @@ from torch import Tensor
 from support import attention_map_tools, feature_tools, kd_tools
 from vitkd_fast.functional import (
     attention_map_loss,
+    deit_hard_loss,
+    dino_loss,
     dkd_loss,
     fused_linear_kd_loss,
     js_loss,
@@ -51,6 +53,8 @@ class Operation(NamedTuple):
     float64_by_autograd: bool = False
     # compiled once for all sizes
     once: bool = True
+    # the dimension of what a mean is over
+    batch: int = 0
 
 
 def _drawn(*shapes: tuple[int, ...]) -> Draw:
@@ -143,6 +147,29 @@ def _row_options_of(student: Tensors, name: str = "everything") -> dict[str, Any
     return kd_tools.OPTIONS[name](kd_tools.Rows([x.shape[0]], weight.shape[0], str(x.device)))
 
 
+def _views(views: int, batch: int, classes: int) -> Draw:
+    """The student's views of images, and the teacher's of two of them."""
+
+    def draw(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+        new = partial(kd_tools.draw, dtype=dtype, device=device, scale=0.3)
+        return [new(views, batch, classes)], [new(2, batch, classes)]
+
+    return draw
+
+
+def _deit(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    """With labels of its own, where the options have none."""
+    labels = torch.arange(len(student), device=student.device) % student.shape[1]
+    return deit_hard_loss(student, teacher, **{"labels": labels} | options)
+
+
+def _hard_options(student: Tensors) -> dict[str, Any]:
+    x = student[0]
+    labels = torch.randint(x.shape[1], (len(x),)).to(x.device)
+    labels[1::3] = -7
+    return {"alpha": 0.3, "label_smoothing": 0.2, "ignore_index": -7, "labels": labels}
+
+
 def _none(student: Tensors) -> dict[str, Any]:
     return {}
 
@@ -168,6 +195,37 @@ OPERATIONS = {
         _logits(4, 5, 2),
         {name: partial(_logit_options, name=name) for name in kd_tools.OPTIONS},
         lambda dtype, reduction: reduction != "none" and dtype != HALF,
+    ),
+    "deit_hard": Operation(
+        _deit,
+        _logits(6, 40),
+        _hard_options,
+        [{"alpha": 0.3}, {"alpha": 0.6}],
+        kd_tools.PATHS,
+        [_logits(12, 10), _logits(3, 1001), _transposed_logits],
+        [_logits(9, 33)],
+        _logits(4, 5),
+        {"plain": _none, "everything": _hard_options},
+        lambda dtype, reduction: reduction != "none" and dtype != HALF,
+        once=False,
+    ),
+    "dino": Operation(
+        dino_loss,
+        _views(4, 3, 17),
+        _none,
+        [{"temperature": 0.1}, {"temperature": 0.5}],
+        [(FLOAT, None), (HALF, None), (BFLOAT, None), (DOUBLE, None)],
+        [_views(2, 5, 40), _views(6, 2, 1001)],
+        [_views(5, 4, 33)],
+        _views(3, 2, 4),
+        {
+            "plain": _none,
+            "centred": lambda student: {
+                "centre": kd_tools.draw(student[0].shape[2], device=str(student[0].device))
+            },
+        },
+        once=False,
+        batch=1,
     ),
     "fused_linear_kd": Operation(
         partial(fused_linear_kd_loss, chunk=4),

@@ -13,6 +13,8 @@ from .attention_map import AttentionMapOptions as AttentionMapOptions
 from .attention_map import attention_map_bwd as attention_map_bwd
 from .attention_map import attention_map_fwd as attention_map_fwd
 from .attention_map import attention_map_fwd_grad as attention_map_fwd_grad
+from .deit import deit_hard_loss as deit_hard_loss
+from .dino import dino_loss as dino_loss
 from .feature import feature_loss as feature_loss
 from .fused_linear_kd import fused_linear_kd_loss as fused_linear_kd_loss
 from .int8 import int8_dwconv as int8_dwconv
