@@ -23,10 +23,11 @@ from vitkd_fast.functional import (
     feature_loss,
     kd_loss,
     nst_loss,
+    ofa_loss,
     relation_loss,
     rkd_loss,
 )
-from vitkd_fast.nn import DistillationHead
+from vitkd_fast.nn import DistillationHead, OFABranches
 from vitkd_fast.taps import TapOutputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,7 +138,13 @@ def test_terms_are_the_functions() -> None:
         torch.testing.assert_close(a, b)
 
 
-HEADS = ["token: {}", "token: {kind: soft, temperature: 2.0}", "deit_hard: {label_smoothing: 0.1}"]
+HEADS = [
+    "ofa: {eps: 1.5}",
+    "ofa: {strides: [8, 32], temperature: 2.0}",
+    "token: {}",
+    "token: {kind: soft, temperature: 2.0}",
+    "deit_hard: {label_smoothing: 0.1}",
+]
 
 
 @pytest.mark.parametrize("losses", HEADS)
@@ -146,7 +153,7 @@ def test_a_head_learns_from_labels_and_teacher(losses: str) -> None:
     name = losses.split(":")[0]
     made = task(losses).train()
     learned = made.trainable_module.learned
-    assert [*learned] == (["token"] if name == "token" else [])
+    assert [*learned] == ([] if name == "deit_hard" else [name])
     optimizer = torch.optim.Adam(made.trainable_module.parameters(), 2e-3)
     course = []
     for _ in range(16):
@@ -154,10 +161,12 @@ def test_a_head_learns_from_labels_and_teacher(losses: str) -> None:
         optimizer.zero_grad()
         result["loss"].backward()
         for x in (*made.student.get_classifier().parameters(), *learned.parameters()):
-            assert x.grad is not None and x.grad.abs().sum() > 0
+            assert x.grad is not None and x.grad.isfinite().all()
+        assert made.student.get_parameter("conv_stem.weight").grad.abs().sum() > 0
         optimizer.step()
         course.append(result["terms"][1].item())
-    assert sum(course[-3:]) < 0.8 * sum(course[:3]), course
+    falls_to = 0.9 if name == "ofa" else 0.8  # of ofa, the teacher's entropy is a part
+    assert sum(course[-3:]) < falls_to * sum(course[:3]), course
     load("digits", [f"losses={{{losses}}}"])  # and trains a classifier by itself
 
 
@@ -191,6 +200,11 @@ def test_terms_of_heads_are_the_functions() -> None:
     of_labels, of_teacher = head(given.student.pooled, given.student.logits)
     teacher, labels = given.teacher.logits, given.labels
     entropy = nn.functional.cross_entropy(of_labels, labels)
+    branches = OFABranches([8], 10, 24).eval()
+    both = [*branches([given.student.maps[8]]), given.student.logits]
+    options = {"temperature": 2.0, "eps": 1.5}
+    found = value("ofa: {weight: 3, strides: [8], temperature: 2.0, eps: 1.5}", given, 0, branches)
+    torch.testing.assert_close(found, 3 * ofa_loss(both, teacher, labels, **options))
     for losses, want in (
         ("token: {weight: 2, alpha: 0.3}",
          2 * deit_hard_loss((of_labels, of_teacher), teacher, labels, alpha=0.3)),

@@ -23,6 +23,7 @@ from vitkd_fast.functional import (
     fused_linear_kd_loss,
     kd_loss,
     nst_loss,
+    ofa_loss,
     relation_loss,
     rkd_loss,
 )
@@ -61,6 +62,9 @@ CALLS = {
     "kd_labels": Call(partial(kd_loss, **LABELLED), LOGITS),
     "deit_hard": Call(partial(deit_hard_loss, labels=torch.arange(6)), LOGITS),
     "dino": Call(dino_loss, {"student": (4, 3, 10), "teacher": (2, 3, 10)}),
+    "ofa": Call(
+        lambda student, teacher: ofa_loss([student], teacher, torch.arange(6), eps=1.5), LOGITS
+    ),
     "fused_linear_kd": Call(
         partial(fused_linear_kd_loss, chunk=4, **LABELLED),
         {"features": (6, 5), "weight": (10, 5), "bias": (10,), "teacher": (6, 10)},

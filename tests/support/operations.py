@@ -17,6 +17,7 @@ from vitkd_fast.functional import (
     fused_linear_kd_loss,
     js_loss,
     kd_loss,
+    ofa_loss,
     relation_loss,
     reverse_kl_loss,
     tv_loss,
@@ -163,6 +164,28 @@ def _deit(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
     return deit_hard_loss(student, teacher, **{"labels": labels} | options)
 
 
+def _branches(student: Tensor, other: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    """ofa_loss of two, with labels of its own, where the options have none."""
+    labels = torch.arange(len(student), device=student.device) % student.shape[1]
+    return ofa_loss([student, other], teacher, **{"labels": labels, "eps": 1.5} | options)
+
+
+def _two_logits(*shape: int) -> Draw:
+    def draw(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+        (student,), teacher = _logits(*shape)(dtype, device)
+        return [student, kd_tools.draw(*shape, dtype=dtype, device=device)], teacher
+
+    return draw
+
+
+def _branch_options(student: Tensors) -> dict[str, Any]:
+    x = student[0]
+    a, b = torch.randint(x.shape[1], (2, len(x))).to(x.device)
+    a[1::3] = -7
+    lam = torch.rand(len(x)).to(x.device)
+    return {"labels": (a, b, lam), "ignore_index": -7, "eps": 0.7, "temperature": 2.0}
+
+
 def _hard_options(student: Tensors) -> dict[str, Any]:
     x = student[0]
     labels = torch.randint(x.shape[1], (len(x),)).to(x.device)
@@ -226,6 +249,18 @@ OPERATIONS = {
         },
         once=False,
         batch=1,
+    ),
+    "ofa": Operation(
+        _branches,
+        _two_logits(6, 40),
+        _branch_options,
+        [{"temperature": 1.0}, {"temperature": 4.0}],
+        kd_tools.PATHS,
+        [_two_logits(12, 10), _two_logits(3, 1001)],
+        [_two_logits(9, 33)],
+        _two_logits(4, 5),
+        {"plain": _none, "everything": _branch_options},
+        once=False,
     ),
     "fused_linear_kd": Operation(
         partial(fused_linear_kd_loss, chunk=4),

@@ -21,11 +21,12 @@ from ..functional import (
     feature_loss,
     kd_loss,
     nst_loss,
+    ofa_loss,
     relation_loss,
     rkd_loss,
 )
 from ..functional._features import resize_map
-from ..nn import AttentionMapProjection, DistillationHead
+from ..nn import AttentionMapProjection, DistillationHead, OFABranches
 from ..taps import TapOutputs, Taps
 
 TapSpec: TypeAlias = Mapping[str, tuple[int, ...] | bool]  # arguments of Taps
@@ -213,6 +214,42 @@ class Token(Term):
         return hard + kd_loss(
             heads[1], teacher, temperature=self.temperature, kd_weight=weight * self.alpha
         )
+
+
+class OFA(Term):
+    """weight * ofa_loss, summed over the student's logits and those of a branch at each stride.
+
+    Distillation between unlike architectures (Hao et al., 2023, arXiv:2310.19444),
+    `functional.ofa_loss`. The branches are those of `nn.OFABranches`, which are trained with the
+    student and only needed in training.
+    """
+
+    classifies = True
+
+    # of the student's maps, from the first to the last
+    strides: list[Annotated[int, Field(ge=1)]] = [4, 8, 16, 32]
+    temperature: float = Field(1.0, gt=0)  # divides all logits; there is no factor T^2
+    eps: float = Field(1.0, gt=0)  # above 1: more weight to a label of which the teacher is sure
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        return {"maps": tuple(self.strides), "pooled": True}, {"pooled": True}
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
+        channels = [student.maps[stride].shape[1] for stride in self.strides]
+        width = max(x.shape[1] for x in _pooled(student, teacher))
+        return OFABranches(channels, student.logits.shape[1], width)
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None and learned is not None
+        branches = learned([outputs.student.maps[stride] for stride in self.strides])
+        loss = ofa_loss(
+            [*branches, outputs.student.logits],
+            outputs.teacher.logits,
+            outputs.labels,
+            temperature=self.temperature,
+            eps=self.eps,
+        )
+        return self.weight.at(x) * loss
 
 
 class Attention(Term):
@@ -433,6 +470,7 @@ class Losses(Section):
     ce: CE | None = None
     deit_hard: DeitHard | None = None
     token: Token | None = None
+    ofa: OFA | None = None
     attention: Attention | None = None
     at: AT | None = None
     feature: Feature | None = None

@@ -22,6 +22,7 @@ from ._common import (
     check_floating,
     check_numbers,
     check_tensors,
+    entropy,
     exactly,
     wide_dtype,
 )
@@ -36,12 +37,6 @@ def _log_mean(log_p: list[Tensor]) -> Tensor:
     """Of distributions."""
     total = functools.reduce(torch.logaddexp, log_p)
     return total if len(log_p) == 1 else total - math.log(len(log_p))
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    """Of all rows; without numbers below the smallest normal one, which are slow and nothing."""
-    log_p = log_p.clamp(min=0.9 * math.log(torch.finfo(log_p.dtype).tiny))
-    return -log_p.mul_(log_p.exp()).sum()
 
 
 def _form_dino(
@@ -74,7 +69,7 @@ def _form_dino(
                 if first == end or not met:
                     continue
                 log_m = _log_mean([log_p[i] for i in met])
-                loss = loss + _entropy(log_m) * ((end - first) * len(met) * share)
+                loss = loss + entropy(log_m).sum() * ((end - first) * len(met) * share)
                 s = student[first:end, rows]
                 # float16 would round before the loss scale is applied
                 narrow = s.dtype == torch.bfloat16 and dtype == torch.float32

@@ -30,6 +30,7 @@ from .kd import kd_fwd as kd_fwd
 from .kd import kd_fwd_grad as kd_fwd_grad
 from .kd import kd_scale_ as kd_scale_
 from .nst import nst_loss as nst_loss
+from .ofa import ofa_loss as ofa_loss
 from .rkd import rkd_fwd_grad as rkd_fwd_grad
 from .rkd import rkd_loss as rkd_loss
 from .row_loss import DIVERGENCES as DIVERGENCES
