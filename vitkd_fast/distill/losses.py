@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
@@ -26,10 +26,13 @@ from ..functional import (
     rkd_loss,
 )
 from ..functional._features import resize_map
-from ..nn import AttentionMapProjection, DistillationHead, OFABranches
+from ..nn import AttentionMapProjection, DistillationHead, OFABranches, PHIStandardize
 from ..taps import TapOutputs, Taps
 
 TapSpec: TypeAlias = Mapping[str, tuple[int, ...] | bool]  # arguments of Taps
+
+
+_Part = TypeVar("_Part", bound=nn.Module)
 
 
 class StepOutputs(NamedTuple):
@@ -87,6 +90,13 @@ class Term(Section):
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         """The module that is trained with the student, from one output of the taps, or None."""
         return None
+
+    def among_teachers(self) -> Term:
+        """The term of one of several teachers."""
+        return self
+
+    def observe(self, teacher: TapOutputs, learned: nn.Module) -> None:
+        """Adds a teacher's outputs to the statistics of what is learned, before any training."""
 
     @abstractmethod
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
@@ -310,10 +320,13 @@ class MapTerm(Term):
 
         [B, C, H, W]; [B, C, H, W] or [B, N, C].
         """
-        of_student = student.maps[self.stride]
+        return student.maps[self.stride], *self.of_teacher(teacher)
+
+    def of_teacher(self, teacher: TapOutputs) -> tuple[Tensor, tuple[int, int] | None]:
+        """The second and the third of `pair`."""
         if self.teacher_stride is None:
-            return of_student, teacher.patches(self.block), teacher.grid
-        return of_student, teacher.maps[self.teacher_stride], None
+            return teacher.patches(self.block), teacher.grid
+        return teacher.maps[self.teacher_stride], None
 
 
 class AT(MapTerm):
@@ -344,6 +357,9 @@ class Feature(MapTerm):
     # of each position of the teacher, over its channels
     normalize_teacher: Literal["none", "layer_norm", "l2"] = "none"
     projection: Literal["auto", "always"] = "auto"  # auto: where the widths differ
+    # phi_s: the teacher's channels get variance 1, from the first images of training, by a rotation
+    # and one scale (Ranzinger et al., 2024, arXiv:2410.01680); auto: where teachers are several
+    standardize: Literal["auto", "phi_s", "none"] = "auto"
 
     def taps(self) -> tuple[TapSpec, TapSpec]:
         if self.features == "map":
@@ -355,21 +371,42 @@ class Feature(MapTerm):
     ) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
         if self.features == "map":
             return super().pair(student, teacher)
-        return *_pooled(student, teacher, 1), None
+        return _pooled(student, 1), *self.of_teacher(teacher)
+
+    def of_teacher(self, teacher: TapOutputs) -> tuple[Tensor, tuple[int, int] | None]:
+        if self.features == "map":
+            return super().of_teacher(teacher)
+        return _pooled(teacher, 1), None
+
+    def among_teachers(self) -> Term:
+        auto = self.standardize == "auto"
+        return self.model_copy(update={"standardize": "phi_s"}) if auto else self
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         f_s, f_t, _ = self.pair(student, teacher)
         of_s, of_t = (x.shape[1] if x.dim() == 4 else x.shape[2] for x in (f_s, f_t))
-        return nn.Linear(of_s, of_t) if self.projection == "always" or of_s != of_t else None
+        made = nn.ModuleDict()
+        if self.projection == "always" or of_s != of_t:
+            made["projection"] = nn.Linear(of_s, of_t)
+        if self.standardize == "phi_s":
+            made["standardize"] = PHIStandardize(of_t)
+        return made if made else None
+
+    def observe(self, teacher: TapOutputs, learned: nn.Module) -> None:
+        standardize = _part(learned, "standardize", PHIStandardize)
+        if standardize:
+            standardize.observe(self.of_teacher(teacher)[0])
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.teacher is not None
         f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
-        layer = (learned.weight, learned.bias) if isinstance(learned, nn.Linear) else ()
+        projection = _part(learned, "projection", nn.Linear)
+        if standardize := _part(learned, "standardize", PHIStandardize):
+            f_t = standardize(f_t)
         loss = feature_loss(
             f_s,
             f_t,
-            *layer,
+            *((projection.weight, projection.bias) if projection else ()),
             kind=self.kind,
             beta=self.beta,
             normalize_teacher=None if self.normalize_teacher == "none" else self.normalize_teacher,
@@ -405,7 +442,8 @@ class RKD(Term):
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.teacher is not None
         loss = rkd_loss(
-            *_pooled(outputs.student, outputs.teacher),
+            _pooled(outputs.student),
+            _pooled(outputs.teacher),
             distance_weight=self.distance_weight,
             angle_weight=self.angle_weight,
         )
@@ -446,11 +484,17 @@ class Relation(MapTerm):
         return self.weight.at(x) * loss
 
 
-def _pooled(student: TapOutputs, teacher: TapOutputs, *tokens: int) -> tuple[Tensor, Tensor]:
-    """What both classifiers read, [B, features], or as so many tokens in between."""
-    assert student.pooled is not None and teacher.pooled is not None
-    s, t = student.pooled, teacher.pooled
-    return s.reshape(len(s), *tokens, -1), t.reshape(len(t), *tokens, -1)
+def _pooled(outputs: TapOutputs, *tokens: int) -> Tensor:
+    """What a classifier reads, [B, features], or with so many tokens in between."""
+    x = outputs.pooled
+    assert x is not None
+    return x.reshape(len(x), *tokens, -1)
+
+
+def _part(learned: nn.Module | None, name: str, kind: type[_Part]) -> _Part | None:
+    """One of the modules that a term learns."""
+    part = learned[name] if isinstance(learned, nn.ModuleDict) and name in learned else None
+    return part if isinstance(part, kind) else None
 
 
 def _heads(side: str, x: Tensor, heads: int) -> Tensor:

@@ -12,6 +12,7 @@ require("torch", __name__)
 from ._rows import Labels as Labels
 from .at import at_loss as at_loss
 from .attention_map import attention_map_loss as attention_map_loss
+from .average import average_logits as average_logits
 from .deit import deit_hard_loss as deit_hard_loss
 from .dino import dino_loss as dino_loss
 from .divergence import js_loss as js_loss
