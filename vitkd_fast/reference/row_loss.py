@@ -118,6 +118,7 @@ def _divergence(o: RowLossOptions, u: Tensor, v: Tensor) -> _Row:
         y = _one_hot(o.labels, p)
         c = (p + y) ** o.beta - y
         terms, w = _product(c, -log_q), -c
+        w_p = _product(o.beta * p * (p + y) ** (o.beta - 1), -log_q)
     return _Row(terms.sum(-1), w - q * w.sum(-1, keepdim=True), w_p - p * w_p.sum(-1, keepdim=True))
 
 
