@@ -18,6 +18,7 @@ from .divergence import tv_loss as tv_loss
 from .dkd import dkd_loss as dkd_loss
 from .feature import feature_loss as feature_loss
 from .kd import kd_loss as kd_loss
+from .kd_topk import kd_loss_topk as kd_loss_topk
 from .nst import nst_loss as nst_loss
 from .relation import relation_loss as relation_loss
 from .rkd import rkd_loss as rkd_loss
