@@ -75,6 +75,13 @@ def kd_scale_programs(numel: int) -> int:
     return min(SCALE_PROGRAMS, -(-numel // SCALE_BLOCK))
 
 
+@lru_cache(maxsize=4096)
+def kd_topk(classes: int, element_size: int) -> tuple[int, int]:
+    """Classes that pass a row's program at a time, and its warps."""
+    block = max(32, min(_power_of_2(classes), 2048 * 4 // max(4, element_size)))
+    return block, max(1, min(8, block // 256))
+
+
 class MapTile(NamedTuple):
     """A program's tile: block_x tokens that it is in charge of, by block_y tokens at a time."""
 

@@ -84,6 +84,62 @@ class KDLoss(nn.Module):
         )
 
 
+class KDLossTopK(nn.Module):
+    """kd_weight * T^2 * KL(p || softmax(student/T)) + ce_weight * CE(student, y), p of K classes.
+
+    The arguments are those of `vitkd_fast.functional.kd_loss_topk`, which says what they mean and
+    what is raised.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 1.0,
+        tail: str = "smooth",
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.tail = tail
+        self.kd_weight = kd_weight
+        self.ce_weight = ce_weight
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(
+        self,
+        student: Tensor,
+        indices: Tensor,
+        values: Tensor,
+        log_sum_exp: Tensor | None = None,
+        labels: functional.Labels | None = None,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of student logits and a teacher's K classes; see `functional.kd_loss_topk`."""
+        return functional.kd_loss_topk(
+            student,
+            indices,
+            values,
+            log_sum_exp=log_sum_exp,
+            temperature=self.temperature,
+            tail=self.tail,
+            labels=labels,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            row_weights=row_weights,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, tail={self.tail!r}, ce_weight={self.ce_weight}"
+
+
 class AttentionMapProjection(nn.Module):
     """attention_map_loss of a feature map: mean KL(softmax(q_t k_t^T) || softmax(q_s k_s^T)).
 

@@ -22,6 +22,7 @@ from .dkd import dkd_loss as dkd_loss
 from .feature import feature_loss as feature_loss
 from .fused_linear_kd import fused_linear_kd_loss as fused_linear_kd_loss
 from .kd import kd_loss as kd_loss
+from .kd_topk import kd_loss_topk as kd_loss_topk
 from .nst import nst_loss as nst_loss
 from .ofa import ofa_loss as ofa_loss
 from .relation import relation_loss as relation_loss

@@ -29,6 +29,14 @@ from .kd import kd_bwd as kd_bwd
 from .kd import kd_fwd as kd_fwd
 from .kd import kd_fwd_grad as kd_fwd_grad
 from .kd import kd_scale_ as kd_scale_
+from .kd_topk import TAIL_BIN as TAIL_BIN
+from .kd_topk import TAIL_RENORM as TAIL_RENORM
+from .kd_topk import TAIL_SMOOTH as TAIL_SMOOTH
+from .kd_topk import TAIL_ZERO as TAIL_ZERO
+from .kd_topk import KDTopKOptions as KDTopKOptions
+from .kd_topk import kd_topk_bwd as kd_topk_bwd
+from .kd_topk import kd_topk_fwd as kd_topk_fwd
+from .kd_topk import kd_topk_fwd_grad as kd_topk_fwd_grad
 from .nst import nst_loss as nst_loss
 from .ofa import ofa_loss as ofa_loss
 from .rkd import rkd_fwd_grad as rkd_fwd_grad
