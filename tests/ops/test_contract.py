@@ -33,7 +33,10 @@ from vitkd_fast import _ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ONE_OF_EACH = ["kd", "kd_topk", "attention_map", "relation", "at", "mse", "nst", "rkd"]
+ONE_OF_EACH = [
+    "kd", "kd_topk", "attention_map", "relation", "at", "mse", "nst", "rkd", "sp", "pkt", "cc",
+    "mmd", "wkd_feature", "sliced",
+]  # fmt: skip
 
 
 class Case:
