@@ -29,7 +29,7 @@ _BUILD = (
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
 
-def _loss_like(student: Tensor, o: reference.KDOptions) -> Tensor:
+def _loss_like(student: Tensor, o: Any) -> Tensor:
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     shape = list(student.shape)
     del shape[o.class_dim]
@@ -51,6 +51,28 @@ def _kd_fwd_grad_fake(student: Tensor, teacher: Tensor, *options: Any) -> tuple[
 
 def _kd_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(student)
+
+
+def _kd_topk_loss_like(student: Tensor, reduction: int) -> Tensor:
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return student.new_empty(student.shape[:-1] if reduction == reference.NONE else [], dtype=dtype)
+
+
+def _kd_topk_fwd_fake(
+    student: Tensor, indices: Tensor, values: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    loss = _kd_topk_loss_like(student, reference.KDTopKOptions(*options).reduction)
+    rows = 1
+    for size in student.shape[:-1]:
+        rows = rows * size
+    return loss, loss.new_empty([6, rows])
+
+
+def _kd_topk_fwd_grad_fake(
+    student: Tensor, indices: Tensor, values: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    loss = _kd_topk_loss_like(student, reference.KDTopKOptions(*options).reduction)
+    return loss, torch.empty_like(student)
 
 
 def _attention_map_fwd_fake(
@@ -91,6 +113,27 @@ def _rkd_fwd_grad_fake(gram_s: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return gram_s.new_empty([]), gram_s.new_empty(gram_s.shape)
 
 
+def _row_loss_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
+    return _loss_like(student, reference.RowLossOptions(*options))
+
+
+def _row_loss_bwd_fake(
+    grad_loss: Tensor, student: Tensor, teacher: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    o = reference.RowLossOptions(*options)
+    rows = _loss_like(student, o._replace(reduction=reference.NONE))
+    if not o.wants_temperature:
+        rows = rows.new_empty(0)
+    return torch.empty_like(student), rows
+
+
+def _row_loss_fwd_grad_fake(
+    student: Tensor, teacher: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = _row_loss_fwd_fake(student, teacher, *options)
+    return loss, *_row_loss_bwd_fake(loss, student, teacher, *options)
+
+
 class Operation(NamedTuple):
     schema: str
     fake: Callable
@@ -113,6 +156,9 @@ def _schema_of(options: type) -> str:
 
 
 _KD_OPTIONS = _schema_of(reference.KDOptions)
+_ROW_OPTIONS = _schema_of(reference.RowLossOptions)
+_TOPK_OPTIONS = _schema_of(reference.KDTopKOptions)
+_TOPK = "Tensor student, Tensor indices, Tensor values"
 _MAP_OPTIONS = _schema_of(reference.AttentionMapOptions)
 _MAPS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t"
 
@@ -133,6 +179,32 @@ OPERATIONS = [
     Operation(
         "kd_scale_(Tensor(a!) grad, Tensor factor) -> ()",
         _nothing, reference.kd_scale_, "kd",
+    ),
+    Operation(
+        f"row_loss_fwd(Tensor student, Tensor teacher, {_ROW_OPTIONS}) -> Tensor",
+        _row_loss_fwd_fake, reference.row_loss_fwd, "row_loss",
+    ),
+    Operation(
+        f"row_loss_fwd_grad(Tensor student, Tensor teacher, {_ROW_OPTIONS}) "
+        "-> (Tensor loss, Tensor grad, Tensor grad_temperature)",
+        _row_loss_fwd_grad_fake, reference.row_loss_fwd_grad, "row_loss",
+    ),
+    Operation(
+        "row_loss_bwd(Tensor grad_loss, Tensor student, Tensor teacher, "
+        f"{_ROW_OPTIONS}) -> (Tensor grad, Tensor grad_temperature)",
+        _row_loss_bwd_fake, reference.row_loss_bwd, "row_loss",
+    ),
+    Operation(
+        f"kd_topk_fwd({_TOPK}, {_TOPK_OPTIONS}) -> (Tensor loss, Tensor stats)",
+        _kd_topk_fwd_fake, reference.kd_topk_fwd, "kd_topk",
+    ),
+    Operation(
+        f"kd_topk_fwd_grad({_TOPK}, {_TOPK_OPTIONS}) -> (Tensor loss, Tensor grad)",
+        _kd_topk_fwd_grad_fake, reference.kd_topk_fwd_grad, "kd_topk",
+    ),
+    Operation(
+        f"kd_topk_bwd(Tensor grad_loss, {_TOPK}, Tensor stats, {_TOPK_OPTIONS}) -> Tensor",
+        _kd_bwd_fake, reference.kd_topk_bwd, "kd_topk",
     ),
     Operation(
         f"attention_map_fwd({_MAPS}, {_MAP_OPTIONS}) -> (Tensor loss, Tensor stats)",

@@ -290,6 +290,22 @@ def profile(
 
 
 @app.command()
+def replay(
+    file: Annotated[
+        Path, typer.Argument(help="nonfinite.safetensors, of a run that a loss stopped.")
+    ],
+    device: Annotated[str, typer.Option(help="cpu or cuda; the default is the GPU if any.")] = "",
+) -> None:
+    """Take the step that made a loss NaN or Inf again, and print its term, layer and gradients.
+
+    Example: vitkd replay runs/first/distilled-0/nonfinite.safetensors
+    """
+    from .distill import nonfinite
+
+    print(nonfinite.replay(file, device))
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a run, with its report.json.")],
 ) -> None:

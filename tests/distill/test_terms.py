@@ -20,10 +20,13 @@ from vitkd_fast.distill.task import DistillationTask
 from vitkd_fast.functional import (
     at_loss,
     cc_loss,
+    deit_hard_loss,
     feature_loss,
+    kd_loss,
     mlkd_loss,
     mmd_loss,
     nst_loss,
+    ofa_loss,
     pkt_loss,
     relation_loss,
     rkd_loss,
@@ -34,6 +37,7 @@ from vitkd_fast.functional import (
     wkd_feature_loss,
     wkd_logit_loss,
 )
+from vitkd_fast.nn import DistillationHead, OFABranches
 from vitkd_fast.taps import TapOutputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,8 +111,7 @@ def test_a_term_learns(losses: str) -> None:
         course.append(result["terms"][1].item())
     assert sum(course[-3:]) < 0.8 * sum(course[:3]), course
     assert all(not torch.equal(x, before[key]) for key, x in learned.named_parameters())
-    assert made.teacher is not None
-    assert all(x.grad is None for x in made.teacher.parameters())
+    assert all(x.grad is None for x in made.teachers.parameters())
 
 
 def outputs() -> StepOutputs:
@@ -140,12 +143,16 @@ def test_terms_are_the_functions() -> None:
     assert given.student.pooled is not None
     f_s, f_t = given.student.maps[8], given.teacher.tokens[-1][:, 1:]
     pooled = given.student.pooled, given.teacher.pooled
-    layer, wide, conv = nn.Linear(8, 16), nn.Linear(24, 16), nn.Conv2d(8, 16, 1)
+    layer, wide = nn.Linear(8, 16), nn.Linear(24, 16)
+    learned = [nn.ModuleDict({"projection": x}) for x in (layer, wide)]
+    conv = nn.Conv2d(8, 16, 1)
     found = [
         value("at: {stride: 8, p: 3.0}", given),
         value("nst: {stride: 8}", given),
         value("rkd: {angle_weight: 2}", given),
         value("relation: {stride: 8, heads: 2}", given),
+        value("feature: {stride: 8}", given, learned=learned[0]),
+        value("feature: {features: pooled, kind: cosine}", given, learned=learned[1]),
         value("sp: {stride: 8}", given),
         value("sp: {features: pooled}", given),
         value("pkt: {}", given),
@@ -154,8 +161,6 @@ def test_terms_are_the_functions() -> None:
         value("mmd: {stride: 8, bandwidth: 2}", given),
         value("wkd_feature: {stride: 8, cells: 2}", given, learned=conv),
         value("sliced_wasserstein: {stride: 8, projections: 3, seed: 4}", given),
-        value("feature: {stride: 8}", given, learned=layer),
-        value("feature: {features: pooled, kind: cosine}", given, learned=wide),
     ]
     heads = [x.unflatten(2, (2, -1)).transpose(1, 2) for x in (f_s.flatten(2).mT, f_t)]
     points = [nn.functional.normalize(x, dim=2) for x in (f_s.flatten(2), f_t.mT)]
@@ -164,6 +169,8 @@ def test_terms_are_the_functions() -> None:
         nst_loss(f_s, f_t),
         rkd_loss(*pooled, angle_weight=2),
         relation_loss(*heads),
+        feature_loss(f_s, f_t, layer.weight, layer.bias),
+        1 - nn.functional.cosine_similarity(wide(pooled[0]), pooled[1]).mean(),
         sp_loss(f_s.flatten(1), f_t.flatten(1)),
         sp_loss(*pooled),
         pkt_loss(*pooled),
@@ -172,11 +179,88 @@ def test_terms_are_the_functions() -> None:
         mmd_loss(f_s, f_t, bandwidth=2),
         wkd_feature_loss(conv(f_s), f_t, cells=2),
         sliced_wasserstein_loss(*points, projections=3, seed=4),
-        feature_loss(f_s, f_t, layer.weight, layer.bias),
-        1 - nn.functional.cosine_similarity(wide(pooled[0]), pooled[1]).mean(),
     ]
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+HEADS = [
+    "ofa: {eps: 1.5}",
+    "ofa: {strides: [8, 32], temperature: 2.0}",
+    "token: {}",
+    "token: {kind: soft, temperature: 2.0}",
+    "deit_hard: {label_smoothing: 0.1}",
+]
+
+
+@pytest.mark.parametrize("losses", HEADS)
+def test_a_head_learns_from_labels_and_teacher(losses: str) -> None:
+    """Without another term, and its layer with it."""
+    name = losses.split(":")[0]
+    made = task(losses).train()
+    learned = made.trainable_module.learned
+    assert [*learned] == ([] if name == "deit_hard" else [name])
+    optimizer = torch.optim.Adam(made.trainable_module.parameters(), 2e-3)
+    course = []
+    for _ in range(16):
+        result = made(*batch(), 0.0)
+        optimizer.zero_grad()
+        result["loss"].backward()
+        for x in (*made.student.get_classifier().parameters(), *learned.parameters()):
+            assert x.grad is not None and x.grad.isfinite().all()
+        assert made.student.get_parameter("conv_stem.weight").grad.abs().sum() > 0
+        optimizer.step()
+        course.append(result["terms"][1].item())
+    falls_to = 0.9 if name == "ofa" else 0.8  # of ofa, the teacher's entropy is a part
+    assert sum(course[-3:]) < falls_to * sum(course[:3]), course
+    load("digits", [f"losses={{{losses}}}"])  # and trains a classifier by itself
+
+
+def test_a_student_of_two_heads_keeps_them() -> None:
+    """A distilled DeiT's: what it returns is their mean."""
+    options = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    student = models.create(
+        "deit_tiny_distilled_patch16_224", num_classes=10, image_size=32, options=options
+    )
+    config = load("digits", ["losses={token: {}}", "data.image_size=32"])
+    teacher = models.create("vit_tiny_patch16_224", num_classes=10, image_size=32, options=options)
+    made = DistillationTask.create(config, student, teacher, Runtime(torch.device("cpu"))).eval()
+    assert not made.trainable_module.learned
+    images, labels = batch()
+    seen: list[Tensor] = []
+    for head in (student.head, student.head_dist):
+        torch.nn.init.normal_(head.weight)
+        head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    found = made(images, labels, 0.0)["loss"]
+    choice = made.teacher_outputs(images)
+    assert choice is not None
+    want = deit_hard_loss((seen[0], seen[1]), choice.logits, labels)
+    torch.testing.assert_close(found, want)
+
+
+def test_terms_of_heads_are_the_functions() -> None:
+    given = outputs()
+    assert given.teacher is not None and given.student.pooled is not None
+    head = DistillationHead(24, 10)
+    nn.init.normal_(head.difference.weight)
+    of_labels, of_teacher = head(given.student.pooled, given.student.logits)
+    teacher, labels = given.teacher.logits, given.labels
+    entropy = nn.functional.cross_entropy(of_labels, labels)
+    branches = OFABranches([8], 10, 24).eval()
+    both = [*branches([given.student.maps[8]]), given.student.logits]
+    options = {"temperature": 2.0, "eps": 1.5}
+    found = value("ofa: {weight: 3, strides: [8], temperature: 2.0, eps: 1.5}", given, 0, branches)
+    torch.testing.assert_close(found, 3 * ofa_loss(both, teacher, labels, **options))
+    for losses, want in (
+        ("token: {weight: 2, alpha: 0.3}",
+         2 * deit_hard_loss((of_labels, of_teacher), teacher, labels, alpha=0.3)),
+        ("token: {weight: 2, kind: soft, alpha: 0.3, temperature: 2.0}",
+         1.4 * entropy + 0.6 * kd_loss(of_teacher, teacher, temperature=2.0)),
+        ("deit_hard: {weight: 2, alpha: 0.3}",
+         2 * deit_hard_loss(given.student.logits, teacher, labels, alpha=0.3)),
+    ):  # fmt: skip
+        learned = head if losses.startswith("token") else None
+        torch.testing.assert_close(value(losses, given, learned=learned), want)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +279,7 @@ def test_a_projection_is_learned_where_widths_differ() -> None:
     assert not task("feature: {stride: 8}", embed_dim=16).trainable_module.learned
     assert not task("wkd_feature: {stride: 8}", embed_dim=16).trainable_module.learned
     for losses, width in (("feature: {stride: 8, projection: always}", 16), (TERMS[2], 32)):
-        layer = task(losses, embed_dim=width).trainable_module.learned["feature"]
+        layer = task(losses, embed_dim=width).trainable_module.learned["feature"]["projection"]
         assert [*layer.weight.shape] == [width, 16]
 
 
@@ -264,6 +348,6 @@ def test_of_mixed_labels_the_larger_share_counts() -> None:
 
 def test_costs_are_those_of_the_teachers_classifier() -> None:
     made = task("wkd_logit: {}")
-    assert made.teacher is not None
-    weight = made.teacher[1].get_classifier().weight
+    (teacher,) = made.teachers
+    weight = teacher[1].get_classifier().weight
     torch.testing.assert_close(made.trainable_module.learned["wkd_logit"].cost, wkd_cost(weight))

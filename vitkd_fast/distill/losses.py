@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -19,11 +19,13 @@ from ..functional import (
     Labels,
     at_loss,
     cc_loss,
+    deit_hard_loss,
     feature_loss,
     kd_loss,
     mlkd_loss,
     mmd_loss,
     nst_loss,
+    ofa_loss,
     pkt_loss,
     relation_loss,
     rkd_loss,
@@ -35,10 +37,13 @@ from ..functional import (
     wkd_logit_loss,
 )
 from ..functional._features import resize_map
-from ..nn import AttentionMapProjection
+from ..nn import AttentionMapProjection, DistillationHead, OFABranches, PHIStandardize
 from ..taps import TapOutputs, Taps
 
 TapSpec: TypeAlias = Mapping[str, tuple[int, ...] | bool]  # arguments of Taps
+
+
+_Part = TypeVar("_Part", bound=nn.Module)
 
 
 class StepOutputs(NamedTuple):
@@ -97,6 +102,13 @@ class Term(Section):
         """The module that is trained with the student, from one output of the taps, or None."""
         return None
 
+    def among_teachers(self) -> Term:
+        """The term of one of several teachers."""
+        return self
+
+    def observe(self, teacher: TapOutputs, learned: nn.Module) -> None:
+        """Adds a teacher's outputs to the statistics of what is learned, before any training."""
+
     @abstractmethod
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         """The term, 0-dim, after the share x of the run."""
@@ -145,6 +157,120 @@ class KD(Term):
             ce_weight=self.ce_weight.at(x),
             label_smoothing=self.label_smoothing,
         )
+
+
+class DeitHard(Term):
+    """weight * ((1 - alpha) CE(student, labels) + alpha CE(student, the teacher's choice)).
+
+    Hard-label distillation (Touvron et al., 2021, arXiv:2012.12877) of the student's one
+    classifier, in one pass, `functional.deit_hard_loss`.
+    """
+
+    classifies = True
+
+    alpha: float = Field(0.5, ge=0, le=1)  # the teacher's share
+    label_smoothing: float = Field(0.0, ge=0, le=1)  # of the labels' term
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        return self.weight.at(x) * deit_hard_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            outputs.labels,
+            alpha=self.alpha,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class Token(Term):
+    """weight * ((1 - alpha) CE(one head, labels) + alpha KD(another head, teacher)).
+
+    DeiT's distillation through a head of its own (Touvron et al., 2021, arXiv:2012.12877). A
+    student of one classifier gets the other head by `nn.DistillationHead`, which is only needed in
+    training: the classifier is the mean of both, and so what is evaluated, saved and made int8. A
+    student of two heads, such as a distilled DeiT, keeps its own.
+    """
+
+    classifies = True
+
+    # hard: the cross-entropy of the class that the teacher chooses; soft: T^2 KL
+    kind: Literal["hard", "soft"] = "hard"
+    alpha: float = Field(0.5, ge=0, le=1)  # the teacher's share
+    temperature: float = Field(1.0, gt=0)  # of soft
+    label_smoothing: float = Field(0.0, ge=0, le=1)  # of the labels' term
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        return {"pooled": True}, {"pooled": True}
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
+        if student.logits_dist is not None:
+            return None
+        assert student.pooled is not None
+        return DistillationHead(student.pooled.flatten(1).shape[1], student.logits.shape[1])
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        student, teacher, weight = outputs.student, outputs.teacher.logits, self.weight.at(x)
+        if learned is not None:
+            heads = learned(student.pooled, student.logits)
+        else:  # the logits of two heads are their mean
+            assert student.logits_dist is not None
+            heads = 2 * student.logits - student.logits_dist, student.logits_dist
+        if self.kind == "hard":
+            return weight * deit_hard_loss(
+                heads,
+                teacher,
+                outputs.labels,
+                alpha=self.alpha,
+                label_smoothing=self.label_smoothing,
+            )
+        hard = kd_loss(
+            heads[0],
+            heads[0].detach(),
+            labels=outputs.labels,
+            kd_weight=0.0,
+            ce_weight=weight * (1 - self.alpha),
+            label_smoothing=self.label_smoothing,
+        )
+        return hard + kd_loss(
+            heads[1], teacher, temperature=self.temperature, kd_weight=weight * self.alpha
+        )
+
+
+class OFA(Term):
+    """weight * ofa_loss, summed over the student's logits and those of a branch at each stride.
+
+    Distillation between unlike architectures (Hao et al., 2023, arXiv:2310.19444),
+    `functional.ofa_loss`. The branches are those of `nn.OFABranches`, which are trained with the
+    student and only needed in training.
+    """
+
+    classifies = True
+
+    # of the student's maps, from the first to the last
+    strides: list[Annotated[int, Field(ge=1)]] = [4, 8, 16, 32]
+    temperature: float = Field(1.0, gt=0)  # divides all logits; there is no factor T^2
+    eps: float = Field(1.0, gt=0)  # above 1: more weight to a label of which the teacher is sure
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        return {"maps": tuple(self.strides), "pooled": True}, {"pooled": True}
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
+        channels = [student.maps[stride].shape[1] for stride in self.strides]
+        width = max(x.shape[1] for x in (_pooled(student), _pooled(teacher)))
+        return OFABranches(channels, student.logits.shape[1], width)
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None and learned is not None
+        branches = learned([outputs.student.maps[stride] for stride in self.strides])
+        loss = ofa_loss(
+            [*branches, outputs.student.logits],
+            outputs.teacher.logits,
+            outputs.labels,
+            temperature=self.temperature,
+            eps=self.eps,
+        )
+        return self.weight.at(x) * loss
 
 
 class Attention(Term):
@@ -205,10 +331,13 @@ class MapTerm(Term):
 
         [B, C, H, W]; [B, C, H, W] or [B, N, C].
         """
-        of_student = student.maps[self.stride]
+        return student.maps[self.stride], *self.of_teacher(teacher)
+
+    def of_teacher(self, teacher: TapOutputs) -> tuple[Tensor, tuple[int, int] | None]:
+        """The second and the third of `pair`."""
         if self.teacher_stride is None:
-            return of_student, teacher.patches(self.block), teacher.grid
-        return of_student, teacher.maps[self.teacher_stride], None
+            return teacher.patches(self.block), teacher.grid
+        return teacher.maps[self.teacher_stride], None
 
 
 class AT(MapTerm):
@@ -239,6 +368,9 @@ class Feature(MapTerm):
     # of each position of the teacher, over its channels
     normalize_teacher: Literal["none", "layer_norm", "l2"] = "none"
     projection: Literal["auto", "always"] = "auto"  # auto: where the widths differ
+    # phi_s: the teacher's channels get variance 1, from the first images of training, by a rotation
+    # and one scale (Ranzinger et al., 2024, arXiv:2410.01680); auto: where teachers are several
+    standardize: Literal["auto", "phi_s", "none"] = "auto"
 
     def taps(self) -> tuple[TapSpec, TapSpec]:
         if self.features == "map":
@@ -250,21 +382,42 @@ class Feature(MapTerm):
     ) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
         if self.features == "map":
             return super().pair(student, teacher)
-        return *_pooled(student, teacher, 1), None
+        return _pooled(student, 1), *self.of_teacher(teacher)
+
+    def of_teacher(self, teacher: TapOutputs) -> tuple[Tensor, tuple[int, int] | None]:
+        if self.features == "map":
+            return super().of_teacher(teacher)
+        return _pooled(teacher, 1), None
+
+    def among_teachers(self) -> Term:
+        auto = self.standardize == "auto"
+        return self.model_copy(update={"standardize": "phi_s"}) if auto else self
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         f_s, f_t, _ = self.pair(student, teacher)
         of_s, of_t = (x.shape[1] if x.dim() == 4 else x.shape[2] for x in (f_s, f_t))
-        return nn.Linear(of_s, of_t) if self.projection == "always" or of_s != of_t else None
+        made = nn.ModuleDict()
+        if self.projection == "always" or of_s != of_t:
+            made["projection"] = nn.Linear(of_s, of_t)
+        if self.standardize == "phi_s":
+            made["standardize"] = PHIStandardize(of_t)
+        return made if made else None
+
+    def observe(self, teacher: TapOutputs, learned: nn.Module) -> None:
+        standardize = _part(learned, "standardize", PHIStandardize)
+        if standardize:
+            standardize.observe(self.of_teacher(teacher)[0])
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.teacher is not None
         f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
-        layer = (learned.weight, learned.bias) if isinstance(learned, nn.Linear) else ()
+        projection = _part(learned, "projection", nn.Linear)
+        if standardize := _part(learned, "standardize", PHIStandardize):
+            f_t = standardize(f_t)
         loss = feature_loss(
             f_s,
             f_t,
-            *layer,
+            *((projection.weight, projection.bias) if projection else ()),
             kind=self.kind,
             beta=self.beta,
             normalize_teacher=None if self.normalize_teacher == "none" else self.normalize_teacher,
@@ -304,7 +457,8 @@ class RKD(PooledTerm):
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.teacher is not None
         loss = rkd_loss(
-            *_pooled(outputs.student, outputs.teacher),
+            _pooled(outputs.student),
+            _pooled(outputs.teacher),
             distance_weight=self.distance_weight,
             angle_weight=self.angle_weight,
         )
@@ -345,6 +499,19 @@ class Relation(MapTerm):
         return self.weight.at(x) * loss
 
 
+def _pooled(outputs: TapOutputs, *tokens: int) -> Tensor:
+    """What a classifier reads, [B, features], or with so many tokens in between."""
+    x = outputs.pooled
+    assert x is not None
+    return x.reshape(len(x), *tokens, -1)
+
+
+def _part(learned: nn.Module | None, name: str, kind: type[_Part]) -> _Part | None:
+    """One of the modules that a term learns."""
+    part = learned[name] if isinstance(learned, nn.ModuleDict) and name in learned else None
+    return part if isinstance(part, kind) else None
+
+
 class SP(MapTerm):
     """weight * sp_loss: pairs of images that excite the teacher alike excite the student alike.
 
@@ -365,7 +532,7 @@ class SP(MapTerm):
         if self.features == "map":
             f_s, f_t, _ = self.pair(outputs.student, outputs.teacher)
         else:
-            f_s, f_t = _pooled(outputs.student, outputs.teacher)
+            f_s, f_t = _pooled(outputs.student), _pooled(outputs.teacher)
         return self.weight.at(x) * sp_loss(f_s.flatten(1), f_t.flatten(1))
 
 
@@ -378,7 +545,7 @@ class PKT(PooledTerm):
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.teacher is not None
-        return self.weight.at(x) * pkt_loss(*_pooled(outputs.student, outputs.teacher))
+        return self.weight.at(x) * pkt_loss(_pooled(outputs.student), _pooled(outputs.teacher))
 
 
 class CC(PooledTerm):
@@ -392,7 +559,7 @@ class CC(PooledTerm):
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.teacher is not None
-        pair = _pooled(outputs.student, outputs.teacher)
+        pair = _pooled(outputs.student), _pooled(outputs.teacher)
         return self.weight.at(x) * cc_loss(*pair, gamma=self.gamma, order=self.order)
 
 
@@ -571,13 +738,6 @@ class WKDLogit(PooledTerm):
         return self.weight.at(x) * loss
 
 
-def _pooled(student: TapOutputs, teacher: TapOutputs, *tokens: int) -> tuple[Tensor, Tensor]:
-    """What both classifiers read, [B, features], or as so many tokens in between."""
-    assert student.pooled is not None and teacher.pooled is not None
-    s, t = student.pooled, teacher.pooled
-    return s.reshape(len(s), *tokens, -1), t.reshape(len(t), *tokens, -1)
-
-
 def _heads(side: str, x: Tensor, heads: int) -> Tensor:
     """[B, N, C] as [B, heads, N, C / heads]."""
     if x.shape[2] % heads:
@@ -593,6 +753,9 @@ class Losses(Section):
 
     kd: KD | None = None
     ce: CE | None = None
+    deit_hard: DeitHard | None = None
+    token: Token | None = None
+    ofa: OFA | None = None
     attention: Attention | None = None
     at: AT | None = None
     feature: Feature | None = None

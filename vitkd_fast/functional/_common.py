@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Container, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -117,8 +119,19 @@ def wide_dtype(*given: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
 
 
+def entropy(log_p: Tensor) -> Tensor:
+    """-sum p log p of each row, of log p [.., classes].
+
+    Without numbers below the smallest normal one, which are slow, and nothing.
+    """
+    log_p = log_p.clamp(min=0.9 * math.log(torch.finfo(log_p.dtype).tiny))
+    return -log_p.mul_(log_p.exp()).sum(-1)
+
+
 def exactly(x: Tensor) -> Any:
     """Arithmetic in the dtypes that are written, inside an autocast region too."""
+    if x.device.type == "meta":  # which has no autocast
+        return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
