@@ -274,10 +274,10 @@ def test_the_teacher_is_a_constant(tmp_path: Path) -> None:
     run.run()
     assert constant.training
     assert all(torch.equal(before[name], x) for name, x in constant.state_dict().items())
-    assert run.teacher is not None
-    assert not run.teacher.training
-    assert not any(p.requires_grad for p in run.teacher.parameters())
-    dtypes = {p.dtype for p in run.teacher.parameters()}
+    [frozen_teacher] = run.task.teachers
+    assert not frozen_teacher.training
+    assert not any(p.requires_grad for p in frozen_teacher.parameters())
+    dtypes = {p.dtype for p in frozen_teacher.parameters()}
     assert dtypes == {run.runtime.teacher_dtype}
 
 
@@ -291,7 +291,7 @@ def test_a_student_learns_where_its_teacher_looks(tmp_path: Path) -> None:
     alone += ["optimizer={lr: 3e-3}", "run.epochs=50"]
     run = trainer(tmp_path, [*alone, "run.max_steps=200", "run.log_every=20"], teacher=constant)
     images = next(run.loader.epoch(0)).images
-    answers = run.task.teacher_outputs(images)
+    [answers] = run.task.teacher_outputs(images)
     queries, keys = (x[-1][:, :, 1:].float() for x in (answers.queries, answers.keys))
     attention = (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(-1)
     everywhere = (attention * (attention * attention.shape[-1]).log()).sum(-1).mean()

@@ -68,7 +68,7 @@ def trainer(
         pixels=models.Pixels.of(student()),
         classes=tuple("0123456789"),
     )
-    task = DistillationTask.create(config, **pair, runtime=Runtime.of(config))
+    task = DistillationTask.create(config, pair["student"], pair["teacher"], Runtime.of(config))
     made = Trainer(config, task, splits(), folder, seed=0, save_model=save_model, rebuild=rebuild)
     if resume:
         made.restore()

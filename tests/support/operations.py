@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from support import attention_map_tools, feature_tools, kd_tools
+from support import attention_map_tools, feature_tools, kd_tools, kd_topk_tools
 from vitkd_fast.functional import (
     attention_map_loss,
     deit_hard_loss,
@@ -100,6 +100,11 @@ def _transposed_logits(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensor
     return [new(10, 4).t()], [new(4, 20)[:, ::2]]
 
 
+def _last_strided(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+    new = partial(kd_tools.draw, dtype=dtype, device=device)
+    return [new(9, 4, 3).permute(1, 2, 0)], [new(4, 3, 18)[..., ::2]]
+
+
 def _strided_maps(dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
     new = partial(attention_map_tools.draw, dtype=dtype, device=device)
     q_s, k_s, _ = new(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
@@ -125,6 +130,10 @@ def _dkd(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
     elif isinstance(labels, tuple):
         labels, *_ = labels
     return dkd_loss(student, teacher, labels, **options)
+
+
+def _topk_options(student: Tensors, name: str, tail: str) -> dict[str, Any]:
+    return kd_tools.options_for(name, student[0], -1) | {"tail": tail}
 
 
 def _map_options(student: Tensors, name: str = "everything", **kind: str) -> dict[str, Any]:
@@ -299,6 +308,22 @@ OPERATIONS = {
             "dkd_standardized": partial(_dkd, standardize=True),
         }.items()
     },
+    "kd_topk": Operation(
+        kd_topk_tools.topk_loss,
+        _logits(6, 40),
+        _logit_options,
+        [{"temperature": 1.0}, {"temperature": 4.0}, {"tail": "bin"}],
+        kd_tools.PATHS,
+        [_logits(12, 10), _logits(3, 1001), _logits(2, 5000), _last_strided],
+        [_logits(9, 33), _logits(31, 1001)],
+        _logits(4, 7),
+        {
+            f"{name}-{tail}": partial(_topk_options, name=name, tail=tail)
+            for name in ("plain", "everything")
+            for tail in kd_topk_tools.TAILS
+        },
+        lambda dtype, reduction: reduction != "none" and dtype != HALF,
+    ),
     "attention_map": Operation(
         attention_map_loss,
         _maps(2, 3, 5, 7, 16, 8),

@@ -31,6 +31,8 @@ from .config import Config
 from .logger import Meter, MetricLogger
 from .task import DistillationTask
 
+_CALIBRATION_IMAGES = 1024  # for the statistics of teachers' features
+
 
 class NonFiniteError(RuntimeError):
     """A loss or a weight that is NaN or Inf; the message says where it began."""
@@ -83,8 +85,8 @@ class Trainer:
         folder: of the files above.
         seed: of order, augmentation and everything drawn.
         save_model: writes a model's weights to a path, so that `models.load` reads them.
-        rebuild: sections `student` and `teacher` of a configuration that makes the task's models,
-            but for the student's weights; the configuration's, unless given.
+        rebuild: sections `student`, `teacher` and `teachers` of a configuration that makes the
+            task's models, but for the student's weights; the configuration's, unless given.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -136,7 +138,7 @@ class Trainer:
             checkpoint.check_folder(folder, self.disk)
         if run.compile:
             task.compile()
-        self.forward, self.teacher = task.trainable_module.predict, task.teacher
+        self.forward = task.trainable_module.predict
         if runtime.ranks > 1:
             task.prepare_distributed()
 
@@ -202,6 +204,8 @@ class Trainer:
         run, folder = self.run_section, self.folder if self.runtime.rank == 0 else None
         logger = MetricLogger(folder, self.title, self.total, self.step)
         with logger, Signals() as signals:
+            if not self.step:
+                self.task.calibrate(self._first_images())
             self._since = time.monotonic(), self.step
             self._keep()
             while self.step < self.total or self._is_due():
@@ -241,6 +245,12 @@ class Trainer:
     def _modules(self) -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {"student": self.model, "losses": self.learned}
         return modules | ({"ema": self.ema.module} if self.ema else {})
+
+    def _first_images(self) -> Iterator[Tensor]:
+        """Of training, about `_CALIBRATION_IMAGES`, on the device."""
+        together = self.loader.batch_size * self.runtime.ranks
+        for batch in itertools.islice(self.loader.epoch(), -(-_CALIBRATION_IMAGES // together)):
+            yield batch.images.to(self.runtime.device)
 
     def _is_due(self) -> bool:
         """Whether an evaluation is due at this step, and not done yet."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
@@ -17,19 +17,28 @@ from torch.nn.functional import normalize
 from ..functional import (
     Labels,
     at_loss,
+    cc_loss,
     deit_hard_loss,
     feature_loss,
     kd_loss,
+    mmd_loss,
     nst_loss,
     ofa_loss,
+    pkt_loss,
     relation_loss,
     rkd_loss,
+    sliced_wasserstein_loss,
+    sp_loss,
+    wkd_feature_loss,
 )
 from ..functional._features import resize_map
-from ..nn import AttentionMapProjection, DistillationHead, OFABranches
+from ..nn import AttentionMapProjection, DistillationHead, OFABranches, PHIStandardize
 from ..taps import TapOutputs, Taps
 
 TapSpec: TypeAlias = Mapping[str, tuple[int, ...] | bool]  # arguments of Taps
+
+
+_Part = TypeVar("_Part", bound=nn.Module)
 
 
 class StepOutputs(NamedTuple):
@@ -87,6 +96,13 @@ class Term(Section):
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         """The module that is trained with the student, from one output of the taps, or None."""
         return None
+
+    def among_teachers(self) -> Term:
+        """The term of one of several teachers."""
+        return self
+
+    def observe(self, teacher: TapOutputs, learned: nn.Module) -> None:
+        """Adds a teacher's outputs to the statistics of what is learned, before any training."""
 
     @abstractmethod
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
@@ -236,7 +252,7 @@ class OFA(Term):
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         channels = [student.maps[stride].shape[1] for stride in self.strides]
-        width = max(x.shape[1] for x in _pooled(student, teacher))
+        width = max(x.shape[1] for x in (_pooled(student), _pooled(teacher)))
         return OFABranches(channels, student.logits.shape[1], width)
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
@@ -310,10 +326,13 @@ class MapTerm(Term):
 
         [B, C, H, W]; [B, C, H, W] or [B, N, C].
         """
-        of_student = student.maps[self.stride]
+        return student.maps[self.stride], *self.of_teacher(teacher)
+
+    def of_teacher(self, teacher: TapOutputs) -> tuple[Tensor, tuple[int, int] | None]:
+        """The second and the third of `pair`."""
         if self.teacher_stride is None:
-            return of_student, teacher.patches(self.block), teacher.grid
-        return of_student, teacher.maps[self.teacher_stride], None
+            return teacher.patches(self.block), teacher.grid
+        return teacher.maps[self.teacher_stride], None
 
 
 class AT(MapTerm):
@@ -344,6 +363,9 @@ class Feature(MapTerm):
     # of each position of the teacher, over its channels
     normalize_teacher: Literal["none", "layer_norm", "l2"] = "none"
     projection: Literal["auto", "always"] = "auto"  # auto: where the widths differ
+    # phi_s: the teacher's channels get variance 1, from the first images of training, by a rotation
+    # and one scale (Ranzinger et al., 2024, arXiv:2410.01680); auto: where teachers are several
+    standardize: Literal["auto", "phi_s", "none"] = "auto"
 
     def taps(self) -> tuple[TapSpec, TapSpec]:
         if self.features == "map":
@@ -355,21 +377,42 @@ class Feature(MapTerm):
     ) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
         if self.features == "map":
             return super().pair(student, teacher)
-        return *_pooled(student, teacher, 1), None
+        return _pooled(student, 1), *self.of_teacher(teacher)
+
+    def of_teacher(self, teacher: TapOutputs) -> tuple[Tensor, tuple[int, int] | None]:
+        if self.features == "map":
+            return super().of_teacher(teacher)
+        return _pooled(teacher, 1), None
+
+    def among_teachers(self) -> Term:
+        auto = self.standardize == "auto"
+        return self.model_copy(update={"standardize": "phi_s"}) if auto else self
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         f_s, f_t, _ = self.pair(student, teacher)
         of_s, of_t = (x.shape[1] if x.dim() == 4 else x.shape[2] for x in (f_s, f_t))
-        return nn.Linear(of_s, of_t) if self.projection == "always" or of_s != of_t else None
+        made = nn.ModuleDict()
+        if self.projection == "always" or of_s != of_t:
+            made["projection"] = nn.Linear(of_s, of_t)
+        if self.standardize == "phi_s":
+            made["standardize"] = PHIStandardize(of_t)
+        return made if made else None
+
+    def observe(self, teacher: TapOutputs, learned: nn.Module) -> None:
+        standardize = _part(learned, "standardize", PHIStandardize)
+        if standardize:
+            standardize.observe(self.of_teacher(teacher)[0])
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.teacher is not None
         f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
-        layer = (learned.weight, learned.bias) if isinstance(learned, nn.Linear) else ()
+        projection = _part(learned, "projection", nn.Linear)
+        if standardize := _part(learned, "standardize", PHIStandardize):
+            f_t = standardize(f_t)
         loss = feature_loss(
             f_s,
             f_t,
-            *layer,
+            *((projection.weight, projection.bias) if projection else ()),
             kind=self.kind,
             beta=self.beta,
             normalize_teacher=None if self.normalize_teacher == "none" else self.normalize_teacher,
@@ -390,7 +433,14 @@ class NST(MapTerm):
         return self.weight.at(x) * nst_loss(f_s, f_t, teacher_grid=grid)
 
 
-class RKD(Term):
+class PooledTerm(Term):
+    """A term of what both classifiers read."""
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        return {"pooled": True}, {"pooled": True}
+
+
+class RKD(PooledTerm):
     """weight * rkd_loss: distances and angles between a batch's images, in what classifiers read.
 
     Relational distillation (Park et al., 2019, arXiv:1904.05068), `functional.rkd_loss`.
@@ -399,13 +449,11 @@ class RKD(Term):
     distance_weight: float = Field(25.0, ge=0)  # of distances of pairs
     angle_weight: float = Field(50.0, ge=0)  # of angles of triplets
 
-    def taps(self) -> tuple[TapSpec, TapSpec]:
-        return {"pooled": True}, {"pooled": True}
-
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.teacher is not None
         loss = rkd_loss(
-            *_pooled(outputs.student, outputs.teacher),
+            _pooled(outputs.student),
+            _pooled(outputs.teacher),
             distance_weight=self.distance_weight,
             angle_weight=self.angle_weight,
         )
@@ -446,11 +494,142 @@ class Relation(MapTerm):
         return self.weight.at(x) * loss
 
 
-def _pooled(student: TapOutputs, teacher: TapOutputs, *tokens: int) -> tuple[Tensor, Tensor]:
-    """What both classifiers read, [B, features], or as so many tokens in between."""
-    assert student.pooled is not None and teacher.pooled is not None
-    s, t = student.pooled, teacher.pooled
-    return s.reshape(len(s), *tokens, -1), t.reshape(len(t), *tokens, -1)
+def _pooled(outputs: TapOutputs, *tokens: int) -> Tensor:
+    """What a classifier reads, [B, features], or with so many tokens in between."""
+    x = outputs.pooled
+    assert x is not None
+    return x.reshape(len(x), *tokens, -1)
+
+
+def _part(learned: nn.Module | None, name: str, kind: type[_Part]) -> _Part | None:
+    """One of the modules that a term learns."""
+    part = learned[name] if isinstance(learned, nn.ModuleDict) and name in learned else None
+    return part if isinstance(part, kind) else None
+
+
+class SP(MapTerm):
+    """weight * sp_loss: pairs of images that excite the teacher alike excite the student alike.
+
+    Similarity-preserving distillation (Tung and Mori, 2019, arXiv:1907.09682),
+    `functional.sp_loss`.
+    """
+
+    # a map and patches, or what both classifiers read
+    features: Literal["map", "pooled"] = "map"
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        if self.features == "map":
+            return super().taps()
+        return {"pooled": True}, {"pooled": True}
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        if self.features == "map":
+            f_s, f_t, _ = self.pair(outputs.student, outputs.teacher)
+        else:
+            f_s, f_t = _pooled(outputs.student), _pooled(outputs.teacher)
+        return self.weight.at(x) * sp_loss(f_s.flatten(1), f_t.flatten(1))
+
+
+class PKT(PooledTerm):
+    """weight * pkt_loss: each image's neighbours in the batch, in what classifiers read.
+
+    Probabilistic knowledge transfer (Passalis and Tefas, 2018, arXiv:1803.10837),
+    `functional.pkt_loss`.
+    """
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        return self.weight.at(x) * pkt_loss(_pooled(outputs.student), _pooled(outputs.teacher))
+
+
+class CC(PooledTerm):
+    """weight * cc_loss: correlations between a batch's images, in what classifiers read.
+
+    Correlation congruence (Peng et al., 2019, arXiv:1904.01802), `functional.cc_loss`.
+    """
+
+    gamma: float = Field(0.4, gt=0)  # of the Gaussian kernel
+    order: int = Field(2, ge=1)  # of its Taylor polynomial
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        pair = _pooled(outputs.student), _pooled(outputs.teacher)
+        return self.weight.at(x) * cc_loss(*pair, gamma=self.gamma, order=self.order)
+
+
+class MMD(MapTerm):
+    """weight * mmd_loss: the student's channels are distributed as the teacher's, over positions.
+
+    Maximum mean discrepancy, Gaussian kernel (Huang and Wang, 2017, arXiv:1707.01219),
+    `functional.mmd_loss`.
+    """
+
+    # of the kernel: a number, or that of the distances between student and teacher
+    bandwidth: Literal["mean", "median"] | Annotated[float, Field(gt=0)] = "mean"
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        loss = mmd_loss(f_s, f_t, bandwidth=self.bandwidth, teacher_grid=grid)
+        return self.weight.at(x) * loss
+
+
+class WKDFeature(MapTerm):
+    """weight * wkd_feature_loss: means and deviations of channels, by Wasserstein distance.
+
+    WKD-F (Lv et al., 2024, arXiv:2412.08139), `functional.wkd_feature_loss`. Where the widths
+    differ, the student's map goes through a 1x1 convolution that is trained with it and only needed
+    in training.
+    """
+
+    cells: int = Field(1, ge=1)  # of each side of the grid, with moments of their own
+    mean_weight: float = Field(2.0, ge=0)  # of the means, beside that of deviations of 1
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
+        f_s, f_t, _ = self.pair(student, teacher)
+        of_t = f_t.shape[1] if f_t.dim() == 4 else f_t.shape[2]
+        return nn.Conv2d(f_s.shape[1], of_t, 1) if f_s.shape[1] != of_t else None
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        loss = wkd_feature_loss(
+            learned(f_s) if learned else f_s,
+            f_t,
+            cells=self.cells,
+            mean_weight=self.mean_weight,
+            teacher_grid=grid,
+        )
+        return self.weight.at(x) * loss
+
+
+class SlicedWasserstein(MapTerm):
+    """weight * sliced_wasserstein_loss: channels as points, each of length 1 over its positions.
+
+    Transport in one dimension along directions (of features Heitz et al., 2021, arXiv:2006.07229),
+    `functional.sliced_wasserstein_loss`. The student's map is resized to the teacher's grid; the
+    widths may differ.
+    """
+
+    projections: int = Field(64, ge=1)  # directions
+    p: float = Field(2.0, ge=1)  # the power of the distance
+    seed: int = 0  # of the directions
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        if f_t.dim() == 4:
+            grid, f_t = (f_t.shape[2], f_t.shape[3]), f_t.flatten(2).mT
+        side = math.isqrt(f_t.shape[1])
+        points = resize_map(f_s, grid or (side, side)).flatten(2), f_t.mT
+        loss = sliced_wasserstein_loss(
+            *(normalize(x.float(), dim=2) for x in points),
+            projections=self.projections,
+            p=self.p,
+            seed=self.seed,
+        )
+        return self.weight.at(x) * loss
 
 
 def _heads(side: str, x: Tensor, heads: int) -> Tensor:
@@ -477,6 +656,12 @@ class Losses(Section):
     nst: NST | None = None
     rkd: RKD | None = None
     relation: Relation | None = None
+    sp: SP | None = None
+    pkt: PKT | None = None
+    cc: CC | None = None
+    mmd: MMD | None = None
+    wkd_feature: WKDFeature | None = None
+    sliced_wasserstein: SlicedWasserstein | None = None
 
     def terms(self) -> Iterator[tuple[str, Term]]:
         """The terms that were named, with their names."""

@@ -176,8 +176,8 @@ def replay(path: Path, device: str = "") -> Replay:
         teacher_dtype=getattr(torch, header.teacher_dtype),
     )
     student = preflight.create_student(config, header.classes)
-    teacher = preflight.create_teacher(config, header.classes) if config.teacher.model else None
-    task = DistillationTask.create(config, student, teacher, runtime)
+    teachers = preflight.create_teachers(config, header.classes)
+    task = DistillationTask.create(config, student, teachers, runtime)
     learned = task.trainable_module.learned
     for name, module in (("student", task.student), ("losses", learned)):
         state = {k.removeprefix(f"{name}."): x for k, x in tensors.items() if _is_of(k, name)}
@@ -193,8 +193,9 @@ def replay(path: Path, device: str = "") -> Replay:
     data.seed_all(header.seed, header.step, header.rank)
     batches = sum(key.startswith("images.") for key in tensors)
     watched = {"student": task.student}
-    if isinstance(task.teacher, nn.Sequential):
-        watched["teacher"] = task.teacher[1]
+    for name, predictor in zip(config.all_teachers(), task.teachers, strict=True):
+        assert isinstance(predictor, nn.Sequential)
+        watched[name] = predictor[1]
     for i in range(batches):
         images = tensors[f"images.{i}"].contiguous(memory_format=torch.channels_last)
         images = images.to(runtime.device)

@@ -13,6 +13,7 @@ from .attention_map import AttentionMapOptions as AttentionMapOptions
 from .attention_map import attention_map_bwd as attention_map_bwd
 from .attention_map import attention_map_fwd as attention_map_fwd
 from .attention_map import attention_map_fwd_grad as attention_map_fwd_grad
+from .cc import cc_loss as cc_loss
 from .deit import deit_hard_loss as deit_hard_loss
 from .dino import dino_loss as dino_loss
 from .feature import feature_loss as feature_loss
@@ -29,8 +30,18 @@ from .kd import kd_bwd as kd_bwd
 from .kd import kd_fwd as kd_fwd
 from .kd import kd_fwd_grad as kd_fwd_grad
 from .kd import kd_scale_ as kd_scale_
+from .kd_topk import TAIL_BIN as TAIL_BIN
+from .kd_topk import TAIL_RENORM as TAIL_RENORM
+from .kd_topk import TAIL_SMOOTH as TAIL_SMOOTH
+from .kd_topk import TAIL_ZERO as TAIL_ZERO
+from .kd_topk import KDTopKOptions as KDTopKOptions
+from .kd_topk import kd_topk_bwd as kd_topk_bwd
+from .kd_topk import kd_topk_fwd as kd_topk_fwd
+from .kd_topk import kd_topk_fwd_grad as kd_topk_fwd_grad
+from .mmd import mmd_loss as mmd_loss
 from .nst import nst_loss as nst_loss
 from .ofa import ofa_loss as ofa_loss
+from .pkt import pkt_loss as pkt_loss
 from .rkd import rkd_fwd_grad as rkd_fwd_grad
 from .rkd import rkd_loss as rkd_loss
 from .row_loss import DIVERGENCES as DIVERGENCES
@@ -38,3 +49,6 @@ from .row_loss import RowLossOptions as RowLossOptions
 from .row_loss import row_loss_bwd as row_loss_bwd
 from .row_loss import row_loss_fwd as row_loss_fwd
 from .row_loss import row_loss_fwd_grad as row_loss_fwd_grad
+from .sliced_wasserstein import sliced_wasserstein_loss as sliced_wasserstein_loss
+from .sp import sp_loss as sp_loss
+from .wkd_feature import wkd_feature_loss as wkd_feature_loss
