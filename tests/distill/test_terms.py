@@ -17,7 +17,14 @@ from vitkd_fast.distill.config import ConfigError, load
 from vitkd_fast.distill.losses import StepOutputs
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
-from vitkd_fast.functional import at_loss, feature_loss, nst_loss, relation_loss, rkd_loss
+from vitkd_fast.functional import (
+    at_loss,
+    binary_kd_loss,
+    feature_loss,
+    nst_loss,
+    relation_loss,
+    rkd_loss,
+)
 from vitkd_fast.taps import TapOutputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,7 +101,8 @@ def outputs() -> StepOutputs:
 def value(losses: str, given: StepOutputs, x: float = 0.0, learned: nn.Module | None = None):
     """Of the term that a configuration describes."""
     name = losses.split(":")[0]
-    made = getattr(load("digits", [f"losses={{ce: {{}}, {losses}}}"]).losses, name)
+    other = "bce" if name == "binary_kd" else "ce"
+    made = getattr(load("digits", [f"losses={{{other}: {{}}, {losses}}}"]).losses, name)
     return made(given, x, learned)
 
 
@@ -126,6 +134,22 @@ def test_terms_are_the_functions() -> None:
     ]
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_terms_of_several_labels() -> None:
+    """Multi-hot labels, and those of mixed images."""
+    given = outputs()
+    assert given.teacher is not None
+    s, t = given.student.logits, given.teacher.logits
+    a, b = (torch.rand(3, 10) < 0.4).float(), (torch.rand(3, 10) < 0.4).float()
+    share = torch.tensor([0.2, 0.5, 1.0])
+    text = "binary_kd: {temperature: 2, weight: 0.5, bce_weight: 0.3}"
+    for labels, y in ((a, a), ((a, b, share), a * share[:, None] + b * (1 - share[:, None]))):
+        seen = given._replace(labels=labels)
+        want = binary_kd_loss(s, t, y, temperature=2.0, kd_weight=0.5, bce_weight=0.3)
+        torch.testing.assert_close(value(text, seen), want)
+        bce = nn.functional.binary_cross_entropy_with_logits(s, y)
+        torch.testing.assert_close(value("bce: {weight: 2}", seen), 2 * bce)
 
 
 @pytest.mark.parametrize("name", ["at", "nst", "rkd", "relation"])
