@@ -14,17 +14,21 @@ from torch.nn.functional import interpolate
 from vitkd_fast import models
 from vitkd_fast.distill import sources
 from vitkd_fast.distill.config import ConfigError, load
-from vitkd_fast.distill.losses import StepOutputs
+from vitkd_fast.distill.losses import BCE, StepOutputs
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
 from vitkd_fast.functional import (
     at_loss,
     binary_kd_loss,
+    deit_hard_loss,
     feature_loss,
+    kd_loss,
     nst_loss,
+    ofa_loss,
     relation_loss,
     rkd_loss,
 )
+from vitkd_fast.nn import DistillationHead, OFABranches
 from vitkd_fast.taps import TapOutputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,8 +105,7 @@ def outputs() -> StepOutputs:
 def value(losses: str, given: StepOutputs, x: float = 0.0, learned: nn.Module | None = None):
     """Of the term that a configuration describes."""
     name = losses.split(":")[0]
-    other = "bce" if name == "binary_kd" else "ce"
-    made = getattr(load("digits", [f"losses={{{other}: {{}}, {losses}}}"]).losses, name)
+    made = getattr(load("digits", [f"losses={{ce: {{}}, {losses}}}"]).losses, name)
     return made(given, x, learned)
 
 
@@ -149,7 +152,87 @@ def test_terms_of_several_labels() -> None:
         want = binary_kd_loss(s, t, y, temperature=2.0, kd_weight=0.5, bce_weight=0.3)
         torch.testing.assert_close(value(text, seen), want)
         bce = nn.functional.binary_cross_entropy_with_logits(s, y)
-        torch.testing.assert_close(value("bce: {weight: 2}", seen), 2 * bce)
+        twice = BCE.model_validate({"weight": 2})
+        torch.testing.assert_close(twice(seen, 0.0, None), 2 * bce)
+
+
+HEADS = [
+    "ofa: {eps: 1.5}",
+    "ofa: {strides: [8, 32], temperature: 2.0}",
+    "token: {}",
+    "token: {kind: soft, temperature: 2.0}",
+    "deit_hard: {label_smoothing: 0.1}",
+]
+
+
+@pytest.mark.parametrize("losses", HEADS)
+def test_a_head_learns_from_labels_and_teacher(losses: str) -> None:
+    """Without another term, and its layer with it."""
+    name = losses.split(":")[0]
+    made = task(losses).train()
+    learned = made.trainable_module.learned
+    assert [*learned] == ([] if name == "deit_hard" else [name])
+    optimizer = torch.optim.Adam(made.trainable_module.parameters(), 2e-3)
+    course = []
+    for _ in range(16):
+        result = made(*batch(), 0.0)
+        optimizer.zero_grad()
+        result["loss"].backward()
+        for x in (*made.student.get_classifier().parameters(), *learned.parameters()):
+            assert x.grad is not None and x.grad.isfinite().all()
+        assert made.student.get_parameter("conv_stem.weight").grad.abs().sum() > 0
+        optimizer.step()
+        course.append(result["terms"][1].item())
+    falls_to = 0.9 if name == "ofa" else 0.8  # of ofa, the teacher's entropy is a part
+    assert sum(course[-3:]) < falls_to * sum(course[:3]), course
+    load("digits", [f"losses={{{losses}}}"])  # and trains a classifier by itself
+
+
+def test_a_student_of_two_heads_keeps_them() -> None:
+    """A distilled DeiT's: what it returns is their mean."""
+    options = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    student = models.create(
+        "deit_tiny_distilled_patch16_224", num_classes=10, image_size=32, options=options
+    )
+    config = load("digits", ["losses={token: {}}", "data.image_size=32"])
+    teacher = models.create("vit_tiny_patch16_224", num_classes=10, image_size=32, options=options)
+    made = DistillationTask.create(config, student, teacher, Runtime(torch.device("cpu"))).eval()
+    assert not made.trainable_module.learned
+    images, labels = batch()
+    seen: list[Tensor] = []
+    for head in (student.head, student.head_dist):
+        torch.nn.init.normal_(head.weight)
+        head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    found = made(images, labels, 0.0)["loss"]
+    choice = made.teacher_outputs(images)
+    assert choice is not None
+    want = deit_hard_loss((seen[0], seen[1]), choice.logits, labels)
+    torch.testing.assert_close(found, want)
+
+
+def test_terms_of_heads_are_the_functions() -> None:
+    given = outputs()
+    assert given.teacher is not None and given.student.pooled is not None
+    head = DistillationHead(24, 10)
+    nn.init.normal_(head.difference.weight)
+    of_labels, of_teacher = head(given.student.pooled, given.student.logits)
+    teacher, labels = given.teacher.logits, given.labels
+    entropy = nn.functional.cross_entropy(of_labels, labels)
+    branches = OFABranches([8], 10, 24).eval()
+    both = [*branches([given.student.maps[8]]), given.student.logits]
+    options = {"temperature": 2.0, "eps": 1.5}
+    found = value("ofa: {weight: 3, strides: [8], temperature: 2.0, eps: 1.5}", given, 0, branches)
+    torch.testing.assert_close(found, 3 * ofa_loss(both, teacher, labels, **options))
+    for losses, want in (
+        ("token: {weight: 2, alpha: 0.3}",
+         2 * deit_hard_loss((of_labels, of_teacher), teacher, labels, alpha=0.3)),
+        ("token: {weight: 2, kind: soft, alpha: 0.3, temperature: 2.0}",
+         1.4 * entropy + 0.6 * kd_loss(of_teacher, teacher, temperature=2.0)),
+        ("deit_hard: {weight: 2, alpha: 0.3}",
+         2 * deit_hard_loss(given.student.logits, teacher, labels, alpha=0.3)),
+    ):  # fmt: skip
+        learned = head if losses.startswith("token") else None
+        torch.testing.assert_close(value(losses, given, learned=learned), want)
 
 
 @pytest.mark.parametrize("name", ["at", "nst", "rkd", "relation"])

@@ -18,14 +18,16 @@ from ..functional import (
     Labels,
     at_loss,
     binary_kd_loss,
+    deit_hard_loss,
     feature_loss,
     kd_loss,
     nst_loss,
+    ofa_loss,
     relation_loss,
     rkd_loss,
 )
 from ..functional._features import resize_map
-from ..nn import AttentionMapProjection, PHIStandardize
+from ..nn import AttentionMapProjection, DistillationHead, OFABranches, PHIStandardize
 from ..taps import TapOutputs, Taps
 
 TapSpec: TypeAlias = Mapping[str, tuple[int, ...] | bool]  # arguments of Taps
@@ -79,6 +81,7 @@ class Term(Section):
 
     distils: ClassVar[bool] = True  # compares the student with a teacher
     classifies: ClassVar[bool] = False  # trains the student's classifier
+    averages: ClassVar[bool] = False  # compares logits alone, of several teachers their average
     independent: ClassVar[bool] = False  # of classes that are not exclusive: several labels
 
     weight: Schedule = ONE  # factor of the term
@@ -146,6 +149,122 @@ class KD(Term):
             ce_weight=self.ce_weight.at(x),
             label_smoothing=self.label_smoothing,
         )
+
+
+class DeitHard(Term):
+    """weight * ((1 - alpha) CE(student, labels) + alpha CE(student, the teacher's choice)).
+
+    Hard-label distillation (Touvron et al., 2021, arXiv:2012.12877) of the student's one
+    classifier, in one pass, `functional.deit_hard_loss`.
+    """
+
+    classifies = True
+
+    alpha: float = Field(0.5, ge=0, le=1)  # the teacher's share
+    label_smoothing: float = Field(0.0, ge=0, le=1)  # of the labels' term
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        return self.weight.at(x) * deit_hard_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            outputs.labels,
+            alpha=self.alpha,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class Token(Term):
+    """weight * ((1 - alpha) CE(one head, labels) + alpha KD(another head, teacher)).
+
+    DeiT's distillation through a head of its own (Touvron et al., 2021, arXiv:2012.12877). A
+    student of one classifier gets the other head by `nn.DistillationHead`, which is only needed in
+    training: the classifier is the mean of both, and so what is evaluated, saved and made int8. A
+    student of two heads, such as a distilled DeiT, keeps its own.
+    """
+
+    classifies = True
+    averages = True
+
+    # hard: the cross-entropy of the class that the teacher chooses; soft: T^2 KL
+    kind: Literal["hard", "soft"] = "hard"
+    alpha: float = Field(0.5, ge=0, le=1)  # the teacher's share
+    temperature: float = Field(1.0, gt=0)  # of soft
+    label_smoothing: float = Field(0.0, ge=0, le=1)  # of the labels' term
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        return {"pooled": True}, {"pooled": True}
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
+        if student.logits_dist is not None:
+            return None
+        assert student.pooled is not None
+        return DistillationHead(student.pooled.flatten(1).shape[1], student.logits.shape[1])
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        student, teacher, weight = outputs.student, outputs.teacher.logits, self.weight.at(x)
+        if learned is not None:
+            heads = learned(student.pooled, student.logits)
+        else:  # the logits of two heads are their mean
+            assert student.logits_dist is not None
+            heads = 2 * student.logits - student.logits_dist, student.logits_dist
+        if self.kind == "hard":
+            return weight * deit_hard_loss(
+                heads,
+                teacher,
+                outputs.labels,
+                alpha=self.alpha,
+                label_smoothing=self.label_smoothing,
+            )
+        hard = kd_loss(
+            heads[0],
+            heads[0].detach(),
+            labels=outputs.labels,
+            kd_weight=0.0,
+            ce_weight=weight * (1 - self.alpha),
+            label_smoothing=self.label_smoothing,
+        )
+        return hard + kd_loss(
+            heads[1], teacher, temperature=self.temperature, kd_weight=weight * self.alpha
+        )
+
+
+class OFA(Term):
+    """weight * ofa_loss, summed over the student's logits and those of a branch at each stride.
+
+    Distillation between unlike architectures (Hao et al., 2023, arXiv:2310.19444),
+    `functional.ofa_loss`. The branches are those of `nn.OFABranches`, which are trained with the
+    student and only needed in training.
+    """
+
+    classifies = True
+    averages = True
+
+    # of the student's maps, from the first to the last
+    strides: list[Annotated[int, Field(ge=1)]] = [4, 8, 16, 32]
+    temperature: float = Field(1.0, gt=0)  # divides all logits; there is no factor T^2
+    eps: float = Field(1.0, gt=0)  # above 1: more weight to a label of which the teacher is sure
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        return {"maps": tuple(self.strides), "pooled": True}, {"pooled": True}
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
+        channels = [student.maps[stride].shape[1] for stride in self.strides]
+        width = max(_pooled(x).shape[1] for x in (student, teacher))
+        return OFABranches(channels, student.logits.shape[1], width)
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None and learned is not None
+        branches = learned([outputs.student.maps[stride] for stride in self.strides])
+        loss = ofa_loss(
+            [*branches, outputs.student.logits],
+            outputs.teacher.logits,
+            outputs.labels,
+            temperature=self.temperature,
+            eps=self.eps,
+        )
+        return self.weight.at(x) * loss
 
 
 class Attention(Term):
@@ -450,6 +569,9 @@ class Losses(Section):
 
     kd: KD | None = None
     ce: CE | None = None
+    deit_hard: DeitHard | None = None
+    token: Token | None = None
+    ofa: OFA | None = None
     attention: Attention | None = None
     at: AT | None = None
     feature: Feature | None = None

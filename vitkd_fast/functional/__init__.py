@@ -14,12 +14,17 @@ from .at import at_loss as at_loss
 from .attention_map import attention_map_loss as attention_map_loss
 from .average import average_logits as average_logits
 from .binary_kd import binary_kd_loss as binary_kd_loss
+from .deit import deit_hard_loss as deit_hard_loss
+from .dino import dino_loss as dino_loss
 from .divergence import js_loss as js_loss
 from .divergence import reverse_kl_loss as reverse_kl_loss
 from .divergence import tv_loss as tv_loss
 from .dkd import dkd_loss as dkd_loss
 from .feature import feature_loss as feature_loss
+from .fused_linear_kd import fused_linear_kd_loss as fused_linear_kd_loss
 from .kd import kd_loss as kd_loss
+from .kd_topk import kd_loss_topk as kd_loss_topk
 from .nst import nst_loss as nst_loss
+from .ofa import ofa_loss as ofa_loss
 from .relation import relation_loss as relation_loss
 from .rkd import rkd_loss as rkd_loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Container, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -116,6 +117,15 @@ def check_derivatives(
 
 def wide_dtype(*given: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """-sum p log p of each row, of log p [.., classes].
+
+    Without numbers below the smallest normal one, which are slow, and nothing.
+    """
+    log_p = log_p.clamp(min=0.9 * math.log(torch.finfo(log_p.dtype).tiny))
+    return -log_p.mul_(log_p.exp()).sum(-1)
 
 
 def exactly(x: Tensor) -> Any:

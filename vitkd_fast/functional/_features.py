@@ -185,6 +185,6 @@ def empty_grad(x: Tensor, needed: bool, dtype: torch.dtype) -> Tensor | None:
 
 
 def formed_in_forward(form: Any, constants: tuple, *inputs: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return _InForward.apply(form, constants, *inputs)
     return form(inputs, constants, [False] * len(inputs))[0]

@@ -14,7 +14,10 @@ from .attention_map import attention_map_bwd as attention_map_bwd
 from .attention_map import attention_map_fwd as attention_map_fwd
 from .attention_map import attention_map_fwd_grad as attention_map_fwd_grad
 from .binary_kd import binary_kd_loss as binary_kd_loss
+from .deit import deit_hard_loss as deit_hard_loss
+from .dino import dino_loss as dino_loss
 from .feature import feature_loss as feature_loss
+from .fused_linear_kd import fused_linear_kd_loss as fused_linear_kd_loss
 from .int8 import int8_dwconv as int8_dwconv
 from .int8 import int8_dwconv_shape as int8_dwconv_shape
 from .int8 import int8_pwconv as int8_pwconv
@@ -27,7 +30,16 @@ from .kd import kd_bwd as kd_bwd
 from .kd import kd_fwd as kd_fwd
 from .kd import kd_fwd_grad as kd_fwd_grad
 from .kd import kd_scale_ as kd_scale_
+from .kd_topk import TAIL_BIN as TAIL_BIN
+from .kd_topk import TAIL_RENORM as TAIL_RENORM
+from .kd_topk import TAIL_SMOOTH as TAIL_SMOOTH
+from .kd_topk import TAIL_ZERO as TAIL_ZERO
+from .kd_topk import KDTopKOptions as KDTopKOptions
+from .kd_topk import kd_topk_bwd as kd_topk_bwd
+from .kd_topk import kd_topk_fwd as kd_topk_fwd
+from .kd_topk import kd_topk_fwd_grad as kd_topk_fwd_grad
 from .nst import nst_loss as nst_loss
+from .ofa import ofa_loss as ofa_loss
 from .rkd import rkd_fwd_grad as rkd_fwd_grad
 from .rkd import rkd_loss as rkd_loss
 from .row_loss import DIVERGENCES as DIVERGENCES
