@@ -11,6 +11,7 @@ from torch import Tensor
 from support import attention_map_tools, feature_tools, kd_tools, kd_topk_tools, relation_tools
 from vitkd_fast.functional import (
     attention_map_loss,
+    binary_kd_loss,
     deit_hard_loss,
     dino_loss,
     dkd_loss,
@@ -139,6 +140,22 @@ def _topk_options(student: Tensors, name: str, tail: str) -> dict[str, Any]:
 def _map_options(student: Tensors, name: str = "everything", **kind: str) -> dict[str, Any]:
     maps = attention_map_tools.Maps(*student, *student)
     return attention_map_tools.OPTIONS[name](maps) | kind
+
+
+def _binary(student: Tensors, name: str = "everything") -> dict[str, Any]:
+    """Of several labels per row, some of them unknown."""
+    (x,) = student
+    generator = torch.Generator().manual_seed(2)
+    random = torch.rand((2, *x.shape), generator=generator, dtype=DOUBLE).to(x.device)
+    weights = torch.rand(x.shape[-1], generator=generator, dtype=DOUBLE).to(x.device)
+    labels = {"labels": (random[0] < 0.3).float(), "bce_weight": 0.7}
+    return {
+        "plain": {"temperature": 4.0},
+        "labels": labels,
+        "everything": labels
+        | {"temperature": 2.0, "kd_weight": 0.8}
+        | {"mask": random[1] < 0.8, "class_weights": weights},
+    }[name]
 
 
 def _classifier(rows: int, dim: int, classes: int) -> Draw:
@@ -308,6 +325,19 @@ OPERATIONS = {
             "dkd_standardized": partial(_dkd, standardize=True),
         }.items()
     },
+    "binary_kd": Operation(
+        binary_kd_loss,
+        _logits(6, 40),
+        _binary,
+        [{"temperature": 1.0}, {"temperature": 4.0}],
+        kd_tools.PATHS,
+        [_logits(5), _logits(2, 5, 3, 4), _strided_logits, _transposed_logits],
+        [_logits(9, 33), _logits(31, 1001)],
+        _logits(4, 5, 3),
+        {name: partial(_binary, name=name) for name in ("plain", "labels", "everything")},
+        # tiles are counted in Python
+        once=False,
+    ),
     "kd_topk": Operation(
         kd_topk_tools.topk_loss,
         _logits(6, 40),

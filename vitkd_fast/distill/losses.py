@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from ..functional import (
     Labels,
     at_loss,
+    binary_kd_loss,
     cc_loss,
     deit_hard_loss,
     feature_loss,
@@ -91,6 +92,8 @@ class Term(Section):
 
     distils: ClassVar[bool] = True  # compares the student with a teacher
     classifies: ClassVar[bool] = False  # trains the student's classifier
+    averages: ClassVar[bool] = False  # compares logits alone, of several teachers their average
+    independent: ClassVar[bool] = False  # of classes that are not exclusive: several labels
 
     weight: Schedule = ONE  # factor of the term
 
@@ -192,6 +195,7 @@ class Token(Term):
     """
 
     classifies = True
+    averages = True
 
     # hard: the cross-entropy of the class that the teacher chooses; soft: T^2 KL
     kind: Literal["hard", "soft"] = "hard"
@@ -246,6 +250,7 @@ class OFA(Term):
     """
 
     classifies = True
+    averages = True
 
     # of the student's maps, from the first to the last
     strides: list[Annotated[int, Field(ge=1)]] = [4, 8, 16, 32]
@@ -257,7 +262,7 @@ class OFA(Term):
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         channels = [student.maps[stride].shape[1] for stride in self.strides]
-        width = max(x.shape[1] for x in (_pooled(student), _pooled(teacher)))
+        width = max(_pooled(x).shape[1] for x in (student, teacher))
         return OFABranches(channels, student.logits.shape[1], width)
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
@@ -310,6 +315,58 @@ class Attention(Term):
         features = outputs.student.maps[self.stride]
         loss = learned(features, outputs.teacher.queries[block], outputs.teacher.keys[block])
         return self.weight.at(x) * loss
+
+
+class BCE(Term):
+    """weight * BCE(student, labels), of images with several labels, without a teacher."""
+
+    distils = False
+    classifies = True
+    independent = True
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        student = outputs.student.logits
+        return binary_kd_loss(
+            student,
+            student.detach(),
+            _mixed(outputs.labels),
+            kd_weight=0.0,
+            bce_weight=self.weight.at(x),
+        )
+
+
+class BinaryKD(Term):
+    """weight * T^2 * KL of each class's sigmoid at T + bce_weight * BCE(student, labels).
+
+    Of images with several labels, or none (`data.labels`); `functional.binary_kd_loss`.
+    """
+
+    classifies = True
+    independent = True
+
+    temperature: float = Field(1.0, gt=0)  # divides both logits
+    bce_weight: Schedule = ZERO  # factor of the cross-entropy
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        return binary_kd_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            _mixed(outputs.labels),
+            temperature=self.temperature,
+            kd_weight=self.weight.at(x),
+            bce_weight=self.bce_weight.at(x),
+        )
+
+
+def _mixed(labels: Labels) -> Tensor:
+    """Multi-hot labels [B, classes], of mixed images the mixture."""
+    if isinstance(labels, Tensor):
+        return labels
+    a, b, share = labels
+    if isinstance(share, Tensor) and share.dim():
+        share = share.unsqueeze(1)
+    return a * share + b * (1 - share)
 
 
 class MapTerm(Term):
@@ -771,6 +828,8 @@ class Losses(Section):
     mlkd: MLKD | None = None
     spearman: Spearman | None = None
     wkd_logit: WKDLogit | None = None
+    binary_kd: BinaryKD | None = None
+    bce: BCE | None = None
 
     def terms(self) -> Iterator[tuple[str, Term]]:
         """The terms that were named, with their names."""
@@ -778,8 +837,15 @@ class Losses(Section):
             if (term := getattr(self, name)) is not None:
                 yield name, term
 
+    @property
+    def independent(self) -> bool:
+        """Whether classes are not exclusive."""
+        return any(term.independent for _, term in self.terms())
+
     def baseline(self) -> Losses:
         """Without a teacher: the cross-entropy, with the same label smoothing."""
+        if self.independent:
+            return Losses(bce=BCE())
         terms = (term for term in (self.kd, self.ce) if term)
         smoothing = max((term.label_smoothing for term in terms), default=0.0)
         return Losses(ce=CE(label_smoothing=smoothing))

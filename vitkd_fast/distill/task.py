@@ -101,9 +101,10 @@ class DistillationTask(TrainingTask):
                 of_teachers = [tapped and (tapped(image), tapped) for tapped in self.teacher_taps]
             student.train(training)
             for name, term in terms.items():
-                for i, of_teacher in enumerate(of_teachers):
+                count = 1 if _averages(term) else len(teachers)
+                for i, of_teacher in enumerate(of_teachers[:count]):
                     if of_teacher and (module := term.learned(of_student, *of_teacher)):
-                        learned[_place(name, i, len(teachers))] = module.to(runtime.device)
+                        learned[_place(name, i, count)] = module.to(runtime.device)
         self.trainable_module: Any = _Trainable(student, taps, terms, learned, runtime, average)
 
     @classmethod
@@ -235,13 +236,13 @@ class _Trainable(nn.Module):
         done: float,
     ) -> Tensor:
         """Of logits, one term for their average; of features, one for each teacher, by weight."""
-        if len(teachers) > 1 and not term.taps()[1]:
+        if len(teachers) > 1 and _averages(term):
             temperature = getattr(term, "temperature", 1.0)
             logits = self.average.logits(
                 [teacher.logits for teacher in teachers],
                 temperature if isinstance(temperature, float) else 1.0,
             )
-            return term(StepOutputs(student, TapOutputs(logits), labels), done, None)
+            teachers = [TapOutputs(logits)]
         losses = []
         for i, teacher in enumerate(teachers or [None]):
             place = _place(name, i, len(teachers))
@@ -250,6 +251,11 @@ class _Trainable(nn.Module):
         if len(losses) == 1:
             return losses[0]
         return torch.stack([w * x for w, x in zip(self.average.weights, losses, strict=True)]).sum()
+
+
+def _averages(term: Term) -> bool:
+    """Whether the term of several teachers is one of their average."""
+    return term.averages or not term.taps()[1]
 
 
 def _place(name: str, teacher: int, teachers: int) -> str:
