@@ -33,7 +33,7 @@ from vitkd_fast import _ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ONE_OF_EACH = ["kd", "kd_topk", "attention_map", "relation", "at", "mse", "nst", "rkd"]
+ONE_OF_EACH = ["kd", "kd_topk", "dist", "attention_map", "relation", "at", "mse", "nst", "rkd"]
 
 
 class Case:
@@ -330,7 +330,7 @@ def test_compile(
     case.compare(*results, exactly=False)
 
 
-@pytest.mark.emulated(name=["kd", "kd_topk", "attention_map", "rkd"], dtype=[FLOAT])
+@pytest.mark.emulated(name=["kd", "kd_topk", "dist", "attention_map", "rkd"], dtype=[FLOAT])
 @every_device
 @pytest.mark.parametrize(
     ("name", "dtype", "reduction"),

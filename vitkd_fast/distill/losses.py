@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 
-from ..functional import Labels, kd_loss
+from ..functional import Labels, dist_loss, kd_loss
 from ..nn import AttentionMapProjection
 from ..taps import TapOutputs, Taps
 
@@ -118,6 +118,29 @@ class KD(Term):
         )
 
 
+class DIST(Term):
+    """weight * T^2 * (beta (1 - rho of rows) + gamma (1 - rho of classes)), rho: Pearson's.
+
+    Huang et al., 2022, arXiv:2205.10536; `functional.dist_loss`, over all processes of a run.
+    """
+
+    temperature: float = Field(1.0, gt=0)  # divides both logits
+    beta: float = Field(1.0, ge=0)  # factor of the rows' correlations, over their classes
+    gamma: float = Field(1.0, ge=0)  # factor of the classes' correlations, over the batch
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        loss = dist_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            temperature=self.temperature,
+            beta=self.beta,
+            gamma=self.gamma,
+            sync=True,
+        )
+        return self.weight.at(x) * loss
+
+
 class Attention(Term):
     """weight * attention_map_loss of a map of the student, for a block of the teacher.
 
@@ -162,6 +185,7 @@ class Losses(Section):
 
     kd: KD | None = None
     ce: CE | None = None
+    dist: DIST | None = None
     attention: Attention | None = None
 
     def terms(self) -> Iterator[tuple[str, Term]]:

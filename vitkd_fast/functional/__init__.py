@@ -12,6 +12,7 @@ require("torch", __name__)
 from ._rows import Labels as Labels
 from .at import at_loss as at_loss
 from .attention_map import attention_map_loss as attention_map_loss
+from .dist import dist_loss as dist_loss
 from .divergence import js_loss as js_loss
 from .divergence import reverse_kl_loss as reverse_kl_loss
 from .divergence import tv_loss as tv_loss

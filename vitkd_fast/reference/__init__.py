@@ -13,6 +13,9 @@ from .attention_map import AttentionMapOptions as AttentionMapOptions
 from .attention_map import attention_map_bwd as attention_map_bwd
 from .attention_map import attention_map_fwd as attention_map_fwd
 from .attention_map import attention_map_fwd_grad as attention_map_fwd_grad
+from .dist import dist_bwd as dist_bwd
+from .dist import dist_loss as dist_loss
+from .dist import dist_moments as dist_moments
 from .feature import feature_loss as feature_loss
 from .int8 import int8_dwconv as int8_dwconv
 from .int8 import int8_dwconv_shape as int8_dwconv_shape
