@@ -14,6 +14,7 @@ from vitkd_fast.functional import (
     binary_kd_loss,
     deit_hard_loss,
     dino_loss,
+    dist_loss,
     dkd_loss,
     fused_linear_kd_loss,
     js_loss,
@@ -353,6 +354,17 @@ OPERATIONS = {
             for tail in kd_topk_tools.TAILS
         },
         lambda dtype, reduction: reduction != "none" and dtype != HALF,
+    ),
+    "dist": Operation(
+        dist_loss,
+        _logits(16, 40),
+        lambda student: {"temperature": 2.0, "beta": 0.5},
+        [{"temperature": 1.0}, {"gamma": 2.0}],
+        [(FLOAT, None), (HALF, None), (BFLOAT, None), (DOUBLE, None)],
+        [_logits(12, 10), _logits(5, 1001), _last_strided],
+        [_logits(9, 33), _logits(31, 101)],
+        _logits(5, 7),
+        {"plain": _none, "hot": lambda student: {"temperature": 4.0, "gamma": 0.5}},
     ),
     "attention_map": Operation(
         attention_map_loss,

@@ -21,6 +21,7 @@ from ..functional import (
     binary_kd_loss,
     cc_loss,
     deit_hard_loss,
+    dist_loss,
     feature_loss,
     kd_loss,
     mlkd_loss,
@@ -274,6 +275,29 @@ class OFA(Term):
             outputs.labels,
             temperature=self.temperature,
             eps=self.eps,
+        )
+        return self.weight.at(x) * loss
+
+
+class DIST(Term):
+    """weight * T^2 * (beta (1 - rho of rows) + gamma (1 - rho of classes)), rho: Pearson's.
+
+    Huang et al., 2022, arXiv:2205.10536; `functional.dist_loss`, over all processes of a run.
+    """
+
+    temperature: float = Field(1.0, gt=0)  # divides both logits
+    beta: float = Field(1.0, ge=0)  # factor of the rows' correlations, over their classes
+    gamma: float = Field(1.0, ge=0)  # factor of the classes' correlations, over the batch
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        loss = dist_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            temperature=self.temperature,
+            beta=self.beta,
+            gamma=self.gamma,
+            sync=True,
         )
         return self.weight.at(x) * loss
 
@@ -813,6 +837,7 @@ class Losses(Section):
     deit_hard: DeitHard | None = None
     token: Token | None = None
     ofa: OFA | None = None
+    dist: DIST | None = None
     attention: Attention | None = None
     at: AT | None = None
     feature: Feature | None = None

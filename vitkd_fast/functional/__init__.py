@@ -18,6 +18,7 @@ from .binary_kd import binary_kd_loss as binary_kd_loss
 from .cc import cc_loss as cc_loss
 from .deit import deit_hard_loss as deit_hard_loss
 from .dino import dino_loss as dino_loss
+from .dist import dist_loss as dist_loss
 from .divergence import js_loss as js_loss
 from .divergence import reverse_kl_loss as reverse_kl_loss
 from .divergence import tv_loss as tv_loss
