@@ -1,8 +1,8 @@
 """An epoch of digits with each term of a run's loss: what a step costs, and that the term falls.
 
-The recipe `digits`, one thread, CPU time, an untrained teacher of four blocks; each term is alone, with
-the options that these 32x32 pixels ask for. One whose mean over the last eighth of the epoch is not
-below that over the first is refused, as one that is not finite.
+The recipe `digits`, one thread, CPU time, an untrained teacher of four blocks; each term is alone,
+with the options that these 32x32 pixels ask for. One whose mean over the last eighth of the epoch
+is not below that over the first is refused, as one that is not finite.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ pytest.importorskip("torchmetrics")
 
 from vitkd_fast import models
 from vitkd_fast.distill import config, sources
-from vitkd_fast.distill.losses import Losses
 from vitkd_fast.distill.loop import Trainer
+from vitkd_fast.distill.losses import Losses
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
 
