@@ -134,6 +134,17 @@ def _row_loss_fwd_grad_fake(
     return loss, *_row_loss_bwd_fake(loss, student, teacher, *options)
 
 
+def _dist_moments_fake(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows, classes = student.shape
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    columns = student.new_empty([5, classes], dtype=torch.float64)
+    return student.new_empty([7, rows], dtype=wide), columns
+
+
+def _dist_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
+    return student.new_empty(student.shape)
+
+
 class Operation(NamedTuple):
     schema: str
     fake: Callable
@@ -234,6 +245,16 @@ OPERATIONS = [
         "rkd_fwd_grad(Tensor gram_s, Tensor gram_t, float distance_weight, float angle_weight) "
         "-> (Tensor loss, Tensor grad)",
         _rkd_fwd_grad_fake, reference.rkd_fwd_grad, "rkd",
+    ),
+    Operation(
+        "dist_moments(Tensor student, Tensor teacher, float temperature) "
+        "-> (Tensor stats, Tensor columns)",
+        _dist_moments_fake, reference.dist_moments, "dist",
+    ),
+    Operation(
+        "dist_bwd(Tensor grad_loss, Tensor student, Tensor teacher, Tensor stats, "
+        "Tensor row_factors, Tensor column_factors, float temperature) -> Tensor",
+        _dist_bwd_fake, reference.dist_bwd, "dist",
     ),
 ]  # fmt: skip
 

@@ -140,6 +140,37 @@ class KDLossTopK(nn.Module):
         return f"temperature={self.temperature}, tail={self.tail!r}, ce_weight={self.ce_weight}"
 
 
+class DISTLoss(nn.Module):
+    """T^2 (beta mean_b (1 - rho(q_b, p_b)) + gamma mean_c (1 - rho(q_:c, p_:c))), rho: Pearson's.
+
+    The arguments are those of `vitkd_fast.functional.dist_loss`, which says what they mean and what
+    is raised.
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0, sync: bool = False
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.beta = beta
+        self.gamma = gamma
+        self.sync = sync
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of student and teacher logits; see `vitkd_fast.functional.dist_loss`."""
+        return functional.dist_loss(
+            student,
+            teacher,
+            temperature=self.temperature,
+            beta=self.beta,
+            gamma=self.gamma,
+            sync=self.sync,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, beta={self.beta}, gamma={self.gamma}"
+
+
 class AttentionMapProjection(nn.Module):
     """attention_map_loss of a feature map: mean KL(softmax(q_t k_t^T) || softmax(q_s k_s^T)).
 

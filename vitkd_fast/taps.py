@@ -101,6 +101,7 @@ class Taps:
         attention: blocks whose queries and keys to tap.
 
     Attributes:
+        classifier: of the model; of two heads, the class head.
         prefix_tokens: class, distillation and register tokens, in front of the patches.
         grid: rows and columns of patches; None for convnets and Swin.
         scales: by tapped block, the factor of q k^T in the softmax; 1 for SwinV2, whose scales
@@ -127,6 +128,7 @@ class Taps:
         self._nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
         heads = self.model.get_classifier()
         head, self._head_dist = heads if isinstance(heads, tuple) else (heads, None)
+        self.classifier: nn.Module = head
         self._head = head if pooled else None
         # in the order of the network, so that the last of a stride stays
         strides = {entry["reduction"]: entry["module"] for entry in self.model.feature_info}

@@ -14,19 +14,29 @@ from torch.nn.functional import interpolate
 from vitkd_fast import models
 from vitkd_fast.distill import sources
 from vitkd_fast.distill.config import ConfigError, load
-from vitkd_fast.distill.losses import BCE, StepOutputs
+from vitkd_fast.distill.losses import BCE, ClassCosts, StepOutputs
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
 from vitkd_fast.functional import (
     at_loss,
     binary_kd_loss,
+    cc_loss,
     deit_hard_loss,
     feature_loss,
     kd_loss,
+    mlkd_loss,
+    mmd_loss,
     nst_loss,
     ofa_loss,
+    pkt_loss,
     relation_loss,
     rkd_loss,
+    sliced_wasserstein_loss,
+    sp_loss,
+    spearman_loss,
+    wkd_cost,
+    wkd_feature_loss,
+    wkd_logit_loss,
 )
 from vitkd_fast.nn import DistillationHead, OFABranches
 from vitkd_fast.taps import TapOutputs
@@ -45,7 +55,25 @@ TERMS = [
     "relation: {stride: 8}",
     "relation: {stride: 8, heads: 4, kind: js}",
     "relation: {stride: 4, teacher_stride: 8, similarity: cosine, temperature: 0.2}",
+    "sp: {stride: 8}",
+    "sp: {features: pooled}",
+    "pkt: {}",
+    "cc: {}",
+    "mmd: {stride: 8}",
+    "mmd: {stride: 4, teacher_stride: 8, bandwidth: 0.5}",
+    "wkd_feature: {stride: 8}",
+    "wkd_feature: {stride: 4, cells: 2, block: 0}",
+    "sliced_wasserstein: {stride: 8}",
+    "sliced_wasserstein: {stride: 4, teacher_stride: 8, p: 1.0}",
 ]
+OF_LOGITS = [
+    "mlkd: {}",
+    "mlkd: {temperatures: [4], kd_weight: 0}",
+    "spearman: {softness: 0.5}",
+    "wkd_logit: {}",
+]
+OF_FEATURES = [*dict.fromkeys(of.split(":")[0] for of in TERMS)]
+SLOW = ["pkt"]  # to learn, in a batch of 32
 
 
 def task(losses: str, **teacher: Any) -> DistillationTask:
@@ -64,17 +92,17 @@ def batch() -> tuple[Tensor, Tensor]:
     return interpolate(small, 32), torch.as_tensor(digits.labels[:32])
 
 
-@pytest.mark.parametrize("losses", TERMS)
+@pytest.mark.parametrize("losses", [*TERMS, *OF_LOGITS])
 def test_a_term_learns(losses: str) -> None:
     made = task(losses).train()
     name = losses.split(":")[0]
     learned = made.trainable_module.learned
-    widths_differ = name == "feature"
-    assert bool(learned) == widths_differ
+    widths_differ = name in ("feature", "wkd_feature")
+    assert bool([*learned.parameters()]) == widths_differ
     optimizer = torch.optim.Adam(made.trainable_module.parameters(), 2e-3)
     before = {key: x.clone() for key, x in learned.named_parameters()}
     course = []
-    for _ in range(16):
+    for _ in range(48 if name in SLOW else 16):
         result = made(*batch(), 0.0)
         optimizer.zero_grad()
         result["loss"].backward()
@@ -118,6 +146,7 @@ def test_terms_are_the_functions() -> None:
     pooled = given.student.pooled, given.teacher.pooled
     layer, wide = nn.Linear(8, 16), nn.Linear(24, 16)
     learned = [nn.ModuleDict({"projection": x}) for x in (layer, wide)]
+    conv = nn.Conv2d(8, 16, 1)
     found = [
         value("at: {stride: 8, p: 3.0}", given),
         value("nst: {stride: 8}", given),
@@ -125,8 +154,17 @@ def test_terms_are_the_functions() -> None:
         value("relation: {stride: 8, heads: 2}", given),
         value("feature: {stride: 8}", given, learned=learned[0]),
         value("feature: {features: pooled, kind: cosine}", given, learned=learned[1]),
+        value("sp: {stride: 8}", given),
+        value("sp: {features: pooled}", given),
+        value("pkt: {}", given),
+        value("cc: {gamma: 0.5, order: 3}", given),
+        value("mmd: {stride: 8, bandwidth: median}", given),
+        value("mmd: {stride: 8, bandwidth: 2}", given),
+        value("wkd_feature: {stride: 8, cells: 2}", given, learned=conv),
+        value("sliced_wasserstein: {stride: 8, projections: 3, seed: 4}", given),
     ]
     heads = [x.unflatten(2, (2, -1)).transpose(1, 2) for x in (f_s.flatten(2).mT, f_t)]
+    points = [nn.functional.normalize(x, dim=2) for x in (f_s.flatten(2), f_t.mT)]
     wanted = [
         at_loss(f_s, f_t, p=3.0),
         nst_loss(f_s, f_t),
@@ -134,6 +172,14 @@ def test_terms_are_the_functions() -> None:
         relation_loss(*heads),
         feature_loss(f_s, f_t, layer.weight, layer.bias),
         1 - nn.functional.cosine_similarity(wide(pooled[0]), pooled[1]).mean(),
+        sp_loss(f_s.flatten(1), f_t.flatten(1)),
+        sp_loss(*pooled),
+        pkt_loss(*pooled),
+        cc_loss(*pooled, gamma=0.5, order=3),
+        mmd_loss(f_s, f_t, bandwidth="median"),
+        mmd_loss(f_s, f_t, bandwidth=2),
+        wkd_feature_loss(conv(f_s), f_t, cells=2),
+        sliced_wasserstein_loss(*points, projections=3, seed=4),
     ]
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
@@ -235,10 +281,12 @@ def test_terms_of_heads_are_the_functions() -> None:
         torch.testing.assert_close(value(losses, given, learned=learned), want)
 
 
-@pytest.mark.parametrize("name", ["at", "nst", "rkd", "relation"])
+@pytest.mark.parametrize(
+    "name", ["at", "nst", "rkd", "relation", "sp", "pkt", "cc", "mmd", "sliced_wasserstein"]
+)
 def test_weights_are_schedules(name: str) -> None:
     given = outputs()
-    stride = "" if name == "rkd" else "stride: 8, "
+    stride = "" if name in ("rkd", "pkt", "cc") else "stride: 8, "
     one = value(f"{name}: {{{stride}weight: 1}}", given)
     text = f"{name}: {{{stride}weight: {{start: 0, end: 3, until: 0.5}}}}"
     for x, factor in ((0.0, 0.0), (0.25, 1.5), (1.0, 3.0)):
@@ -247,6 +295,7 @@ def test_weights_are_schedules(name: str) -> None:
 
 def test_a_projection_is_learned_where_widths_differ() -> None:
     assert not task("feature: {stride: 8}", embed_dim=16).trainable_module.learned
+    assert not task("wkd_feature: {stride: 8}", embed_dim=16).trainable_module.learned
     for losses, width in (("feature: {stride: 8, projection: always}", 16), (TERMS[2], 32)):
         layer = task(losses, embed_dim=width).trainable_module.learned["feature"]["projection"]
         assert [*layer.weight.shape] == [width, 16]
@@ -257,9 +306,66 @@ def test_heads_that_do_not_divide_a_width_are_an_error() -> None:
         task("relation: {stride: 8, heads: 3}")(*batch())
 
 
-@pytest.mark.parametrize("name", ["at", "feature", "nst", "rkd", "relation"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "at",
+        "feature",
+        "nst",
+        "rkd",
+        "relation",
+        "sp",
+        "pkt",
+        "cc",
+        "mmd",
+        "wkd_feature",
+        "sliced_wasserstein",
+    ],
+)
 def test_features_train_no_classifier(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^losses.{name}: trains no classifier; add losses.kd"):
         load("digits", [f"losses={yaml.safe_dump({name: {}}, default_flow_style=True)}"])
     with pytest.raises(ConfigError, match=f"^teacher.model: missing, and losses.{name} needs a t"):
         load("digits", [f"losses={{ce: {{}}, {name}: {{}}}}", "teacher.model=''"])
+
+
+def test_terms_of_logits_are_the_functions() -> None:
+    given = outputs()
+    assert given.teacher is not None
+    pair = given.student.logits, given.teacher.logits
+    costs = ClassCosts(torch.randn(10, 4), 2.0)
+    found = [
+        value("mlkd: {temperatures: [2, 3], class_weight: 5}", given),
+        value("spearman: {softness: 2}", given),
+        value("wkd_logit: {iterations: 3, weight: 2}", given, learned=costs),
+    ]
+    wanted = [
+        mlkd_loss(*pair, temperatures=(2, 3), class_weight=5),
+        spearman_loss(*pair, softness=2),
+        2 * wkd_logit_loss(*pair, costs.cost, given.labels, iterations=3),
+    ]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_of_mixed_labels_the_larger_share_counts() -> None:
+    given, costs = outputs(), ClassCosts(torch.randn(10, 4), 2.0)
+    a, b = given.labels, torch.tensor([4, 5, 6])
+    assert isinstance(a, Tensor)
+    for share, wanted in (
+        (0.7, a),
+        (0.3, b),
+        (torch.tensor([0.9, 0.1, 0.8]), torch.tensor([1, 5, 3])),
+    ):
+        of = [
+            value("wkd_logit: {}", given._replace(labels=x), learned=costs)
+            for x in ((a, b, share), wanted)
+        ]
+        assert torch.equal(*of)
+
+
+def test_costs_are_those_of_the_teachers_classifier() -> None:
+    made = task("wkd_logit: {}")
+    (teacher,) = made.teachers
+    weight = teacher[1].get_classifier().weight
+    torch.testing.assert_close(made.trainable_module.learned["wkd_logit"].cost, wkd_cost(weight))

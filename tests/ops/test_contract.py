@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from support.attention_map_tools import assert_same
 from support.cuda_tools import captured, no_synchronisation, on_another_stream
-from support.feature_tools import LOSSES as EXACT  # the same bits with and without a gradient
-from support.feature_tools import assert_near, draw
+from support.feature_tools import LOSSES, assert_near, draw
 from support.kd_tools import every_device
 from support.operations import (
     CASES,
@@ -29,11 +28,16 @@ from support.operations import (
     Tensors,
     gradients,
 )
+from support.relation_tools import LOGITS
 from vitkd_fast import _ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ONE_OF_EACH = ["kd", "kd_topk", "attention_map", "relation", "at", "mse", "nst", "rkd"]
+EXACT = {*LOSSES, *LOGITS}  # the same bits with and without a gradient
+ONE_OF_EACH = [
+    "kd", "kd_topk", "dist", "attention_map", "relation", "at", "mse", "nst", "rkd", "sp", "pkt",
+    "cc", "mmd", "wkd_feature", "sliced", "mlkd", "wkd_logit", "spearman",
+]  # fmt: skip
 
 
 class Case:
@@ -336,7 +340,7 @@ def test_compile(
     case.compare(*results, exactly=False)
 
 
-@pytest.mark.emulated(name=["kd", "kd_topk", "attention_map", "rkd"], dtype=[FLOAT])
+@pytest.mark.emulated(name=["kd", "kd_topk", "dist", "attention_map", "rkd"], dtype=[FLOAT])
 @every_device
 @pytest.mark.parametrize(
     ("name", "dtype", "reduction"),

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from support import attention_map_tools, feature_tools, kd_tools, kd_topk_tools
+from support import attention_map_tools, feature_tools, kd_tools, kd_topk_tools, relation_tools
 from vitkd_fast.functional import (
     attention_map_loss,
     binary_kd_loss,
     deit_hard_loss,
     dino_loss,
+    dist_loss,
     dkd_loss,
     fused_linear_kd_loss,
     js_loss,
@@ -354,6 +355,17 @@ OPERATIONS = {
         },
         lambda dtype, reduction: reduction != "none" and dtype != HALF,
     ),
+    "dist": Operation(
+        dist_loss,
+        _logits(16, 40),
+        lambda student: {"temperature": 2.0, "beta": 0.5},
+        [{"temperature": 1.0}, {"gamma": 2.0}],
+        [(FLOAT, None), (HALF, None), (BFLOAT, None), (DOUBLE, None)],
+        [_logits(12, 10), _logits(5, 1001), _last_strided],
+        [_logits(9, 33), _logits(31, 101)],
+        _logits(5, 7),
+        {"plain": _none, "hot": lambda student: {"temperature": 4.0, "gamma": 0.5}},
+    ),
     "attention_map": Operation(
         attention_map_loss,
         _maps(2, 3, 5, 7, 16, 8),
@@ -397,6 +409,21 @@ OPERATIONS = {
             once=name.startswith("at"),
         )
         for name, loss in feature_tools.LOSSES.items()
+    },
+    **{
+        name: Operation(
+            loss,
+            _drawn((6, 9), (6, 9)),
+            _none,
+            [{}, {}],
+            [(FLOAT, None), (BFLOAT, None), (DOUBLE, None)],
+            [_drawn((33, 12), (33, 12))],
+            [_drawn((7, 12), (7, 12))],
+            _drawn((3, 5), (3, 5)),
+            {"plain": _none},
+            once=False,
+        )
+        for name, loss in relation_tools.LOGITS.items()
     },
 }
 PATHS = [(name, *path) for name, of in OPERATIONS.items() for path in of.paths]

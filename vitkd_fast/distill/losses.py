@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -18,13 +19,24 @@ from ..functional import (
     Labels,
     at_loss,
     binary_kd_loss,
+    cc_loss,
     deit_hard_loss,
+    dist_loss,
     feature_loss,
     kd_loss,
+    mlkd_loss,
+    mmd_loss,
     nst_loss,
     ofa_loss,
+    pkt_loss,
     relation_loss,
     rkd_loss,
+    sliced_wasserstein_loss,
+    sp_loss,
+    spearman_loss,
+    wkd_cost,
+    wkd_feature_loss,
+    wkd_logit_loss,
 )
 from ..functional._features import resize_map
 from ..nn import AttentionMapProjection, DistillationHead, OFABranches, PHIStandardize
@@ -267,6 +279,29 @@ class OFA(Term):
         return self.weight.at(x) * loss
 
 
+class DIST(Term):
+    """weight * T^2 * (beta (1 - rho of rows) + gamma (1 - rho of classes)), rho: Pearson's.
+
+    Huang et al., 2022, arXiv:2205.10536; `functional.dist_loss`, over all processes of a run.
+    """
+
+    temperature: float = Field(1.0, gt=0)  # divides both logits
+    beta: float = Field(1.0, ge=0)  # factor of the rows' correlations, over their classes
+    gamma: float = Field(1.0, ge=0)  # factor of the classes' correlations, over the batch
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        loss = dist_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            temperature=self.temperature,
+            beta=self.beta,
+            gamma=self.gamma,
+            sync=True,
+        )
+        return self.weight.at(x) * loss
+
+
 class Attention(Term):
     """weight * attention_map_loss of a map of the student, for a block of the teacher.
 
@@ -484,7 +519,14 @@ class NST(MapTerm):
         return self.weight.at(x) * nst_loss(f_s, f_t, teacher_grid=grid)
 
 
-class RKD(Term):
+class PooledTerm(Term):
+    """A term of what both classifiers read."""
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        return {"pooled": True}, {"pooled": True}
+
+
+class RKD(PooledTerm):
     """weight * rkd_loss: distances and angles between a batch's images, in what classifiers read.
 
     Relational distillation (Park et al., 2019, arXiv:1904.05068), `functional.rkd_loss`.
@@ -492,9 +534,6 @@ class RKD(Term):
 
     distance_weight: float = Field(25.0, ge=0)  # of distances of pairs
     angle_weight: float = Field(50.0, ge=0)  # of angles of triplets
-
-    def taps(self) -> tuple[TapSpec, TapSpec]:
-        return {"pooled": True}, {"pooled": True}
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.teacher is not None
@@ -554,6 +593,232 @@ def _part(learned: nn.Module | None, name: str, kind: type[_Part]) -> _Part | No
     return part if isinstance(part, kind) else None
 
 
+class SP(MapTerm):
+    """weight * sp_loss: pairs of images that excite the teacher alike excite the student alike.
+
+    Similarity-preserving distillation (Tung and Mori, 2019, arXiv:1907.09682),
+    `functional.sp_loss`.
+    """
+
+    # a map and patches, or what both classifiers read
+    features: Literal["map", "pooled"] = "map"
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        if self.features == "map":
+            return super().taps()
+        return {"pooled": True}, {"pooled": True}
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        if self.features == "map":
+            f_s, f_t, _ = self.pair(outputs.student, outputs.teacher)
+        else:
+            f_s, f_t = _pooled(outputs.student), _pooled(outputs.teacher)
+        return self.weight.at(x) * sp_loss(f_s.flatten(1), f_t.flatten(1))
+
+
+class PKT(PooledTerm):
+    """weight * pkt_loss: each image's neighbours in the batch, in what classifiers read.
+
+    Probabilistic knowledge transfer (Passalis and Tefas, 2018, arXiv:1803.10837),
+    `functional.pkt_loss`.
+    """
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        return self.weight.at(x) * pkt_loss(_pooled(outputs.student), _pooled(outputs.teacher))
+
+
+class CC(PooledTerm):
+    """weight * cc_loss: correlations between a batch's images, in what classifiers read.
+
+    Correlation congruence (Peng et al., 2019, arXiv:1904.01802), `functional.cc_loss`.
+    """
+
+    gamma: float = Field(0.4, gt=0)  # of the Gaussian kernel
+    order: int = Field(2, ge=1)  # of its Taylor polynomial
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        pair = _pooled(outputs.student), _pooled(outputs.teacher)
+        return self.weight.at(x) * cc_loss(*pair, gamma=self.gamma, order=self.order)
+
+
+class MMD(MapTerm):
+    """weight * mmd_loss: the student's channels are distributed as the teacher's, over positions.
+
+    Maximum mean discrepancy, Gaussian kernel (Huang and Wang, 2017, arXiv:1707.01219),
+    `functional.mmd_loss`.
+    """
+
+    # of the kernel: a number, or that of the distances between student and teacher
+    bandwidth: Literal["mean", "median"] | Annotated[float, Field(gt=0)] = "mean"
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        loss = mmd_loss(f_s, f_t, bandwidth=self.bandwidth, teacher_grid=grid)
+        return self.weight.at(x) * loss
+
+
+class WKDFeature(MapTerm):
+    """weight * wkd_feature_loss: means and deviations of channels, by Wasserstein distance.
+
+    WKD-F (Lv et al., 2024, arXiv:2412.08139), `functional.wkd_feature_loss`. Where the widths
+    differ, the student's map goes through a 1x1 convolution that is trained with it and only needed
+    in training.
+    """
+
+    cells: int = Field(1, ge=1)  # of each side of the grid, with moments of their own
+    mean_weight: float = Field(2.0, ge=0)  # of the means, beside that of deviations of 1
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
+        f_s, f_t, _ = self.pair(student, teacher)
+        of_t = f_t.shape[1] if f_t.dim() == 4 else f_t.shape[2]
+        return nn.Conv2d(f_s.shape[1], of_t, 1) if f_s.shape[1] != of_t else None
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        loss = wkd_feature_loss(
+            learned(f_s) if learned else f_s,
+            f_t,
+            cells=self.cells,
+            mean_weight=self.mean_weight,
+            teacher_grid=grid,
+        )
+        return self.weight.at(x) * loss
+
+
+class SlicedWasserstein(MapTerm):
+    """weight * sliced_wasserstein_loss: channels as points, each of length 1 over its positions.
+
+    Transport in one dimension along directions (of features Heitz et al., 2021, arXiv:2006.07229),
+    `functional.sliced_wasserstein_loss`. The student's map is resized to the teacher's grid; the
+    widths may differ.
+    """
+
+    projections: int = Field(64, ge=1)  # directions
+    p: float = Field(2.0, ge=1)  # the power of the distance
+    seed: int = 0  # of the directions
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        f_s, f_t, grid = self.pair(outputs.student, outputs.teacher)
+        if f_t.dim() == 4:
+            grid, f_t = (f_t.shape[2], f_t.shape[3]), f_t.flatten(2).mT
+        side = math.isqrt(f_t.shape[1])
+        points = resize_map(f_s, grid or (side, side)).flatten(2), f_t.mT
+        loss = sliced_wasserstein_loss(
+            *(normalize(x.float(), dim=2) for x in points),
+            projections=self.projections,
+            p=self.p,
+            seed=self.seed,
+        )
+        return self.weight.at(x) * loss
+
+
+class MLKD(Term):
+    """weight * mlkd_loss: rows, and which of them and of the classes are alike, at temperatures.
+
+    Multi-level logit distillation (Jin, Wang and Lin, CVPR 2023), `functional.mlkd_loss`.
+    """
+
+    classifies = True
+
+    # each divides both logits
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field([2, 3, 4, 5, 6], min_length=1)
+    kd_weight: float = Field(1.0, ge=0)  # of the rows
+    batch_weight: float = Field(1.0, ge=0)  # of the Gram matrices of rows
+    class_weight: float = Field(1.0, ge=0)  # of those of classes
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        loss = mlkd_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            temperatures=self.temperatures,
+            kd_weight=self.kd_weight,
+            batch_weight=self.batch_weight,
+            class_weight=self.class_weight,
+        )
+        return self.weight.at(x) * loss
+
+
+class Spearman(Term):
+    """weight * spearman_loss: the student's classes in the teacher's order.
+
+    The correlation of ranks, `functional.spearman_loss`.
+    """
+
+    classifies = True
+
+    softness: float = Field(0.1, gt=0)  # of the student's ranks, in units of its logits
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        loss = spearman_loss(outputs.student.logits, outputs.teacher.logits, softness=self.softness)
+        return self.weight.at(x) * loss
+
+
+class ClassCosts(nn.Module):
+    """What it costs to take a class for another: nothing that is learned."""
+
+    cost: Tensor  # [classes, classes]
+
+    def __init__(self, classes: Tensor, sharpness: float) -> None:
+        super().__init__()
+        self.register_buffer("cost", wkd_cost(classes, sharpness))
+
+
+class WKDLogit(PooledTerm):
+    """weight * wkd_logit_loss: transport of the probabilities of the classes but the label's.
+
+    WKD-L (Lv et al., 2024, arXiv:2412.08139), `functional.wkd_logit_loss`. Classes are as far apart
+    as their rows of the teacher's classifier; of mixed labels, the one of the larger share counts.
+    """
+
+    classifies = True
+
+    temperature: float = Field(2.0, gt=0)  # divides both logits
+    regularization: float = Field(0.05, gt=0)  # of the plan's entropy
+    iterations: int = Field(10, ge=1)  # of Sinkhorn
+    sharpness: float = Field(2.0, gt=0)  # of the costs
+    target_weight: float = Field(1.0, ge=0)  # of the label's own probability
+    transport_weight: float = Field(1.0, ge=0)  # of the other classes
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
+        weight = getattr(taps.classifier, "weight", None)
+        if not isinstance(weight, Tensor) or len(weight) != teacher.logits.shape[1]:
+            raise ValueError(
+                "wkd_logit: teacher: expected a classifier with a row of weights for each class, "
+                f"got {taps.classifier}"
+            )
+        return ClassCosts(weight.float().flatten(1), self.sharpness)
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None and isinstance(learned, ClassCosts)
+        labels = outputs.labels
+        if not isinstance(labels, Tensor):
+            first, second, share = labels
+            if not isinstance(share, Tensor):
+                labels = first if share >= 0.5 else second
+            else:
+                labels = torch.where(share >= 0.5, first, second)
+        loss = wkd_logit_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            learned.cost,
+            labels,
+            temperature=self.temperature,
+            regularization=self.regularization,
+            iterations=self.iterations,
+            target_weight=self.target_weight,
+            transport_weight=self.transport_weight,
+        )
+        return self.weight.at(x) * loss
+
+
 def _heads(side: str, x: Tensor, heads: int) -> Tensor:
     """[B, N, C] as [B, heads, N, C / heads]."""
     if x.shape[2] % heads:
@@ -572,12 +837,22 @@ class Losses(Section):
     deit_hard: DeitHard | None = None
     token: Token | None = None
     ofa: OFA | None = None
+    dist: DIST | None = None
     attention: Attention | None = None
     at: AT | None = None
     feature: Feature | None = None
     nst: NST | None = None
     rkd: RKD | None = None
     relation: Relation | None = None
+    sp: SP | None = None
+    pkt: PKT | None = None
+    cc: CC | None = None
+    mmd: MMD | None = None
+    wkd_feature: WKDFeature | None = None
+    sliced_wasserstein: SlicedWasserstein | None = None
+    mlkd: MLKD | None = None
+    spearman: Spearman | None = None
+    wkd_logit: WKDLogit | None = None
     binary_kd: BinaryKD | None = None
     bce: BCE | None = None
 

@@ -171,3 +171,17 @@ def check_batch(name: str, f_s: Tensor, f_t: Tensor, s: str = "f_s", t: str = "f
         raise ValueError(
             f"{name}: {t}: expected the batch of {s} {list(f_s.shape)}, got {list(f_t.shape)}"
         )
+
+
+def check_logits(name: str, student: Tensor, teacher: Tensor, least: int = 1) -> None:
+    """Both [batch, classes], of so many classes at least."""
+    if student.dim() != 2 or student.shape[1] < least:
+        raise ValueError(
+            f"{name}: student: expected [batch, classes] of {least} or more, got "
+            f"{list(student.shape)}"
+        )
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"{name}: teacher: expected the shape of student {list(student.shape)}, got "
+            f"{list(teacher.shape)}"
+        )

@@ -114,6 +114,12 @@ def resized(x: Tensor, old: tuple[int, int] | None, new: tuple[int, int]) -> Ten
     return resize_map(x.unflatten(2, old or (side, side)), new).flatten(2)
 
 
+def channel_lengths(x: Tensor) -> Tensor:
+    """Of x [batch, channels, positions], [batch, channels, 1], at least UNIT_EPS."""
+    # torch's norm over a dimension that is strided is several times slower
+    return (x * x).sum(2, keepdim=True).sqrt_().clamp_(min=UNIT_EPS)
+
+
 def samples_per_tile(samples: int, numbers: int) -> int:
     """Of `numbers` each; all of them where a compiler makes the tiles."""
     if torch.compiler.is_compiling():

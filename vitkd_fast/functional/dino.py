@@ -56,6 +56,7 @@ def _form_dino(
     if d_s is not None and teachers == 1:
         d_s[0] = 0  # the only teacher's own view meets none
     loss = student.new_zeros((), dtype=torch.float64)
+    narrow = student.dtype == torch.bfloat16 and dtype == torch.float32
     step = samples_per_tile(batch, classes)
     with torch.no_grad(), exactly(student):
         for k in range(0, batch, step):
@@ -70,22 +71,21 @@ def _form_dino(
                     continue
                 log_m = _log_mean([log_p[i] for i in met])
                 loss = loss + entropy(log_m).sum() * ((end - first) * len(met) * share)
-                s = student[first:end, rows]
-                # float16 would round before the loss scale is applied
-                narrow = s.dtype == torch.bfloat16 and dtype == torch.float32
-                s = s if narrow else s.to(dtype)
                 options = reference.KDOptions(
                     temperature=temperature,
                     kd_weight=len(met) * share / temperature**2,
-                    class_dim=2,
+                    class_dim=1,
                     reduction=reference.SUM,
                 )
-                of_teachers = (log_m * temperature).expand(s.shape)
-                if d_s is None:
-                    value = _kd_fwd(s, of_teachers, *options)[0]
-                else:
-                    value, d_s[first:end, rows] = _kd_fwd_grad(s, of_teachers, *options)
-                loss = loss + value
+                of_teachers = log_m * temperature
+                for j in range(first, end):
+                    # float16 would round before the loss scale is applied
+                    s = student[j, rows] if narrow else student[j, rows].to(dtype)
+                    if d_s is None:
+                        value = _kd_fwd(s, of_teachers, *options)[0]
+                    else:
+                        value, d_s[j, rows] = _kd_fwd_grad(s, of_teachers, *options)
+                    loss = loss + value
     return loss.to(dtype), [d_s]
 
 
