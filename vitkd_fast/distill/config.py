@@ -37,6 +37,8 @@ class Data(Section):
     root: PathText = ""  # folder of a named dataset; train and val are then its splits
     train: PathText = ""  # a folder of class folders
     val: PathText = ""  # another; without it, see holdout
+    # of images with several labels each: a .csv or .json file in the folders train and val
+    labels: str = ""
     holdout: float = Field(0.1, gt=0, lt=1)  # share of the training images
     image_size: int = Field(224, ge=8)  # side of the square that both models read
     crop_pct: float = Field(0.875, gt=0, le=1)  # of the resized image, in validation
@@ -180,6 +182,12 @@ class Config(Section):
             return tree
         teacher = tree["teacher"] if "teacher" in tree else None
         distilled = (isinstance(teacher, dict) and teacher.get("model")) or tree.get("teachers")
+        data = tree.get("data")
+        if isinstance(data, dict) and data.get("labels"):
+            return {
+                **tree,
+                "losses": {"binary_kd": {"bce_weight": 1.0}} if distilled else {"bce": {}},
+            }
         return {**tree, "losses": {"kd": {"temperature": 4.0}} if distilled else {"ce": {}}}
 
     @model_validator(mode="after")
@@ -210,6 +218,18 @@ class Config(Section):
             raise ConfigError(
                 f"losses.{distil[0]}: trains no classifier; add losses.kd or losses.ce"
             )
+        for name, term in terms.items():
+            if term.classifies and term.independent != bool(self.data.labels):
+                one, several = "losses.kd or losses.ce", "losses.binary_kd or losses.bce"
+                raise ConfigError(
+                    f"losses.{name}: is of images with one class each, and data.labels gives them "
+                    f"several labels: use {several}"
+                    if self.data.labels
+                    else f"losses.{name}: is of images with several labels, and data.labels is "
+                    f"missing: name their file, or use {one}"
+                )
+        if self.data.labels and not (self.data.train and not self.data.dataset):
+            raise ConfigError("data.labels: expected a folder data.train and no data.dataset")
         for name, teacher in teachers.items():
             if Path(teacher.model).is_file() and (
                 teacher.pretrained or teacher.checkpoint or teacher.options or teacher.epochs

@@ -26,7 +26,7 @@ from timm.utils.distributed import distribute_bn
 from torch import Tensor, nn
 
 from .. import models
-from . import checkpoint, data, evaluate, nonfinite, optim, sources
+from . import checkpoint, data, evaluate, multilabel, nonfinite, optim, sources
 from .config import Config
 from .logger import Meter, MetricLogger
 from .task import DistillationTask
@@ -394,20 +394,22 @@ class Trainer:
         self._check()
         self._share_buffers()
         self.trained.eval()
-        result = evaluate.evaluate(
+        judge = multilabel.evaluate if self.config["data"]["labels"] else evaluate.evaluate
+        result = judge(
             models.predictor(self.trained).to(self.runtime.device),
             ((batch.images, batch.labels) for batch in self.val_loader.epoch()),
             classes=len(self.classes),
             device=self.runtime.device,
         )
         scores = {"epoch": self.step / self.steps_per_epoch}
-        scores |= {name: result.metrics[name] for name in ("top1", "nll")}
+        first = evaluate.headline(result.metrics)
+        scores |= {name: result.metrics[name] for name in (first, "nll")}
         logger.write("val", self.step, scores)
         if self.runtime.rank == 0:
             self.save_model(self.folder / "last.safetensors", self.trained)
-            if scores["top1"] > self.best:
+            if scores[first] > self.best:
                 self.save_model(self.folder / "best.safetensors", self.trained)
-        self.best, self.evaluated = max(self.best, scores["top1"]), self.step
+        self.best, self.evaluated = max(self.best, scores[first]), self.step
         self._since = time.monotonic(), self.step
 
     def _save(self) -> None:

@@ -25,17 +25,25 @@ class Average(NamedTuple):
 
     weights: tuple[float, ...] = (1.0,)
     space: str = "probability"
+    independent: bool = False  # of images with several labels
 
     @classmethod
     def of(cls, config: Config) -> Average:
         weights = [teacher.weight for teacher in config.all_teachers().values()]
-        return cls(tuple(w / sum(weights) for w in weights), config.teacher_average)
+        shares = tuple(w / sum(weights) for w in weights)
+        return cls(shares, config.teacher_average, bool(config.data.labels))
 
     def logits(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """One teacher's as they are; of several `functional.average_logits`."""
         if len(logits) == 1:
             return logits[0]
-        return average_logits(logits, self.weights, self.space, temperature=temperature)
+        return average_logits(
+            logits,
+            self.weights,
+            self.space,
+            temperature=temperature,
+            independent=self.independent,
+        )
 
 
 class Ensemble(nn.Module):
