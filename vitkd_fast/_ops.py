@@ -145,11 +145,21 @@ def _dist_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
     return student.new_empty(student.shape)
 
 
+def _at_fwd_grad_fake(
+    f_s: Tensor, f_t: Tensor, p: int, reduction: int, wants_grad: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if f_s.dtype == torch.float64 else torch.float32
+    loss = f_s.new_empty(f_s.shape[:1] if reduction == reference.NONE else [], dtype=dtype)
+    if not wants_grad:
+        return loss, f_s.new_empty(0)
+    return loss, torch.empty_like(f_s, dtype=reference.formed_dtype(f_s))
+
+
 class Operation(NamedTuple):
     schema: str
     fake: Callable
     reference: Callable
-    stem: str  # kernels/<stem>.py holds the Triton launchers
+    stem: str  # kernels/<stem>.py holds the Triton launchers; none: CUDA runs the reference
 
     @property
     def name(self) -> str:
@@ -256,6 +266,11 @@ OPERATIONS = [
         "Tensor row_factors, Tensor column_factors, float temperature) -> Tensor",
         _dist_bwd_fake, reference.dist_bwd, "dist",
     ),
+    Operation(
+        "at_fwd_grad(Tensor f_s, Tensor f_t, int p, int reduction, bool wants_grad) "
+        "-> (Tensor loss, Tensor grad)",
+        _at_fwd_grad_fake, reference.at_fwd_grad, "at",
+    ),
 ]  # fmt: skip
 
 
@@ -299,12 +314,13 @@ def _register(backend: str) -> torch.library.Library:
         )
     for op in OPERATIONS:
         compiled = _has_kernel(f"{_NAMESPACE}::{op.name}", "CUDA")
-        if backend == "cuda" and not compiled:
+        written = importlib.util.find_spec(f"vitkd_fast.kernels.{op.stem}")
+        if backend == "cuda" and written and not compiled:
             raise ImportError(
                 f"VITKD_FAST_BACKEND=cuda: {op.name} has no CUDA C++ kernel in this build; "
                 "rebuild with VITKD_FAST_CUDA=1"
             )
-        if importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
+        if written and importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
             kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")
             library.impl(op.name, getattr(kernels, op.name), "CUDA", allow_override=True)
             _triton.add(op.name)

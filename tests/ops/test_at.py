@@ -1,8 +1,16 @@
-"""at_loss: ready maps, and what is said of arguments that are not accepted."""
+"""at_loss: its operation in every layout, ready maps, and arguments that are not accepted."""
+
+from itertools import product
 
 import pytest
+import torch
 
 from support.feature_tools import (
+    BFLOAT,
+    DOUBLE,
+    FLOAT,
+    HALF,
+    OPS,
     Bad,
     assert_near,
     assert_refused,
@@ -29,7 +37,106 @@ def test_ready_map_matches(device: str) -> None:
     assert_near(grad, want_grad, 16)
 
 
+def forms(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same [batch, channels, positions] in memory of other layouts, some with gaps."""
+    b, c, n = x.shape
+    wide = x.new_full((b, n + 1, c + 3), torch.nan)
+    wide[:, 1:, :c] = x.mT
+    spread = x.new_full((b, c, n, 2), torch.nan)
+    spread[..., 0] = x
+    return {
+        "planes": x.contiguous(),
+        "tokens": x.mT.contiguous().mT,
+        "tokens with gaps": wide[:, 1:, :c].mT,
+        "nothing side by side": spread[..., 0],
+        "one sample again": x[:1].expand(b, c, n),
+    }
+
+
+# below, at and above registers of 8 and 16, and the blocks of 8 channels and 1024 positions
+SHAPES = [(3, 5, 1), (2, 1, 7), (3, 8, 16), (2, 17, 33), (2, 70, 8), (1, 9, 1100), (1, 1040, 3)]
+
+
+@pytest.mark.every_isa
+@every_device
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operation_matches(shape: tuple[int, int, int], p: int, device: str) -> None:
+    """Loss and gradient of at_fwd_grad in any layout and dtype, beside autograd in float64."""
+    b, c, n = shape
+    drawn, teacher = draw(b, c, n, device=device), draw(b, 2 * c + 1, n, device=device)
+    for dtype, (form, x) in product((FLOAT, HALF, BFLOAT, DOUBLE), forms(drawn).items()):
+        x, t = x.to(dtype), forms(teacher)[form].to(dtype)
+        leaf = x.double().unsqueeze(-1).requires_grad_()
+        rows = reference.at_loss(leaf, t.double().unsqueeze(-1), p)
+        for reduction in (reference.NONE, reference.MEAN, reference.SUM):
+            want = rows if reduction == reference.NONE else rows.sum()
+            want = want / b if reduction == reference.MEAN else want
+            (want_grad,) = torch.autograd.grad(want.sum(), leaf, retain_graph=True)
+            loss, grad = OPS.at_fwd_grad(x, t, p, reduction, True)
+            promised = zip(grad.stride(), torch.empty_like(x).stride(), shape, strict=True)
+            assert all(given == stride for given, stride, size in promised if size > 1)
+            assert grad.dtype == (FLOAT if dtype == HALF else dtype)
+            assert_near(loss, want.detach(), 16, size=1.0)
+            assert_near(grad, want_grad.squeeze(-1), 32, size=largest_slope(leaf, p, reduction))
+            alone, none = OPS.at_fwd_grad(x, t, p, reduction, False)
+            assert torch.equal(alone, loss)
+            assert none.shape == (0,)
+
+
+def largest_slope(x: torch.Tensor, p: int, reduction: int) -> float:
+    """What the gradient would be, were nothing of it along the map: the size that is rounded."""
+    lengths = x.detach().abs().pow(p).sum(1).flatten(1).norm(dim=1)
+    steepest = x.detach().abs().amax() if p == 2 else 1.0
+    mean = len(x) if reduction == reference.MEAN else 1
+    return float((2 * p * steepest / lengths).max() / mean)
+
+
+@pytest.mark.every_isa
+def test_threads_change_nothing() -> None:
+    x, t = draw(9, 24, 14, 14), draw(9, 196, 48)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(loss_and_grad(at_loss, x, t))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.every_isa
+@every_device
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_zeros_stay_zeros_and_outliers_are_right(p: float, device: str) -> None:
+    x, t = draw(3, 5, 4, 6, device=device), draw(3, 24, 7, device=device)
+    x[0] = 0
+    t[1] = 0
+    x[2, 1] *= 1e4
+    value, grad = loss_and_grad(lambda a, b: at_loss(a, b, p=p, reduction="sum"), x, t)
+    want, want_grad = loss_and_grad(
+        lambda a, b: reference.at_loss(a, b, p).sum(), x[1:].double(), t[1:].double()
+    )
+    assert_near(value - 1, want, 16, size=3.0)  # of the first sample, whose map is 0
+    # without a teacher's map, nothing is left of the gradient but rounding
+    assert_near(grad[1:], want_grad, 32, size=largest_slope(x[1:], int(p), reference.SUM))
+    assert torch.equal(grad[0], torch.zeros_like(grad[0]))
+
+
 # errors
+
+
+def test_operation_refuses() -> None:
+    x = draw(2, 5, 4)
+    for arguments, words in {
+        (x[0], x, 2): "f_s: expected [batch, channels, positions], got [5, 4]",
+        (x, x[..., :3], 2): "f_t: expected [batch, channels, positions] or [batch, positions] of",
+        (x, x.double(), 2): "f_t: expected float64 where f_s is float64, else float32, float16",
+        (x, x[:, 0].half(), 2): "float64, else float32, got Half",
+        (x, x, 3): "p: expected 1 or 2, got 3",
+    }.items():
+        with pytest.raises(RuntimeError) as caught:
+            torch.ops.vitkd_fast.at_fwd_grad(*arguments, reference.SUM, True)
+        assert words in str(caught.value)
+
 
 X, T, TOKENS = draw(2, 5, 4, 4), draw(2, 7, 4, 4), draw(2, 16, 7)
 BAD: dict[str, Bad] = {

@@ -13,7 +13,7 @@ TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 
 # other stems whose tests call the operations of one, too
-CALLERS = {"attention_map": ["relation"], "rkd": ["at", "feature", "nst"]}
+CALLERS = {"attention_map": ["relation"], "rkd": ["feature", "nst"]}
 
 
 def files_of(stem: str) -> list[str]:
@@ -78,7 +78,10 @@ def run_every_isa_on_a_gpu(cwd: Path, stem: str, backend: str) -> None:
     name = {"reference": "reference", "triton": "Triton", "cuda": "CUDA C++"}[backend]
     if name == _ops.backends()["kd_fwd"]["CUDA"]:  # all operations have the same
         pytest.skip(f"the other files ran on {name}")
-    code = "from vitkd_fast import _ops; print({on['CUDA'] for on in _ops.backends().values()})"
+    code = (
+        "from vitkd_fast import _ops as o; "
+        f"print({{o.backends()[op.name]['CUDA'] for op in o.OPERATIONS if op.stem == {stem!r}}})"
+    )
     served = python(code, cwd, VITKD_FAST_BACKEND=backend)
     if backend == "cuda" and "has no CUDA C++ kernel in this build" in served.stderr:
         pytest.skip("the extension was built without CUDA")

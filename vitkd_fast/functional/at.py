@@ -23,10 +23,13 @@ from ._features import (
     UNIT_EPS,
     as_features,
     check_not_empty,
+    formed_in_forward,
     grid_of_teacher,
     resized,
     samples_per_tile,
 )
+
+_at_fwd_grad = torch.ops.vitkd_fast.at_fwd_grad.default
 
 
 def _reduced(rows: Tensor, reduction: str) -> Tensor:
@@ -101,6 +104,19 @@ class _MapDistance(torch.autograd.Function):
         return across.mul_((2 * grad).unsqueeze(1) / length), None
 
 
+def _form(
+    inputs: tuple[Tensor | None, ...], constants: tuple, needed: tuple[bool, ...]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The losses of the samples, reduced, and the gradient of x [batch, channels, positions]."""
+    (x,) = inputs
+    x_t, p, reduction, dtype = constants
+    assert x is not None
+    if dtype == torch.float64:
+        x, x_t = x.double(), x_t.double()
+    loss, grad = _at_fwd_grad(x, x_t, p, REDUCTIONS[reduction], needed[0])
+    return loss, [grad if needed[0] else None]
+
+
 def at_loss(
     f_s: Tensor,
     f_t: Tensor,
@@ -115,7 +131,11 @@ def at_loss(
     activations are large. Summed over positions, as in the paper; implementations that take the
     mean over positions too (mdistiller's, weight 1000) give this divided by height * width. The
     teacher is a constant: one that requires grad is an error, unless under torch.no_grad(); it may
-    be an inference-mode tensor. The loss is differentiable once, in reverse mode.
+    be an inference-mode tensor, and must keep its values until the backward has run. The loss is
+    differentiable once, in reverse mode.
+
+    Where the grids are the same and p is 1 or 2, the teacher is read once, and the student's
+    gradient is formed while its sample is in cache.
 
     Args:
         f_s: the student's features, [batch, channels, height, width] of any memory format, or
@@ -149,19 +169,21 @@ def at_loss(
     dtype = wide_dtype(f_s, f_t)
     if f_t.dim() == 2:
         check_not_empty(name, "f_t", f_t)
-        positions, grid, q_t = f_t.shape[1], None, f_t.to(dtype)
+        positions, grid, x_t = f_t.shape[1], None, f_t.to(dtype)
     else:
         if f_t.dim() not in (3, 4):
             raise ValueError(
                 f"{name}: f_t: expected {FORMS}, or a map [batch, tokens], got {list(f_t.shape)}"
             )
         teacher = as_features(name, "f_t", f_t)
-        positions, grid = teacher.positions, teacher.grid
-        q_t = _energy(teacher.x, p, dtype)
+        positions, grid, x_t = teacher.positions, teacher.grid, teacher.x
     check_batch(name, f_s, f_t)
     new = grid_of_teacher(name, positions, grid, teacher_grid, student)
+    if new is None and p in (1, 2):
+        return formed_in_forward(_form, (x_t, int(p), reduction, dtype), student.x)
     with exactly(f_s):
         q_s = _Energy.apply(student.x, p, dtype)
         if new is not None:
             q_s = resized(q_s.unsqueeze(1), student.grid, new).squeeze(1)
+        q_t = x_t if x_t.dim() == 2 else _energy(x_t, p, dtype)
         return _reduced(_MapDistance.apply(q_s, q_t), reduction)

@@ -4,7 +4,9 @@ Each function has the signature of the operation of its name in `_ops.py`. Arith
 (float64 for float64); intermediates are materialised; nothing synchronises with a device.
 """
 
+from .at import at_fwd_grad as at_fwd_grad
 from .at import at_loss as at_loss
+from .at import formed_dtype as formed_dtype
 from .attention_map import JS as JS
 from .attention_map import KL as KL
 from .attention_map import MSE as MSE
