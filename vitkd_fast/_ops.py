@@ -155,6 +155,12 @@ def _at_fwd_grad_fake(
     return loss, torch.empty_like(f_s, dtype=reference.formed_dtype(f_s))
 
 
+def _wkd_feature_fwd_grad_fake(
+    f_s: Tensor, f_t: Tensor, mean_weight: float, reduction: int, wants_grad: bool
+) -> tuple[Tensor, Tensor]:
+    return _at_fwd_grad_fake(f_s, f_t, 2, reduction, wants_grad)
+
+
 class Operation(NamedTuple):
     schema: str
     fake: Callable
@@ -270,6 +276,11 @@ OPERATIONS = [
         "at_fwd_grad(Tensor f_s, Tensor f_t, int p, int reduction, bool wants_grad) "
         "-> (Tensor loss, Tensor grad)",
         _at_fwd_grad_fake, reference.at_fwd_grad, "at",
+    ),
+    Operation(
+        "wkd_feature_fwd_grad(Tensor f_s, Tensor f_t, float mean_weight, int reduction, "
+        "bool wants_grad) -> (Tensor loss, Tensor grad)",
+        _wkd_feature_fwd_grad_fake, reference.wkd_feature_fwd_grad, "wkd_feature",
     ),
 ]  # fmt: skip
 

@@ -7,8 +7,6 @@
 // threads, and each is worked on by one, so results do not depend on the number of threads.
 #include <cmath>
 #include <cstring>
-#include <numeric>
-#include <vector>
 
 #include "binding/at_call.h"
 #include "cpu/row.h"
@@ -113,20 +111,14 @@ std::tuple<Tensor, Tensor> at_fwd_grad(const Tensor& f_s, const Tensor& f_t, int
                                        int64_t reduction, bool wants_grad) {
   return kd::visit_accumulator(f_s, [&]<class A>() -> std::tuple<Tensor, Tensor> {
     const auto reduce = static_cast<Reduction>(reduction);
-    const bool every = reduce == Reduction::kNone;
-    Setup<A> setup(f_s, f_t, p, reduce == Reduction::kMean, wants_grad);
+    Setup<A> setup(f_s, f_t, p, reduce, wants_grad);
     const Call& c = setup.call;
-    Tensor loss = torch::stable::new_empty(
-        f_s, every ? std::vector<int64_t>{c.batch} : std::vector<int64_t>{}, kd::kDtype<A>);
-    A* const out = loss.template mutable_data_ptr<A>();
-    std::vector<A> kept(every ? 0 : c.batch);
-    A* const rows = every ? out : kept.data();
-    const int64_t numbers = c.positions * (c.s_channels + (c.is_map ? 0 : c.t_channels));
+    features::Losses<A> losses(f_s, reduce, c.batch);
+    const int64_t numbers = c.positions * (c.s_channels + c.t_channels);
     const int64_t grain = std::max<int64_t>(1, 32768 / numbers);
-    torch::stable::parallel_for(0, c.batch, grain,
-                                [&](int64_t begin, int64_t end) { run<A>(c, rows, begin, end); });
-    if (!every) *out = static_cast<A>(c.scale * std::accumulate(kept.begin(), kept.end(), 0.0));
-    return {std::move(loss), setup.take()};
+    torch::stable::parallel_for(
+        0, c.batch, grain, [&](int64_t begin, int64_t end) { run<A>(c, losses.rows, begin, end); });
+    return {losses.take(reduce, c.scale), setup.student.take()};
   });
 }
 

@@ -1,31 +1,8 @@
 // The vector kernels of at.cpp, included once per instruction set, inside its namespace and region.
+#include "cpu/features.inl"
 
-constexpr int64_t kLanes = Vec::kLanes;
 constexpr int64_t kPlanes = 8;              // of channels, whose sum stays in registers
 constexpr int64_t kChannels = 64 * kLanes;  // of a token, likewise
-
-// The first n < kLanes numbers of p, then zeros.
-template <class S>
-Vec load_first(const S* p, int64_t n) {
-  if constexpr (std::is_same_v<S, Real>) {
-    return Vec::load_part(p, n, Vec{Real{0}});
-  } else {
-    S staged[kLanes] = {};
-    std::memcpy(staged, p, n * sizeof(S));
-    return Vec::load(staged);
-  }
-}
-
-template <class S>
-void store_first(Vec x, S* p, int64_t n) {
-  if constexpr (std::is_same_v<S, Real>) {
-    x.store_part(p, n);
-  } else {
-    S staged[kLanes];
-    x.store(staged);
-    std::memcpy(p, staged, n * sizeof(S));
-  }
-}
 
 template <int kP>
 VITKD_INLINE Vec add_power(Vec x, Vec sum) {

@@ -14,8 +14,10 @@ from support.feature_tools import (
     Bad,
     assert_near,
     assert_refused,
+    assert_strides_promised,
     draw,
     every_device,
+    in_every_layout,
     loss_and_grad,
 )
 from vitkd_fast import reference
@@ -37,22 +39,6 @@ def test_ready_map_matches(device: str) -> None:
     assert_near(grad, want_grad, 16)
 
 
-def forms(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same [batch, channels, positions] in memory of other layouts, some with gaps."""
-    b, c, n = x.shape
-    wide = x.new_full((b, n + 1, c + 3), torch.nan)
-    wide[:, 1:, :c] = x.mT
-    spread = x.new_full((b, c, n, 2), torch.nan)
-    spread[..., 0] = x
-    return {
-        "planes": x.contiguous(),
-        "tokens": x.mT.contiguous().mT,
-        "tokens with gaps": wide[:, 1:, :c].mT,
-        "nothing side by side": spread[..., 0],
-        "one sample again": x[:1].expand(b, c, n),
-    }
-
-
 # below, at and above registers of 8 and 16, and the blocks of 8 channels and 1024 positions
 SHAPES = [(3, 5, 1), (2, 1, 7), (3, 8, 16), (2, 17, 33), (2, 70, 8), (1, 9, 1100), (1, 1040, 3)]
 
@@ -65,8 +51,8 @@ def test_operation_matches(shape: tuple[int, int, int], p: int, device: str) -> 
     """Loss and gradient of at_fwd_grad in any layout and dtype, beside autograd in float64."""
     b, c, n = shape
     drawn, teacher = draw(b, c, n, device=device), draw(b, 2 * c + 1, n, device=device)
-    for dtype, (form, x) in product((FLOAT, HALF, BFLOAT, DOUBLE), forms(drawn).items()):
-        x, t = x.to(dtype), forms(teacher)[form].to(dtype)
+    for dtype, (form, x) in product((FLOAT, HALF, BFLOAT, DOUBLE), in_every_layout(drawn).items()):
+        x, t = x.to(dtype), in_every_layout(teacher)[form].to(dtype)
         leaf = x.double().unsqueeze(-1).requires_grad_()
         rows = reference.at_loss(leaf, t.double().unsqueeze(-1), p)
         for reduction in (reference.NONE, reference.MEAN, reference.SUM):
@@ -74,8 +60,7 @@ def test_operation_matches(shape: tuple[int, int, int], p: int, device: str) -> 
             want = want / b if reduction == reference.MEAN else want
             (want_grad,) = torch.autograd.grad(want.sum(), leaf, retain_graph=True)
             loss, grad = OPS.at_fwd_grad(x, t, p, reduction, True)
-            promised = zip(grad.stride(), torch.empty_like(x).stride(), shape, strict=True)
-            assert all(given == stride for given, stride, size in promised if size > 1)
+            assert_strides_promised(grad, x)
             assert grad.dtype == (FLOAT if dtype == HALF else dtype)
             assert_near(loss, want.detach(), 16, size=1.0)
             assert_near(grad, want_grad.squeeze(-1), 32, size=largest_slope(leaf, p, reduction))

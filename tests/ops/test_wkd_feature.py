@@ -1,6 +1,7 @@
-"""wkd_feature_loss: what the paper says of it, cells, arguments that are not accepted."""
+"""wkd_feature_loss: the paper, its operation in every layout, cells, bad arguments."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -10,13 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from support.feature_tools import (
+    BFLOAT,
     DOUBLE,
+    FLOAT,
+    HALF,
+    OPS,
     Bad,
     as_tokens,
     assert_near,
     assert_refused,
+    assert_strides_promised,
     draw,
+    every_device,
     every_dtype,
+    in_every_layout,
     loss_and_grad,
 )
 from support.relation_tools import seeded
@@ -70,6 +78,62 @@ def test_orders_of_positions_change_nothing(seed: int) -> None:
     )
 
 
+# below, at and above registers of 8 and 16, 4 channels, and blocks of 8 and 256 tokens, 1024
+# positions
+SHAPES = [(3, 5, 1), (2, 1, 7), (3, 8, 16), (2, 17, 33), (2, 70, 8), (1, 9, 1100), (1, 1040, 3)]
+
+
+@pytest.mark.every_isa
+@every_device
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operation_matches(shape: tuple[int, int, int], device: str) -> None:
+    """Loss and gradient in any layout and dtype, beside autograd in float64."""
+    b, c, n = shape
+    drawn, teacher = draw(b, c, n, device=device), 2 * draw(b, c, n + 2, device=device)
+    for dtype, (form, x) in product((FLOAT, HALF, BFLOAT, DOUBLE), in_every_layout(drawn).items()):
+        x, given = x.to(dtype), in_every_layout(teacher)[form].to(dtype)
+        for t in (given, given.contiguous()):
+            leaf = x.double().unsqueeze(-1).requires_grad_()
+            rows = reference.wkd_feature_loss(leaf, t.double().unsqueeze(-1), 1, 0.7)
+            for reduction in (reference.NONE, reference.MEAN, reference.SUM):
+                want = rows if reduction == reference.NONE else rows.sum()
+                want = want / b if reduction == reference.MEAN else want
+                (want_grad,) = torch.autograd.grad(want.sum(), leaf, retain_graph=True)
+                loss, grad = OPS.wkd_feature_fwd_grad(x, t, 0.7, reduction, True)
+                assert_strides_promised(grad, x)
+                assert grad.dtype == (FLOAT if dtype == HALF else dtype)
+                assert_near(loss, want.detach(), 32)
+                assert_near(grad, want_grad.squeeze(-1), 64)
+                alone, none = OPS.wkd_feature_fwd_grad(x, t, 0.7, reduction, False)
+                assert torch.equal(alone, loss)
+                assert none.shape == (0,)
+
+
+@pytest.mark.every_isa
+def test_threads_change_nothing() -> None:
+    x, t = draw(9, 24, 14, 14), draw(9, 196, 24)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(loss_and_grad(wkd_feature_loss, x, t))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_operation_refuses() -> None:
+    x = draw(2, 5, 4)
+    for t, words in {
+        x[0]: "f_s, f_t: expected [batch, channels, positions] for both, got [2, 5, 4], [5, 4]",
+        x[:, :4]: "f_s, f_t: expected [batch, channels, positions] for both",
+        x.double(): "f_t: expected float64 where f_s is float64, got Double",
+    }.items():
+        with pytest.raises(RuntimeError) as caught:
+            OPS.wkd_feature_fwd_grad(x, t, 2.0, reference.SUM, True)
+        assert words in str(caught.value)
+
+
+@pytest.mark.every_isa
 @every_dtype
 def test_extreme_channels(dtype: torch.dtype) -> None:
     """Constant ones, and numbers of 1e4 around a mean that outweighs their deviation."""

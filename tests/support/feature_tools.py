@@ -42,6 +42,28 @@ def as_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).mT
 
 
+def in_every_layout(x: Tensor) -> dict[str, Tensor]:
+    """The same [batch, channels, positions] in memory of other layouts, some with gaps."""
+    b, c, n = x.shape
+    wide = x.new_full((b, n + 1, c + 3), torch.nan)
+    wide[:, 1:, :c] = x.mT
+    spread = x.new_full((b, c, n, 2), torch.nan)
+    spread[..., 0] = x
+    return {
+        "planes": x.contiguous(),
+        "tokens": x.mT.contiguous().mT,
+        "tokens with gaps": wide[:, 1:, :c].mT,
+        "nothing side by side": spread[..., 0],
+        "one sample again": x[:1].expand(b, c, n),
+    }
+
+
+def assert_strides_promised(grad: Tensor, x: Tensor) -> None:
+    """Those of empty_like(x), where a dimension has more than one number."""
+    promised = zip(grad.stride(), torch.empty_like(x).stride(), x.shape, strict=True)
+    assert all(given == stride for given, stride, size in promised if size > 1)
+
+
 # each loss by one name: how it is called here, its usual form, and what it takes
 
 

@@ -18,6 +18,8 @@ from ._common import (
 )
 from ._features import Features, as_features, empty_grad, formed_in_forward, samples_per_tile
 
+_wkd_feature_fwd_grad = torch.ops.vitkd_fast.wkd_feature_fwd_grad.default
+
 EPS = 1e-5  # of a variance, as in the authors' code
 
 Grid = tuple[int, int]
@@ -46,16 +48,29 @@ def _cells(grid: Grid, cells: int) -> list[tuple[slice, slice]]:
     return [(a, b) for a in rows for b in columns]
 
 
-def _moments(x: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x [batch, channels, positions] without its mean, in `room`; the mean and the deviation."""
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [batch, channels, positions] without its mean; the mean and the deviation."""
     n = x.shape[2]
     mean = x.sum(2, keepdim=True) / n
-    centred = x - mean if room is None else torch.sub(x, mean, out=room[: len(x)])
+    centred = x - mean
     if centred.stride(2) == 1:  # torch's norm over a dimension that is strided is slow
         squares = torch.linalg.vector_norm(centred, dim=2, keepdim=True).square()
     else:
         squares = (centred * centred).sum(2, keepdim=True)
     return centred, mean, (squares / max(n - 1, 1) + EPS).sqrt()
+
+
+def _form_whole(
+    inputs: tuple[Tensor | None, ...], constants: tuple, needed: tuple[bool, ...]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Of one cell: by the operation."""
+    (x_s,) = inputs
+    x_t, mean_weight, reduction, dtype = constants
+    assert x_s is not None
+    if dtype == torch.float64:
+        x_s, x_t = x_s.double(), x_t.double()
+    loss, grad = _wkd_feature_fwd_grad(x_s, x_t, mean_weight, REDUCTIONS[reduction], needed[0])
+    return loss, [grad if needed[0] else None]
 
 
 def _form(
@@ -73,29 +88,22 @@ def _form(
     step = samples_per_tile(batch, channels * max(positions, x_t.shape[2]))
 
     def of_cell(x: Tensor, grid: Grid, cell: tuple[slice, slice]) -> Tensor:
-        return x if cells == 1 else x.unflatten(2, grid)[:, :, cell[0], cell[1]].flatten(2)
+        return x.unflatten(2, grid)[:, :, cell[0], cell[1]].flatten(2)
 
-    # memory that is used again: what is new for each tile would be mapped and cleared each time
-    room_s = room_t = None
-    if cells == 1 and not torch.compiler.is_compiling():
-        room_s, room_t = (torch.empty_like(x[:step], dtype=dtype) for x in (x_s, x_t))
     with torch.no_grad(), exactly(x_s):
         for i in range(0, batch, step):
             s, t = (x[i : i + step].to(dtype) for x in (x_s, x_t))
-            total = torch.zeros_like(s) if d_x is not None and cells > 1 else None
+            total = None if d_x is None else torch.zeros_like(s)
             for cell_s, cell_t in zip(*(_cells(grid, cells) for grid in grids), strict=True):
-                centred, mean, deviation = _moments(of_cell(s, grids[0], cell_s), room_s)
-                _, mean_t, deviation_t = _moments(of_cell(t, grids[1], cell_t), room_t)
+                centred, mean, deviation = _moments(of_cell(s, grids[0], cell_s))
+                _, mean_t, deviation_t = _moments(of_cell(t, grids[1], cell_t))
                 apart, wider = mean - mean_t, deviation - deviation_t
                 rows[i : i + step] += (mean_weight * apart * apart + wider * wider).sum((1, 2)) * by
-                if d_x is None:
+                if total is None:
                     continue
                 n = centred.shape[2]
                 slope = wider / deviation * (2 * by * scale / max(n - 1, 1))
                 shift = apart * (2 * mean_weight * by * scale / n)
-                if total is None:
-                    torch.add(centred.mul_(slope), shift, out=d_x[i : i + step])
-                    continue
                 part = total.unflatten(2, grids[0])[:, :, cell_s[0], cell_s[1]]
                 part.add_(centred.mul_(slope).add_(shift).view(part.shape))
             if d_x is not None and total is not None:
@@ -164,13 +172,13 @@ def wkd_feature_loss(
                 f"{name}: teacher_grid: expected one of the {teacher.positions} positions of f_t, "
                 f"got {tuple(teacher_grid)}"
             )
-    grids = None
-    if cells > 1:
-        grids = (
-            _own_grid(name, "f_s", student, None, teacher),
-            _own_grid(name, "f_t", teacher, teacher_grid, student),
-        )
-    grids = grids or ((1, student.positions), (1, teacher.positions))
     dtype = wide_dtype(f_s, f_t)
+    if cells == 1:
+        whole = teacher.x, float(mean_weight), reduction, dtype
+        return formed_in_forward(_form_whole, whole, student.x)
+    grids = (
+        _own_grid(name, "f_s", student, None, teacher),
+        _own_grid(name, "f_t", teacher, teacher_grid, student),
+    )
     constants = teacher.x, grids, cells, mean_weight, reduction, dtype
     return formed_in_forward(_form, constants, student.x)

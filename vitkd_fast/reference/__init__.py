@@ -59,5 +59,6 @@ from .row_loss import row_loss_fwd_grad as row_loss_fwd_grad
 from .sliced_wasserstein import sliced_wasserstein_loss as sliced_wasserstein_loss
 from .sp import sp_loss as sp_loss
 from .spearman import spearman_loss as spearman_loss
+from .wkd_feature import wkd_feature_fwd_grad as wkd_feature_fwd_grad
 from .wkd_feature import wkd_feature_loss as wkd_feature_loss
 from .wkd_logit import wkd_logit_loss as wkd_logit_loss
