@@ -63,13 +63,11 @@ VITKD_TARGET_BEGIN(VITKD_AVX512)
 namespace vitkd::binary_kd::avx512 {
 namespace {
 using Real = float;
-using One = vitkd::avx512::Vec;
-VITKD_INLINE One minus_abs(One x) { return _mm512_or_ps(x.v, _mm512_set1_ps(-0.0f)); }
-VITKD_INLINE One select_negative(One x, One a, One b) {
+using vitkd::avx512::Vec;
+VITKD_INLINE Vec minus_abs(Vec x) { return _mm512_or_ps(x.v, _mm512_set1_ps(-0.0f)); }
+VITKD_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
   return _mm512_mask_mov_ps(b.v, _mm512_movepi32_mask(_mm512_castps_si512(x.v)), a.v);
 }
-#include "simd/pair.inl"
-using Vec = Pair;
 VITKD_INLINE Vec log_ratio(Vec z) {
   const Vec w = z * z, twice = z + z;
   Vec y{kAtanhPoly[0]};
@@ -86,11 +84,9 @@ VITKD_TARGET_BEGIN(VITKD_AVX2)
 namespace vitkd::binary_kd::avx2 {
 namespace {
 using Real = float;
-using One = vitkd::avx2::Vec;
-VITKD_INLINE One minus_abs(One x) { return _mm256_or_ps(x.v, _mm256_set1_ps(-0.0f)); }
-VITKD_INLINE One select_negative(One x, One a, One b) { return _mm256_blendv_ps(b.v, a.v, x.v); }
-#include "simd/pair.inl"
-using Vec = Pair;
+using vitkd::avx2::Vec;
+VITKD_INLINE Vec minus_abs(Vec x) { return _mm256_or_ps(x.v, _mm256_set1_ps(-0.0f)); }
+VITKD_INLINE Vec select_negative(Vec x, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, x.v); }
 VITKD_INLINE Vec log_ratio(Vec z) {
   const Vec w = z * z, twice = z + z;
   Vec y{kAtanhPoly[0]};

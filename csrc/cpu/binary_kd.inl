@@ -90,20 +90,30 @@ VITKD_INLINE Vec times(Vec x, Vec factor) {
   return select(not_equal(factor, zero), x * factor, zero);
 }
 
-// Returns the sum of the losses of whole registers, n numbers; writes their gradient.
+// Returns the sums of the losses of whole registers, n numbers; writes their gradient.
 template <Pass kPass, Kind kKind, bool kFactors>
-Real run_block(const Real* s, const Real* t, const Real* y, const Real* factor, Real* grad,
-               int64_t n, const Factors<Real>& by) {
+Vec run_block(const Real* s, const Real* t, const Real* y, const Real* factor, Real* grad,
+              int64_t n, const Factors<Real>& by) {
   const Factors<Vec> f{Vec{by.inv_t}, Vec{by.most},    Vec{by.kd},
                        Vec{by.bce},   Vec{by.kd_grad}, Vec{by.bce_grad}};
   const Vec zero{Real{0}};
+  alignas(64) Real e_u[kBlock], e_v[kBlock], e_s[kBlock];
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const auto e = exponentials<kKind>(Vec::load(s + i), Vec::load(t + i), f.inv_t);
+    if constexpr (kKind != Kind::kBce) {
+      e.u.store(e_u + i);
+      e.v.store(e_v + i);
+    }
+    if constexpr (kKind == Kind::kBoth || kKind == Kind::kBce) e.s.store(e_s + i);
+  }
   Vec total = zero;
   // one long chain of additions would lose digits
   for (int64_t from = 0; from < n; from += kChain * kLanes) {
     Vec sum = zero;
     for (int64_t i = from; i < std::min(from + kChain * kLanes, n); i += kLanes) {
       const Vec label = kKind == Kind::kKd ? zero : Vec::load(y + i);
-      Number x = number<kKind>(Vec::load(s + i), Vec::load(t + i), label, f);
+      const Exponentials e{Vec::load(e_u + i), Vec::load(e_v + i), Vec::load(e_s + i)};
+      Number x = number<kKind>(Vec::load(s + i), Vec::load(t + i), label, e, f);
       if constexpr (kFactors) {
         const Vec w = Vec::load(factor + i);
         x = {times(x.loss, w), times(x.grad, w)};
@@ -113,11 +123,11 @@ Real run_block(const Real* s, const Real* t, const Real* y, const Real* factor, 
     }
     total = total + sum;
   }
-  return reduce_add(total);
+  return total;
 }
 
-using Block = Real (*)(const Real*, const Real*, const Real*, const Real*, Real*, int64_t,
-                       const Factors<Real>&);
+using Block = Vec (*)(const Real*, const Real*, const Real*, const Real*, Real*, int64_t,
+                      const Factors<Real>&);
 template <Pass kPass>
 constexpr Block kBlocks[4][2] = {
     {run_block<kPass, Kind::kKd, false>, run_block<kPass, Kind::kKd, true>},
@@ -148,7 +158,7 @@ void run_parts(const Call<Real>& c, Pass pass, int64_t begin, int64_t end) {
       const bool direct = c.grad.dtype == kDtype<Real> && n % kLanes == 0;
       Real* const grad =
           direct ? reinterpret_cast<Real*>(c.grad.data + at * c.grad.size) : scratch.grad;
-      sum += block(s, t, y, factor, grad, (n + kLanes - 1) / kLanes * kLanes, by);
+      sum += reduce_add(block(s, t, y, factor, grad, ceil_div(n, kLanes) * kLanes, by));
       if (pass != Pass::kForward && !direct) store_block(grad, n, c.grad, at);
     }
     if (pass != Pass::kBackward) c.parts[part] = sum;
