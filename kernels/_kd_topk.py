@@ -57,7 +57,7 @@ def _teacher(
     by = tl.where(over, mass, 1.0)
     log_p = tl.where(log_p == -_INF, log_p, log_p - tl.log(by))
     count = tl.maximum(others, 1).to(ACC)
-    return index, live, log_p, _divide(p, by), _divide(mass, by), rest, _divide(rest, count), wrong
+    return index, live, log_p, _divide(p, by), _divide(mass, by), rest, rest / count, wrong
 
 
 @triton.jit
@@ -74,9 +74,9 @@ def _inverse(temperature_ptr, temperature_step, inverse, row):
 @triton.jit
 def _is_tops(indices_ptr, row, cols, top):
     # which of a tile's classes are the teacher's
-    found = cols < 0
+    found = tl.zeros(cols.shape, tl.int32)
     for k in range(0, top):
-        found |= cols == tl.load(indices_ptr + row * top + k).to(tl.int64)
+        found |= (cols == tl.load(indices_ptr + row * top + k).to(tl.int32)).to(tl.int32)
     return found
 
 
@@ -218,7 +218,7 @@ def _kd_topk_fwd_kernel(
             max_1, sum_1 = _add(s, inside, max_1, sum_1, 1.0)
         max_s, sum_s = _add(s, inside, max_s, sum_s, inv_t)
         if OTHERS:
-            of = inside & (_is_tops(indices_ptr, row, cols, top) == 0)
+            of = inside & (_is_tops(indices_ptr, row, cols.to(tl.int32), top) == 0)
             before = max_o
             max_o, sum_o = _add(s, of, max_o, sum_o, inv_t)
             if TAIL == _SMOOTH:
@@ -248,7 +248,7 @@ def _kd_topk_fwd_kernel(
                 left = tl.log(rest) - (log_o + log_q)
             else:
                 count = tl.maximum(classes - top, 1).to(ACC)
-                left = tl.log(uniform) - (_divide(total_o, count) * inv_t + log_q)
+                left = tl.log(uniform) - (total_o / count * inv_t + log_q)
             divergence += tl.where(rest == 0, 0.0, rest * left)
         loss = kd_weight * temperature * temperature * divergence
     if HAS_CE:
