@@ -304,8 +304,7 @@ def _register(backend: str) -> torch.library.Library:
                 f"VITKD_FAST_BACKEND=cuda: {op.name} has no CUDA C++ kernel in this build; "
                 "rebuild with VITKD_FAST_CUDA=1"
             )
-        written = importlib.util.find_spec(f"vitkd_fast.kernels.{op.stem}")
-        if written and importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
+        if importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
             kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")
             library.impl(op.name, getattr(kernels, op.name), "CUDA", allow_override=True)
             _triton.add(op.name)

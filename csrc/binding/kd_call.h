@@ -3,6 +3,7 @@
 
 #include "binding/common.h"
 #include "binding/flat.h"
+#include "binding/gradient_memory.h"
 #include "math/kd.h"
 
 namespace vitkd::kd {
@@ -14,6 +15,7 @@ struct Options {
   using Fields =
       std::tuple<double, double, int64_t, int64_t, OptionalTensor, OptionalTensor, OptionalTensor,
                  OptionalTensor, OptionalTensor, double, double, double, int64_t>;
+  static constexpr const char* kLoss = "kd_loss";  // in errors
   double temperature, kd_weight;
   int64_t class_dim, reduction;
   OptionalTensor labels, labels_b, lam_rows, temperature_rows, row_weights;
@@ -87,13 +89,15 @@ auto visit_accumulator(const Tensor& student, F&& f) {
 template <class A>
 constexpr ScalarType kDtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
-// Fills a call from the operation's arguments, and holds the tensors that it points into.
+// Fills a call from the operation's arguments, and holds the tensors that it points into. O: the
+// options of this or of another loss of rows, which has these and more.
 template <class A>
 struct Setup {
   PerRowHolder<A> temperature, lam, row_weights, grad_loss{std::nullopt, 1};
   OptionalTensor labels_a, labels_b, stats;
   Call<A> call;
-  Setup(const Options& o, const RowShape& shape, const RowView& student, const RowView& teacher)
+  template <class O>
+  Setup(const O& o, const RowShape& shape, const RowView& student, const RowView& teacher)
       : temperature(o.temperature_rows, static_cast<A>(o.temperature)),
         lam(o.lam_rows, static_cast<A>(o.lam)),
         row_weights(o.row_weights, 1),
@@ -113,31 +117,35 @@ struct Setup {
     call.labels_a = labels_ptr(labels_a);
     call.labels_b = labels_ptr(labels_b);
     call.ignore_index = o.ignore_index;
-    STD_TORCH_CHECK(o.ce_weight == 0 || o.labels,
-                    "kd_loss: labels: expected class ids, as ce_weight is ", o.ce_weight,
-                    ", got none");
+    STD_TORCH_CHECK(o.ce_weight == 0 || o.labels, O::kLoss,
+                    ": labels: expected class ids, as ce_weight is ", o.ce_weight, ", got none");
+  }
+
+  void take(const Tensor& grad_loss_in, const char* operation) {
+    const int64_t rows = call.shape.rows(), given = grad_loss_in.numel();
+    STD_TORCH_CHECK(given == 1 || given == rows, operation, ": grad_loss: expected 1 or ", rows,
+                    " numbers, got ", given);
+    grad_loss = PerRowHolder<A>(grad_loss_in, 0);
+    call.grad_loss = grad_loss.get;
   }
 
   // what the forward saved, the row's share among it, and the incoming gradient
   void take(const Tensor& grad_loss_in, const Tensor& stats_in) {
-    const int64_t rows = call.shape.rows(), given = grad_loss_in.numel();
-    STD_TORCH_CHECK(given == 1 || given == rows, "kd_bwd: grad_loss: expected 1 or ", rows,
-                    " numbers, got ", given);
+    take(grad_loss_in, "kd_bwd");
+    const int64_t rows = call.shape.rows();
     STD_TORCH_CHECK(stats_in.numel() == 6 * rows && stats_in.scalar_type() == kDtype<A>,
                     "kd_bwd: stats: expected 6 numbers for each of ", rows,
                     " rows in the accumulation type, got ",
                     torch::headeronly::toString(stats_in.scalar_type()), " ", shape_of(stats_in));
-    grad_loss = PerRowHolder<A>(grad_loss_in, 0);
     stats = torch::stable::contiguous(stats_in);
-    call.grad_loss = grad_loss.get;
     call.stats = const_cast<A*>(stats->const_data_ptr<A>());
     call.saved_share = true;
   }
 };
 
 // An uninitialised loss: one number per row, or one in all.
-template <class A>
-Tensor empty_loss(const Options& o, const Tensor& student) {
+template <class A, class O>
+Tensor empty_loss(const O& o, const Tensor& student) {
   const bool rows = static_cast<Reduction>(o.reduction) == Reduction::kNone;
   return torch::stable::new_empty(
       student, rows ? rows_shape(student, o.class_dim) : std::vector<int64_t>{}, kDtype<A>);
@@ -148,6 +156,17 @@ Tensor empty_stats(const Call<A>& call, const Tensor& like) {
   return torch::stable::new_empty(like, std::vector<int64_t>{6, call.shape.rows()}, kDtype<A>);
 }
 
+inline Tensor empty_gradient(const Tensor& student) {
+  // empty_like looks the operator up by name, which small calls would notice
+  if (!student.is_contiguous()) return torch::stable::empty_like(student);
+  const int64_t bytes = student.numel() * static_cast<int64_t>(student.element_size());
+  if (student.is_cpu() && bytes >= GradientMemory::kSmallest && bytes < GradientMemory::kLargest) {
+    return GradientMemory::empty({student.sizes().begin(), student.sizes().end()},
+                                 student.scalar_type(), bytes);
+  }
+  return torch::stable::new_empty(student, student.sizes());
+}
+
 // The gradient, with the strides of empty_like(student), which is what the fake promises. A kernel
 // that cannot write those (`writable`) fills a contiguous tensor first.
 struct Grad {
@@ -155,10 +174,7 @@ struct Grad {
   RowView view;
   OptionalTensor promised;
   template <class F>
-  Grad(const Tensor& student, int64_t class_dim, F&& writable)
-      // empty_like looks the operator up by name, which small calls would notice
-      : tensor(student.is_contiguous() ? torch::stable::new_empty(student, student.sizes())
-                                       : torch::stable::empty_like(student)) {
+  Grad(const Tensor& student, int64_t class_dim, F&& writable) : tensor(empty_gradient(student)) {
     auto like_student = row_view(tensor, class_dim);
     if (!like_student || !writable(*like_student)) {
       promised = std::exchange(tensor, torch::stable::new_empty(student, student.sizes()));

@@ -9,17 +9,16 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <numeric>
 
 #include "binding/kd_call.h"
+#include "cpu/rows.h"
 #include "simd/isa.h"
 #include "simd/vec.h"
 
 namespace vitkd::kd {
 namespace {
 
-// Elements per lane-block whose exponentials are kept for the gradient: 256 KB a tensor, in L2.
-constexpr int64_t kMaxKept = 65536;
+using rows::kMaxKept, rows::Layout, rows::Logits, rows::empty_grad;
 
 // The student's logits of a row, by class: for the labels.
 template <class A>
@@ -112,6 +111,9 @@ VITKD_TARGET_BEGIN(VITKD_AVX512)
 namespace vitkd::kd::avx512 {
 namespace {
 using vitkd::avx512::Vec;
+using Real = float;
+#include "cpu/rows.inl"
+//
 #include "cpu/kd.inl"
 }  // namespace
 }  // namespace vitkd::kd::avx512
@@ -121,6 +123,9 @@ VITKD_TARGET_BEGIN(VITKD_AVX2)
 namespace vitkd::kd::avx2 {
 namespace {
 using vitkd::avx2::Vec;
+using Real = float;
+#include "cpu/rows.inl"
+//
 #include "cpu/kd.inl"
 }  // namespace
 }  // namespace vitkd::kd::avx2
@@ -130,130 +135,28 @@ VITKD_TARGET_END
 namespace vitkd::kd {
 namespace {
 
-enum class Layout { kRows, kColumns, kStrided };
-
-Layout layout_of(const RowView& x, const RowShape& shape) {
-  if (x.class_stride == 1 || shape.classes == 1) return Layout::kRows;
-  if (shape.inner > 1 && x.inner_stride == 1 && shape.classes <= kMaxKept / 16) {
-    return Layout::kColumns;
-  }
-  return Layout::kStrided;
-}
-
-// Student and teacher in one layout, copied only where their strides allow none.
-struct Logits {
-  Tensor student, teacher;
-  int64_t class_dim;
-  RowShape shape;
-  RowView s, t;
-  Layout layout = Layout::kStrided;
-  Logits(const Tensor& student_in, const Tensor& teacher_in, int64_t dim)
-      : student(student_in),
-        teacher(teacher_in),
-        class_dim(dim),
-        shape(row_shape(student_in, dim)) {
-    const auto s_view = row_view(student, class_dim);
-    const auto t_view = row_view(teacher, class_dim);
-    if (s_view && t_view && layout_of(*s_view, shape) == layout_of(*t_view, shape)) {
-      use(*s_view, *t_view);
-    }
-    if (layout == Layout::kStrided) make_contiguous();
-  }
-  void make_contiguous() {
-    student = torch::stable::contiguous(student);
-    teacher = torch::stable::contiguous(teacher);
-    use(*row_view(student, class_dim), *row_view(teacher, class_dim));
-  }
-
- private:
-  void use(const RowView& s_view, const RowView& t_view) {
-    s = s_view;
-    t = t_view;
-    layout = layout_of(s, shape);
-  }
-};
-
 template <class A>
-void run(Call<A> c, Layout layout, Pass pass) {
-  if (c.shape.rows() == 0) return;
-  // rows of a few classes do not fill a register: lanes are rows for them, too
-  if (layout == Layout::kRows && c.shape.inner == 1 && c.shape.classes <= 32) {
-    layout = Layout::kColumns;
-    std::swap(c.shape.outer, c.shape.inner);
-    for (RowView* view : {&c.student, &c.teacher, &c.grad}) {
-      std::swap(view->outer_stride, view->inner_stride);
-    }
-  }
-  auto kernel = scalar_rows<A>;
-  int64_t units = c.shape.rows(), unit_rows = 1;
+void run(const Call<A>& c, Layout layout, Pass pass) {
+  rows::run(c, layout, pass, [](Layout layout) -> rows::Kernel<Call<A>> {
 #if defined(__x86_64__)
-  if constexpr (std::is_same_v<A, float>) {
-    const Isa isa = selected_isa();
-    const bool wide = contains(isa, Isa::avx512), narrow = contains(isa, Isa::avx2);
-    if (narrow && layout == Layout::kRows) {
-      kernel = wide ? avx512::run_rows : avx2::run_rows;
-    } else if (narrow && layout == Layout::kColumns) {
-      kernel = wide ? avx512::run_columns : avx2::run_columns;
-      unit_rows = wide ? 16 : 8;
-      units = c.shape.outer * ceil_div(c.shape.inner, unit_rows);
+    if constexpr (std::is_same_v<A, float>) {
+      const Isa isa = selected_isa();
+      const bool wide = contains(isa, Isa::avx512), narrow = contains(isa, Isa::avx2);
+      if (narrow && layout == Layout::kRows) return {wide ? avx512::run_rows : avx2::run_rows};
+      if (narrow && layout == Layout::kColumns) {
+        if (wide) return {avx512::run_columns, avx512::kLanes};
+        return {avx2::run_columns, avx2::kLanes};
+      }
     }
-  }
 #endif
-  const int64_t grain = std::max<int64_t>(1, 32768 / (c.shape.classes * unit_rows));
-  torch::stable::parallel_for(0, units, grain,
-                              [&](int64_t begin, int64_t end) { kernel(c, pass, begin, end); });
+    return {scalar_rows<A>};
+  });
 }
 
-// Labels out of range are found here, before any thread starts.
-template <class A>
-A checked_total(const Call<A>& c) {
-  double total = 0;
-  for (int64_t row = 0; row < c.shape.rows(); ++row) {
-    if (c.temperature.data) {
-      STD_TORCH_CHECK(c.temperature[row] > 0, "kd_loss: temperature: expected a number > 0, got ",
-                      c.temperature[row], " for row ", row);
-    }
-    if (c.ignored(row)) continue;
-    for (const int64_t* labels : {c.labels_a, c.labels_b}) {
-      STD_TORCH_CHECK(!labels || (labels[row] >= 0 && labels[row] < c.shape.classes),
-                      "kd_loss: labels: expected 0 to ", c.shape.classes - 1, " or ignore_index ",
-                      c.ignore_index, ", got ", labels ? labels[row] : 0, " for row ", row);
-    }
-    total += c.row_weight[row];
-  }
-  return static_cast<A>(total);
-}
-
-// Runs a forward pass and returns the reduced loss.
 template <class A>
 Tensor forward(Call<A>& c, Layout layout, const Options& options, const Tensor& student,
                Pass pass) {
-  const A total = c.labels_a || c.row_weight.data || c.temperature.data
-                      ? checked_total(c)
-                      : static_cast<A>(c.shape.rows());
-  if (static_cast<Reduction>(options.reduction) == Reduction::kMean) {
-    c.inv_total.value = total == 0 ? 0 : 1 / total;
-  }
-  Tensor loss = empty_loss<A>(options, student);
-  A* const out = loss.template mutable_data_ptr<A>();
-  if (static_cast<Reduction>(options.reduction) == Reduction::kNone) {
-    c.loss = out;
-    run(c, layout, pass);
-    return loss;
-  }
-  std::vector<A> rows(c.shape.rows());
-  c.loss = rows.data();
-  run(c, layout, pass);
-  *out = static_cast<A>(std::accumulate(rows.begin(), rows.end(), 0.0));
-  return loss;
-}
-
-// An uninitialised gradient in the logits' layout, which a contiguous one may ask to change.
-Grad empty_grad(Logits& logits, const Tensor& student) {
-  Grad grad(student, logits.class_dim,
-            [&](const RowView& view) { return layout_of(view, logits.shape) == logits.layout; });
-  if (layout_of(grad.view, logits.shape) != logits.layout) logits.make_contiguous();
-  return grad;
+  return rows::forward(c, options, student, [&] { run(c, layout, pass); });
 }
 
 std::tuple<Tensor, Tensor> kd_fwd(const Options& options, const Tensor& student,

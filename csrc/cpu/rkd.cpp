@@ -14,6 +14,7 @@
 #include "binding/rkd_call.h"
 #include "simd/isa.h"
 #include "simd/vec.h"
+#include "simd/vec_one.h"
 
 namespace vitkd::rkd {
 namespace {
@@ -70,7 +71,6 @@ namespace vitkd::rkd::avx512 {
 namespace {
 using Real = float;
 using vitkd::avx512::Vec;
-VITKD_INLINE Vec sqrt(Vec x) { return _mm512_sqrt_ps(x.v); }
 VITKD_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }
 // the smaller one of |x| and 1, with the sign of x
 VITKD_INLINE Vec clamp_to_1(Vec x) { return _mm512_range_ps(x.v, _mm512_set1_ps(1), 2); }
@@ -84,7 +84,6 @@ namespace vitkd::rkd::avx2 {
 namespace {
 using Real = float;
 using vitkd::avx2::Vec;
-VITKD_INLINE Vec sqrt(Vec x) { return _mm256_sqrt_ps(x.v); }
 VITKD_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }
 VITKD_INLINE Vec clamp_to_1(Vec x) { return min(Vec{1.f}, max(Vec{-1.f}, x)); }
 #include "cpu/rkd.inl"
@@ -96,34 +95,14 @@ VITKD_TARGET_END
 namespace vitkd::rkd {
 namespace {
 
-// A register of one lane: float64, and CPUs without AVX2.
 template <class A>
-struct One {
-  static constexpr int kLanes = 1;
-  using Mask = bool;
-  A v;
-  One() = default;
-  explicit One(A x) : v(x) {}
-  static Mask first(int64_t n) { return n > 0; }
-  static One load(const A* p) { return One{*p}; }
-  static One load_part(const A* p, int64_t n, One other) { return n > 0 ? One{*p} : other; }
-  void store(A* p) const { *p = v; }
-  void store_part(A* p, int64_t n) const {
-    if (n > 0) *p = v;
-  }
-  friend One operator+(One a, One b) { return One{a.v + b.v}; }
-  friend One operator-(One a, One b) { return One{a.v - b.v}; }
-  friend One operator*(One a, One b) { return One{a.v * b.v}; }
-  friend One operator/(One a, One b) { return One{a.v / b.v}; }
-  friend One fma(One a, One b, One c) { return One{a.v * b.v + c.v}; }
-  friend One fnma(One a, One b, One c) { return One{c.v - a.v * b.v}; }
-  friend One max(One a, One b) { return a.v > b.v ? a : b; }
-  friend Mask less(One a, One b) { return a.v < b.v; }
-  friend One select(Mask m, One a, One b) { return m ? a : b; }
-  friend A reduce_add(One a) { return a.v; }
-  friend One sqrt(One x) { return One{std::sqrt(x.v)}; }
-  friend One clamp_to_1(One x) { return One{rkd::clamp_to_1(x.v)}; }
-};
+One<A> fnma(One<A> a, One<A> b, One<A> c) {
+  return c - a * b;
+}
+template <class A>
+One<A> clamp_to_1(One<A> x) {
+  return One<A>{rkd::clamp_to_1(x.v)};
+}
 
 namespace float32 {
 using Real = float;

@@ -63,6 +63,7 @@ VITKD_INLINE bool any_equal(Vec a, Vec b) {
 }
 VITKD_INLINE Vec::Mask less(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
 VITKD_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
+VITKD_INLINE Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
 VITKD_INLINE void split(Vec x, Vec& n, Vec& m) {
   const __m256i bits = _mm256_castps_si256(x.v);
   n = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(126)));

@@ -55,6 +55,7 @@ VITKD_INLINE Vec::Mask not_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, 
 VITKD_INLINE bool any_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ) != 0; }
 VITKD_INLINE Vec::Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 VITKD_INLINE Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+VITKD_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 VITKD_INLINE void split(Vec x, Vec& n, Vec& m) {
   n = _mm512_add_ps(_mm512_getexp_ps(x.v), _mm512_set1_ps(1.0f));
   m = _mm512_getmant_ps(x.v, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_src);

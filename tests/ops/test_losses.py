@@ -17,10 +17,14 @@ from support.process_tools import run_tests
 from vitkd_fast.functional import (
     at_loss,
     attention_map_loss,
+    deit_hard_loss,
+    dino_loss,
     dist_loss,
     feature_loss,
+    fused_linear_kd_loss,
     kd_loss,
     nst_loss,
+    ofa_loss,
     relation_loss,
     rkd_loss,
 )
@@ -57,6 +61,15 @@ LABELLED = {"labels": torch.arange(6), "ce_weight": 0.5, "temperature": 2.0}
 CALLS = {
     "kd": Call(kd_loss, LOGITS),
     "kd_labels": Call(partial(kd_loss, **LABELLED), LOGITS),
+    "deit_hard": Call(partial(deit_hard_loss, labels=torch.arange(6)), LOGITS),
+    "dino": Call(dino_loss, {"student": (4, 3, 10), "teacher": (2, 3, 10)}),
+    "ofa": Call(
+        lambda student, teacher: ofa_loss([student], teacher, torch.arange(6), eps=1.5), LOGITS
+    ),
+    "fused_linear_kd": Call(
+        partial(fused_linear_kd_loss, chunk=4, **LABELLED),
+        {"features": (6, 5), "weight": (10, 5), "bias": (10,), "teacher": (6, 10)},
+    ),
     **{f"attention_map_{k}": Call(partial(attention_map_loss, kind=k), MAPS) for k in ("kl", "js")},
     "relation": Call(relation_loss, {"x_s": (2, 2, 5, 8), "x_t": (2, 2, 5, 6)}),
     "at": Call(at_loss, FEATURES),

@@ -19,7 +19,7 @@ from ._common import (
     check_tensors,
     differentiable_once,
 )
-from ._rows import _LABEL_FORMS, Labels, _row_options, _scale_
+from ._rows import _LABEL_FORMS, Labels, _scale_, row_options
 
 _kd_topk_fwd = torch.ops.vitkd_fast.kd_topk_fwd.default
 _kd_topk_fwd_grad = torch.ops.vitkd_fast.kd_topk_fwd_grad.default
@@ -210,7 +210,7 @@ def kd_loss_topk(
     else:
         wide = torch.float64 if student.dtype == torch.float64 else torch.float32
         log_sum_exp = log_sum_exp.to(wide)
-    by_row = _row_options(name, student, student.shape[:-1], labels, row_weights, temperature, True)
+    by_row = row_options(name, student, student.shape[:-1], labels, row_weights, temperature)
     options = reference.KDTopKOptions(
         kd_weight=kd_weight, tail=TAILS[tail], reduction=REDUCTIONS[reduction],
         log_sum_exp=log_sum_exp, ce_weight=ce_weight, label_smoothing=label_smoothing,
