@@ -57,6 +57,12 @@ def kd(
 # a divergence's terms need more registers than kd_loss's
 ROW_LOSS_PER_THREAD = 16
 
+
+def row_loss_registers(tile: KdTile) -> int | None:
+    """Said where ptxas would rather put a few bytes on the stack: long rows, several at a time."""
+    return 128 if tile.block_rows > 1 and not tile.whole_row else None
+
+
 TOTAL_BLOCK = 1024  # rows whose weights one program adds up at a time
 TOTAL_PARTS = 128  # partial sums at most: every program of the next kernel adds them up
 SCAN_BLOCK = 256
