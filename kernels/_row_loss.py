@@ -131,12 +131,13 @@ def _terms(
         term = _kl_term(q, v, u, _wide(-shift))
         return term, term, p - q
     elif DIVERGENCE == _JS:
-        # m is the larger of q and p times 1 - weight of the smaller * (1 - e^-|log p - log q|)
+        # m is the larger of q and p times 1 + weight of the smaller * (e^-|log p - log q| - 1);
+        # near p = q first-order terms cancel, which takes all digits of that
         beta = _wide(beta)
         d = v - u + _wide(shift)
         down = -tl.abs(d)
         low = tl.where(d > 0, 1 - beta, beta)
-        above = -tl.log(1 - low * (1 - tl.exp(down)))
+        above = -_log1p(low * _expm1(down))
         below = down + above
         w = _product((1 - beta) * q, tl.where(d > 0, below, above))
         w_t = _product(beta * p, tl.where(d > 0, above, below))
@@ -150,6 +151,13 @@ def _terms(
         c = tl.where(label, _wide(c_label), c)
         term = _product(c, _wide(log_s) - u)
         return term, -c, tl.where(label, _wide(w_t_label), _wide(beta) * term)
+
+
+@triton.jit
+def _expm1(x):
+    # of x <= 0; Kahan's: the rounding of e^x cancels in the quotient
+    y = tl.exp(x)
+    return tl.where(y == 1, x, tl.where(x < -1, y - 1, (y - 1) * _divide(x, tl.log(y))))
 
 
 @triton.jit
