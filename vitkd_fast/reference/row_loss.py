@@ -133,8 +133,8 @@ def _dkd(o: RowLossOptions, u: Tensor, v: Tensor, q: Tensor, p: Tensor) -> _Row:
     others = y == 0
     # logits of the label against all others: q_y = sigmoid(z)
     away_u, away_v = (x.masked_fill(~others, -torch.inf) for x in (u, v))
-    z_s = (u * y).sum(-1, keepdim=True) - away_u.logsumexp(-1, keepdim=True)
-    z_t = (v * y).sum(-1, keepdim=True) - away_v.logsumexp(-1, keepdim=True)
+    z_s = _product(y, u).sum(-1, keepdim=True) - away_u.logsumexp(-1, keepdim=True)
+    z_t = _product(y, v).sum(-1, keepdim=True) - away_v.logsumexp(-1, keepdim=True)
     log = torch.nn.functional.logsigmoid
     q_y, p_y = z_s.sigmoid(), z_t.sigmoid()
     target = _product(p_y, log(z_t) - log(z_s)) + _product((-z_t).sigmoid(), log(-z_t) - log(-z_s))
