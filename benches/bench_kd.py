@@ -69,9 +69,10 @@ def logits(shape, dtype, device):
 
 def training_step(loss, student, *args):
     def step():
-        student.grad = None
+        student.grad = step.grads = None
         value = loss(student, *args)
         value.backward()
+        step.grads = [student.grad]
         return value
 
     return step

@@ -20,7 +20,8 @@ from pydantic import BaseModel
 from vitkd_fast.distill import config, losses
 
 ROOT = Path(__file__).parents[1]
-AS_OPTIMIZER = "teacher.optimizer"  # has a row instead of a table of its own
+# have a row instead of a table of their own
+AS = {"teacher.optimizer": "as `optimizer`", "teachers": "list of: as `teacher`"}
 LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 INTRODUCTION = """# Configuration
 
@@ -115,8 +116,9 @@ def section(path: str, model: type[losses.Section]) -> str:
         said |= comments(base)
     for name, field in model.model_fields.items():
         key = f"{path}.{name}".lstrip(".")
-        if key == AS_OPTIMIZER:
-            rows.append((f"`{key}`", "as `optimizer`", "null", said[name]))
+        if key in AS:
+            default = shown(field.default)
+            rows.append((f"`{key}`", AS[key], f"`{default}`", said[name]))
         if config.sections().get(key, losses.Ramp) is not losses.Ramp:
             continue
         what = kind(field.annotation)
@@ -138,7 +140,7 @@ def page() -> str:
     return INTRODUCTION + "".join(
         section(path, model)
         for path, model in config.sections().items()
-        if model is not losses.Ramp and path != AS_OPTIMIZER
+        if model is not losses.Ramp and not path.startswith(tuple(AS))
     )
 
 

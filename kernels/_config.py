@@ -25,13 +25,15 @@ def _power_of_2(n: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def kd(inner: int, classes: int, element_size: int, align: int, dense: bool) -> KdTile:
+def kd(
+    inner: int, classes: int, element_size: int, align: int, dense: bool, per_thread: int = 32
+) -> KdTile:
     """The tile for rows of `classes` logits; it does not depend on how many rows there are.
 
     `dense` says that rows, in runs of `inner`, and not classes are next to one another in memory.
     `align` is the largest power of two that divides the classes and all strides from row to row.
-    What each thread of a row does once weighs as much as ten classes: a thread takes up to 32 of
-    them, and 1024 are one warp, which needs no barrier.
+    What each thread of a row does once weighs as much as ten classes: a thread takes up to
+    `per_thread` of them, and 1024 are one warp of kd_loss, which needs no barrier.
     """
     shrink = max(1, element_size // 4)  # float64 takes two registers
     wide = _power_of_2(classes)
@@ -40,16 +42,25 @@ def kd(inner: int, classes: int, element_size: int, align: int, dense: bool) -> 
         block_rows = min(32, _power_of_2(inner))
         whole_row = wide <= 32
         tile = wide if whole_row else 32
-        threads = max(32, block_rows * tile // (16 if whole_row else 8))
+        threads = max(32, block_rows * tile // (per_thread // 2 if whole_row else 8))
         vec = 1
     else:
         whole_row = wide <= 4096 // shrink
         block_rows = min(32, max(1, 1024 // wide)) if whole_row else 1
         vec = min(max(1, 16 // element_size), align, wide)
-        tile = wide if whole_row else 256 * max(8, 2 * vec) // shrink
-        threads = max(32, block_rows * tile // 32) if whole_row else 256
+        tile = wide if whole_row else 256 * min(max(8, 2 * vec), per_thread // 2) // shrink
+        threads = max(32, block_rows * tile // per_thread) if whole_row else 256
     lanes = min(tile // vec, max(1, threads // block_rows))
     return KdTile(tile // (lanes * vec), block_rows, lanes, vec, whole_row, threads // 32)
+
+
+# a divergence's terms need more registers than kd_loss's
+ROW_LOSS_PER_THREAD = 16
+
+
+def row_loss_registers(tile: KdTile) -> int | None:
+    """Said of long rows, where ptxas would rather put a few bytes on the stack."""
+    return None if tile.whole_row else 128
 
 
 TOTAL_BLOCK = 1024  # rows whose weights one program adds up at a time
@@ -68,6 +79,13 @@ SCALE_PROGRAMS = 1024  # fills the GPU, and costs little where there is nothing 
 
 def kd_scale_programs(numel: int) -> int:
     return min(SCALE_PROGRAMS, -(-numel // SCALE_BLOCK))
+
+
+@lru_cache(maxsize=4096)
+def kd_topk(classes: int, element_size: int) -> tuple[int, int]:
+    """Classes that pass a row's program at a time, and its warps."""
+    block = max(32, min(_power_of_2(classes), 2048 * 4 // max(4, element_size)))
+    return block, max(1, min(8, block // 256))
 
 
 class MapTile(NamedTuple):

@@ -136,6 +136,66 @@ def _labels(ptr, row, live, classes, ignore_index):
 
 
 @triton.jit
+def _shares(
+    labels_ptr, labels_b_ptr, weights_ptr,  # [rows], or None
+    totals_ptr, mean, parts, rows, row, live, classes, ignore_index, share,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    # of each row, [rows]: its share of the loss, 0 where it is ignored, NaN where a label is wrong;
+    # and its labels
+    BLOCK_ROWS: tl.constexpr = row.shape[0]
+    scale = tl.full([BLOCK_ROWS], share, ACC)
+    if weights_ptr is not None:
+        scale = tl.load(weights_ptr + row, mask=live, other=0).to(ACC)
+    if labels_ptr is not None or weights_ptr is not None:
+        if mean:
+            if parts > 0:
+                part = tl.arange(0, _TOTAL_PARTS)
+                whole = tl.sum(tl.load(totals_ptr + part, mask=part < parts, other=0), 0)
+            else:
+                whole = _weight_total(
+                    labels_ptr, labels_b_ptr, weights_ptr, ignore_index, 0, _SCAN_BLOCK, rows,
+                    ACC, _SCAN_BLOCK,
+                )  # fmt: skip
+            whole = tl.full([BLOCK_ROWS], whole, ACC)
+            scale = tl.where(whole == 0, 0.0, _divide(scale, whole))
+    a, b = row, row
+    if labels_ptr is not None:
+        a, ignored, wrong = _labels(labels_ptr, row, live, classes, ignore_index)
+        b = a
+        if labels_b_ptr is not None:
+            b, ignored_b, wrong_b = _labels(labels_b_ptr, row, live, classes, ignore_index)
+            ignored, wrong = ignored | ignored_b, wrong | wrong_b
+        scale = tl.where(ignored, 0.0, tl.where(wrong & (scale != 0), float("nan"), scale))
+    return scale, a, b
+
+
+@triton.jit
+def _logit_of(rows_ptr, class_stride, label, live, classes, ACC: tl.constexpr):
+    # [rows]: of one class each; 0 where there is no such class
+    inside = live & (label >= 0) & (label < classes)
+    return tl.load(rows_ptr + label.to(tl.int64) * class_stride, mask=inside, other=0).to(ACC)
+
+
+@triton.jit
+def _cross_entropy(
+    s_rows, s_class, live, top, log_1, total, smoothing, mix, a, b, classes,  # [rows]
+    ACC: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_B: tl.constexpr,
+):  # fmt: skip
+    # of the student at T = 1; total: sum (s - top)
+    hard = _logit_of(s_rows, s_class, a, live, classes, ACC)
+    if HAS_B:
+        hard_b = _logit_of(s_rows, s_class, b, live, classes, ACC)
+        # a share of 0 must not meet a logit of -inf
+        both = mix * hard + (1 - mix) * hard_b
+        hard = tl.where(mix == 1, hard, tl.where(mix == 0, hard_b, both))
+    expected = tl.where(smoothing == 1, 0.0, (1 - smoothing) * (hard - top))
+    if HAS_SMOOTHING:
+        expected += smoothing * (total / classes)
+    return log_1 - expected
+
+
+@triton.jit
 def _exponentials(s, t, max_s, max_t, inv_t, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr):
     # relative to the maxima: of s/T, of t/T, of s; and (s - max_s), (t - max_t) as powers of two
     d = s - _wide(max_s)
@@ -207,6 +267,22 @@ def _add_tile(
 
 
 @triton.jit
+def _ce_gradient(
+    cols, exp_1,  # [steps, rows, lanes, vec]
+    by_1, ce, smoothing, mix, a, b, classes,  # [rows]
+    HAS_SMOOTHING: tl.constexpr, HAS_B: tl.constexpr,
+):  # fmt: skip
+    hard = ce - ce * smoothing
+    g = _wide(by_1) * exp_1
+    if HAS_SMOOTHING:
+        g -= _wide(ce * smoothing / classes)
+    if HAS_B:
+        g -= tl.where(cols == _wide(b), _wide(hard * (1 - mix)), 0.0)
+        hard *= mix
+    return g - tl.where(cols == _wide(a), _wide(hard), 0.0)
+
+
+@triton.jit
 def _store_gradient(
     ptrs, live, cols, exp_s, exp_t, exp_1,  # [steps, rows, lanes, vec]
     by_s, by_t, by_1,  # [rows]: weights over the sums of the exponentials
@@ -219,15 +295,10 @@ def _store_gradient(
         # two products and a difference: with fma, equal student and teacher would not give 0
         g = _wide(by_s) * exp_s - _wide(by_t) * exp_t
     if HAS_CE:
-        ce = scale * ce_weight
-        hard = ce - ce * smoothing
-        g += _wide(by_1) * exp_1
-        if HAS_SMOOTHING:
-            g -= _wide(ce * smoothing / classes)
-        if HAS_B:
-            g -= tl.where(cols == _wide(b), _wide(hard * (1 - mix)), 0.0)
-            hard *= mix
-        g -= tl.where(cols == _wide(a), _wide(hard), 0.0)
+        g += _ce_gradient(
+            cols, exp_1, by_1, scale * ce_weight, smoothing, mix, a, b, classes, HAS_SMOOTHING,
+            HAS_B,
+        )  # fmt: skip
     if HAS_ZEROS:
         # an ignored row may hold NaN
         g = tl.where(_wide(scale) == 0, 0.0, g)
@@ -289,32 +360,13 @@ def _kd_fwd_kernel(
     temperature = tl.where(temperature > 0, temperature, float("nan"))
     inv_t = _divide(tl.full([BLOCK_ROWS], 1, ACC), temperature)
     mix = _per_row(lam_ptr, lam_step, lam, row, live, ACC)
-    scale = tl.full([BLOCK_ROWS], share, ACC)
     kd_weight = tl.full([BLOCK_ROWS], kd_weight, ACC)
     ce_weight = tl.full([BLOCK_ROWS], ce_weight, ACC)
     smoothing = tl.full([BLOCK_ROWS], smoothing, ACC)
-    if weights_ptr is not None:
-        scale = tl.load(weights_ptr + row, mask=live, other=0).to(ACC)
-    if HAS_ZEROS:
-        if mean:
-            if parts > 0:
-                part = tl.arange(0, _TOTAL_PARTS)
-                whole = tl.sum(tl.load(totals_ptr + part, mask=part < parts, other=0), 0)
-            else:
-                whole = _weight_total(
-                    labels_ptr, labels_b_ptr, weights_ptr, ignore_index, 0, _SCAN_BLOCK, rows,
-                    ACC, _SCAN_BLOCK,
-                )  # fmt: skip
-            whole = tl.full([BLOCK_ROWS], whole, ACC)
-            scale = tl.where(whole == 0, 0.0, _divide(scale, whole))
-    a, b = row, row
-    if labels_ptr is not None:
-        a, ignored, wrong = _labels(labels_ptr, row, live, classes, ignore_index)
-        b = a
-        if labels_b_ptr is not None:
-            b, ignored_b, wrong_b = _labels(labels_b_ptr, row, live, classes, ignore_index)
-            ignored, wrong = ignored | ignored_b, wrong | wrong_b
-        scale = tl.where(ignored, 0.0, tl.where(wrong & (scale != 0), float("nan"), scale))
+    scale, a, b = _shares(
+        labels_ptr, labels_b_ptr, weights_ptr, totals_ptr, mean, parts, rows, row, live, classes,
+        ignore_index, share, ACC,
+    )  # fmt: skip
 
     # 3. one pass over the classes: sums relative to the maxima, [rows, lanes]
     max_s = tl.full([BLOCK_ROWS, LANES], LOWEST, ACC)
@@ -361,18 +413,11 @@ def _kd_fwd_kernel(
         loss = kd_weight * temperature * temperature * divergence
     if HAS_CE:
         log_1 = tl.log(sum_1)
-        inside = live & (a >= 0) & (a < classes)
-        hard = tl.load(s_rows + a.to(tl.int64) * s_class, mask=inside, other=0).to(ACC)
-        if HAS_B:
-            inside = live & (b >= 0) & (b < classes)
-            hard_b = tl.load(s_rows + b.to(tl.int64) * s_class, mask=inside, other=0).to(ACC)
-            # a share of 0 must not meet a logit of -inf
-            both = mix * hard + (1 - mix) * hard_b
-            hard = tl.where(mix == 1, hard, tl.where(mix == 0, hard_b, both))
-        expected = tl.where(smoothing == 1, 0.0, (1 - smoothing) * (hard - top_s))
-        if HAS_SMOOTHING:
-            expected += smoothing * (tl.sum(total, 1) / classes)
-        loss += ce_weight * (log_1 - expected)
+        cross_entropy = _cross_entropy(
+            s_rows, s_class, live, top_s, log_1, tl.sum(total, 1), smoothing, mix, a, b, classes,
+            ACC, HAS_SMOOTHING, HAS_B,
+        )  # fmt: skip
+        loss += ce_weight * cross_entropy
     tl.store(loss_ptr + row, tl.where(scale == 0, 0.0, scale * loss), mask=live)
     if stats_ptr is not None:
         stats_ptr += row

@@ -44,7 +44,7 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=4096)
 def _plan(
     shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], class_dim: int, itemsize: int,
-    has_kd: bool, has_ce: bool, has_smoothing: bool,
+    per_thread: int, **constants: Any,
 ) -> _Plan:  # fmt: skip
     before, classes, behind = shape[:class_dim], shape[class_dim], shape[class_dim + 1 :]
     rows, inner = prod(before) * prod(behind), prod(behind)
@@ -65,11 +65,8 @@ def _plan(
     bits = 16 | classes
     for outer, row_step, _ in views:
         bits |= outer | row_step
-    tile = _config.kd(inner, classes, itemsize, bits & -bits, row == 1 and step != 1)
-    constants = {
-        "HAS_KD": has_kd,
-        "HAS_CE": has_ce,
-        "HAS_SMOOTHING": has_smoothing,
+    tile = _config.kd(inner, classes, itemsize, bits & -bits, row == 1 and step != 1, per_thread)
+    constants |= {
         "STEPS": tile.steps,
         "BLOCK_ROWS": tile.block_rows,
         "LANES": tile.lanes,
@@ -82,18 +79,26 @@ def _plan(
 
 
 def _plan_of(
-    student: Tensor, teacher: Tensor, grad: Tensor | None, o: reference.KDOptions
-) -> tuple[_Plan, list[Tensor | None]]:
-    """The plan, and [grad, student, teacher] or copies of them with the plan's strides."""
+    student: Tensor, teacher: Tensor, grad: Tensor | None,
+    o: reference.KDOptions | reference.RowLossOptions, per_thread: int = 32, **constants: Any,
+) -> tuple[_Plan, list[Tensor | None]]:  # fmt: skip
+    """The plan, and [grad, student, teacher] or copies of them with the plan's strides.
+
+    Args:
+        per_thread: classes that a thread may keep in registers.
+        constants: of the kernel.
+    """
     tensors = [grad, student, teacher]
     plan = _plan(
         student.shape,
         tuple((student if x is None else x).stride() for x in tensors),
         o.class_dim,
         max(student.element_size(), teacher.element_size()),
-        o.kd_weight != 0,
-        o.ce_weight != 0,
-        o.ce_weight != 0 and o.label_smoothing != 0,
+        per_thread,
+        HAS_KD=o.kd_weight != 0,
+        HAS_CE=o.ce_weight != 0,
+        HAS_SMOOTHING=o.ce_weight != 0 and o.label_smoothing != 0,
+        **constants,
     )
     if any(plan.copied):
         for i, x in enumerate(tensors):
@@ -113,6 +118,39 @@ def _per_row_and_step(x: Tensor | None) -> tuple[Tensor | None, int]:
     return x.contiguous(), 1
 
 
+class _Shares(NamedTuple):
+    """What a row's share of the loss is formed from: arguments of kernels."""
+
+    labels: Tensor | None
+    labels_b: Tensor | None
+    row_weights: Tensor | None
+    totals: Tensor  # [parts]; read where there is a mean to take
+    mean: int  # 1: divide by the sum of what counts
+    parts: int  # 0: each program adds it up by itself
+    share: float  # of each row, where none differs
+
+
+def _shares_of(o: reference.KDOptions | reference.RowLossOptions, like: Tensor) -> _Shares:
+    """Adds up the rows' weights where a mean needs them; `like`: [rows] in the accumulation type.
+
+    `totals` is `like` where nothing is added up beforehand.
+    """
+    rows = like.numel()
+    labels, labels_b = _contiguous(o.labels), _contiguous(o.labels_b)
+    row_weights = _contiguous(o.row_weights)
+    mean = o.reduction == reference.MEAN
+    total = mean and (labels is not None or row_weights is not None)
+    totals, parts = like, _config.kd_total_parts(rows) if total else 0
+    if parts:
+        totals = like.new_empty(parts)
+        _kd_total_kernel[(parts,)](
+            totals, labels, labels_b, row_weights, o.ignore_index, rows,
+            BLOCK=_config.TOTAL_BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip
+    share = 1 / rows if mean and not total else 1.0
+    return _Shares(labels, labels_b, row_weights, totals, int(total), parts, share)
+
+
 def _forward(
     student: Tensor, teacher: Tensor, with_grad: bool, o: reference.KDOptions
 ) -> tuple[Tensor, Tensor]:
@@ -129,25 +167,15 @@ def _forward(
     if student.numel() == 0:
         return student.new_zeros(shape if o.reduction == reference.NONE else (), dtype=wide), kept
     with torch.cuda.device_of(student):
-        labels, labels_b = _contiguous(o.labels), _contiguous(o.labels_b)
-        row_weights = _contiguous(o.row_weights)
         loss = student.new_empty(shape if o.reduction == reference.NONE else rows, dtype=wide)
-        mean = o.reduction == reference.MEAN
-        total = mean and (labels is not None or row_weights is not None)
-        totals, parts = loss, _config.kd_total_parts(rows) if total else 0
-        if parts:
-            totals = loss.new_empty(parts)
-            _kd_total_kernel[(parts,)](
-                totals, labels, labels_b, row_weights, o.ignore_index, rows,
-                BLOCK=_config.TOTAL_BLOCK, enable_fp_fusion=False,
-            )  # fmt: skip
+        of = _shares_of(o, loss)
         plan, logits = _plan_of(student, teacher, grad, o)
         _kd_fwd_kernel[(plan.programs,)](
-            loss, stats, *logits, *plan.strides, labels, labels_b, row_weights,
+            loss, stats, *logits, *plan.strides, of.labels, of.labels_b, of.row_weights,
             *_per_row_and_step(o.lam_rows), *_per_row_and_step(o.temperature_rows),
-            totals, int(total), parts, rows, plan.inner, plan.classes, o.ignore_index,
+            of.totals, of.mean, of.parts, rows, plan.inner, plan.classes, o.ignore_index,
             o.temperature, o.lam, o.kd_weight, o.ce_weight, o.label_smoothing,
-            1 / rows if mean and not total else 1.0,
+            of.share,
             WHOLE_ROW=plan.tile.whole_row, **plan.constants,
         )  # fmt: skip
         if logits[0] is not grad:

@@ -53,6 +53,28 @@ def _kd_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(student)
 
 
+def _kd_topk_loss_like(student: Tensor, reduction: int) -> Tensor:
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return student.new_empty(student.shape[:-1] if reduction == reference.NONE else [], dtype=dtype)
+
+
+def _kd_topk_fwd_fake(
+    student: Tensor, indices: Tensor, values: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    loss = _kd_topk_loss_like(student, reference.KDTopKOptions(*options).reduction)
+    rows = 1
+    for size in student.shape[:-1]:
+        rows = rows * size
+    return loss, loss.new_empty([6, rows])
+
+
+def _kd_topk_fwd_grad_fake(
+    student: Tensor, indices: Tensor, values: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    loss = _kd_topk_loss_like(student, reference.KDTopKOptions(*options).reduction)
+    return loss, torch.empty_like(student)
+
+
 def _attention_map_fwd_fake(
     q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -112,6 +134,17 @@ def _row_loss_fwd_grad_fake(
     return loss, *_row_loss_bwd_fake(loss, student, teacher, *options)
 
 
+def _dist_moments_fake(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows, classes = student.shape
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    columns = student.new_empty([5, classes], dtype=torch.float64)
+    return student.new_empty([7, rows], dtype=wide), columns
+
+
+def _dist_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
+    return student.new_empty(student.shape)
+
+
 class Operation(NamedTuple):
     schema: str
     fake: Callable
@@ -135,6 +168,8 @@ def _schema_of(options: type) -> str:
 
 _KD_OPTIONS = _schema_of(reference.KDOptions)
 _ROW_OPTIONS = _schema_of(reference.RowLossOptions)
+_TOPK_OPTIONS = _schema_of(reference.KDTopKOptions)
+_TOPK = "Tensor student, Tensor indices, Tensor values"
 _MAP_OPTIONS = _schema_of(reference.AttentionMapOptions)
 _MAPS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t"
 
@@ -171,6 +206,18 @@ OPERATIONS = [
         _row_loss_bwd_fake, reference.row_loss_bwd, "row_loss",
     ),
     Operation(
+        f"kd_topk_fwd({_TOPK}, {_TOPK_OPTIONS}) -> (Tensor loss, Tensor stats)",
+        _kd_topk_fwd_fake, reference.kd_topk_fwd, "kd_topk",
+    ),
+    Operation(
+        f"kd_topk_fwd_grad({_TOPK}, {_TOPK_OPTIONS}) -> (Tensor loss, Tensor grad)",
+        _kd_topk_fwd_grad_fake, reference.kd_topk_fwd_grad, "kd_topk",
+    ),
+    Operation(
+        f"kd_topk_bwd(Tensor grad_loss, {_TOPK}, Tensor stats, {_TOPK_OPTIONS}) -> Tensor",
+        _kd_bwd_fake, reference.kd_topk_bwd, "kd_topk",
+    ),
+    Operation(
         f"attention_map_fwd({_MAPS}, {_MAP_OPTIONS}) -> (Tensor loss, Tensor stats)",
         _attention_map_fwd_fake, reference.attention_map_fwd, "attention_map",
     ),
@@ -198,6 +245,16 @@ OPERATIONS = [
         "rkd_fwd_grad(Tensor gram_s, Tensor gram_t, float distance_weight, float angle_weight) "
         "-> (Tensor loss, Tensor grad)",
         _rkd_fwd_grad_fake, reference.rkd_fwd_grad, "rkd",
+    ),
+    Operation(
+        "dist_moments(Tensor student, Tensor teacher, float temperature) "
+        "-> (Tensor stats, Tensor columns)",
+        _dist_moments_fake, reference.dist_moments, "dist",
+    ),
+    Operation(
+        "dist_bwd(Tensor grad_loss, Tensor student, Tensor teacher, Tensor stats, "
+        "Tensor row_factors, Tensor column_factors, float temperature) -> Tensor",
+        _dist_bwd_fake, reference.dist_bwd, "dist",
     ),
 ]  # fmt: skip
 
@@ -247,8 +304,7 @@ def _register(backend: str) -> torch.library.Library:
                 f"VITKD_FAST_BACKEND=cuda: {op.name} has no CUDA C++ kernel in this build; "
                 "rebuild with VITKD_FAST_CUDA=1"
             )
-        written = importlib.util.find_spec(f"vitkd_fast.kernels.{op.stem}")
-        if written and importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
+        if importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
             kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")
             library.impl(op.name, getattr(kernels, op.name), "CUDA", allow_override=True)
             _triton.add(op.name)

@@ -7,15 +7,18 @@ from ._extras import require
 require("torch", __name__)
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
 from .functional._common import check_derivatives, check_tensors
 from .functional._features import resize_map
+from .functional.dino import dino
 
 if TYPE_CHECKING:
     from .taps import Taps
@@ -32,11 +35,12 @@ class KDLoss(nn.Module):
         self,
         temperature: float | Tensor = 1.0,
         kd_weight: float = 1.0,
-        ce_weight: float = 0.0,
+        ce_weight: float | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         class_dim: int = -1,
         reduction: str = "mean",
+        compat: str | None = None,
     ) -> None:
         super().__init__()
         self.temperature = temperature
@@ -46,6 +50,7 @@ class KDLoss(nn.Module):
         self.ignore_index = ignore_index
         self.class_dim = class_dim
         self.reduction = reduction
+        self.compat = compat
 
     def forward(
         self,
@@ -67,14 +72,103 @@ class KDLoss(nn.Module):
             row_weights=row_weights,
             class_dim=self.class_dim,
             reduction=self.reduction,
+            compat=self.compat,
         )
 
     def extra_repr(self) -> str:
+        compat = f", compat={self.compat!r}" if self.compat else ""
         return (
             f"temperature={self.temperature}, kd_weight={self.kd_weight}, "
             f"ce_weight={self.ce_weight}, label_smoothing={self.label_smoothing}, "
-            f"reduction={self.reduction!r}"
+            f"reduction={self.reduction!r}{compat}"
         )
+
+
+class KDLossTopK(nn.Module):
+    """kd_weight * T^2 * KL(p || softmax(student/T)) + ce_weight * CE(student, y), p of K classes.
+
+    The arguments are those of `vitkd_fast.functional.kd_loss_topk`, which says what they mean and
+    what is raised.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 1.0,
+        tail: str = "smooth",
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.tail = tail
+        self.kd_weight = kd_weight
+        self.ce_weight = ce_weight
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(
+        self,
+        student: Tensor,
+        indices: Tensor,
+        values: Tensor,
+        log_sum_exp: Tensor | None = None,
+        labels: functional.Labels | None = None,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of student logits and a teacher's K classes; see `functional.kd_loss_topk`."""
+        return functional.kd_loss_topk(
+            student,
+            indices,
+            values,
+            log_sum_exp=log_sum_exp,
+            temperature=self.temperature,
+            tail=self.tail,
+            labels=labels,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            row_weights=row_weights,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, tail={self.tail!r}, ce_weight={self.ce_weight}"
+
+
+class DISTLoss(nn.Module):
+    """T^2 (beta mean_b (1 - rho(q_b, p_b)) + gamma mean_c (1 - rho(q_:c, p_:c))), rho: Pearson's.
+
+    The arguments are those of `vitkd_fast.functional.dist_loss`, which says what they mean and what
+    is raised.
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0, sync: bool = False
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.beta = beta
+        self.gamma = gamma
+        self.sync = sync
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of student and teacher logits; see `vitkd_fast.functional.dist_loss`."""
+        return functional.dist_loss(
+            student,
+            teacher,
+            temperature=self.temperature,
+            beta=self.beta,
+            gamma=self.gamma,
+            sync=self.sync,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, beta={self.beta}, gamma={self.gamma}"
 
 
 class AttentionMapProjection(nn.Module):
@@ -347,6 +441,281 @@ class CrossAttentionProjector(nn.Module):
         y = torch.baddbmm(self.bias.unsqueeze(1).to(x.dtype), places, self.weight.to(x.dtype))
         y = y.reshape(g, g, batch, height // g, width // g, -1).permute(2, 3, 0, 4, 1, 5)
         return self.dropout(y.reshape(batch, height * width, -1))
+
+
+class DistillationHead(nn.Module):
+    """Two classifiers on the same features, whose mean is the student's own: logits +- d(x).
+
+    Distillation through a head of its own (Touvron et al., 2021, arXiv:2012.12877) for a student
+    of one classifier, such as a MobileNet of timm: a linear layer d on what the classifier reads
+    stands for half the difference of two heads, one for the labels and one for the teacher. Their
+    mean, which DeiT predicts with, is the classifier as it is: it is evaluated, exported and
+    quantised alone, and nothing is to be folded. Gradients of both heads reach it. The module is
+    only needed in training.
+
+    Args:
+        features: that the classifier reads.
+        classes: of the classifier.
+    """
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.difference = nn.Linear(features, classes)
+        # both heads begin as the classifier, which may be trained
+        nn.init.zeros_(self.difference.weight)
+        nn.init.zeros_(self.difference.bias)
+
+    def forward(self, pooled: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The heads' logits, [batch, classes] each: of the labels, and of the teacher.
+
+        Args:
+            pooled: what the classifier read, [batch, features].
+            logits: what it gave, [batch, classes].
+        """
+        check_tensors(type(self).__name__, {"pooled": pooled, "logits": logits})
+        half = self.difference(pooled.flatten(1))
+        if half.shape != logits.shape:
+            raise ValueError(
+                f"{type(self).__name__}: logits: expected {list(half.shape)}, got "
+                f"{list(logits.shape)}"
+            )
+        return logits + half, logits - half
+
+
+def _separable(channels: int, width: int) -> list[nn.Module]:
+    """Two separable 3x3 convolutions, of which the first halves the map."""
+    layers: list[nn.Module] = []
+    for stride, out in ((2, channels), (1, width)):
+        layers += [
+            nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False),
+            nn.Conv2d(channels, out, 1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+        ]
+    return layers
+
+
+class OFABranches(nn.Module):
+    """Logits from the maps of a convnet's stages: separable convolutions, mean, linear layer.
+
+    The branches of OFA-KD (Hao et al., 2023, arXiv:2310.19444) bring features that cannot be
+    compared with another architecture's into the space of logits, where `functional.ofa_loss`
+    does. A stage's map is halved once for each stage behind it; the last one's goes through a 1x1
+    convolution. The module is only needed in training.
+
+    Args:
+        channels: of the maps, from the first stage to the last: of timm's `features_only` with
+            out_indices (1, 2, 3, 4), or of `Taps` at strides 4, 8, 16 and 32.
+        classes: of the logits.
+        width: of what a branch's linear layer reads: the larger of what student's and teacher's
+            classifiers read, in the authors' code.
+    """
+
+    def __init__(self, channels: Sequence[int], classes: int, width: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList()
+        for stage, first in enumerate(channels):
+            halvings = len(channels) - 1 - stage
+            layers: list[nn.Module] = [] if halvings else [nn.Conv2d(first, width, 1)]
+            for i in range(halvings):
+                out = width if i == halvings - 1 else first * 2 ** (i + 1)
+                layers += _separable(first * 2**i, out)
+            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)]
+            self.branches.append(nn.Sequential(*layers))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Logits [batch, classes] of each map [batch, channels, height, width]."""
+        if len(maps) != len(self.branches):
+            raise ValueError(
+                f"{type(self).__name__}: maps: expected {len(self.branches)}, got {len(maps)}"
+            )
+        return [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
+
+
+class DINOLoss(nn.Module):
+    """dino_loss, with the centre that follows the teacher's logits: c <- m c + (1 - m) mean(t).
+
+    Self-distillation with no labels (Caron et al., 2021, arXiv:2104.14294). In training mode each
+    call moves the centre after the loss, by the mean over all views and images, which is formed
+    while the teacher's logits are read. It is the mean over all processes where torch.distributed
+    is initialised.
+
+    Args:
+        classes: of the heads.
+        temperature: of the student.
+        teacher_temperature: may be changed, or given to a call: DINO warms it up to 0.07.
+        momentum: m of the centre.
+
+    Attributes:
+        centre: [classes], a buffer, float32.
+    """
+
+    centre: Tensor
+
+    def __init__(
+        self,
+        classes: int,
+        temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"DINOLoss: momentum: expected 0 to 1, got {momentum}")
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+        self.momentum = momentum
+        self.register_buffer("centre", torch.zeros(classes))
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, teacher_temperature: float | None = None
+    ) -> Tensor:
+        """The loss, 0-dim; arguments are those of `vitkd_fast.functional.dino_loss`."""
+        if teacher_temperature is None:
+            teacher_temperature = self.teacher_temperature
+        centre = self.centre.clone()  # the graph's own: the next call must not change it
+        if not self.training:
+            return functional.dino_loss(
+                student, teacher, centre, temperature=self.temperature,
+                teacher_temperature=teacher_temperature,
+            )  # fmt: skip
+        sums = torch.zeros_like(centre, dtype=torch.promote_types(centre.dtype, teacher.dtype))
+        loss = dino(student, teacher, centre, self.temperature, teacher_temperature, sums)
+        with torch.no_grad():
+            mean = sums / max(teacher.shape[0] * teacher.shape[1], 1)
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
+            if teacher.shape[1]:
+                self.centre.lerp_(mean.to(self.centre.dtype), 1 - self.momentum)
+        return loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"classes={self.centre.numel()}, temperature={self.temperature}, "
+            f"teacher_temperature={self.teacher_temperature}, momentum={self.momentum}"
+        )
+
+
+class PHIStandardize(nn.Module):
+    """alpha H U^T (x - mean), covariance U L U^T: channels of variance 1, by rotation and scale.
+
+    PHI-S of PHI Standardization (Ranzinger et al., 2024, arXiv:2410.01680), for teachers whose
+    features have scales of their own: H is a Hadamard matrix over sqrt(channels), which gives every
+    channel the mean of all variances, and alpha that one's inverse root. Unlike whitening it keeps
+    angles, and distances up to alpha. Statistics are those of `observe`, then `fit`.
+
+    Args:
+        channels: 1, 2, or a multiple of 4 of which a Hadamard matrix is found.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given.
+    """
+
+    mean: Tensor  # [channels]
+    matrix: Tensor  # [channels, channels]
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if _hadamard(channels) is None:
+            raise ValueError(
+                f"{type(self).__name__}: channels: expected 1, 2 or a multiple of 4 with a known "
+                f"Hadamard matrix, got {channels}"
+            )
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("matrix", torch.eye(channels))
+        self._sums: list[Tensor] = []  # of ones, x, and x x^T
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Adds features [B, C, H, W] or [.., C] to the statistics."""
+        x = self._rows(x).double()
+        sums = [x.new_full((), len(x)), x.sum(0), x.mT @ x]
+        before = self._sums or [torch.zeros_like(x) for x in sums]
+        self._sums = [a + b for a, b in zip(before, sums, strict=True)]
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Takes the statistics of what was observed, on all ranks of torch.distributed.
+
+        Raises:
+            ValueError: nothing was observed, or features that do not vary or are not finite.
+        """
+        name = type(self).__name__
+        if not self._sums:
+            raise ValueError(f"{name}: expected features to be observed first, got none")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for x in self._sums:
+                torch.distributed.all_reduce(x)
+        count, total, products = self._sums
+        mean = total / count
+        covariance = products / count - mean.outer(mean)
+        variance = covariance.trace() / len(mean)
+        if not 0 < float(variance) < math.inf:
+            raise ValueError(
+                f"{name}: expected features with a finite variance, got one of {float(variance)}"
+            )
+        _, directions = torch.linalg.eigh(covariance)
+        hadamard = _hadamard(len(mean))
+        assert hadamard is not None
+        rotation = hadamard.to(mean) / len(mean) ** 0.5 @ directions.mT
+        self.mean.copy_(mean)
+        self.matrix.copy_(rotation / variance.sqrt())
+        self._sums = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, C, H, W] or [.., C], standardised, float32 and of the same shape."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.movedim(1, -1) if x.dim() == 4 else x
+            rows = (rows.to(self.mean.dtype) - self.mean) @ self.matrix.mT
+            return rows.movedim(-1, 1) if x.dim() == 4 else rows
+
+    def _rows(self, x: Tensor) -> Tensor:
+        channels, rows = len(self.mean), x.movedim(1, -1) if x.dim() == 4 else x
+        if rows.shape[-1] != channels:
+            raise ValueError(
+                f"{type(self).__name__}: x: expected [batch, {channels}, height, width] or "
+                f"[.., {channels}], got {list(x.shape)}"
+            )
+        return rows.reshape(-1, channels)
+
+
+def _hadamard(order: int) -> Tensor | None:
+    """Of entries +-1, H H^T = order * I: Sylvester's doubling of one of Paley's, or of [1]."""
+    base = order
+    while base:
+        if (found := _paley(base)) is not None:
+            while len(found) < order:
+                found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), found)
+            return found
+        base = base // 2 if base % 2 == 0 else 0
+    return None
+
+
+def _paley(order: int) -> Tensor | None:
+    """[1]; of order q + 1 for primes q = 3 mod 4; of order 2 (q + 1) for q = 1 mod 4."""
+    if order == 1:
+        return torch.ones(1, 1)
+    for q, second in ((order - 1, False), (order // 2 - 1, True)):
+        prime = q > 2 and all(q % i for i in range(2, math.isqrt(q) + 1))
+        if order % 4 or not prime or (q % 4 == 1) != second:
+            continue
+        squares = {i * i % q for i in range(1, q)}
+        symbol = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)])
+        i = torch.arange(q)
+        s = torch.zeros(q + 1, q + 1)  # of 0 on the diagonal, s s^T = q I
+        s[0, 1:], s[1:, 0] = 1, 1 if second else -1
+        s[1:, 1:] = symbol[(i[:, None] - i) % q]
+        if not second:
+            return s + torch.eye(q + 1)
+        one, other = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[1.0, -1.0], [-1.0, -1.0]]])
+        return torch.kron(s, one) + torch.kron(torch.eye(q + 1), other)
+    return None
 
 
 def _constant(x: Tensor) -> Tensor:

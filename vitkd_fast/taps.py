@@ -50,6 +50,12 @@ class TapOutputs:
     tokens: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, heads, N, dim]
     keys: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, heads, N, dim]
+    prefix_tokens: int = 0  # as of the `Taps`
+    grid: tuple[int, int] | None = None  # likewise
+
+    def patches(self, block: int) -> Tensor:
+        """[B, patches, C]: the tokens of a block that was tapped, without those in front."""
+        return self.tokens[block][:, self.prefix_tokens :]
 
 
 def _queries_and_keys(
@@ -95,6 +101,7 @@ class Taps:
         attention: blocks whose queries and keys to tap.
 
     Attributes:
+        classifier: of the model; of two heads, the class head.
         prefix_tokens: class, distillation and register tokens, in front of the patches.
         grid: rows and columns of patches; None for convnets and Swin.
         scales: by tapped block, the factor of q k^T in the softmax; 1 for SwinV2, whose scales
@@ -121,6 +128,7 @@ class Taps:
         self._nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
         heads = self.model.get_classifier()
         head, self._head_dist = heads if isinstance(heads, tuple) else (heads, None)
+        self.classifier: nn.Module = head
         self._head = head if pooled else None
         # in the order of the network, so that the last of a stride stays
         strides = {entry["reduction"]: entry["module"] for entry in self.model.feature_info}
@@ -185,4 +193,6 @@ class Taps:
             tokens={i: self._as_tokens(outputs[m]) for i, m in self._tokens.items()},
             queries={i: q for i, (q, _) in pairs.items()},
             keys={i: k for i, (_, k) in pairs.items()},
+            prefix_tokens=self.prefix_tokens,
+            grid=self.grid,
         )

@@ -3,6 +3,7 @@
 
 #include "binding/common.h"
 #include "binding/flat.h"
+#include "binding/gradient_memory.h"
 #include "math/kd.h"
 
 namespace vitkd::kd {
@@ -155,6 +156,17 @@ Tensor empty_stats(const Call<A>& call, const Tensor& like) {
   return torch::stable::new_empty(like, std::vector<int64_t>{6, call.shape.rows()}, kDtype<A>);
 }
 
+inline Tensor empty_gradient(const Tensor& student) {
+  // empty_like looks the operator up by name, which small calls would notice
+  if (!student.is_contiguous()) return torch::stable::empty_like(student);
+  const int64_t bytes = student.numel() * static_cast<int64_t>(student.element_size());
+  if (student.is_cpu() && bytes >= GradientMemory::kSmallest && bytes < GradientMemory::kLargest) {
+    return GradientMemory::empty({student.sizes().begin(), student.sizes().end()},
+                                 student.scalar_type(), bytes);
+  }
+  return torch::stable::new_empty(student, student.sizes());
+}
+
 // The gradient, with the strides of empty_like(student), which is what the fake promises. A kernel
 // that cannot write those (`writable`) fills a contiguous tensor first.
 struct Grad {
@@ -162,10 +174,7 @@ struct Grad {
   RowView view;
   OptionalTensor promised;
   template <class F>
-  Grad(const Tensor& student, int64_t class_dim, F&& writable)
-      // empty_like looks the operator up by name, which small calls would notice
-      : tensor(student.is_contiguous() ? torch::stable::new_empty(student, student.sizes())
-                                       : torch::stable::empty_like(student)) {
+  Grad(const Tensor& student, int64_t class_dim, F&& writable) : tensor(empty_gradient(student)) {
     auto like_student = row_view(tensor, class_dim);
     if (!like_student || !writable(*like_student)) {
       promised = std::exchange(tensor, torch::stable::new_empty(student, student.sizes()));

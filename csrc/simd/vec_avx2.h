@@ -145,6 +145,17 @@ VITKD_INLINE Vec log_normal(Vec x) {
   y = fma(Vec{-0.5f}, z, y);
   return fma(n, Vec{kLn2Hi}, m + y);
 }
+VITKD_INLINE Vec exp_scaled(Vec x, const Scale& by) {
+  const __m256 normal = _mm256_cmp_ps(x.v, _mm256_set1_ps(by.lowest), _CMP_NLT_UQ);
+  const __m256 log2e = _mm256_set1_ps(by.log2e);
+  const __m256 t = _mm256_fmadd_ps(x.v, log2e, _mm256_set1_ps(kRound));
+  const __m256 r = _mm256_fmsub_ps(x.v, log2e, _mm256_sub_ps(t, _mm256_set1_ps(kRound)));
+  __m256 y = _mm256_set1_ps(kExp2Poly5[0]);
+  for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kExp2Poly5[i]));
+  const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
+  const __m256i scale = _mm256_add_epi32(bits, _mm256_castps_si256(_mm256_set1_ps(1.0f)));
+  return _mm256_and_ps(normal, _mm256_mul_ps(y, _mm256_castsi256_ps(scale)));
+}
 VITKD_INLINE Vec log(Vec x) {
   Vec n, m;
   split(x, n, m);  // x = 2^n m, m in [1/2, 1)

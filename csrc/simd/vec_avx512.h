@@ -118,6 +118,16 @@ VITKD_INLINE Vec log_normal(Vec x) {
   y = fma(Vec{-0.5f}, z, y);
   return fma(n, Vec{kLn2Hi}, m + y);
 }
+VITKD_INLINE Vec exp_scaled(Vec x, const Scale& by) {
+  const Vec::Mask normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(by.lowest), _CMP_NLT_UQ);
+  const __m512 log2e = _mm512_set1_ps(by.log2e);
+  const __m512 t = _mm512_fmadd_ps(x.v, log2e, _mm512_set1_ps(kRound));
+  const __m512 n = _mm512_sub_ps(t, _mm512_set1_ps(kRound));
+  const __m512 r = _mm512_fmsub_ps(x.v, log2e, n);
+  __m512 y = _mm512_set1_ps(kExp2Poly5[0]);
+  for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kExp2Poly5[i]));
+  return _mm512_maskz_scalef_ps(normal, y, n);
+}
 VITKD_INLINE Vec log(Vec x) {
   Vec n, m;
   split(x, n, m);  // x = 2^n m, m in [1/2, 1)

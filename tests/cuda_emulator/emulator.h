@@ -25,6 +25,7 @@
 #include <string>
 #include <tuple>
 #include <typeindex>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -354,6 +355,7 @@ using std::max;
 using std::min;
 
 inline void __syncthreads() { emulator::barrier(); }
+inline unsigned atomicOr(unsigned* to, unsigned bits) { return std::exchange(*to, *to | bits); }
 inline void __syncwarp() { emulator::meet("__syncwarp", 0); }
 
 template <class T>

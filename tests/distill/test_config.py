@@ -112,7 +112,7 @@ def test_the_baseline_keeps_the_smoothing() -> None:
         # a path that is alike does not make a name alike
         ("losses.foo={}", "losses.foo: unknown key; expected one of losses.kd, losses.ce"),
         ("optimiser.lr=1", "optimiser: unknown key; the nearest is optimizer"),
-        ("x=1", "x: unknown key; expected one of data, teacher, student"),
+        ("x=1", "x: unknown key; expected one of data, teacher, teachers"),
         ("optimizer.lr=true", r"optimizer.lr: True \(bool\) given"),
         ("losses.ce.weight=true", r"losses.ce.weight: True \(bool\) given.*dictionary$"),
         ("run.epochs=true", r"run.epochs: True \(bool\)"),

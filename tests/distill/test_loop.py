@@ -17,73 +17,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
+from support.loop_tools import PLAIN, TINY, frozen, teacher, trainer
+from support.process_tools import of_tests
 from vitkd_fast import models
-from vitkd_fast.distill import checkpoint, logger, sources
+from vitkd_fast.distill import checkpoint, logger
 from vitkd_fast.distill.config import load
 from vitkd_fast.distill.logger import Meter
 from vitkd_fast.distill.loop import NonFiniteError, Stopped, Trainer
 from vitkd_fast.distill.runtime import Runtime
-from vitkd_fast.distill.task import DistillationTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = [
-    "student.model=mobilenetv2_035",
-    "student.options={drop_rate: 0.2, drop_path_rate: 0.1}",
-    "data.batch_size=16",
-    "int8.enabled=false",
-    "optimizer={lr: 1e-3, warmup_epochs: 1, accumulate: 2, clip_grad: 1.0, ema_decay: 0.9}",
-    "augmentation.mixup=0.2",
-    "augmentation.cutmix=1.0",
-    "losses.kd={weight: {start: 1, end: 0.5}, temperature: 2, ce_weight: 0.3}",
-    "run.max_steps=6",
-    "run.log_every=2",
-    "run.seeds=[0]",
-    "run.baseline=false",
-]
-
-
-@functools.cache
-def splits() -> sources.Splits:
-    return sources.open_data(load("digits").data)
-
-
-def student() -> nn.Module:
-    torch.manual_seed(0)
-    return models.create("mobilenetv2_035", num_classes=10, options={"drop_path_rate": 0.1})
-
-
-def teacher() -> nn.Module:
-    torch.manual_seed(1)
-    options = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    return models.create("vit_tiny_patch16_224", num_classes=10, image_size=32, options=options)
-
-
-def trainer(
-    folder: Path,
-    overrides: list[str] | tuple[str, ...] = (),
-    *,
-    resume: bool = False,
-    **changed: nn.Module,
-) -> Trainer:
-    config = load("digits", ["run.epochs=5", *TINY, *overrides])
-    pair = {"student": student(), "teacher": teacher()} | changed
-    save_model = functools.partial(
-        models.save,
-        name="mobilenetv2_035",
-        options={},
-        num_classes=10,
-        pixels=models.Pixels.of(student()),
-        classes=tuple("0123456789"),
-    )
-    task = DistillationTask.create(config, **pair, runtime=Runtime.of(config))
-    made = Trainer(config, task, splits(), folder, seed=0, save_model=save_model)
-    if resume:
-        made.restore()
-    return made
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
@@ -263,21 +208,6 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in logger.read(folder) if row["kind"] == "train"]
 
 
-def frozen() -> nn.Module:
-    return freeze_batch_norm_2d(
-        models.create("mobilenetv2_035", num_classes=10, options={"drop_path_rate": 0.0})
-    )
-
-
-PLAIN = [
-    "augmentation.mixup=0.0",
-    "augmentation.cutmix=0.0",
-    "run.log_every=1",
-    "run.precision=float32",
-    "losses.attention={stride: 8, weight: 0.5}",
-]
-
-
 SGD = ["optimizer.name=sgd", "optimizer.lr=0.01"]  # adam divides by what may be rounding alone
 
 
@@ -303,7 +233,8 @@ def _rank(rank: int, folder: Path) -> None:
 
 def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> None:
     ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)
+        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=of_tests())
+        for rank in (0, 1)
     ]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
     torch.manual_seed(0)
@@ -343,10 +274,10 @@ def test_the_teacher_is_a_constant(tmp_path: Path) -> None:
     run.run()
     assert constant.training
     assert all(torch.equal(before[name], x) for name, x in constant.state_dict().items())
-    assert run.teacher is not None
-    assert not run.teacher.training
-    assert not any(p.requires_grad for p in run.teacher.parameters())
-    dtypes = {p.dtype for p in run.teacher.parameters()}
+    [frozen_teacher] = run.task.teachers
+    assert not frozen_teacher.training
+    assert not any(p.requires_grad for p in frozen_teacher.parameters())
+    dtypes = {p.dtype for p in frozen_teacher.parameters()}
     assert dtypes == {run.runtime.teacher_dtype}
 
 
@@ -360,7 +291,7 @@ def test_a_student_learns_where_its_teacher_looks(tmp_path: Path) -> None:
     alone += ["optimizer={lr: 3e-3}", "run.epochs=50"]
     run = trainer(tmp_path, [*alone, "run.max_steps=200", "run.log_every=20"], teacher=constant)
     images = next(run.loader.epoch(0)).images
-    answers = run.task.teacher_outputs(images)
+    [answers] = run.task.teacher_outputs(images)
     queries, keys = (x[-1][:, :, 1:].float() for x in (answers.queries, answers.keys))
     attention = (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(-1)
     everywhere = (attention * (attention * attention.shape[-1]).log()).sum(-1).mean()
@@ -431,7 +362,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
         run.run()
     assert str(error.value) == (
         f"{tmp_path.name}: loss kd is not finite at step 1 (learning rate 1e-09); checkpoint: "
-        f"{tmp_path}/checkpoint.safetensors is the last good one"
+        f"{tmp_path}/checkpoint.safetensors is the last good one; "
+        f"`vitkd replay {tmp_path}/nonfinite.safetensors` shows step 1, where it began"
     )
     assert checkpoint.read_header(tmp_path / "checkpoint.safetensors")["info"]["step"] == 1
     assert trainer(tmp_path, growing, resume=True).step == 1

@@ -76,7 +76,7 @@ def sanitizers() -> dict[str, str]:
     return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options}
 
 
-STEMS = ["kd", "attention_map", "int8_ops", "rkd"]
+STEMS = ["kd", "kd_topk", "dist", "attention_map", "int8_ops", "rkd"]
 
 
 @pytest.mark.parametrize("stem", [*STEMS, "contract"])

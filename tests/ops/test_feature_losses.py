@@ -1,4 +1,4 @@
-"""What holds for at_loss, feature_loss, nst_loss and rkd_loss alike.
+"""What holds for the losses of features and embeddings alike.
 
 Values and gradients are compared with the usual, materialising forms in float64 on the same rounded
 inputs. Tests marked every_isa also run once per instruction set of the host, and on the reference
@@ -6,22 +6,22 @@ backend (test_rkd.py).
 """
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.feature_tools import (
     BFLOAT,
+    EMBEDDED,
     FLOAT,
     HALF,
     KINDS,
     LOSSES,
     SPATIAL,
     USUAL,
+    Largest,
     as_tokens,
     assert_near,
     check,
@@ -54,6 +54,8 @@ def test_shapes_match(name: str, shape: tuple[int, ...], device: str) -> None:
     batch, c_s, height, width, c_t = shape
     if name == "cosine":  # of one channel, it is +-1 and has no gradient
         c_s, c_t = max(c_s, 2), max(c_t, 2)
+    if name == "mmd":  # of one position, channels are +-1
+        height = max(height, 2)
     check(
         name,
         draw(batch, c_s, height, width, device=device),
@@ -128,6 +130,8 @@ def test_grids_that_differ_match(
         return F.interpolate(a, teacher, mode="bilinear", align_corners=False)
 
     def usual(a: Tensor, b: Tensor) -> Tensor:
+        if name.startswith("wkd"):  # of moments, which need no grid in common
+            return USUAL[name](a, b)
         if not name.startswith("at"):
             return USUAL[name](resized(a), b)
         p = {"at": 2.0, "at_p1": 1.0, "at_p3": 3.0}[name]
@@ -192,7 +196,7 @@ def test_extreme_identical_inputs_give_zero(name: str, dtype: torch.dtype, devic
     if name in KINDS:
         loss = partial(feature_loss, kind=name)
     value, grad = loss_and_grad(loss, x, x.clone())
-    if name in ("cosine", "nst"):
+    if name in ("cosine", "nst", "mmd"):
         eps = torch.finfo(value.dtype).eps
         assert value.abs() <= (4 * eps if name == "cosine" else 64 * eps**2)
         assert grad.abs().max() <= 8 * eps
@@ -202,7 +206,7 @@ def test_extreme_identical_inputs_give_zero(name: str, dtype: torch.dtype, devic
 
 
 @every_device
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "rkd"])
+@every_spatial
 def test_empty_batch_that_is_resized(name: str, device: str) -> None:
     x, t = draw(0, 5, 8, 8, device=device), draw(0, 6, 4, 4, device=device)
     assert loss_and_grad(LOSSES[name], x, t)[0] == 0
@@ -240,6 +244,19 @@ def test_loss_times_a_factor(name: str, dtype: torch.dtype, device: str) -> None
         assert_near(grad, factor * want.double(), 64)
 
 
+@every_loss
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
+def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    """Arithmetic is not bfloat16's inside such a region."""
+    loss = partial(feature_loss, weight=draw(7, 5), kind=name) if name in KINDS else LOSSES[name]
+    x, t = draw(6, 5, 4, 4, dtype=dtype), draw(6, 7, 4, 4, dtype=dtype)
+    want = loss_and_grad(loss, x, t)
+    with torch.autocast("cpu", dtype=BFLOAT):
+        given = loss_and_grad(loss, x, t)
+    for a, b in zip(given, want, strict=True):
+        assert torch.equal(a, b)
+
+
 @every_spatial
 def test_layout_of_the_gradient(name: str) -> None:
     """As the student's, so that what comes before it need not be reordered."""
@@ -248,27 +265,14 @@ def test_layout_of_the_gradient(name: str) -> None:
     assert grad.is_contiguous(memory_format=torch.channels_last)
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers in a tensor that any operation gave back as its own memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor) and not func.is_view:
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_large_is_made(name: str) -> None:
     """Nothing of the teacher's size, of the projected size, or of pairs of channels or triplets."""
     x, t = draw(16, 8, 14, 14), draw(16, 197, 384)[:, 1:]
-    if name == "rkd":
+    if name in EMBEDDED:
         x, t = draw(64, 500), draw(64, 3000)
+    if name == "sliced":
+        t = t.mT
     with Largest() as largest:
         loss_and_grad(LOSSES[name], x, t)
     assert 0 < largest.numel <= max(x.numel(), _features.TILE)

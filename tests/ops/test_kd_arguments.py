@@ -48,6 +48,18 @@ def test_module_says_what_it_is() -> None:
     for said in ("temperature=4.0", "kd_weight=0.7", "ce_weight=0.3", "reduction='sum'"):
         assert said in text
     assert not KDLoss().state_dict()
+    assert "compat" not in text
+    assert "compat='hf'" in repr(KDLoss(compat="hf"))
+
+
+def test_module_takes_a_library_s_scale() -> None:
+    student, teacher = pair(6, 10)
+    labels = torch.arange(6)
+    module = KDLoss(temperature=2.0, kd_weight=0.3, compat="deit")
+    want = kd_loss(
+        student, teacher, labels=labels, temperature=2.0, kd_weight=0.3 / 10, ce_weight=0.7
+    )
+    assert_close(module(student, teacher, labels), want)
 
 
 # bad input

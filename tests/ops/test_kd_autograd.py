@@ -1,6 +1,8 @@
 """kd_loss as a part of torch, where it has more than test_contract.py says of every loss."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from support.kd_tools import (
     options_for,
     pair,
 )
+from support.process_tools import python
 from vitkd_fast.functional import kd_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,3 +85,55 @@ def test_compile_with_changing_options(kind: str, device: str, compiled: Callabl
         once = kind == "tensors" and call > 0
         with torch.compiler.set_stance("fail_on_recompile" if once else "default"):
             check(student, teacher, function=function, reductions=["mean"], **options)
+
+
+# the memory of large gradients
+
+
+def _large_gradient(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(kd_loss(student, teacher), student)[0]
+
+
+def test_memory_of_a_gradient_that_is_held() -> None:
+    student, teacher = pair(300, 1000)
+    student.requires_grad_()
+    want = kd_loss(student.double(), teacher.double())
+    (want,) = torch.autograd.grad(want, student)
+    first = _large_gradient(student, teacher)
+    held, place = first.numpy()[5:6], first.data_ptr()  # not even a tensor
+    del first
+    for _ in range(4):
+        assert _large_gradient(student + 1, teacher * 2).data_ptr() != place
+    assert_close(torch.from_numpy(held), want[5:6])
+
+
+def test_memory_of_a_gradient_is_used_again(tmp_path: Path) -> None:
+    """Also where the C library maps every large block anew, page by page."""
+    code = """
+import resource, torch
+from vitkd_fast.functional import kd_loss
+
+student, teacher = torch.randn(1000, 1000).requires_grad_(), torch.randn(1000, 1000)
+for i in range(12):
+    if i == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kd_loss(student, teacher).backward()
+    student.grad = None
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    result = python(code, tmp_path, MALLOC_MMAP_THRESHOLD_=str(1 << 17), OMP_NUM_THREADS="1")
+    assert int(result.stdout) < 500, result  # of 976 pages, ten times
+
+
+def test_memory_of_large_gradients_in_threads() -> None:
+    student, teacher = pair(300, 1000)
+    student.requires_grad_()
+    want = _large_gradient(student, teacher)
+
+    def work(scale: int) -> bool:
+        grads = [_large_gradient(student * scale, teacher * scale) for _ in range(10)]
+        return all(torch.equal(grad, grads[0]) for grad in grads)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(1, 9)))
+    assert torch.equal(_large_gradient(student, teacher), want)

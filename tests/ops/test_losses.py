@@ -17,9 +17,14 @@ from support.process_tools import run_tests
 from vitkd_fast.functional import (
     at_loss,
     attention_map_loss,
+    deit_hard_loss,
+    dino_loss,
+    dist_loss,
     feature_loss,
+    fused_linear_kd_loss,
     kd_loss,
     nst_loss,
+    ofa_loss,
     relation_loss,
     rkd_loss,
 )
@@ -56,6 +61,15 @@ LABELLED = {"labels": torch.arange(6), "ce_weight": 0.5, "temperature": 2.0}
 CALLS = {
     "kd": Call(kd_loss, LOGITS),
     "kd_labels": Call(partial(kd_loss, **LABELLED), LOGITS),
+    "deit_hard": Call(partial(deit_hard_loss, labels=torch.arange(6)), LOGITS),
+    "dino": Call(dino_loss, {"student": (4, 3, 10), "teacher": (2, 3, 10)}),
+    "ofa": Call(
+        lambda student, teacher: ofa_loss([student], teacher, torch.arange(6), eps=1.5), LOGITS
+    ),
+    "fused_linear_kd": Call(
+        partial(fused_linear_kd_loss, chunk=4, **LABELLED),
+        {"features": (6, 5), "weight": (10, 5), "bias": (10,), "teacher": (6, 10)},
+    ),
     **{f"attention_map_{k}": Call(partial(attention_map_loss, kind=k), MAPS) for k in ("kl", "js")},
     "relation": Call(relation_loss, {"x_s": (2, 2, 5, 8), "x_t": (2, 2, 5, 6)}),
     "at": Call(at_loss, FEATURES),
@@ -66,10 +80,20 @@ CALLS = {
     "feature_resized": Call(partial(feature_loss, kind="cosine"), RESIZED | PROJECTION),
     "nst": Call(nst_loss, FEATURES),
     "nst_resized": Call(nst_loss, RESIZED),
+    "dist": Call(dist_loss, {"student": (9, 10), "teacher": (9, 10)}),
     "rkd": Call(rkd_loss, {"x_s": (5, 6), "x_t": (5, 9)}),
 }
 # where compilers make each call take long: one of each function
-ONE_OF_EACH = ["kd", "attention_map_kl", "relation", "at", "feature_projected", "nst", "rkd"]
+ONE_OF_EACH = [
+    "kd",
+    "attention_map_kl",
+    "relation",
+    "at",
+    "feature_projected",
+    "nst",
+    "rkd",
+    "dist",
+]
 every_loss = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 every_function = pytest.mark.parametrize("call", [CALLS[k] for k in ONE_OF_EACH], ids=ONE_OF_EACH)
 

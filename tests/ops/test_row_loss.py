@@ -265,7 +265,8 @@ def exactly(name: str, student: Tensor, teacher: Tensor, **options: Any) -> tupl
     options = {"labels": labels_of(student, options)} | options
     o = reference.RowLossOptions(
         divergence=reference.DIVERGENCES[kind], kd_weight=1.0, class_dim=1,
-        reduction=reference.NONE, beta=number.get(name, 8.0), standardize=name.endswith("standardized"), **options,
+        reduction=reference.NONE, beta=number.get(name, 8.0),
+        standardize=name.endswith("standardized"), **options,
     )  # fmt: skip
     s, t = student.double(), teacher.double()
     loss, grad, _ = reference.row_loss_fwd_grad(s, t, *o)

@@ -1,4 +1,4 @@
-"""at_loss, feature_loss, nst_loss and rkd_loss in tests, each by one name beside its usual form."""
+"""Losses of features and embeddings in tests, each by one name beside its usual form."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,9 +7,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkd_fast import reference
-from vitkd_fast.functional import at_loss, feature_loss, nst_loss, rkd_loss
+from vitkd_fast.functional import (
+    at_loss,
+    cc_loss,
+    feature_loss,
+    mmd_loss,
+    nst_loss,
+    pkt_loss,
+    rkd_loss,
+    sliced_wasserstein,
+    sliced_wasserstein_loss,
+    sp_loss,
+    wkd_feature_loss,
+)
 
 OPS = torch.ops.vitkd_fast
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -49,6 +62,37 @@ def usual_feature(x: Tensor, t: Tensor, kind: str = "mse") -> Tensor:
     return reference.feature_loss(as_tokens(x), as_tokens(t), weight.to(x.device), kind=kind)
 
 
+def embedded(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss of embeddings, of maps."""
+    return lambda x, t, **options: loss(x.flatten(1), t.flatten(1), **options)
+
+
+def as_wide(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss of as many channels of both sides: those that both have."""
+
+    def cut(x: Tensor, channels: int) -> Tensor:
+        if x.shape[dim := 1 if x.dim() == 4 else 2] == channels:
+            return x
+        return x.narrow(dim, 0, channels)
+
+    def run(x: Tensor, t: Tensor, **options: Any) -> Tensor:
+        channels = min(a.shape[1 if a.dim() == 4 else 2] for a in (x, t))
+        return loss(cut(x, channels), cut(t, channels), **options)
+
+    return run
+
+
+def sliced(x: Tensor, t: Tensor, **options: Any) -> Tensor:
+    """sliced_wasserstein_loss of channels, over positions."""
+    return sliced_wasserstein_loss(x.flatten(2), t.flatten(2), projections=5, **options)
+
+
+def usual_sliced(x: Tensor, t: Tensor) -> Tensor:
+    across = sliced_wasserstein._directions(x[0, 0].numel(), 5, 0).to(x.device)
+    return reference.sliced_wasserstein_loss(x.flatten(2), t.flatten(2), across).mean()
+
+
+EMBEDDED = ["rkd", "sp", "pkt", "cc"]
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "at": at_loss,
     "at_p1": partial(at_loss, p=1.0),
@@ -57,7 +101,14 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "cosine": partial(feature, kind="cosine"),
     "smooth_l1": partial(feature, kind="smooth_l1"),
     "nst": nst_loss,
-    "rkd": lambda x, t, **options: rkd_loss(x.flatten(1), t.flatten(1), **options),
+    "mmd": partial(mmd_loss, bandwidth=0.8),
+    "wkd_feature": as_wide(wkd_feature_loss),
+    "wkd_cells": as_wide(partial(wkd_feature_loss, cells=2)),
+    "sliced": sliced,
+    "rkd": embedded(rkd_loss),
+    "sp": embedded(sp_loss),
+    "pkt": embedded(pkt_loss),
+    "cc": embedded(cc_loss),
 }
 USUAL: dict[str, Callable[..., Tensor]] = {
     "at": lambda x, t: reference.at_loss(x, t).mean(),
@@ -67,10 +118,17 @@ USUAL: dict[str, Callable[..., Tensor]] = {
     "cosine": partial(usual_feature, kind="cosine"),
     "smooth_l1": partial(usual_feature, kind="smooth_l1"),
     "nst": lambda x, t: reference.nst_loss(x, t).mean(),
-    "rkd": lambda x, t: reference.rkd_loss(x.flatten(1), t.flatten(1)),
+    "mmd": lambda x, t: reference.mmd_loss(x, t, 0.8).mean(),
+    "wkd_feature": as_wide(lambda x, t: reference.wkd_feature_loss(x, t).mean()),
+    "wkd_cells": as_wide(lambda x, t: reference.wkd_feature_loss(x, t, 2).mean()),
+    "sliced": usual_sliced,
+    "rkd": embedded(reference.rkd_loss),
+    "sp": embedded(reference.sp_loss),
+    "pkt": embedded(reference.pkt_loss),
+    "cc": embedded(reference.cc_loss),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
-SPATIAL = [name for name in LOSSES if name != "rkd"]
+SPATIAL = [name for name in LOSSES if name not in (*EMBEDDED, "sliced")]
 every_spatial = pytest.mark.parametrize("name", SPATIAL)
 
 
@@ -100,7 +158,7 @@ def assert_near(given: Tensor, want: Tensor, roundings: int = 8, size: float = 0
 
 # rounding errors of each loss in float32, on the largest number of the result: a sum over channels
 # or triplets, whose order torch chooses
-ROUNDINGS = {"nst": 64, "rkd": 32}
+ROUNDINGS = {"nst": 64, "mmd": 64, "rkd": 32, "pkt": 128, "sliced": 64}
 
 
 def check(name: str, x: Tensor, t: Tensor, t_form: Tensor | None = None) -> None:
@@ -117,6 +175,21 @@ def check(name: str, x: Tensor, t: Tensor, t_form: Tensor | None = None) -> None
             pytest.skip("test_weights_in_low_precision_match has the rounded weight")
     assert_near(value, want, roundings)
     assert_near(grad, want_grad, roundings)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in a tensor that any operation gave back as its own memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and not func.is_view:
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return out
 
 
 Bad = tuple[Callable[[], Tensor], type[Exception], str]  # a call, its error, and words of that

@@ -32,6 +32,12 @@ def _environment(changes: dict[str, str]) -> dict[str, str]:
     return kept | changes
 
 
+def of_tests() -> dict[str, str]:
+    """The environment of a test file that runs as a script: it finds `support`."""
+    paths = filter(None, (str(TESTS), os.environ.get("PYTHONPATH")))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs code outside the checkout."""
     return subprocess.run(

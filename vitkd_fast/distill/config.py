@@ -37,6 +37,8 @@ class Data(Section):
     root: PathText = ""  # folder of a named dataset; train and val are then its splits
     train: PathText = ""  # a folder of class folders
     val: PathText = ""  # another; without it, see holdout
+    # of images with several labels each: a .csv or .json file in the folders train and val
+    labels: str = ""
     holdout: float = Field(0.1, gt=0, lt=1)  # share of the training images
     image_size: int = Field(224, ge=8)  # side of the square that both models read
     crop_pct: float = Field(0.875, gt=0, le=1)  # of the resized image, in validation
@@ -74,9 +76,11 @@ class Optimizer(Section):
 class Teacher(Model):
     """The teacher; `model` may be a file that `vitkd distill` wrote.
 
-    With `epochs`, it is trained on the labels first.
+    With `epochs`, it is trained on the labels first. A list stands for several teachers: their
+    logits are averaged, and features have a term of each, by its weight.
     """
 
+    weight: float = Field(1.0, gt=0)  # among several teachers; they are divided by their sum
     epochs: int = Field(0, ge=0)  # of training the teacher; 0: it is trained already
     optimizer: Optimizer | None = None  # the student's, where there is none
 
@@ -133,6 +137,9 @@ class Config(Section):
 
     data: Data = Data()
     teacher: Teacher = Teacher()
+    teachers: list[Teacher] = Field([])  # several; `teacher` may be a list instead
+    # of several teachers' logits: the mean of probabilities, or of their logarithms
+    teacher_average: Literal["probability", "log"] = "probability"
     student: Model = Model()
     losses: Losses = Losses()
     optimizer: Optimizer = Optimizer()
@@ -144,12 +151,18 @@ class Config(Section):
         """The student's training without its teacher."""
         return self.model_copy(update={"losses": self.losses.baseline()})
 
-    def for_teacher(self) -> Config:
-        """The teacher's own training, on the labels, with its optimizer and epochs."""
-        epochs = {"epochs": self.teacher.epochs}
+    def all_teachers(self) -> dict[str, Teacher]:
+        """By name: "teacher", or of several "teacher-0" and so on."""
+        if self.teacher.model:
+            return {"teacher": self.teacher}
+        return {f"teacher-{i}": teacher for i, teacher in enumerate(self.teachers)}
+
+    def for_teacher(self, teacher: Teacher) -> Config:
+        """A teacher's own training, on the labels, with its optimizer and epochs."""
+        epochs = {"epochs": teacher.epochs}
         return self.for_baseline().model_copy(
             update={
-                "optimizer": self.teacher.optimizer or self.optimizer,
+                "optimizer": teacher.optimizer or self.optimizer,
                 "run": self.run.model_copy(update=epochs),
             }
         )
@@ -158,10 +171,23 @@ class Config(Section):
     @classmethod
     def _default_losses(cls, tree: Any) -> Any:
         """Without `losses`: kd at temperature 4 with a teacher, else the cross-entropy."""
-        if not isinstance(tree, dict) or "losses" in tree:
+        if not isinstance(tree, dict):
             return tree
         teacher = tree.get("teacher")
-        distilled = isinstance(teacher, dict) and teacher.get("model")
+        if isinstance(teacher, list) and not tree.get("teachers"):
+            tree = {**tree, "teacher": {}, "teachers": teacher}
+            if len(teacher) == 1:
+                tree |= {"teacher": teacher[0], "teachers": []}
+        if "losses" in tree:
+            return tree
+        teacher = tree["teacher"] if "teacher" in tree else None
+        distilled = (isinstance(teacher, dict) and teacher.get("model")) or tree.get("teachers")
+        data = tree.get("data")
+        if isinstance(data, dict) and data.get("labels"):
+            return {
+                **tree,
+                "losses": {"binary_kd": {"bce_weight": 1.0}} if distilled else {"bce": {}},
+            }
         return {**tree, "losses": {"kd": {"temperature": 4.0}} if distilled else {"ce": {}}}
 
     @model_validator(mode="after")
@@ -172,25 +198,46 @@ class Config(Section):
             raise ConfigError(
                 f"losses: expected one or more of {', '.join(Losses.model_fields)}, got none"
             )
-        losses = self.losses
-        distilled = [name for name in ("kd", "attention") if getattr(losses, name)]
-        if bool(distilled) != bool(self.teacher.model):
+        terms = dict(self.losses.terms())
+        distil = [name for name, term in terms.items() if term.distils]
+        teachers = self.all_teachers()
+        if self.teacher.model and self.teachers:
+            raise ConfigError("teachers: expected none beside teacher.model; put all into the list")
+        for i, teacher in enumerate(self.teachers):
+            if not teacher.model:
+                raise ConfigError(f"teachers.{i}.model: missing")
+        if bool(distil) != bool(teachers):
+            names = " and ".join(teacher.model for teacher in teachers.values())
             raise ConfigError(
-                f"teacher.model: missing, and losses.{distilled[0]} needs a teacher"
-                if distilled
-                else f"teacher.model: {self.teacher.model} teaches nothing without losses.kd or "
-                "losses.attention"
+                f"teacher.model: missing, and losses.{distil[0]} needs a teacher"
+                if distil
+                else f"teacher.model: {names} teaches nothing without losses.kd or another loss "
+                "that compares with it"
             )
-        if losses.attention and not (losses.kd or losses.ce):
-            raise ConfigError("losses.attention: trains no classifier; add losses.kd or losses.ce")
-        teacher = self.teacher
-        if Path(teacher.model).is_file() and (
-            teacher.pretrained or teacher.checkpoint or teacher.options or teacher.epochs
-        ):
+        if not any(term.classifies for term in terms.values()):
             raise ConfigError(
-                f"teacher.model: {teacher.model} is a file, with which pretrained, checkpoint, "
-                "options and epochs have no meaning"
+                f"losses.{distil[0]}: trains no classifier; add losses.kd or losses.ce"
             )
+        for name, term in terms.items():
+            if term.classifies and term.independent != bool(self.data.labels):
+                one, several = "losses.kd or losses.ce", "losses.binary_kd or losses.bce"
+                raise ConfigError(
+                    f"losses.{name}: is of images with one class each, and data.labels gives them "
+                    f"several labels: use {several}"
+                    if self.data.labels
+                    else f"losses.{name}: is of images with several labels, and data.labels is "
+                    f"missing: name their file, or use {one}"
+                )
+        if self.data.labels and not (self.data.train and not self.data.dataset):
+            raise ConfigError("data.labels: expected a folder data.train and no data.dataset")
+        for name, teacher in teachers.items():
+            if Path(teacher.model).is_file() and (
+                teacher.pretrained or teacher.checkpoint or teacher.options or teacher.epochs
+            ):
+                raise ConfigError(
+                    f"{name}.model: {teacher.model} is a file, with which pretrained, checkpoint, "
+                    "options and epochs have no meaning"
+                )
         if len(set(self.run.seeds)) < len(self.run.seeds):
             raise ConfigError(f"run.seeds: {self.run.seeds} names a seed twice")
         if not (self.data.train or self.data.dataset):
@@ -335,8 +382,8 @@ def _explain(error: Any) -> str:
         quote = "; quote it: \"'...'\"" if error["type"] == "string_type" else ""
         # pydantic adds "or instance of" one of our classes
         return f"{key}: {given} given; {error['msg'].split(' or instance')[0].lower()}{quote}"
-    # without the path, which would make all names alike
-    section = sections()[".".join(path)]
+    # without the path, which would make all names alike; places in a list are no part of the key
+    section = sections()[".".join(part for part in path if not part.isdecimal())]
     valid = {name: ".".join([*path, name]) for name in section.model_fields}
     if close := difflib.get_close_matches(last, valid, n=1, cutoff=0.5):
         return f"{key}: unknown key; the nearest is {valid[close[0]]}"
@@ -351,7 +398,7 @@ def sections() -> dict[str, type[Section]]:
     def walk(key: str, section: type[Section]) -> None:
         found[key] = section
         for name, field in section.model_fields.items():
-            # annotations such as `KD | None` hold a section as an argument
+            # annotations such as `KD | None` or `list[Teacher]` hold a section as an argument
             for kind in (field.annotation, *get_args(field.annotation)):
                 if isinstance(kind, type) and issubclass(kind, Section):
                     walk(f"{key}.{name}".lstrip("."), kind)
@@ -362,9 +409,13 @@ def sections() -> dict[str, type[Section]]:
 
 def differing(begun: dict[str, Any], config: Config) -> list[str]:
     """The keys, such as "data.image_size", in which a run's saved configuration is another."""
-    return [
-        f"{name}.{key}"
-        for name, section in config.model_dump().items()
-        for key, value in section.items()
-        if (begun.get(name) or {}).get(key) != value
-    ]
+    keys, defaults = [], Config.model_construct().model_dump()
+    for name, section in config.model_dump().items():
+        before = begun.get(name, defaults[name])
+        if isinstance(section, dict):
+            # a key that a run began without had its default
+            before = defaults[name] | (before or {})
+            keys += [f"{name}.{key}" for key, value in section.items() if before.get(key) != value]
+        elif before != section:
+            keys.append(name)
+    return keys

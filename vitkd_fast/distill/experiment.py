@@ -23,6 +23,7 @@ from . import (
     data,
     evaluate,
     identity,
+    multilabel,
     optim,
     preflight,
     quantized,
@@ -30,10 +31,10 @@ from . import (
     results,
     sources,
 )
-from .config import Config, ConfigError, Model
+from .config import Config, ConfigError, Model, Teacher
 from .loop import Trainer
 from .runtime import Runtime
-from .task import DistillationTask
+from .task import Average, DistillationTask, Ensemble
 
 
 def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> dict[str, Any]:
@@ -72,34 +73,39 @@ class _Experiment:
         self.fingerprint = identity.fingerprint(self.splits)
         if resumes and (begun := self.folder / "data.json").exists():
             identity.check_resumed(json.loads(begun.read_text()), self.fingerprint)
-        self.teacher = None
-        if config.teacher.model:
-            self.teacher = teacher = preflight.create_teacher(config, self.classes)
+        self.teachers = preflight.create_teachers(config, self.classes)
+        for (name, section), teacher in self._teachers():
             origin, used = models.Origin.of(teacher), preflight.pixels(config, teacher)
-            self.warnings += identity.differences("teacher", origin, used)
-            preflight.check_image("teacher", config, teacher)
-            if config.teacher.epochs:
-                self.warnings += preflight.check_batch("teacher", config, teacher)
+            self.warnings += identity.differences(name, origin, used)
+            preflight.check_image(name, config, teacher)
+            if section.epochs:
+                self.warnings += preflight.check_batch(name, config, teacher)
         student = preflight.create_student(config, self.classes)
         self.student = models.Origin.of(student)
         preflight.check_image("student", config, student)
         self.warnings += preflight.check_batch("student", config, student)
         optim.create_optimizer(student, config.optimizer)
-        preflight.check_losses(config, student, self.teacher)
+        preflight.check_losses(config, student, self.teachers)
         data.loaders(config, self.splits, 0, config.optimizer.accumulate)
         self.skipped = set(self.splits.skipped)
         # whose weights become int8, and whose predictions the report shows
-        self.role = "distilled" if self.teacher else "baseline"
+        self.role = "distilled" if self.teachers else "baseline"
         self.notes = list(self.splits.notes)
 
+    def _teachers(self) -> Iterator[tuple[tuple[str, Teacher], nn.Module]]:
+        """Names, sections and models."""
+        return zip(self.config.all_teachers().items(), self.teachers, strict=True)
+
     def _train(
-        self, name: str, config: Config, student: nn.Module, teacher: nn.Module | None, seed: int
+        self, name: str, config: Config, student: nn.Module, teachers: list[nn.Module], seed: int
     ) -> nn.Module:
-        """Trains one model, which may be the teacher, in the folder of this name."""
-        section = config.teacher if name == "teacher" else config.student
+        """Trains one model, which may be a teacher, in the folder of this name."""
+        section = config.all_teachers().get(name, config.student)
+        rebuild: dict[str, Any] = {"student": preflight.rebuilding(section, student).model_dump()}
+        rebuild |= self._sources() if teachers else {"teacher": {}, "teachers": []}
         trainer = Trainer(
             config,
-            DistillationTask.create(config, student, teacher, self.runtime),
+            DistillationTask.create(config, student, teachers, self.runtime),
             self.splits,
             self.folder / name,
             seed=seed,
@@ -110,13 +116,29 @@ class _Experiment:
                 num_classes=len(self.classes),
                 pixels=preflight.pixels(config, student),
                 classes=tuple(self.classes),
+                multilabel=bool(config.data.labels),
             ),
+            rebuild=rebuild,
         )
         if self.resume:
             trainer.restore()
         trained = trainer.run()
         self.skipped |= trainer.skipped
         return trained
+
+    def _sources(self) -> dict[str, Any]:
+        """The sections of the teachers, without training: what this run trained is a file."""
+        found = [
+            Teacher(model=str(self._file(name).absolute()), weight=section.weight)
+            if section.epochs
+            else section
+            for name, section in self.config.all_teachers().items()
+        ]
+        return {"teacher": [section.model_dump() for section in found], "teachers": []}
+
+    def _file(self, role: str) -> Path:
+        """Of a model's last weights."""
+        return self.folder / role / "last.safetensors"
 
     def run(self) -> dict[str, Any]:
         config = self.config
@@ -130,11 +152,11 @@ class _Experiment:
             with replacing(self.folder / "data.json") as part:
                 part.write_text(json.dumps(self.fingerprint))
         self._describe()
-        if self.teacher and not config.teacher.epochs:
-            self._score_teacher()
-        if self.teacher and config.teacher.epochs:
-            self.teacher = self._train("teacher", config.for_teacher(), self.teacher, None, 0)
-            self._score_teacher()
+        self._score_teachers(trained=False)
+        for i, ((name, section), model) in enumerate(list(self._teachers())):
+            if section.epochs:
+                self.teachers[i] = self._train(name, config.for_teacher(section), model, [], 0)
+        self._score_teachers(trained=True)
         students: dict[str, dict[int, nn.Module]] = {}
         for seed in config.run.seeds:
             for role in self._roles():
@@ -145,13 +167,16 @@ class _Experiment:
                     f"{role}-{seed}",
                     config if distilled else config.for_baseline(),
                     student,
-                    self.teacher if distilled else None,
+                    self.teachers if distilled else [],
                     seed,
                 )
         evaluations: dict[str, list[evaluate.Evaluation]] = {}
-        teacher = self.teacher and self._predictor(self.teacher)
+        teacher = self._ensemble()
         if teacher:
             evaluations["teacher"] = [self._evaluate(teacher, None)]
+        if len(self.teachers) > 1:
+            for (name, _), one in self._teachers():
+                evaluations[name] = [self._evaluate(self._predictor(one), teacher)]
         for role, trained in students.items():
             predictors = map(self._predictor, trained.values())
             evaluations[role] = [self._evaluate(predictor, teacher) for predictor in predictors]
@@ -185,28 +210,36 @@ class _Experiment:
         for line in [*self.notes, *(f"warning: {x}" for x in self.warnings)]:
             self._say(line)
 
-    def _score_teacher(self) -> None:
-        """Prints the teacher's top-1; ConfigError if a given teacher is no better than guessing."""
+    def _score_teachers(self, trained: bool) -> None:
+        """Of the teachers that this run trained, or of the others."""
+        for (name, section), teacher in self._teachers():
+            if (section.epochs > 0) == trained:
+                self._score_teacher(name, section, teacher)
+
+    def _score_teacher(self, name: str, section: Teacher, teacher: nn.Module) -> None:
+        """Prints a teacher's top-1; ConfigError if a given teacher is no better than guessing."""
         config, classes = self.config, len(self.classes)
-        assert self.teacher is not None
-        origin = str(models.Origin.of(self.teacher))
-        if config.teacher.epochs:
-            origin = f"trained here for {config.teacher.epochs} epochs, from {origin}"
+        origin = str(models.Origin.of(teacher))
+        if section.epochs:
+            origin = f"trained here for {section.epochs} epochs, from {origin}"
+        if config.data.labels:
+            self._score_labels(name, section, teacher, origin)
+            return
         right, images = identity.score(
-            config, self._predictor(self.teacher), self.splits, self.runtime.device
+            config, self._predictor(teacher), self.splits, self.runtime.device
         )
         self._say(
-            f"teacher: {config.teacher.model}: top-1 {right / images:.1%} of {images} validation "
+            f"{name}: {section.model}: top-1 {right / images:.1%} of {images} validation "
             f"images (guessing: {1 / classes:.1%}); weights: {origin}"
         )
         if not identity.is_no_teacher(right, images, classes):
             return
-        pixels = preflight.pixels(config, self.teacher)
+        pixels = preflight.pixels(config, teacher)
         why = (
-            f"teacher.model: {config.teacher.model} gets {right} of {images} validation images "
+            f"{name}.model: {section.model} gets {right} of {images} validation images "
             f"right, where guessing gets {images / classes:.0f}"
         )
-        if config.teacher.epochs:
+        if section.epochs:
             self._say(f"warning: {why}: it has hardly learned; try more teacher.epochs")
         else:
             raise ConfigError(
@@ -215,23 +248,38 @@ class _Experiment:
                 f"{pixels.std}"
             )
 
+    def _score_labels(self, name: str, section: Teacher, teacher: nn.Module, origin: str) -> None:
+        found, chance, images = identity.score_labels(
+            self.config, self._predictor(teacher), self.splits, self.runtime.device
+        )
+        self._say(
+            f"{name}: {section.model}: mAP {found:.1%} of {images} validation images (guessing: "
+            f"{chance:.1%}); weights: {origin}"
+        )
+        if found <= chance:
+            why = (
+                f"{name}.model: {section.model} has a mAP of {found:.1%}, and guessing {chance:.1%}"
+            )
+            if not section.epochs:
+                raise ConfigError(f"{why}: it cannot teach these classes ({origin})")
+            self._say(f"warning: {why}: it has hardly learned; try more teacher.epochs")
+
     def estimate(self) -> dict[str, Any]:
         """Prints data, models, the teacher's top-1, the time of a step, and disk space."""
         config, size = self.config, self.config.data.image_size
         self._describe()
-        if self.teacher and not config.teacher.epochs:
-            self._score_teacher()
+        self._score_teachers(trained=False)
         data.seed_all(0)
         student = preflight.create_student(config, self.classes)
-        for name, model in (("teacher", self.teacher), ("student", student)):
-            if model:
-                parameters = sum(x.numel() for x in model.parameters())
-                macs = evaluate.count_macs(model, size)
-                self._say(f"{name}: {parameters:,} parameters, {macs / 1e6:.4g} MMACs an image")
+        named = dict(zip(config.all_teachers(), self.teachers, strict=True))
+        for name, model in (named | {"student": student}).items():
+            parameters = sum(x.numel() for x in model.parameters())
+            macs = evaluate.count_macs(model, size)
+            self._say(f"{name}: {parameters:,} parameters, {macs / 1e6:.4g} MMACs an image")
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
                 config,
-                DistillationTask.create(config, student, self.teacher, self.runtime),
+                DistillationTask.create(config, student, self.teachers, self.runtime),
                 self.splits,
                 Path(folder) / "dry-run",
                 seed=config.run.seeds[0],
@@ -240,7 +288,7 @@ class _Experiment:
             seconds = trainer.seconds_per_step()
         runs = len(config.run.seeds)
         compared = ", and as often without the teacher" if "baseline" in self._roles() else ""
-        if config.teacher.epochs:
+        if any(section.epochs for section in config.all_teachers().values()):
             compared += "; the teacher's own training is not counted"
         self._say(
             f"a step: {seconds:.3g} s; {trainer.total:,} steps for each of {runs} seeds: "
@@ -253,7 +301,7 @@ class _Experiment:
 
     def _roles(self) -> list[str]:
         """The students that each seed trains."""
-        compared = self.config.run.baseline and self.teacher
+        compared = self.config.run.baseline and self.teachers
         return ["baseline", self.role] if compared else [self.role]
 
     def _engines(self, trained: dict[int, nn.Module]) -> list[int8.Session]:
@@ -271,6 +319,7 @@ class _Experiment:
                         images,
                         pixels=preflight.pixels(self.config, model),
                         classes=self.classes,
+                        multilabel=bool(self.config.data.labels),
                         calibration=self.config.int8.calibration,
                     )
                     for seed, model in trained.items()
@@ -296,10 +345,13 @@ class _Experiment:
     ) -> dict[str, Any]:
         config, seeds = self.config, self.config.run.seeds
         rows = []
-        if self.teacher:
-            file = self.folder / "teacher" / "last.safetensors"
+        for (name, section), teacher in self._teachers():
+            scored, file = evaluations[name], self._file(name)
+            rows.append(self._row(name, section, teacher, file, scored, [0]))
+        if (together := self._ensemble()) and len(self.teachers) > 1:
+            names = " + ".join(section.model for section in config.all_teachers().values())
             scored = evaluations["teacher"]
-            rows.append(self._row("teacher", config.teacher, self.teacher, file, scored, [0]))
+            rows.append(self._row("teacher", Model(model=names), together, None, scored, [0]))
         for role, trained in students.items():
             file = self.folder / f"{role}-{seeds[0]}" / "last.safetensors"
             model, scored = trained[seeds[0]], evaluations[role]
@@ -310,7 +362,10 @@ class _Experiment:
             rows.append(self._row("int8", config.student, model, file, scored, seeds, engine))
         comparison = results.compare(evaluations)
         first, val = evaluations[self.role][0], self.splits.val
-        shows = hasattr(val, "read") and self.runtime.ranks == 1  # each rank saw its own images
+        several = bool(config.data.labels)
+        # each rank saw its own images
+        shows = hasattr(val, "read") and self.runtime.ranks == 1 and not several
+        table = multilabel.per_class if several else evaluate.per_class
         return {
             "version": report.VERSION,
             "title": self.folder.name,
@@ -323,35 +378,42 @@ class _Experiment:
             },
             "data": {
                 "train": sources.count(self.splits.train),
-                "val": int(first.confusion.sum()),
+                "val": int(first.confusion[0].sum() if several else first.confusion.sum()),
                 "classes": self.classes,
             },
             "models": rows,
             "comparison": comparison,
-            "verdict": results.verdict(
-                comparison, config.run.baseline and self.teacher is not None
-            ),
+            "verdict": results.verdict(comparison, config.run.baseline and bool(self.teachers)),
             "curves": results.curves(self._curve_folders(list(students))),
-            "confusion": {"role": self.role, "seed": seeds[0], "matrix": first.confusion.tolist()},
+            "confusion": None
+            if several
+            else {"role": self.role, "seed": seeds[0], "matrix": first.confusion.tolist()},
             "int8_confusion": {
                 "role": "int8",
                 "seed": seeds[0],
                 "matrix": evaluations["int8"][0].confusion.tolist(),
             }
-            if engines
+            if engines and not several
             else None,
             # of all seeds together
             "per_class": {
-                role: evaluate.per_class(
-                    torch.stack([one.confusion for one in scored]).sum(0), self.classes
-                )
+                role: table(torch.stack([one.confusion for one in scored]).sum(0), self.classes)
                 for role, scored in evaluations.items()
             },
             "disagreements": results.disagreements(first, val, self.places) if shows else None,
             "notes": self._notes(),
         }
 
+    def _ensemble(self) -> nn.Module | None:
+        """The teacher's predictor, or the average of several teachers'."""
+        predictors = [self._predictor(teacher) for teacher in self.teachers]
+        if len(predictors) > 1:
+            return Ensemble(predictors, Average.of(self.config)).eval()
+        return predictors[0] if predictors else None
+
     def _predictor(self, model: nn.Module) -> nn.Module:
+        if isinstance(model, Ensemble):
+            return model
         return models.predictor(model).to(self.runtime.device).eval()
 
     def _evaluate(
@@ -369,7 +431,8 @@ class _Experiment:
                 places.append(batch.indices.clone())  # the worker reuses its memory
                 yield batch.images, batch.labels
 
-        result = evaluate.evaluate(
+        judge = multilabel.evaluate if self.config.data.labels else evaluate.evaluate
+        result = judge(
             predictor,
             batches(),
             classes=len(self.classes),
@@ -380,7 +443,9 @@ class _Experiment:
         self.skipped |= loader.skipped
         if exact:
             same = (result.student == exact.student).double()
-            counts = torch.stack([same.sum(), same.new_tensor(len(same))]).to(self.runtime.device)
+            counts = torch.stack([same.sum(), same.new_tensor(same.numel())]).to(
+                self.runtime.device
+            )
             if dist.is_initialized():
                 dist.all_reduce(counts)
             result.fidelity["unchanged"] = float(counts[0] / counts[1])
@@ -391,7 +456,7 @@ class _Experiment:
         role: str,
         section: Model,
         model: nn.Module,
-        file: Path,
+        file: Path | None,
         scored: list[evaluate.Evaluation],
         seeds: list[int],
         engine: int8.Session | None = None,
@@ -402,7 +467,7 @@ class _Experiment:
             model,
             image_size=self.config.data.image_size,
             device="cpu" if engine else self.runtime.device,
-            file=file if file.exists() else None,
+            file=file if file and file.exists() else None,
         )
         runs = [
             {"seed": seed, "metrics": result.metrics, "fidelity": result.fidelity}
@@ -424,8 +489,9 @@ class _Experiment:
         names = {
             f"{role}, seed {i}": f"{role}-{i}" for role in roles for i in self.config.run.seeds
         }
-        if self.teacher and self.config.teacher.epochs:
-            names = {"teacher, seed 0": "teacher"} | names
+        for name, section in self.config.all_teachers().items():
+            if section.epochs:
+                names = {f"{name}, seed 0": name} | names
         return {title: self.folder / name for title, name in names.items()}
 
     def _notes(self) -> list[str]:

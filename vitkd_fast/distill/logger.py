@@ -45,6 +45,14 @@ class Meter:
         self.bad = torch.where(losses.isfinite(), self.bad, self.bad.clamp(max=step))
         self.count += 1
 
+    def is_bad(self) -> bool:
+        """Whether a loss of this rank was NaN or Inf."""
+        return bool((self.bad < self.NEVER).any())
+
+    def forget(self) -> None:
+        """As if every loss had been finite."""
+        self.bad.fill_(self.NEVER)
+
     def first_bad(self) -> tuple[int, str] | None:
         """The first step of any rank with a loss that is NaN or Inf, and that loss's name."""
         if dist.is_initialized():

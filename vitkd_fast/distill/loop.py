@@ -1,33 +1,37 @@
 """The training loop: `Trainer.update` is a step, `Trainer.run` logs, evaluates and saves.
 
-A step never synchronises with the device: losses are added up there, and read at the log interval.
+A step never synchronises with the device: losses are added up there, and read at the log interval,
+with copies of the weights, from which the steps up to one that fails are taken again.
 Exceptions are float16's loss scale, and timm's mixing by pair or element.
 Every random number is a function of (seed, step, rank), so a resumed run gives the same weights.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import distribute_bn
-from torch import nn
+from torch import Tensor, nn
 
 from .. import models
-from . import checkpoint, data, evaluate, optim, sources
+from . import checkpoint, data, evaluate, multilabel, nonfinite, optim, sources
 from .config import Config
 from .logger import Meter, MetricLogger
 from .task import DistillationTask
+
+_CALIBRATION_IMAGES = 1024  # for the statistics of teachers' features
 
 
 class NonFiniteError(RuntimeError):
@@ -58,11 +62,21 @@ class Signals:
             signal.signal(number, handler)
 
 
+class _Kept(NamedTuple):
+    """Copies, on the device, of what a step changes."""
+
+    step: int
+    modules: dict[str, dict[str, Tensor]]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+
+
 class Trainer:
     """One training run, in a folder of its own, whose name is the run's title.
 
     The folder gets checkpoint.safetensors (the state of training), last.safetensors and
-    best.safetensors (weights that `models.load` reads), and the metrics.
+    best.safetensors (weights that `models.load` reads), and the metrics; nonfinite.safetensors (the
+    step, for `nonfinite.replay`) where a loss or a weight became NaN or Inf.
 
     Args:
         config: data, augmentation, optimizer and run; its models and losses are the task's.
@@ -71,6 +85,8 @@ class Trainer:
         folder: of the files above.
         seed: of order, augmentation and everything drawn.
         save_model: writes a model's weights to a path, so that `models.load` reads them.
+        rebuild: sections `student`, `teacher` and `teachers` of a configuration that makes the
+            task's models, but for the student's weights; the configuration's, unless given.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -86,13 +102,15 @@ class Trainer:
         *,
         seed: int,
         save_model: Callable[[Path, nn.Module], None],
+        rebuild: Mapping[str, Any] | None = None,
     ) -> None:
         run, optimizer, runtime = config.run, config.optimizer, task.runtime
         self.task, self.runtime, self.seed, self.folder = task, runtime, seed, folder
         self.run_section, self.options, self.save_model = run, optimizer, save_model
         self.title, self.path = folder.name, folder / "checkpoint.safetensors"
         self.loader, self.val_loader = data.loaders(config, splits, seed, optimizer.accumulate)
-        self.classes = len(splits.classes)
+        self.classes = splits.classes
+        self.config = {**config.model_dump(), **(rebuild or {})}
         self.mixer = data.Mixer(config.augmentation) if config.augmentation.mixes else None
         self.steps_per_epoch = self.loader.batches // optimizer.accumulate
         self.total = min(run.epochs * self.steps_per_epoch, run.max_steps or 2**62)
@@ -110,6 +128,7 @@ class Trainer:
         self.step, self.evaluated, self.best = 0, 0, -1.0
         self._rates: dict[int, float] = {}  # by step, since the last log
         self._since = time.monotonic(), 0
+        self._kept: _Kept | None = None
         # signals are agreed on here, so that no rank synchronises with its device
         self._control: Any = dist.new_group(backend="gloo") if runtime.ranks > 1 else None
 
@@ -119,7 +138,7 @@ class Trainer:
             checkpoint.check_folder(folder, self.disk)
         if run.compile:
             task.compile()
-        self.forward, self.teacher = task.trainable_module.predict, task.teacher
+        self.forward = task.trainable_module.predict
         if runtime.ranks > 1:
             task.prepare_distributed()
 
@@ -185,7 +204,10 @@ class Trainer:
         run, folder = self.run_section, self.folder if self.runtime.rank == 0 else None
         logger = MetricLogger(folder, self.title, self.total, self.step)
         with logger, Signals() as signals:
+            if not self.step:
+                self.task.calibrate(self._first_images())
             self._since = time.monotonic(), self.step
+            self._keep()
             while self.step < self.total or self._is_due():
                 if self._is_due():
                     self._evaluate(logger)
@@ -223,6 +245,12 @@ class Trainer:
     def _modules(self) -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {"student": self.model, "losses": self.learned}
         return modules | ({"ema": self.ema.module} if self.ema else {})
+
+    def _first_images(self) -> Iterator[Tensor]:
+        """Of training, about `_CALIBRATION_IMAGES`, on the device."""
+        together = self.loader.batch_size * self.runtime.ranks
+        for batch in itertools.islice(self.loader.epoch(), -(-_CALIBRATION_IMAGES // together)):
+            yield batch.images.to(self.runtime.device)
 
     def _is_due(self) -> bool:
         """Whether an evaluation is due at this step, and not done yet."""
@@ -269,35 +297,119 @@ class Trainer:
 
     def _check(self) -> None:
         """Raises where a loss was NaN or Inf since the last look, or a weight is none."""
-        if bad := self.meter.first_bad():
-            step, what = bad[0], f"loss {bad[1]} is not finite at step {bad[0]}"
-        elif not nn.utils.get_total_norm(self.parameters).isfinite():
-            step = self.step - 1
-            what = f"the weights are not finite after step {step}"
-        else:
+        if not (bad := self._bad()):
+            if self._kept:
+                self._keep()
             return
-        what += f" (learning rate {self._rates.get(step, math.nan):.3g})"
+        # what was found first is said, also if the steps do not end like this again
+        file, step = self._capture()
+        what = f"{bad[1]} (learning rate {self._rates.get(bad[0], math.nan):.3g})"
         kept = f"{self.path} is the last good one" if self.path.exists() else "none was saved"
-        raise NonFiniteError(f"{self.title}: {what}; checkpoint: {kept}")
+        shown = f"; `vitkd replay {file}` shows step {step}, where it began" if file else ""
+        raise NonFiniteError(f"{self.title}: {what}; checkpoint: {kept}{shown}")
+
+    def _bad(self) -> tuple[int, str] | None:
+        """The first step with a loss or weights that are NaN or Inf, and what is."""
+        if bad := self.meter.first_bad():
+            return bad[0], f"loss {bad[1]} is not finite at step {bad[0]}"
+        if not nn.utils.get_total_norm(self.parameters).isfinite():
+            return self.step - 1, f"the weights are not finite after step {self.step - 1}"
+        return None
+
+    def _keep(self) -> None:
+        """Remembers this step, so that those after it can be taken again."""
+        self._kept = _Kept(
+            self.step,
+            self._copies(),
+            copy.deepcopy(self.optimizer.state_dict()),
+            self.scaler.state_dict(),
+        )
+
+    def _copies(self) -> dict[str, dict[str, Tensor]]:
+        modules = {"student": self.model, "losses": self.learned}
+        return {
+            name: {key: x.detach().clone() for key, x in module.state_dict().items()}
+            for name, module in modules.items()
+        }
+
+    def _capture(self) -> tuple[Path | None, int]:
+        """Takes the steps since the last look again, and writes what the first bad one began with.
+
+        Returns:
+            The file, and that step; None where none of them is bad this time.
+        """
+        if not self._kept:
+            return None, self.step
+        end, kept = self.step, self._kept
+        self.model.load_state_dict(kept.modules["student"])
+        self.learned.load_state_dict(kept.modules["losses"])
+        self.optimizer.load_state_dict(kept.optimizer)
+        if self.scaler.is_enabled() and kept.scaler:
+            self.scaler.load_state_dict(kept.scaler)
+        self.step = kept.step
+        self.scheduler.step_update(self.step)
+        self.meter.forget()
+        self.task.train()
+        taken: list[data.Batch] = []
+        batches = self._batches_again(taken)
+        file, step = None, kept.step
+        while self.step < end and not file:
+            step, before, scale = self.step, self._copies(), self.scaler.get_scale()
+            lr = self.optimizer.param_groups[0]["lr"]
+            taken.clear()
+            self.update(batches)
+            own = self.meter.is_bad()
+            if bad := self._bad():
+                file = self.folder / nonfinite.NAME
+                if self.runtime.rank == self._lowest_rank(own):
+                    header = nonfinite.Header(
+                        self.title, bad[1], self.config, list(self.classes), self.seed, step,
+                        self.runtime.rank, self.total, lr, scale,
+                        *(str(x).removeprefix("torch.") for x in self.runtime.dtypes),
+                    )  # fmt: skip
+                    nonfinite.save(file, header, before, taken)
+        self.step = end
+        return file, step
+
+    def _batches_again(self, taken: list[data.Batch]) -> Iterator[data.Batch]:
+        """The batches from this step on, each kept, too."""
+        first, start = divmod(self.step, self.steps_per_epoch)
+        for epoch in itertools.count(first):
+            for batch in self.loader.epoch(epoch, start * self.options.accumulate):
+                # copies: the memory of a loader's tensors is lent by its workers
+                taken.append(
+                    batch._replace(images=batch.images.clone(), labels=batch.labels.clone())
+                )
+                yield batch
+            start = 0
+
+    def _lowest_rank(self, own: bool) -> int:
+        """Of those where it is so; 0 where it is of none."""
+        rank = torch.tensor(self.runtime.rank if own else self.runtime.ranks)
+        if self._control:
+            dist.all_reduce(rank, dist.ReduceOp.MIN, self._control)
+        return int(rank) % self.runtime.ranks
 
     def _evaluate(self, logger: MetricLogger) -> None:
         self._check()
         self._share_buffers()
         self.trained.eval()
-        result = evaluate.evaluate(
+        judge = multilabel.evaluate if self.config["data"]["labels"] else evaluate.evaluate
+        result = judge(
             models.predictor(self.trained).to(self.runtime.device),
             ((batch.images, batch.labels) for batch in self.val_loader.epoch()),
-            classes=self.classes,
+            classes=len(self.classes),
             device=self.runtime.device,
         )
         scores = {"epoch": self.step / self.steps_per_epoch}
-        scores |= {name: result.metrics[name] for name in ("top1", "nll")}
+        first = evaluate.headline(result.metrics)
+        scores |= {name: result.metrics[name] for name in (first, "nll")}
         logger.write("val", self.step, scores)
         if self.runtime.rank == 0:
             self.save_model(self.folder / "last.safetensors", self.trained)
-            if scores["top1"] > self.best:
+            if scores[first] > self.best:
                 self.save_model(self.folder / "best.safetensors", self.trained)
-        self.best, self.evaluated = max(self.best, scores["top1"]), self.step
+        self.best, self.evaluated = max(self.best, scores[first]), self.step
         self._since = time.monotonic(), self.step
 
     def _save(self) -> None:

@@ -15,9 +15,9 @@ from torch import nn
 from .. import models
 from . import config as configuration
 from . import data, identity
-from .config import Config, ConfigError, Model
+from .config import Config, ConfigError, Model, Teacher
 from .runtime import Runtime
-from .task import DistillationTask
+from .task import Average, DistillationTask
 
 # keys that may change when a run is resumed: paths and how things are computed
 _MAY_CHANGE = {
@@ -70,13 +70,17 @@ def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
     return student
 
 
-def create_teacher(config: Config, names: Sequence[str]) -> nn.Module:
-    """The teacher, with weights for these classes unless teacher.epochs trains it.
+def create_teachers(config: Config, classes: Sequence[str]) -> list[nn.Module]:
+    """The teachers, each with weights for these classes unless its epochs train it.
 
     Raises:
-        ConfigError, DataError: its weights are random, or of other classes.
+        ConfigError, DataError: the weights of one are random, or of other classes.
     """
-    section, classes = config.teacher, len(names)
+    return [_create_teacher(key, config, x, classes) for key, x in config.all_teachers().items()]
+
+
+def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[str]) -> nn.Module:
+    classes = len(names)
     data.seed_all(0)
     if Path(section.model).is_file():
         teacher = models.load(section.model).model
@@ -91,18 +95,31 @@ def create_teacher(config: Config, names: Sequence[str]) -> nn.Module:
     origin = models.Origin.of(teacher)
     if not origin.trained:
         raise ConfigError(
-            f"teacher.model: {section.model} would teach with random weights ({origin}); "
+            f"{key}.model: {section.model} would teach with random weights ({origin}); "
             "name its weights by teacher.checkpoint or teacher.pretrained=true, or train "
             "it first by teacher.epochs"
         )
     if (found := getattr(teacher, "num_classes", classes)) != classes:
         raise ConfigError(
-            f"teacher.model: {section.model} has {found} classes, and the images have "
+            f"{key}.model: {section.model} has {found} classes, and the images have "
             f"{classes}; name one trained on them, or let teacher.epochs train it first"
         )
     if origin.classes:
-        identity.check_classes(f"teacher.model: {origin}", origin, names)
+        identity.check_classes(f"{key}.model: {origin}", origin, names)
+    ours = origin.weights.startswith(("file ", "checkpoint ")) and origin.classes
+    if ours and origin.multilabel != bool(config.data.labels):
+        one, several = "one class for each image", "several labels for each image"
+        theirs, images = (several, one) if origin.multilabel else (one, several)
+        raise ConfigError(f"{key}.model: {origin} was trained on {theirs}; there is {images} here")
     return teacher
+
+
+def rebuilding(section: Model, model: nn.Module) -> Model:
+    """A section that makes the same model with other weights, without a file of its weights."""
+    return Model(
+        model=section.model,
+        options={**models.Origin.of(model).options, **section.options},
+    )
 
 
 def _create(
@@ -152,16 +169,23 @@ def check_batch(name: str, config: Config, model: nn.Module) -> list[str]:
     return []
 
 
-def check_losses(config: Config, student: nn.Module, teacher: nn.Module | None) -> None:
-    """ConfigError where the losses need what student or teacher do not have."""
-    predictor = models.predictor(teacher).eval() if teacher else None
+def check_losses(config: Config, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+    """ConfigError where the losses need what student or a teacher do not have."""
+    predictors = [models.predictor(teacher).eval() for teacher in teachers]
     cpu = Runtime(torch.device("cpu"))
     try:
         task = DistillationTask(
-            config.losses, models.predictor(student), predictor, cpu, config.data.image_size
+            config.losses,
+            models.predictor(student),
+            predictors,
+            cpu,
+            config.data.image_size,
+            Average.of(config),
         ).eval()
         with torch.no_grad():
-            task(_image(config), torch.zeros(1, dtype=torch.int64))
+            classes = task.student(_image(config).float()).shape[1:]
+            several = torch.zeros(1, *classes)
+            task(_image(config), several if config.data.labels else several[:, 0].long())
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"losses: {error}") from error
 

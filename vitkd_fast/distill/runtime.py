@@ -60,6 +60,11 @@ class Runtime:
         layout = torch.channels_last if run.channels_last else torch.contiguous_format
         return cls(device, student, teacher, layout, rank, ranks)
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """The student's and the teacher's."""
+        return self.student_dtype, self.teacher_dtype
+
     def autocast(self) -> torch.autocast:
         """For the student: nothing in float32."""
         enabled = self.student_dtype != torch.float32

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.task import TrainingTask
@@ -11,24 +12,65 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import models
+from ..functional import average_logits
+from ..nn import PHIStandardize
 from ..taps import TapOutputs, Taps
 from .config import Config
 from .losses import Losses, StepOutputs, TapSpec, Term
 from .runtime import Runtime
 
 
+class Average(NamedTuple):
+    """How several teachers are one: the weight of each, which add up to 1, and the space."""
+
+    weights: tuple[float, ...] = (1.0,)
+    space: str = "probability"
+    independent: bool = False  # of images with several labels
+
+    @classmethod
+    def of(cls, config: Config) -> Average:
+        weights = [teacher.weight for teacher in config.all_teachers().values()]
+        shares = tuple(w / sum(weights) for w in weights)
+        return cls(shares, config.teacher_average, bool(config.data.labels))
+
+    def logits(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """One teacher's as they are; of several `functional.average_logits`."""
+        if len(logits) == 1:
+            return logits[0]
+        return average_logits(
+            logits,
+            self.weights,
+            self.space,
+            temperature=temperature,
+            independent=self.independent,
+        )
+
+
+class Ensemble(nn.Module):
+    """uint8 images [B, 3, H, W] to the averaged logits of several teachers' predictors."""
+
+    def __init__(self, predictors: Sequence[nn.Module], average: Average) -> None:
+        super().__init__()
+        self.predictors, self.average = nn.ModuleList(predictors), average
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.average.logits([predict(images).float() for predict in self.predictors])
+
+
 class DistillationTask(TrainingTask):
-    """A student, its teacher, and the losses of a batch: a training task like timm's own.
+    """A student, its teachers, and the losses of a batch: a training task like timm's own.
 
     Args:
         losses: the terms.
         student: the student's predictor, on the runtime's device.
-        teacher: the teacher's, or None.
+        teachers: the teachers', one, several or none.
         runtime: device, and precision of the student and of what the losses learn.
-        image_size: of a blank image, which shows the shapes that both return.
+        image_size: of a blank image, which shows the shapes that all return.
+        average: of several teachers.
 
     Attributes:
         student: the model that is trained, without its normalisation.
+        teachers: the teachers' predictors.
         trainable_module: the student and the modules that its losses train.
 
     Raises:
@@ -39,86 +81,115 @@ class DistillationTask(TrainingTask):
         self,
         losses: Losses,
         student: nn.Sequential,
-        teacher: nn.Sequential | None,
+        teachers: Sequence[nn.Sequential],
         runtime: Runtime,
         image_size: int,
+        average: Average | None = None,
     ) -> None:
         super().__init__(device=runtime.device, verbose=False)
         self.runtime = runtime
         self.student: nn.Module = student[1]
+        average = average or Average((1 / max(len(teachers), 1),) * len(teachers))
         terms = dict(losses.terms())
+        if len(teachers) > 1:
+            terms = {name: term.among_teachers() for name, term in terms.items()}
         wanted = [term.taps() for term in terms.values()]
-        self.teacher: nn.Module | None = teacher
-        self.teacher_taps = (
-            None if teacher is None else _taps(teacher, [teacher for _, teacher in wanted])
-        )
+        self.teachers = nn.ModuleList(teachers)
+        self.teacher_taps = [_taps(x, [of_teacher for _, of_teacher in wanted]) for x in teachers]
         taps = _taps(student, [student for student, _ in wanted])
         learned = nn.ModuleDict()
-        if taps and self.teacher_taps:
+        if taps and any(self.teacher_taps):
             training = self.student.training
             student.eval()  # one image is no batch to take statistics from
             image = torch.zeros(
                 1, 3, image_size, image_size, dtype=torch.uint8, device=runtime.device
             )
             with torch.no_grad():
-                outputs = taps(image), self.teacher_taps(image)
+                of_student = taps(image)
+                of_teachers = [tapped and (tapped(image), tapped) for tapped in self.teacher_taps]
             student.train(training)
             for name, term in terms.items():
-                if module := term.learned(*outputs, self.teacher_taps):
-                    learned[name] = module.to(runtime.device)
-        self.trainable_module: Any = _Trainable(student, taps, terms, learned, runtime)
+                count = 1 if _averages(term) else len(teachers)
+                for i, of_teacher in enumerate(of_teachers[:count]):
+                    if of_teacher and (module := term.learned(of_student, *of_teacher)):
+                        learned[_place(name, i, count)] = module.to(runtime.device)
+        self.trainable_module: Any = _Trainable(student, taps, terms, learned, runtime, average)
 
     @classmethod
     def create(
-        cls, config: Config, student: nn.Module, teacher: nn.Module | None, runtime: Runtime
+        cls,
+        config: Config,
+        student: nn.Module,
+        teachers: nn.Module | Sequence[nn.Module] | None,
+        runtime: Runtime,
     ) -> DistillationTask:
-        """The task of a run: the student itself and a frozen copy of its teacher, on the device."""
+        """The task of a run: the student itself and frozen copies of teachers, on the device."""
         student = student.to(memory_format=runtime.memory_format)
         predictor = models.predictor(student).to(runtime.device)
-        frozen = None
-        if teacher:
+        if isinstance(teachers, nn.Module):
+            teachers = [teachers]
+        frozen = []
+        for teacher in teachers or ():
             dtype = runtime.teacher_dtype
             teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
             teacher = teacher.to(dtype).to(memory_format=runtime.memory_format)
-            frozen = models.predictor(teacher, dtype=dtype).to(runtime.device).eval()
-        return cls(config.losses, predictor, frozen, runtime, config.data.image_size)
+            frozen.append(models.predictor(teacher, dtype=dtype).to(runtime.device).eval())
+        average = Average.of(config) if len(frozen) > 1 else None
+        return cls(config.losses, predictor, frozen, runtime, config.data.image_size, average)
 
     def train(self, mode: bool = True) -> DistillationTask:
-        """Sets the mode of all but the teacher, which stays in evaluation mode."""
+        """Sets the mode of all but the teachers, which stay in evaluation mode."""
         super().train(mode)
-        if self.teacher:
-            self.teacher.eval()
+        self.teachers.eval()
         return self
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
-        """Compiles student and teacher, by torch.compile; before `prepare_distributed`."""
+        """Compiles student and teachers, by torch.compile; before `prepare_distributed`."""
         student = self.trainable_module
         if student.taps:
             student.taps.compile(**options)
         else:
             student.predict = torch.compile(student.predict, **options)
-        if self.teacher_taps:
-            self.teacher_taps.compile(**options)
-        elif self.teacher:
-            self.teacher = torch.compile(self.teacher, **options)  # type: ignore[assignment]
+        for i, taps in enumerate(self.teacher_taps):
+            if taps:
+                taps.compile(**options)
+            else:
+                self.teachers[i] = cast(nn.Module, torch.compile(self.teachers[i], **options))
 
     def prepare_distributed(
         self, device_ids: list[Any] | None = None, **options: Any
     ) -> DistillationTask:
-        """Wraps what learns in DistributedDataParallel; the teacher stays as it is."""
+        """Wraps what learns in DistributedDataParallel; the teachers stay as they are."""
         self.trainable_module = DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **options
         )
         return self
 
-    def teacher_outputs(self, images: Tensor) -> TapOutputs | None:
-        """The teacher's outputs, without gradients."""
-        if self.teacher is None:
-            return None
+    def teacher_outputs(self, images: Tensor) -> list[TapOutputs]:
+        """Each teacher's outputs, without gradients."""
         with torch.inference_mode():
-            if self.teacher_taps:
-                return self.teacher_taps(images)
-            return TapOutputs(self.teacher(images))
+            return [
+                taps(images) if taps else TapOutputs(teacher(images))
+                for taps, teacher in zip(self.teacher_taps, self.teachers, strict=True)
+            ]
+
+    def calibrate(self, images: Iterable[Tensor]) -> None:
+        """Takes what terms learn of the teachers' statistics, before any training, from images.
+
+        Does nothing, and reads no image, where no term does.
+        """
+        module = self.trainable_module
+        standardized = [m for m in module.modules() if isinstance(m, PHIStandardize)]
+        if not standardized:
+            return
+        for batch in images:
+            teachers = self.teacher_outputs(batch)
+            for name, term in module.terms.items():
+                for i, teacher in enumerate(teachers):
+                    if (place := _place(name, i, len(teachers))) in module.learned:
+                        term.observe(teacher, module.learned[place])
+        for found in standardized:
+            found.fit()
 
     def forward(self, input: Tensor, target: Any, done: float = 0.0) -> dict[str, Tensor]:
         """The losses of a batch after the share `done` of the run.
@@ -145,33 +216,72 @@ class _Trainable(nn.Module):
         terms: dict[str, Term],
         learned: nn.ModuleDict,
         runtime: Runtime,
+        average: Average,
     ) -> None:
         super().__init__()
         self.predict, self.taps, self.terms = predict, taps, terms
-        self.learned = learned  # by name of its term; of most terms nothing
-        self.runtime = runtime
+        self.learned = learned  # by `_place`; of most terms nothing
+        self.runtime, self.average = runtime, average
 
     def forward(
-        self, images: Tensor, teacher_outputs: TapOutputs | None, labels: Any, done: float
+        self, images: Tensor, teachers: list[TapOutputs], labels: Any, done: float
     ) -> tuple[Tensor, Tensor]:
         with self.runtime.autocast():
             student = self.taps(images) if self.taps else TapOutputs(self.predict(images))
-            outputs = StepOutputs(student, teacher_outputs, labels)
             losses = [
-                term(outputs, done, self.learned[name] if name in self.learned else None)
+                self._term(name, term, student, teachers, labels, done)
                 for name, term in self.terms.items()
             ]
         return student.logits, torch.stack(losses)
 
+    def _term(
+        self,
+        name: str,
+        term: Term,
+        student: TapOutputs,
+        teachers: list[TapOutputs],
+        labels: Any,
+        done: float,
+    ) -> Tensor:
+        """Of logits, one term for their average; of features, one for each teacher, by weight."""
+        if len(teachers) > 1 and _averages(term):
+            temperature = getattr(term, "temperature", 1.0)
+            logits = self.average.logits(
+                [teacher.logits for teacher in teachers],
+                temperature if isinstance(temperature, float) else 1.0,
+            )
+            teachers = [TapOutputs(logits)]
+        losses = []
+        for i, teacher in enumerate(teachers or [None]):
+            place = _place(name, i, len(teachers))
+            learned = self.learned[place] if place in self.learned else None
+            losses.append(term(StepOutputs(student, teacher, labels), done, learned))
+        if len(losses) == 1:
+            return losses[0]
+        return torch.stack([w * x for w, x in zip(self.average.weights, losses, strict=True)]).sum()
+
+
+def _averages(term: Term) -> bool:
+    """Whether the term of several teachers is one of their average."""
+    return term.averages or not term.taps()[1]
+
+
+def _place(name: str, teacher: int, teachers: int) -> str:
+    """The name of what a term learns for one of the teachers."""
+    return f"{name}-{teacher}" if teachers > 1 else name
+
 
 def _taps(predict: nn.Sequential, wanted: list[TapSpec]) -> Taps | None:
     """Taps of a predictor's model for all terms; None if they need only logits."""
-    merged: dict[str, tuple[int, ...]] = {}
+    merged: dict[str, Any] = {}
     for arguments in wanted:
         for name, places in arguments.items():
-            merged[name] = tuple(dict.fromkeys((*merged.get(name, ()), *places)))
+            if isinstance(places, bool):
+                merged[name] = places
+            else:
+                merged[name] = tuple(dict.fromkeys((*merged.get(name, ()), *places)))
     if not merged:
         return None
-    taps = Taps(predict[1], **merged)  # type: ignore[arg-type]
+    taps = Taps(predict[1], **merged)
     taps.model = predict
     return taps

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Container, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -117,8 +119,19 @@ def wide_dtype(*given: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
 
 
+def entropy(log_p: Tensor) -> Tensor:
+    """-sum p log p of each row, of log p [.., classes].
+
+    Without numbers below the smallest normal one, which are slow, and nothing.
+    """
+    log_p = log_p.clamp(min=0.9 * math.log(torch.finfo(log_p.dtype).tiny))
+    return -log_p.mul_(log_p.exp()).sum(-1)
+
+
 def exactly(x: Tensor) -> Any:
     """Arithmetic in the dtypes that are written, inside an autocast region too."""
+    if x.device.type == "meta":  # which has no autocast
+        return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -157,4 +170,18 @@ def check_batch(name: str, f_s: Tensor, f_t: Tensor, s: str = "f_s", t: str = "f
     if f_s.shape[0] != f_t.shape[0]:
         raise ValueError(
             f"{name}: {t}: expected the batch of {s} {list(f_s.shape)}, got {list(f_t.shape)}"
+        )
+
+
+def check_logits(name: str, student: Tensor, teacher: Tensor, least: int = 1) -> None:
+    """Both [batch, classes], of so many classes at least."""
+    if student.dim() != 2 or student.shape[1] < least:
+        raise ValueError(
+            f"{name}: student: expected [batch, classes] of {least} or more, got "
+            f"{list(student.shape)}"
+        )
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"{name}: teacher: expected the shape of student {list(student.shape)}, got "
+            f"{list(teacher.shape)}"
         )

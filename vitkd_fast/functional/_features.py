@@ -114,6 +114,12 @@ def resized(x: Tensor, old: tuple[int, int] | None, new: tuple[int, int]) -> Ten
     return resize_map(x.unflatten(2, old or (side, side)), new).flatten(2)
 
 
+def channel_lengths(x: Tensor) -> Tensor:
+    """Of x [batch, channels, positions], [batch, channels, 1], at least UNIT_EPS."""
+    # torch's norm over a dimension that is strided is several times slower
+    return (x * x).sum(2, keepdim=True).sqrt_().clamp_(min=UNIT_EPS)
+
+
 def samples_per_tile(samples: int, numbers: int) -> int:
     """Of `numbers` each; all of them where a compiler makes the tiles."""
     if torch.compiler.is_compiling():
@@ -185,6 +191,6 @@ def empty_grad(x: Tensor, needed: bool, dtype: torch.dtype) -> Tensor | None:
 
 
 def formed_in_forward(form: Any, constants: tuple, *inputs: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return _InForward.apply(form, constants, *inputs)
     return form(inputs, constants, [False] * len(inputs))[0]

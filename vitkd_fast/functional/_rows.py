@@ -17,6 +17,7 @@ from ._common import (
     check_numbers,
     check_tensors,
     differentiable_once,
+    wide_dtype,
 )
 
 Labels: TypeAlias = Tensor | tuple[Tensor, Tensor, float | Tensor]
@@ -59,17 +60,24 @@ def _check_labels(loss: str, name: str, x: Any, student: Tensor, rows: torch.Siz
     check_device(loss, name, x, "student", student)
 
 
-def _row_options(
+def row_options(
     loss: str,
     student: Tensor,
     rows: torch.Size,
     labels: Labels | None,
     row_weights: Tensor | None,
     temperature: float | Tensor,
-    constant: bool,
+    *,
+    constant: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """The operations' options that are tensors of the rows, or stand in for one."""
-    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    """The operations' options that are tensors of the rows, or stand in for one.
+
+    Args:
+        constant: a temperature that requires grad is an error.
+        dtype: of the arithmetic, the student's accumulation type unless given.
+    """
+    wide = dtype or wide_dtype(student)
     temperature_rows = lam_rows = labels_b = None
     lam: float | Tensor = 1.0
     if isinstance(temperature, Tensor):
@@ -164,7 +172,9 @@ def checked(
     by_row: dict[str, Any] = {"temperature": temperature}
     if isinstance(temperature, Tensor) or labels is not None or row_weights is not None:
         rows = shape[:class_dim] + shape[class_dim + 1 :]
-        by_row = _row_options(loss, student, rows, labels, row_weights, temperature, constant)
+        by_row = row_options(
+            loss, student, rows, labels, row_weights, temperature, constant=constant
+        )
     elif not temperature > 0:
         raise ValueError(f"{loss}: temperature: expected a number > 0, got {temperature}")
     return student, teacher, {

@@ -7,20 +7,14 @@ from torch import Tensor
 
 from ._common import REDUCTIONS, check_batch, check_choice, check_inputs, exactly, wide_dtype
 from ._features import (
-    UNIT_EPS,
     as_features,
+    channel_lengths,
     empty_grad,
     formed_in_forward,
     grid_of_teacher,
     resized,
     samples_per_tile,
 )
-
-
-def _channel_lengths(x: Tensor) -> Tensor:
-    """Of x [batch, channels, positions], [batch, channels, 1]."""
-    # torch's norm over a dimension that is strided is several times slower
-    return (x * x).sum(2, keepdim=True).sqrt_().clamp_(min=UNIT_EPS)
 
 
 def _form_nst(
@@ -38,8 +32,8 @@ def _form_nst(
     with torch.no_grad(), exactly(x_s):
         for i in range(0, batch, step):
             s, t = (x[i : i + step].to(dtype) for x in (x_s, x_t))
-            length = _channel_lengths(s)
-            s, t = s / length, t / _channel_lengths(t)
+            length = channel_lengths(s)
+            s, t = s / length, t / channel_lengths(t)
             gram = torch.bmm(t.mT, t).div_(-x_t.shape[1])
             gram.baddbmm_(s.mT, s, alpha=1 / channels)  # student - teacher
             rows[i : i + step] = gram.square().sum((1, 2))

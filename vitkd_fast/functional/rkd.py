@@ -2,68 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ._common import (
-    check_batch,
-    check_inputs,
-    check_numbers,
-    differentiable_once,
-    exactly,
-    wide_dtype,
-)
+from ._common import check_numbers
+from ._gram import check_embeddings, of_grams
 
 _rkd_fwd_grad = torch.ops.vitkd_fast.rkd_fwd_grad.default
-
-
-def _centred(x: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-    """Columns of x without their mean, whose square would swamp the distances."""
-    part = x[:, begin:end].to(dtype)
-    return part - part.mean(0)
-
-
-def _column_tiles(x: Tensor) -> list[tuple[int, int]]:
-    """[begin, end) of columns: copies of as many numbers as a Gram matrix has, or 256 columns."""
-    step = max(256, x.shape[0])
-    return [(i, min(i + step, x.shape[1])) for i in range(0, x.shape[1], step)]
-
-
-def _gram(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x x^T of the centred embeddings, a few columns at a time."""
-    gram = x.new_zeros((x.shape[0], x.shape[0]), dtype=dtype)
-    for begin, end in _column_tiles(x):
-        part = _centred(x, begin, end, dtype)
-        gram = gram.addmm_(part, part.mT)
-    return gram
-
-
-class _RKD(torch.autograd.Function):
-    """Keeps the gradient in the Gram matrix, [batch, batch]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_s: Tensor, x_t: Tensor, distance_weight: float, angle_weight: float
-    ) -> Tensor:
-        dtype = wide_dtype(x_s, x_t)
-        with exactly(x_s):
-            grams = _gram(x_s, dtype), _gram(x_t, dtype)
-        loss, grad = _rkd_fwd_grad(*grams, distance_weight, angle_weight)
-        ctx.save_for_backward(x_s, grad)
-        return loss
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        x, grad = ctx.saved_tensors
-        by = grad * (2 * grad_loss)
-        out = torch.empty_like(x)
-        with exactly(x):
-            for begin, end in _column_tiles(x):
-                out[:, begin:end] = by @ _centred(x, begin, end, grad.dtype)
-        return out, None, None, None
 
 
 def rkd_loss(
@@ -99,11 +44,7 @@ def rkd_loss(
         RuntimeError: a second derivative, or one in forward mode.
     """
     name = "rkd_loss"
-    given = {"x_s": x_s, "x_t": x_t}
-    check_inputs(name, given, "x_t")
+    check_embeddings(name, x_s, x_t)
     check_numbers(name, {"distance_weight": distance_weight, "angle_weight": angle_weight})
-    for argument, x in given.items():
-        if x.dim() != 2 or x.shape[1] == 0:
-            raise ValueError(f"{name}: {argument}: expected [batch, dim], got {list(x.shape)}")
-    check_batch(name, x_s, x_t, "x_s", "x_t")
-    return _RKD.apply(x_s, x_t, distance_weight, angle_weight)
+    # the square of the embeddings' mean would swamp the distances
+    return of_grams(_rkd_fwd_grad, x_s, x_t, distance_weight, angle_weight, centred=True)
