@@ -6,9 +6,10 @@ from ._extras import require
 
 require("torch", __name__)
 
+import inspect
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,7 @@ class KDLoss(nn.Module):
         class_dim: int = -1,
         reduction: str = "mean",
         compat: str | None = None,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         self.temperature = temperature
@@ -51,6 +53,7 @@ class KDLoss(nn.Module):
         self.class_dim = class_dim
         self.reduction = reduction
         self.compat = compat
+        self.standardize = standardize
 
     def forward(
         self,
@@ -73,10 +76,12 @@ class KDLoss(nn.Module):
             class_dim=self.class_dim,
             reduction=self.reduction,
             compat=self.compat,
+            standardize=self.standardize,
         )
 
     def extra_repr(self) -> str:
         compat = f", compat={self.compat!r}" if self.compat else ""
+        compat += ", standardize=True" if self.standardize else ""
         return (
             f"temperature={self.temperature}, kd_weight={self.kd_weight}, "
             f"ce_weight={self.ce_weight}, label_smoothing={self.label_smoothing}, "
@@ -169,6 +174,188 @@ class DISTLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, beta={self.beta}, gamma={self.gamma}"
+
+
+class _RowLoss(nn.Module):
+    """A function of `functional` with its options kept."""
+
+    loss: ClassVar[Callable[..., Tensor]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        unknown = options.keys() - inspect.signature(self.loss).parameters.keys()
+        if unknown or options.keys() & {"student", "teacher", "labels", "row_weights"}:
+            raise TypeError(
+                f"{type(self).__name__}: expected options of {self.loss.__name__}, got "
+                f"{sorted(options)}"
+            )
+        self.options = options
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: functional.Labels | None = None,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of student and teacher logits."""
+        options = {**self.options, "labels": labels, "row_weights": row_weights}
+        return type(self).loss(student, teacher, **options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class ReverseKLLoss(_RowLoss):
+    """kd_weight * T^2 * KL(softmax(student/T) || softmax(teacher/T)) + ce_weight * CE(student, y).
+
+    The arguments are those of `vitkd_fast.functional.reverse_kl_loss`, by name.
+    """
+
+    loss = staticmethod(functional.reverse_kl_loss)
+
+
+class JSLoss(_RowLoss):
+    """kd_weight * T^2 * (b KL(p || m) + (1 - b) KL(q || m)) + ce_weight * CE, m = b p + (1 - b) q.
+
+    The arguments are those of `vitkd_fast.functional.js_loss`, by name.
+    """
+
+    loss = staticmethod(functional.js_loss)
+
+
+class TVLoss(_RowLoss):
+    """kd_weight * T^2 * sum |q - p| / 2 + ce_weight * CE(student, y).
+
+    The arguments are those of `vitkd_fast.functional.tv_loss`, by name.
+    """
+
+    loss = staticmethod(functional.tv_loss)
+
+
+class DKDLoss(_RowLoss):
+    """kd_weight * T^2 * (alpha KL(b_t || b_s) + beta KL(p' || q')) + ce_weight * CE(student, y).
+
+    The arguments are those of `vitkd_fast.functional.dkd_loss`, by name.
+    """
+
+    loss = staticmethod(functional.dkd_loss)
+
+
+class LearnableTemperature(nn.Module):
+    """T = low + softplus(theta), one number that is learned with the student.
+
+    Called without arguments, it gives the temperature for any loss that takes one as a tensor; the
+    losses form its gradient in the same pass. A temperature that descends with the loss grows where
+    that makes the loss smaller: give it a schedule, or see `CurriculumTemperature`.
+
+    Args:
+        start: T at first; more than `low`.
+        low: what T stays above; 0 or more.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given.
+    """
+
+    def __init__(self, start: float = 4.0, low: float = 0.1) -> None:
+        super().__init__()
+        if not 0 <= low < start:
+            raise ValueError(
+                f"LearnableTemperature: start: expected more than low >= 0, got {start} and {low}"
+            )
+        self.low = low
+        self.theta = nn.Parameter(torch.tensor(start - low).expm1().log())
+
+    def forward(self) -> Tensor:
+        return self.low + F.softplus(self.theta)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """x, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor * grad, None
+
+
+class CurriculumTemperature(nn.Module):
+    """T = start + span * sigmoid(theta), learned against the student: CTKD.
+
+    Its gradient is multiplied by a factor that goes from 0 to -1 by a cosine: the temperature makes
+    the loss larger, and the task harder, the further a run is (Li et al., 2023, arXiv:2211.16231).
+
+    Args:
+        start, span: T is between start and start + span; the paper's are 1 and 20.
+        classes: where given, T is one number for each instance, theta a network of two layers on
+            both logits of `classes` classes; else theta is one parameter.
+        hidden: width of that network.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given.
+    """
+
+    def __init__(
+        self, start: float = 1.0, span: float = 20.0, classes: int | None = None, hidden: int = 128
+    ) -> None:
+        super().__init__()
+        for name, value in (("start", start), ("span", span)):
+            if not value > 0:
+                raise ValueError(
+                    f"CurriculumTemperature: {name}: expected a number > 0, got {value}"
+                )
+        self.start, self.span = start, span
+        if classes is None:
+            self.theta = nn.Parameter(torch.ones(()))
+        else:
+            self.network = nn.Sequential(
+                nn.Linear(2 * classes, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+            )
+
+    @staticmethod
+    def factor(progress: float) -> float:
+        """That of the gradient, after this share of the curriculum, 0 to 1."""
+        return (math.cos(math.pi * min(max(progress, 0.0), 1.0)) - 1) / 2
+
+    def forward(self, student: Tensor, teacher: Tensor, progress: float) -> Tensor:
+        """T: 0-dim or [*rows].
+
+        Args:
+            student, teacher: logits with the classes last, which get no gradient from here.
+            progress: the share of the curriculum that is done, 0 to 1.
+        """
+        if hasattr(self, "network"):
+            x = torch.cat([student.detach(), teacher.detach()], -1)
+            dtype = next(self.network.parameters()).dtype
+            theta = self.network(x.to(dtype)).squeeze(-1)
+        else:
+            theta = self.theta
+        theta = _ScaleGradient.apply(theta, self.factor(progress))
+        return self.start + self.span * theta.float().sigmoid()
+
+
+def entropy_temperature(teacher: Tensor, low: float = 1.0, high: float = 4.0) -> Tensor:
+    """T = high - (high - low) * H(softmax(teacher)) / log V, for each row of classes.
+
+    A teacher that is sure of a row is softened there by up to `high`, one that is not is left as it
+    is, at `low`. This form is our own, and has no gradient; [*rows], float32 or float64.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given.
+    """
+    if not 0 < low <= high:
+        raise ValueError(
+            f"entropy_temperature: low: expected 0 < low <= high, got {low} and {high}"
+        )
+    wide = torch.float64 if teacher.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        log_p = teacher.to(wide).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(wide).min)).sum(-1)
+        return high - (high - low) * (entropy / math.log(teacher.shape[-1])).clamp(0, 1)
 
 
 class AttentionMapProjection(nn.Module):

@@ -477,7 +477,7 @@ def test_constant_logits(name: str, device: str) -> None:
 # autocast
 
 
-@pytest.mark.parametrize("near", [0.3, 0.03])
+@pytest.mark.parametrize("near", [0.1, 0.01])
 def test_inside_bfloat16_autocast(near: float) -> None:
     """Right, where torch's own log_softmax and kl_div are not: they run in bfloat16 on the CPU."""
     weight, x = draw(64, 100, scale=0.3), draw(256, 64)
@@ -491,8 +491,8 @@ def test_inside_bfloat16_autocast(near: float) -> None:
         theirs = 16 * torch.nn.functional.kl_div(
             log_q, log_p, reduction="batchmean", log_target=True
         )
-    assert_close(ours["kl"], exact, rtol=1e-4, atol=0)
+    assert_close(ours["kl"], exact, rtol=2e-4, atol=0)
     for name, loss in ours.items():
         want = usual(name, student.double(), teacher.double(), temperature=4.0)
         assert_close(loss, want, rtol=1e-4, atol=1e-6)
-    assert abs(theirs.double() / exact - 1) > (0.5 if near == 0.03 else 0.002)
+    assert abs(theirs.double() / exact - 1) > (1 if near == 0.01 else 0.05)
