@@ -14,9 +14,9 @@ from torch import Tensor
 from support.feature_tools import BFLOAT, DOUBLE, FLOAT, HALF, draw, every_dtype
 from support.operations import gradients
 from vitkd_fast import reference
-from vitkd_fast.functional import _features, binary_kd_loss, kd_loss
+from vitkd_fast.functional import binary_kd_loss, kd_loss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.every_isa, pytest.mark.usefixtures("one_thread")]
 
 
 def pair(*shape: int, dtype: torch.dtype = FLOAT, scale: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ def test_labels_of_any_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(both, F.binary_cross_entropy_with_logits(s, y.float()))
 
 
-def test_classes_in_any_dimension_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_in_any_dimension() -> None:
     s, t = pair(2, 5, 3, 4)
     options: dict[str, Any] = {"class_weights": torch.rand(5), "bce_weight": 1.0}
     y = torch.rand(2, 5, 3, 4).round()
@@ -138,11 +138,6 @@ def test_classes_in_any_dimension_and_tiles(monkeypatch: pytest.MonkeyPatch) -> 
         found = binary_kd_loss(s, t, y, **options, class_dim=1, reduction=reduction)
         assert found.shape == ((2, 3, 4) if reduction == "none" else ())
         torch.testing.assert_close(found, want)
-    whole = gradients(lambda s, t: binary_kd_loss(s, t, y, class_dim=1, **options), [s], t)
-    monkeypatch.setattr(_features, "TILE", 20)
-    parts = gradients(lambda s, t: binary_kd_loss(s, t, y, class_dim=1, **options), [s], t)
-    for a, b in zip(parts, whole, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_inside_autocast() -> None:
