@@ -1,4 +1,4 @@
-"""binary_kd_loss beside unfused PyTorch: see features.py. Bound by exponentials and logarithms."""
+"""binary_kd_loss beside unfused PyTorch: see features.py. Bound by exponentials and divisions."""
 
 from __future__ import annotations
 

@@ -99,12 +99,12 @@ def _dist_columns_kernel(
     inside = cols < classes
     # 1. the first row is the pivot
     first = chunk * CHUNK + tl.arange(0, 1)
-    live = inside[None, :] & (first < rows)[:, None]
+    there = inside[None, :] & (first < rows)[:, None]
     of_t = stats_ptr + 2 * rows
     a = _probabilities(
-        student_ptr, stats_ptr, first, cols, first < rows, live, rows, classes, inv_t
+        student_ptr, stats_ptr, first, cols, first < rows, there, rows, classes, inv_t
     )
-    b = _probabilities(teacher_ptr, of_t, first, cols, first < rows, live, rows, classes, inv_t)
+    b = _probabilities(teacher_ptr, of_t, first, cols, first < rows, there, rows, classes, inv_t)
     # 2. sums of what rows differ by
     q_sum = tl.zeros([ROWS, COLUMNS], ACC)
     p_sum, qq, pp, qp = q_sum, q_sum, q_sum, q_sum

@@ -145,6 +145,23 @@ def _dist_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
     return student.new_empty(student.shape)
 
 
+def _binary_kd_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    every = reference.BinaryKDOptions(*options).reduction == reference.NONE
+    return student.new_empty(student.shape[:1] if every else [], dtype=dtype)
+
+
+def _binary_kd_fwd_grad_fake(
+    student: Tensor, teacher: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    loss = _binary_kd_fwd_fake(student, teacher, *options)
+    return loss, student.new_empty(student.shape)
+
+
+def _binary_kd_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
+    return student.new_empty(student.shape)
+
+
 def _at_fwd_grad_fake(
     f_s: Tensor, f_t: Tensor, p: int, reduction: int, wants_grad: bool
 ) -> tuple[Tensor, Tensor]:
@@ -171,6 +188,11 @@ class Operation(NamedTuple):
     def name(self) -> str:
         return self.schema.partition("(")[0]
 
+    @property
+    def has_cuda(self) -> bool:
+        """Else the reference serves CUDA, whatever VITKD_FAST_BACKEND says."""
+        return importlib.util.find_spec(f"vitkd_fast.kernels.{self.stem}") is not None
+
 
 def _schema_of(options: type) -> str:
     """The fields of a NamedTuple, as in "int kind, int reduction, bool allow_tf32=False"."""
@@ -187,6 +209,7 @@ _ROW_OPTIONS = _schema_of(reference.RowLossOptions)
 _TOPK_OPTIONS = _schema_of(reference.KDTopKOptions)
 _TOPK = "Tensor student, Tensor indices, Tensor values"
 _MAP_OPTIONS = _schema_of(reference.AttentionMapOptions)
+_BINARY_OPTIONS = _schema_of(reference.BinaryKDOptions)
 _MAPS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t"
 
 OPERATIONS = [
@@ -273,6 +296,20 @@ OPERATIONS = [
         _dist_bwd_fake, reference.dist_bwd, "dist",
     ),
     Operation(
+        f"binary_kd_fwd(Tensor student, Tensor teacher, {_BINARY_OPTIONS}) -> Tensor",
+        _binary_kd_fwd_fake, reference.binary_kd_fwd, "binary_kd",
+    ),
+    Operation(
+        f"binary_kd_fwd_grad(Tensor student, Tensor teacher, {_BINARY_OPTIONS}) "
+        "-> (Tensor loss, Tensor grad)",
+        _binary_kd_fwd_grad_fake, reference.binary_kd_fwd_grad, "binary_kd",
+    ),
+    Operation(
+        "binary_kd_bwd(Tensor grad_loss, Tensor student, Tensor teacher, "
+        f"{_BINARY_OPTIONS}) -> Tensor",
+        _binary_kd_bwd_fake, reference.binary_kd_bwd, "binary_kd",
+    ),
+    Operation(
         "at_fwd_grad(Tensor f_s, Tensor f_t, int p, int reduction, bool wants_grad) "
         "-> (Tensor loss, Tensor grad)",
         _at_fwd_grad_fake, reference.at_fwd_grad, "at",
@@ -324,14 +361,15 @@ def _register(backend: str) -> torch.library.Library:
             f"without its operations (vitkd_fast._C); {_BUILD}"
         )
     for op in OPERATIONS:
+        if not op.has_cuda:
+            continue
         compiled = _has_kernel(f"{_NAMESPACE}::{op.name}", "CUDA")
-        written = importlib.util.find_spec(f"vitkd_fast.kernels.{op.stem}")
-        if backend == "cuda" and written and not compiled:
+        if backend == "cuda" and not compiled:
             raise ImportError(
                 f"VITKD_FAST_BACKEND=cuda: {op.name} has no CUDA C++ kernel in this build; "
                 "rebuild with VITKD_FAST_CUDA=1"
             )
-        if written and importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
+        if importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
             kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")
             library.impl(op.name, getattr(kernels, op.name), "CUDA", allow_override=True)
             _triton.add(op.name)

@@ -5,16 +5,17 @@
 constexpr int64_t kBlock = 1024;  // classes whose sums stay in registers
 
 // x becomes exp((x - max) / T); returns the sum.
-inline float exponentials(float* x, int64_t n, float max_in, float inv_t_in, const char* next,
+inline float exponentials(float* x, int64_t n, float max_in, float inv_t, const char* next,
                           int64_t size) {
-  const Vec max_x{max_in}, inv_t{inv_t_in};
+  const Vec max_x{max_in};
+  const Scale at_t(inv_t);
   const int64_t step = kLanes * size;
   double sum = 0;
   for (int64_t from = 0; from < padded(n); from += kBlock) {
     Vec sums{0.f};
     for (int64_t i = from; i < std::min(from + kBlock, padded(n)); i += kLanes) {
       __builtin_prefetch(next += step);
-      const Vec e = exp((Vec::load(x + i) - max_x) * inv_t);
+      const Vec e = exp_scaled(Vec::load(x + i) - max_x, at_t);
       e.store(x + i);
       sums = sums + e;
     }
@@ -32,8 +33,12 @@ inline Moments<float> add_row(const float* e_s, const float* e_t, float by_s, fl
     Vec vq = zero, vp = zero, cs = zero;
     for (int64_t i = from; i < std::min(from + kBlock, width); i += kLanes) {
       const Vec q = Vec::load(e_s + i) * q_by, p = Vec::load(e_t + i) * p_by;
-      const Vec::Mask live = Vec::first(std::min(std::max<int64_t>(n - i, 0), kLanes));
-      const Vec u_q = select(live, q - uniform, zero), u_p = select(live, p - uniform, zero);
+      Vec u_q = q - uniform, u_p = p - uniform;
+      if (i + kLanes > n) {
+        const Vec::Mask live = Vec::first(std::max<int64_t>(n - i, 0));
+        u_q = select(live, u_q, zero);
+        u_p = select(live, u_p, zero);
+      }
       vq = fma(u_q, u_q, vq);
       vp = fma(u_p, u_p, vp);
       cs = fma(u_q, u_p, cs);
@@ -55,7 +60,8 @@ inline Moments<float> add_row(const float* e_s, const float* e_t, float by_s, fl
 // s becomes q, t the slope; returns sum q * slope.
 inline float slopes(float* s, float* t, const Stats<float>& st, const RowFactors<float>& f,
                     const float* columns, int64_t n, const Ahead& ahead) {
-  const Vec max_s{st.max_s}, max_t{st.max_t}, log_s{st.log_s}, log_t{st.log_t}, inv_t{f.inv_t};
+  const Vec max_s{st.max_s}, max_t{st.max_t}, by_s{std::exp(-st.log_s)}, by_t{std::exp(-st.log_t)};
+  const Scale at_t(f.inv_t);
   const Vec uniform{f.uniform}, row_q{f.q}, row_p{f.p};
   const int64_t width = padded(n), step_s = kLanes * ahead.s_size, step_t = kLanes * ahead.t_size;
   const char *next_s = ahead.s, *next_t = ahead.t, *grad = ahead.grad;
@@ -66,8 +72,8 @@ inline float slopes(float* s, float* t, const Stats<float>& st, const RowFactors
       __builtin_prefetch(next_s += step_s);
       __builtin_prefetch(next_t += step_t);
       __builtin_prefetch(grad += step_s, 1);
-      const Vec q = exp((Vec::load(s + i) - max_s) * inv_t - log_s);
-      const Vec p = exp((Vec::load(t + i) - max_t) * inv_t - log_t);
+      const Vec q = by_s * exp_scaled(Vec::load(s + i) - max_s, at_t);
+      const Vec p = by_t * exp_scaled(Vec::load(t + i) - max_t, at_t);
       const float* const column = columns + i;
       const Vec of_row = row_p * (p - uniform) - row_q * (q - uniform);
       const Vec of_p = Vec::load(column + 3 * width) * (p - Vec::load(column + width));

@@ -9,9 +9,10 @@ inline void exp_all(float* x, int64_t n) {
 }
 
 template <bool kOne, bool kTotal>
-void exponentials_of(float* x, float* e_1, int64_t n, float inv_t_in, const Ahead& ahead,
+void exponentials_of(float* x, float* e_1, int64_t n, float inv_t, const Ahead& ahead,
                      Part<float>& to) {
-  const Vec max_x{to.max}, inv_t{inv_t_in}, zero{0.f}, masked{-INFINITY};
+  const Vec max_x{to.max}, zero{0.f}, masked{-INFINITY};
+  const Scale at_t(inv_t), at_1(1);
   const char *next = ahead.next, *grad = ahead.grad;
   const int64_t step = kLanes * ahead.size;
   double sum = 0, sum_1 = 0, total = 0;
@@ -21,11 +22,11 @@ void exponentials_of(float* x, float* e_1, int64_t n, float inv_t_in, const Ahea
       // what comes next is on its way while these exponentials are computed
       __builtin_prefetch(next += step);
       __builtin_prefetch(grad += step, 1);
-      const Vec logit = Vec::load(x + i), d = logit - max_x, e = exp(d * inv_t);
+      const Vec logit = Vec::load(x + i), d = logit - max_x, e = exp_scaled(d, at_t);
       e.store(x + i);
       sums = sums + e;
       if constexpr (kOne) {
-        const Vec one = exp(d);
+        const Vec one = exp_scaled(d, at_1);
         one.store(e_1 + i);
         sums_1 = sums_1 + one;
       }

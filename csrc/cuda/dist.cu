@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) dist_rows_kernel(const __grid_consta
 
 // Block [kColumns, kLines]: parts [chunks, 5, classes].
 template <class A>
-__global__ void __launch_bounds__(kColumns* kLines)
+__global__ void __launch_bounds__(kColumns* kLines, 1)
     dist_columns_kernel(const __grid_constant__ Call<A> c, double* parts) {
   __shared__ A sums[5][kLines][kColumns];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class A, class S>
-__global__ void __launch_bounds__(kThreads) dist_bwd_kernel(const __grid_constant__ Call<A> c) {
+__global__ void __launch_bounds__(kThreads, 1) dist_bwd_kernel(const __grid_constant__ Call<A> c) {
   const int64_t row = blockIdx.x, n = c.classes;
   const Stats<A> st = c.load_stats(row);
   const A row_q = c.row_factors[row], row_p = c.row_factors[c.rows + row];

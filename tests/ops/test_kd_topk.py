@@ -378,6 +378,18 @@ def test_threads_change_nothing(tail: str) -> None:
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    student, teacher = pair(8, 30, dtype=dtype)
+    for tail in TAILS:
+        want = loss_and_grad(student, teacher, topk_loss, k=4, tail=tail, temperature=2.0)
+        with torch.autocast("cpu", BFLOAT):
+            given = loss_and_grad(student, teacher, topk_loss, k=4, tail=tail, temperature=2.0)
+        for x, y in zip(given, want, strict=True):
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
+
+
 def test_module() -> None:
     student, teacher = pair(6, 21)
     top = top_of(teacher, 5, 4.0)

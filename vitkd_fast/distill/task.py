@@ -98,6 +98,9 @@ class DistillationTask(TrainingTask):
         self.teacher_taps = [_taps(x, [of_teacher for _, of_teacher in wanted]) for x in teachers]
         taps = _taps(student, [student for student, _ in wanted])
         learned = nn.ModuleDict()
+        for name, term in terms.items():
+            if alone := term.learned_alone():
+                learned[_place(name, 0, 1)] = alone.to(runtime.device)
         if taps and any(self.teacher_taps):
             training = self.student.training
             student.eval()  # one image is no batch to take statistics from

@@ -1,7 +1,7 @@
-"""binary_kd_loss: classes that are not exclusive, T^2 KL of Bernoullis + w BCE, in tiles of rows.
+"""binary_kd_loss: classes that are not exclusive, T^2 KL of Bernoullis + w BCE, in one pass.
 
-Each tile of the logits is read once; loss and gradient are formed while it is in cache, and nothing
-of the logits' size but the gradient is kept.
+Everything is read once; loss and gradient are formed together, and nothing of the logits' size but
+the gradient is kept.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
+from .. import reference
 from ._common import (
     REDUCTIONS,
     check_choice,
@@ -19,90 +19,75 @@ from ._common import (
     check_inputs,
     check_numbers,
     check_tensors,
-    exactly,
+    differentiable_once,
     wide_dtype,
 )
-from ._features import empty_grad, formed_in_forward, samples_per_tile
 
-_TENSORS = 8  # of a tile, which stay in L2 together
-
-
-def _log_larger(x: Tensor) -> Tensor:
-    """log of the larger of sigmoid(x) and sigmoid(-x): softplus(x) = max(x, 0) - this."""
-    return logsigmoid(x.abs())
+_fwd = torch.ops.vitkd_fast.binary_kd_fwd.default
+_fwd_grad = torch.ops.vitkd_fast.binary_kd_fwd_grad.default
+_bwd = torch.ops.vitkd_fast.binary_kd_bwd.default
+_scale_ = torch.ops.vitkd_fast.kd_scale_.default
 
 
-def _divergence(u: Tensor, v: Tensor, p: Tensor, log_u: Tensor) -> Tensor:
-    """KL(Bernoulli(p) || Bernoulli(sigmoid(u))), p = sigmoid(v).
+class _InForward(torch.autograd.Function):
+    """The gradient is formed in the forward, while the logits are in registers."""
 
-    Of each side's own logarithms, which are small where its probability is near 1: a difference of
-    softplus(u) and softplus(v) alone would lose what is smaller than a rounding of the logits.
-    """
-    u_up, v_up = u.clamp(min=0), v.clamp(min=0)
-    loss = _log_larger(v).sub_(log_u)
-    loss.addcmul_(v.neg().sigmoid_(), u_up - v_up)
-    return loss.addcmul_(p, u_up.sub_(u).sub_(v_up.sub_(v)))
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: tuple) -> Tensor:
+        loss, ctx.grad = _fwd_grad(student, teacher, *options)
+        ctx.save_for_backward(student)
+        ctx.constants = teacher, options
+        return loss
 
-
-def _form_binary(
-    inputs: tuple[Tensor | None, ...], constants: tuple, needed: tuple[bool, ...]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The losses of rows [rows, classes], reduced, and the gradient of the student."""
-    (student,) = inputs
-    teacher, labels, mask, class_weights, options = constants
-    temperature, kd_weight, bce_weight, reduction, dtype = options
-    assert student is not None
-    count, classes = student.shape
-    d_s = empty_grad(student, needed[0], dtype)
-    rows = student.new_empty(count, dtype=dtype)
-    largest = torch.finfo(dtype).max  # in place of infinities, which times 0 are NaN
-    step = samples_per_tile(count, _TENSORS * classes)
-    with torch.no_grad(), exactly(student):
-        weights = None if class_weights is None else class_weights.to(dtype)
-        scale: Tensor | float = 1.0
-        if reduction == "mean":
-            scale = 1 / _size(count, classes, mask, weights)
-        for i in range(0, count, step):
-            s = student[i : i + step].to(dtype).clamp(-largest, largest)
-            v = teacher[i : i + step].to(dtype).clamp(-largest, largest)
-            u = s
-            if temperature != 1:
-                u, v = s / temperature, v / temperature
-            q, p, log_u = u.sigmoid(), v.sigmoid(), _log_larger(u)
-            loss = _divergence(u, v, p, log_u).mul_(kd_weight * temperature**2)
-            grad = torch.sub(q, p).mul_(kd_weight * temperature)
-            if bce_weight != 0:
-                y = labels[i : i + step].to(dtype)
-                if temperature != 1:
-                    q, log_u = s.sigmoid(), _log_larger(s)
-                # softplus(s) - y s
-                loss.sub_(log_u, alpha=bce_weight).add_(s.clamp(min=0), alpha=bce_weight)
-                loss.addcmul_(y, s, value=-bce_weight)
-                grad.add_(q.sub_(y), alpha=bce_weight)
-            if weights is not None:
-                loss, grad = loss.mul_(weights), grad.mul_(weights)
-            if mask is not None:
-                # not a product: what is masked may be NaN
-                left_out = ~mask[i : i + step]
-                loss, grad = loss.masked_fill_(left_out, 0), grad.masked_fill_(left_out, 0)
-            rows[i : i + step] = loss.sum(1)
-            if d_s is not None:
-                d_s[i : i + step].copy_(grad.mul_(scale))
-    if reduction == "none":
-        return rows, [d_s]
-    return (rows.sum(dtype=torch.float64) * scale).to(dtype), [d_s]
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # handed over, not shared: it is scaled in place and then belongs to the caller
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:  # a second backward, after retain_graph=True
+            (student,) = ctx.saved_tensors
+            teacher, options = ctx.constants
+            _, grad = _fwd_grad(student, teacher, *options)
+        _scale_(grad, grad_loss)
+        return grad, None, None
 
 
-def _size(count: int, classes: int, mask: Tensor | None, weights: Tensor | None) -> Tensor | float:
-    """The sum of the weights of what is not masked, or 1 where there is nothing."""
-    if mask is None:
-        if weights is None:
-            return float(max(count * classes, 1))
-        total = weights.sum(dtype=torch.float64) * max(count, 1)
-    else:
-        per_class = mask.sum(0, dtype=torch.float64)
-        total = (per_class if weights is None else per_class * weights).sum()
-    return torch.where(total > 0, total, 1.0)
+class _InBackward(torch.autograd.Function):
+    """The gradient is formed in the backward, from the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
+        ctx.save_for_backward(student)
+        ctx.constants = teacher, options
+        return _fwd(student, teacher, *options)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        (student,) = ctx.saved_tensors
+        teacher, options = ctx.constants
+        grad = _bwd(grad_loss, student, teacher, *options)
+        return grad, *[None] * (1 + len(options))
+
+
+def _as_rows(x: Tensor | None, class_dim: int | None) -> Tensor | None:
+    """[rows, classes]; without a class dimension one row of all, which need not be copied."""
+    if x is None:
+        return None
+    if class_dim is None:
+        return x.reshape(1, -1)
+    return x.movedim(class_dim, -1).reshape(-1, x.shape[class_dim])
+
+
+def _loss_of(student: Any, teacher: Any, options: reference.BinaryKDOptions) -> Tensor:
+    if not (student.requires_grad and torch.is_grad_enabled()):
+        return _fwd(student, teacher, *options)
+    # float16: the incoming gradient, with its loss scale, is applied before the rounding.
+    # a compiled graph keeps its inputs anyway, and allows no in-place operation
+    late = student.dtype is torch.float16 or options.reduction == reference.NONE
+    if late or torch.compiler.is_compiling():
+        return _InBackward.apply(student, teacher, *options)
+    return _InForward.apply(student, teacher, tuple(options))
 
 
 def binary_kd_loss(
@@ -188,14 +173,28 @@ def binary_kd_loss(
             )
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"{name}: mask: expected bool, got {mask.dtype}")
-    rows = [
-        None if x is None else x.movedim(class_dim, -1).reshape(-1, classes)
-        for x in (student, teacher, labels, mask)
-    ]
+    # sums over classes and rows alike need to know neither
+    apart = class_weights is not None or reduction == "none"
+    of = class_dim if apart or not student.is_contiguous() else None
     dtype = wide_dtype(student, teacher)
-    numeric = (temperature, kd_weight, bce_weight, reduction, dtype)
-    constants = (rows[1], rows[2], rows[3], class_weights, numeric)
-    loss = formed_in_forward(_form_binary, constants, rows[0])
+    if dtype == torch.float64:
+        student, teacher = student.double(), teacher.double()
+    if labels is not None and labels.dtype not in (torch.bool, torch.uint8):
+        labels = labels.to(dtype)
+    rows = [_as_rows(x, of) for x in (student, teacher, labels, mask)]
+    loss = _loss_of(
+        rows[0],
+        rows[1],
+        reference.BinaryKDOptions(
+            temperature,
+            kd_weight,
+            REDUCTIONS[reduction],
+            labels=rows[2] if bce_weight != 0 else None,
+            mask=rows[3],
+            class_weights=None if class_weights is None else class_weights.to(dtype),
+            bce_weight=bce_weight,
+        ),
+    )
     if reduction != "none":
         return loss
     class_dim %= dim

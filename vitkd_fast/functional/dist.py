@@ -75,8 +75,9 @@ class _DIST(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor, group: Any, temperature: float, beta: float,
         gamma: float,
     ) -> Tensor:  # fmt: skip
-        stats, columns = _dist_moments(student, teacher, temperature)
-        loss, *factors = _terms(stats, columns, student.shape[0], group, temperature, beta, gamma)
+        flat = student.flatten(0, -2)
+        stats, columns = _dist_moments(flat, teacher, temperature)
+        loss, *factors = _terms(stats, columns, flat.shape[0], group, temperature, beta, gamma)
         ctx.save_for_backward(student, stats, *factors)
         ctx.constants = teacher, temperature
         return loss
@@ -86,8 +87,8 @@ class _DIST(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         student, *given = ctx.saved_tensors
         teacher, temperature = ctx.constants
-        grad = _dist_bwd(grad_loss, student, teacher, *given, temperature)
-        return grad, *[None] * 5
+        grad = _dist_bwd(grad_loss, student.flatten(0, -2), teacher, *given, temperature)
+        return grad.view(student.shape), *[None] * 5
 
 
 def dist_loss(
@@ -150,10 +151,8 @@ def dist_loss(
     of_processes = None
     if sync and dist.is_available() and dist.is_initialized():
         of_processes = group if group is not None else dist.group.WORLD
-    classes = student.shape[-1]
     if wide_dtype(student, teacher) == torch.float64:
         student, teacher = student.double(), teacher.double()
-    student, teacher = student.reshape(-1, classes), teacher.reshape(-1, classes)
-    if student.shape[0] == 0 and of_processes is None:
+    if student.numel() == 0 and of_processes is None:
         return student.sum().to(wide_dtype(student))
-    return _DIST.apply(student, teacher, of_processes, temperature, beta, gamma)
+    return _DIST.apply(student, teacher.flatten(0, -2), of_processes, temperature, beta, gamma)

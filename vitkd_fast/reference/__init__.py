@@ -15,6 +15,10 @@ from .attention_map import AttentionMapOptions as AttentionMapOptions
 from .attention_map import attention_map_bwd as attention_map_bwd
 from .attention_map import attention_map_fwd as attention_map_fwd
 from .attention_map import attention_map_fwd_grad as attention_map_fwd_grad
+from .binary_kd import BinaryKDOptions as BinaryKDOptions
+from .binary_kd import binary_kd_bwd as binary_kd_bwd
+from .binary_kd import binary_kd_fwd as binary_kd_fwd
+from .binary_kd import binary_kd_fwd_grad as binary_kd_fwd_grad
 from .binary_kd import binary_kd_loss as binary_kd_loss
 from .cc import cc_loss as cc_loss
 from .deit import deit_hard_loss as deit_hard_loss
