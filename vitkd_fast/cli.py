@@ -226,12 +226,12 @@ def quantize(
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise typer.BadParameter(f"-o: {output} is the model itself")
 
-    from . import int8, models
+    from . import int8
     from .distill import sources
     from .images import DataError, list_images, read
 
     files = list_images(images)
-    loaded = models.load(model)
+    loaded = _load(model)
     pixels = replace(loaded.pixels, image_size=image_size or loaded.pixels.image_size)
     chosen, bad = [], 0
     for i in sources.spread(len(files), count):
@@ -370,7 +370,7 @@ def _open(model: str, threads: int | None, accelerated: bool = False) -> _Opened
     if threads:
         warn_of_threads("--threads", threads)
         torch.set_num_threads(threads)
-    loaded = models.load(model)
+    loaded = _load(model)
     device = "cuda" if accelerated and torch.cuda.is_available() else "cpu"
     predictor = models.predictor(loaded.model, loaded.pixels).to(device)
 
@@ -379,6 +379,19 @@ def _open(model: str, threads: int | None, accelerated: bool = False) -> _Opened
         return predictor(torch.as_tensor(images).permute(0, 3, 1, 2)).float()
 
     return _Opened(logits, loaded.pixels, loaded.classes, device)
+
+
+def _load(model: str) -> Any:
+    """A model with a classifier."""
+    from . import models
+
+    loaded = models.load(model)
+    if not loaded.classes:
+        raise ValueError(
+            f"{model} has no classifier: it returns features; with data.probe, `vitkd distill` "
+            "leaves classifier.safetensors beside it"
+        )
+    return loaded
 
 
 def _evaluate(opened: _Opened, source: Any, section: Any) -> tuple[dict[str, float], Any, int]:

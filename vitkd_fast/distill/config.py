@@ -37,6 +37,12 @@ class Data(Section):
     root: PathText = ""  # folder of a named dataset; train and val are then its splits
     train: PathText = ""  # a folder of class folders
     val: PathText = ""  # another; without it, see holdout
+    # no classes: train and val are folders with images, or a data set whose labels are not read
+    unlabelled: bool = False
+    # with unlabelled: "digits" or a folder of class folders, small, on which k-NN and a linear
+    # classifier judge the features
+    probe: PathText = ""
+    probe_val: PathText = ""  # another, to score on; without it, see holdout
     holdout: float = Field(0.1, gt=0, lt=1)  # share of the training images
     image_size: int = Field(224, ge=8)  # side of the square that both models read
     crop_pct: float = Field(0.875, gt=0, le=1)  # of the resized image, in validation
@@ -180,6 +186,9 @@ class Config(Section):
             return tree
         teacher = tree["teacher"] if "teacher" in tree else None
         distilled = (isinstance(teacher, dict) and teacher.get("model")) or tree.get("teachers")
+        data = tree.get("data")
+        if isinstance(data, dict) and data.get("unlabelled"):
+            return {**tree, "losses": {"features": {}}}
         return {**tree, "losses": {"kd": {"temperature": 4.0}} if distilled else {"ce": {}}}
 
     @model_validator(mode="after")
@@ -206,7 +215,22 @@ class Config(Section):
                 else f"teacher.model: {names} teaches nothing without losses.kd or another loss "
                 "that compares with it"
             )
-        if not any(term.classifies for term in terms.values()):
+        if self.data.unlabelled:
+            for name, term in terms.items():
+                if term.classifies:
+                    raise ConfigError(
+                        f"losses.{name}: is of classes, and data.unlabelled has none; use "
+                        "losses.features or another loss of features"
+                    )
+            for name, teacher in teachers.items():
+                if teacher.epochs:
+                    raise ConfigError(
+                        f"{name}.epochs: expected 0, as data.unlabelled has no labels to train on, "
+                        f"got {teacher.epochs}"
+                    )
+        elif self.data.probe:
+            raise ConfigError("data.probe: has no meaning without data.unlabelled=true")
+        elif not any(term.classifies for term in terms.values()):
             raise ConfigError(
                 f"losses.{distil[0]}: trains no classifier; add losses.kd or losses.ce"
             )
@@ -218,10 +242,13 @@ class Config(Section):
                     f"{name}.model: {teacher.model} is a file, with which pretrained, checkpoint, "
                     "options and epochs have no meaning"
                 )
+        if self.data.probe_val and not self.data.probe:
+            raise ConfigError("data.probe: missing, and data.probe_val is the other part of it")
         if len(set(self.run.seeds)) < len(self.run.seeds):
             raise ConfigError(f"run.seeds: {self.run.seeds} names a seed twice")
         if not (self.data.train or self.data.dataset):
-            raise ConfigError("data.train: missing; name a folder with a folder for each class")
+            what = "images" if self.data.unlabelled else "a folder for each class"
+            raise ConfigError(f"data.train: missing; name a folder with {what}")
         if self.augmentation.mixes and self.data.batch_size % 2:
             raise ConfigError(
                 f"data.batch_size: {self.data.batch_size} is odd, and mixing pairs the images"

@@ -26,7 +26,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from .._files import finite, replacing
 
 VERSION = 1
-_PERCENT = frozenset({"top1", "top5", "precision", "recall", "f1", "agreement", "unchanged"})
+_PERCENT = frozenset({"top1", "top5", "knn", "precision", "recall", "f1", "agreement", "unchanged"})
 _LATENCIES = ("latency_ms", "latency_p90_ms", "latency_p99_ms", "latency_cpu_ms")
 _COSTS = frozenset({"parameters", "macs", "bytes", "images_per_s", *_LATENCIES})
 _BUSY = 1.5  # a clock so far above the CPU time shows a machine that did other work
@@ -181,11 +181,15 @@ def _commands(results: dict) -> list[tuple[str, str]]:
     run, data = config.get("run") or {}, config.get("data") or {}
     roles, seeds = {model["role"] for model in results["models"]}, run.get("seeds")
     role = "distilled" if "distilled" in roles else "baseline"
-    if role not in roles or not run.get("folder") or not seeds:
+    # without labels, what classifies is the student with a classifier that was fitted
+    fitted, classes = bool(data.get("unlabelled")), results["data"]["classes"]
+    if role not in roles or not run.get("folder") or not seeds or not classes:
         return []
-    train, val = (data.get(key) or f"{key.upper()}_IMAGES" for key in ("train", "val"))
+    keys = ("train", "probe_val" if fitted else "val")
+    train, val = (data.get(key) or f"{key.upper()}_IMAGES" for key in keys)
     folder = Path(run["folder"]) / f"{role}-{seeds[0]}"
-    model, small = str(folder / "last.safetensors"), str(folder / "last.int8.safetensors")
+    model = str(folder / ("classifier.safetensors" if fitted else "last.safetensors"))
+    small = str(folder / "last.int8.safetensors")
     found = [
         ("Classify images", ["vitkd", "predict", model, "IMAGE.jpg"]),
         ("Each class's figures", ["vitkd", "eval", model, val, "--json"]),
@@ -226,6 +230,9 @@ def render(results: dict) -> str:
 def table(results: dict) -> str:
     """The metrics as aligned text for a terminal, one row per model."""
     metrics = {"f1": "f1 %", "nll": "nll", "ece": "ece", "agreement": "agreement %"}
+    for key, name in {"knn": "k-NN %", "similarity": "similarity"}.items():
+        if any(key in model["mean"] for model in results["models"]):
+            metrics[key] = name
     costs = {"parameters": "parameters", "macs": "MMACs", "bytes": "size", "latency_ms": "ms"}
     rows = [["", "model", "top-1 %", *metrics.values(), *costs.values()]]
     for model in finite(results["models"]):
