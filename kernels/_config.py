@@ -48,7 +48,7 @@ def kd(
         whole_row = wide <= 4096 // shrink
         block_rows = min(32, max(1, 1024 // wide)) if whole_row else 1
         vec = min(max(1, 16 // element_size), align, wide)
-        tile = wide if whole_row else 256 * max(8, 2 * vec) // shrink
+        tile = wide if whole_row else 256 * min(max(8, 2 * vec), per_thread // 2) // shrink
         threads = max(32, block_rows * tile // per_thread) if whole_row else 256
     lanes = min(tile // vec, max(1, threads // block_rows))
     return KdTile(tile // (lanes * vec), block_rows, lanes, vec, whole_row, threads // 32)
@@ -56,6 +56,12 @@ def kd(
 
 # a divergence's terms need more registers than kd_loss's
 ROW_LOSS_PER_THREAD = 16
+
+
+def row_loss_registers(tile: KdTile) -> int | None:
+    """Said of long rows, where ptxas would rather put a few bytes on the stack."""
+    return None if tile.whole_row else 128
+
 
 TOTAL_BLOCK = 1024  # rows whose weights one program adds up at a time
 TOTAL_PARTS = 128  # partial sums at most: every program of the next kernel adds them up

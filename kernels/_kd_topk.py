@@ -30,7 +30,7 @@ _NUMBERS = (
 
 @triton.jit
 def _teacher(
-    indices_ptr, values_ptr, lse_ptr, row, top, classes, temperature,
+    indices_ptr, values_ptr, lse_ptr, row, top, classes, inv_t,
     TAIL: tl.constexpr, TOP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # of one row, in double as large logits and their log-sum-exp cancel: classes, which there are,
@@ -44,7 +44,7 @@ def _teacher(
     others = classes - top
     whole = (others == 0) | (TAIL == _RENORM)
     if lse_ptr is not None:
-        log_p = tl.where(live, value / temperature, -_INF)
+        log_p = tl.where(live, value * inv_t, -_INF)
         lse = tl.load(lse_ptr + row).to(tl.float64)
         log_p -= tl.where(whole, tl.max(log_p, 0), lse)
     else:
@@ -57,15 +57,26 @@ def _teacher(
     by = tl.where(over, mass, 1.0)
     log_p = tl.where(log_p == -_INF, log_p, log_p - tl.log(by))
     count = tl.maximum(others, 1).to(ACC)
-    return index, live, log_p, _divide(p, by), _divide(mass, by), rest, _divide(rest, count), wrong
+    return index, live, log_p, _divide(p, by), _divide(mass, by), rest, rest / count, wrong
+
+
+@triton.jit
+def _inverse(temperature_ptr, temperature_step, inverse, row):
+    # 1/T in double, of exactly the temperature at which the log-sum-exp was taken
+    if temperature_ptr is not None:
+        t = tl.load(temperature_ptr + row * temperature_step)
+        nearly = _divide(tl.full([1], 1, t.dtype), t).to(tl.float64)
+        return nearly * (2 - t.to(tl.float64) * nearly)
+    else:
+        return inverse
 
 
 @triton.jit
 def _is_tops(indices_ptr, row, cols, top):
     # which of a tile's classes are the teacher's
-    found = cols < 0
+    found = tl.zeros(cols.shape, tl.int32)
     for k in range(0, top):
-        found |= cols == tl.load(indices_ptr + row * top + k).to(tl.int64)
+        found |= (cols == tl.load(indices_ptr + row * top + k).to(tl.int32)).to(tl.int32)
     return found
 
 
@@ -132,7 +143,7 @@ def _kd_topk_fwd_kernel(
     totals_ptr,  # [parts]; read where there is a mean to take
     mean, parts, rows, classes, top, ignore_index,
     temperature: tl.float64, lam: tl.float64, kd_weight: tl.float64, ce_weight: tl.float64,
-    smoothing: tl.float64, share: tl.float64,
+    smoothing: tl.float64, inverse: tl.float64, share: tl.float64,
     TAIL: tl.constexpr, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
     TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -145,9 +156,7 @@ def _kd_topk_fwd_kernel(
     live_row = row < rows
 
     # 1. the row's options, [1]
-    exact = temperature  # the log-sum-exp was taken at exactly this one
-    if temperature_ptr is not None:
-        exact = tl.load(temperature_ptr + row * temperature_step).to(tl.float64)
+    exact = _inverse(temperature_ptr, temperature_step, inverse, row)
     temperature = _per_row(temperature_ptr, temperature_step, temperature, row, live_row, ACC)
     temperature = tl.where(temperature > 0, temperature, float("nan"))
     inv_t = _divide(tl.full([1], 1, ACC), temperature)
@@ -209,7 +218,7 @@ def _kd_topk_fwd_kernel(
             max_1, sum_1 = _add(s, inside, max_1, sum_1, 1.0)
         max_s, sum_s = _add(s, inside, max_s, sum_s, inv_t)
         if OTHERS:
-            of = inside & (_is_tops(indices_ptr, row, cols, top) == 0)
+            of = inside & (_is_tops(indices_ptr, row, cols.to(tl.int32), top) == 0)
             before = max_o
             max_o, sum_o = _add(s, of, max_o, sum_o, inv_t)
             if TAIL == _SMOOTH:
@@ -239,7 +248,7 @@ def _kd_topk_fwd_kernel(
                 left = tl.log(rest) - (log_o + log_q)
             else:
                 count = tl.maximum(classes - top, 1).to(ACC)
-                left = tl.log(uniform) - (_divide(total_o, count) * inv_t + log_q)
+                left = tl.log(uniform) - (total_o / count * inv_t + log_q)
             divergence += tl.where(rest == 0, 0.0, rest * left)
         loss = kd_weight * temperature * temperature * divergence
     if HAS_CE:
@@ -287,7 +296,7 @@ def _kd_topk_bwd_kernel(
     lam_ptr, lam_step, temperature_ptr, temperature_step,  # [rows], [] or None
     rows, classes, top,
     temperature: tl.float64, lam: tl.float64, kd_weight: tl.float64, ce_weight: tl.float64,
-    smoothing: tl.float64,
+    smoothing: tl.float64, inverse: tl.float64,
     TAIL: tl.constexpr, HAS_KD: tl.constexpr, HAS_CE: tl.constexpr,
     TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -295,9 +304,7 @@ def _kd_topk_bwd_kernel(
     HAS_B: tl.constexpr = labels_b_ptr is not None
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     live_row = row < rows
-    exact = temperature  # the log-sum-exp was taken at exactly this one
-    if temperature_ptr is not None:
-        exact = tl.load(temperature_ptr + row * temperature_step).to(tl.float64)
+    exact = _inverse(temperature_ptr, temperature_step, inverse, row)
     temperature = _per_row(temperature_ptr, temperature_step, temperature, row, live_row, ACC)
     temperature = tl.where(temperature > 0, temperature, float("nan"))
     inv_t = _divide(tl.full([1], 1, ACC), temperature)

@@ -131,12 +131,13 @@ def _terms(
         term = _kl_term(q, v, u, _wide(-shift))
         return term, term, p - q
     elif DIVERGENCE == _JS:
-        # m is the larger of q and p times 1 - weight of the smaller * (1 - e^-|log p - log q|)
+        # m is the larger of q and p times 1 + weight of the smaller * (e^-|log p - log q| - 1);
+        # near p = q first-order terms cancel, which takes all digits of that
         beta = _wide(beta)
         d = v - u + _wide(shift)
         down = -tl.abs(d)
         low = tl.where(d > 0, 1 - beta, beta)
-        above = -tl.log(1 - low * (1 - tl.exp(down)))
+        above = -_log1p(low * _expm1(down))
         below = down + above
         w = _product((1 - beta) * q, tl.where(d > 0, below, above))
         w_t = _product(beta * p, tl.where(d > 0, above, below))
@@ -153,6 +154,13 @@ def _terms(
 
 
 @triton.jit
+def _expm1(x):
+    # of x <= 0; Kahan's: the rounding of e^x cancels in the quotient
+    y = tl.exp(x)
+    return tl.where(y == 1, x, tl.where(x < -1, y - 1, (y - 1) * _divide(x, tl.log(y))))
+
+
+@triton.jit
 def _log_sigmoid(z):
     return tl.minimum(z, 0.0) - _log1p(tl.exp(-tl.abs(z)))
 
@@ -160,7 +168,7 @@ def _log_sigmoid(z):
 @triton.jit
 def _sigmoid(z):
     e = tl.exp(-tl.abs(z))
-    return _divide(tl.where(z >= 0, 1.0, e), 1 + e)
+    return tl.where(z >= 0, 1.0, e) / (1 + e)
 
 
 @triton.jit
@@ -173,7 +181,7 @@ def _squares(x, mean, mask):
 @triton.jit
 def _deviation(squares, others):
     # [rows]; others: classes - 1
-    variance = _divide(tl.sum(squares, 1), others)
+    variance = tl.sum(squares, 1) / others
     if variance.dtype == tl.float64:
         return tl.sqrt(variance)
     else:
@@ -251,8 +259,8 @@ def _row_loss_kernel(
             )
             sum_s += _sum(tl.where(mask, s, 0.0))
             sum_t += _sum(tl.where(mask, t, 0.0))
-        mean_s = _divide(tl.sum(sum_s, 1), others + 1)
-        mean_t = _divide(tl.sum(sum_t, 1), others + 1)
+        mean_s = tl.sum(sum_s, 1) / (others + 1)
+        mean_t = tl.sum(sum_t, 1) / (others + 1)
         sum_s, sum_t = nothing, nothing
         for start in range(0, end, TILE):
             now, mask, s, t = _read(
@@ -285,7 +293,7 @@ def _row_loss_kernel(
     top_t, sum_t = _over_lanes(top_t, sum_t, inv_t, WHOLE_ROW)
     top_1, sum_1 = _over_lanes(top_1, sum_1, one, WHOLE_ROW)
     log_s, log_t = tl.log(sum_s), tl.log(sum_t)
-    by_s, by_t = _divide(one, sum_s), _divide(one, sum_t)
+    by_s, by_t = 1 / sum_s, 1 / sum_t
     shift = _log1p((sum_s - sum_t) * by_t)
 
     # 5. of the label's class alone
@@ -297,7 +305,7 @@ def _row_loss_kernel(
         p_y = tl.exp(t_label) * by_t
         power = tl.exp(beta * _log1p(p_y))
         c_label = tl.where(beta == 1, p_y, power - 1)
-        w_t_label = _product(beta * p_y * _divide(power, 1 + p_y), log_s - s_label)
+        w_t_label = _product(beta * p_y * power / (1 + p_y), log_s - s_label)
 
     # 6. terms, and what the gradients need of their derivatives
     terms, sum_w, sum_w_t, total = nothing, nothing, nothing, nothing
@@ -369,9 +377,9 @@ def _row_loss_kernel(
         # 8. the gradient
         by_kd, slope = scale * kd_weight * temperature, zero
         if STANDARDIZE:
-            by_kd = _divide(by_kd, std + _STANDARDIZE_EPS)
-            slope = by_kd * _divide(along * temperature, others * std)
-        by_1 = _divide(scale * ce_weight, sum_1)
+            by_kd /= std + _STANDARDIZE_EPS
+            slope = by_kd * along * temperature / (others * std)
+        by_1 = scale * ce_weight / sum_1
         g_ptrs = _wide(_row_starts(grad_ptr, outer, at, g_outer, g_row, VEC))
         for start in range(0, end, TILE):
             now, mask, s, t = _read(

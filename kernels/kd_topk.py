@@ -62,7 +62,7 @@ def _forward(
             _contiguous(o.log_sum_exp), labels, labels_b, row_weights,
             *_per_row_and_step(o.lam_rows), *_per_row_and_step(o.temperature_rows),
             totals, int(total), parts, rows, classes, indices.shape[-1], o.ignore_index,
-            o.temperature, o.lam, o.kd_weight, o.ce_weight, o.label_smoothing,
+            o.temperature, o.lam, o.kd_weight, o.ce_weight, o.label_smoothing, 1 / o.temperature,
             1 / rows if mean and not total else 1.0,
             HAS_SMOOTHING=o.ce_weight != 0 and o.label_smoothing != 0,
             **_constants(student, indices, o),
@@ -106,7 +106,7 @@ def kd_topk_bwd(
             _contiguous(o.labels), _contiguous(o.labels_b),
             *_per_row_and_step(o.lam_rows), *_per_row_and_step(o.temperature_rows),
             rows, classes, indices.shape[-1],
-            o.temperature, o.lam, o.kd_weight, o.ce_weight, o.label_smoothing,
+            o.temperature, o.lam, o.kd_weight, o.ce_weight, o.label_smoothing, 1 / o.temperature,
             **_constants(student, indices, o),
         )  # fmt: skip
         if kept is not grad:

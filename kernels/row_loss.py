@@ -41,7 +41,8 @@ def _run(
                 *_per_row_and_step(o.lam_rows), *_per_row_and_step(o.temperature_rows),
                 of.totals, of.mean, of.parts, plan.rows, plan.inner, plan.classes, o.ignore_index,
                 o.temperature, o.lam, o.kd_weight, o.ce_weight, o.label_smoothing, o.alpha, o.beta,
-                of.share, WHOLE_ROW=plan.tile.whole_row, **plan.constants,
+                of.share, WHOLE_ROW=plan.tile.whole_row,
+                maxnreg=_config.row_loss_registers(plan.tile), **plan.constants,
             )  # fmt: skip
             if logits[0] is not grad:
                 grad.copy_(logits[0])

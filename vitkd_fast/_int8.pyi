@@ -23,6 +23,8 @@ class File:
     # none, or one for each logit
     @property
     def classes(self) -> tuple[str, ...]: ...
+    @property
+    def multilabel(self) -> bool: ...
 
 class Session:
     def __init__(

@@ -134,6 +134,34 @@ def _row_loss_fwd_grad_fake(
     return loss, *_row_loss_bwd_fake(loss, student, teacher, *options)
 
 
+def _dist_moments_fake(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows, classes = student.shape
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    columns = student.new_empty([5, classes], dtype=torch.float64)
+    return student.new_empty([7, rows], dtype=wide), columns
+
+
+def _dist_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+def _binary_kd_fwd_fake(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    every = reference.BinaryKDOptions(*options).reduction == reference.NONE
+    return student.new_empty(student.shape[:1] if every else [], dtype=dtype)
+
+
+def _binary_kd_fwd_grad_fake(
+    student: Tensor, teacher: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    loss = _binary_kd_fwd_fake(student, teacher, *options)
+    return loss, student.new_empty(student.shape)
+
+
+def _binary_kd_bwd_fake(grad_loss: Tensor, student: Tensor, *rest: Any) -> Tensor:
+    return student.new_empty(student.shape)
+
+
 class Operation(NamedTuple):
     schema: str
     fake: Callable
@@ -143,6 +171,11 @@ class Operation(NamedTuple):
     @property
     def name(self) -> str:
         return self.schema.partition("(")[0]
+
+    @property
+    def has_cuda(self) -> bool:
+        """Else the reference serves CUDA, whatever VITKD_FAST_BACKEND says."""
+        return importlib.util.find_spec(f"vitkd_fast.kernels.{self.stem}") is not None
 
 
 def _schema_of(options: type) -> str:
@@ -160,6 +193,7 @@ _ROW_OPTIONS = _schema_of(reference.RowLossOptions)
 _TOPK_OPTIONS = _schema_of(reference.KDTopKOptions)
 _TOPK = "Tensor student, Tensor indices, Tensor values"
 _MAP_OPTIONS = _schema_of(reference.AttentionMapOptions)
+_BINARY_OPTIONS = _schema_of(reference.BinaryKDOptions)
 _MAPS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t"
 
 OPERATIONS = [
@@ -235,6 +269,30 @@ OPERATIONS = [
         "-> (Tensor loss, Tensor grad)",
         _rkd_fwd_grad_fake, reference.rkd_fwd_grad, "rkd",
     ),
+    Operation(
+        "dist_moments(Tensor student, Tensor teacher, float temperature) "
+        "-> (Tensor stats, Tensor columns)",
+        _dist_moments_fake, reference.dist_moments, "dist",
+    ),
+    Operation(
+        "dist_bwd(Tensor grad_loss, Tensor student, Tensor teacher, Tensor stats, "
+        "Tensor row_factors, Tensor column_factors, float temperature) -> Tensor",
+        _dist_bwd_fake, reference.dist_bwd, "dist",
+    ),
+    Operation(
+        f"binary_kd_fwd(Tensor student, Tensor teacher, {_BINARY_OPTIONS}) -> Tensor",
+        _binary_kd_fwd_fake, reference.binary_kd_fwd, "binary_kd",
+    ),
+    Operation(
+        f"binary_kd_fwd_grad(Tensor student, Tensor teacher, {_BINARY_OPTIONS}) "
+        "-> (Tensor loss, Tensor grad)",
+        _binary_kd_fwd_grad_fake, reference.binary_kd_fwd_grad, "binary_kd",
+    ),
+    Operation(
+        "binary_kd_bwd(Tensor grad_loss, Tensor student, Tensor teacher, "
+        f"{_BINARY_OPTIONS}) -> Tensor",
+        _binary_kd_bwd_fake, reference.binary_kd_bwd, "binary_kd",
+    ),
 ]  # fmt: skip
 
 
@@ -277,6 +335,8 @@ def _register(backend: str) -> torch.library.Library:
             f"without its operations (vitkd_fast._C); {_BUILD}"
         )
     for op in OPERATIONS:
+        if not op.has_cuda:
+            continue
         compiled = _has_kernel(f"{_NAMESPACE}::{op.name}", "CUDA")
         if backend == "cuda" and not compiled:
             raise ImportError(

@@ -123,6 +123,13 @@ def evaluate(
     folder: Annotated[
         str, typer.Argument(metavar="DIR", help="A folder with a folder for each class.")
     ],
+    labels: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Of a model of several labels: the .csv or .json file in DIR with them.",
+        ),
+    ] = "labels.csv",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     workers: Annotated[int, typer.Option(min=0)] = 2,
     skip_bad: SkipBad = False,
@@ -136,14 +143,20 @@ def evaluate(
     Example: vitkd eval runs/first/distilled-0/best.safetensors images/val
     """
     from ._files import finite
-    from ._metrics import per_class
     from .distill import identity, sources
 
     opened = _open(model, threads, accelerated=True)
-    known = identity.class_indices(model, opened.classes, sources.class_folders(folder))
-    source, bad, notes, _ = sources.open_folder(folder, known, skip_bad)
+    notes: list[str] = []
+    source: Any
+    if opened.multilabel:
+        source, bad = sources.open_labelled(folder, labels, "DIR", skip_bad, opened.classes)
+    else:
+        known = identity.class_indices(model, opened.classes, sources.class_folders(folder))
+        source, bad, notes, _ = sources.open_folder(folder, known, skip_bad)
     # an int8 file is evaluated on NumPy, with fewer metrics, where there is no `distill` extra
     complete = not _is_int8(model) or find_spec("torchmetrics") is not None
+    if not complete and opened.multilabel:
+        raise ImportError('the metrics of several labels need pip install "vitkd-fast[distill]"')
     if not complete:
         notes.append('pip install "vitkd-fast[distill]" brings more metrics than these')
     for note in notes:
@@ -151,11 +164,12 @@ def evaluate(
     measure = _evaluate if complete else _evaluate_without_torch
     section = {"batch_size": batch_size, "workers": workers, "skip_bad": skip_bad}
     metrics, confusion, unread = measure(opened, source, section)
-    images, skipped = int(confusion.sum()), len(bad) + unread
+    images = int(confusion[0].sum() if opened.multilabel else confusion.sum())
+    skipped = len(bad) + unread
     if as_json:
         found = {"model": model, "folder": folder, "images": images, "skipped": skipped}
         found["metrics"] = metrics
-        found["classes"] = per_class(confusion, opened.classes)
+        found["classes"] = _per_class(opened)(confusion, opened.classes)
         print(json.dumps(finite(found), allow_nan=False, ensure_ascii=False, indent=2))
         return
     print(f"{images} images, {skipped} skipped")
@@ -168,9 +182,13 @@ def predict(
     model: Annotated[str, typer.Argument(help=MODEL_OR_INT8)],
     images: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 3,
+    threshold: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Of a model of several labels: the least probability."),
+    ] = 0.5,
     threads: Threads = None,
 ) -> None:
-    """Print the most probable classes of images, by a model or an int8 file.
+    """Print the most probable classes of images, or all their labels, by a model or an int8 file.
 
     Example: vitkd predict runs/first/distilled-0/best.safetensors cat.jpg dog.jpg
     """
@@ -183,9 +201,14 @@ def predict(
         if "://" in given and not Path(given).exists():
             raise DataError(f"{given} is a URL; download it, and name the file")
         files += list_images(given) if Path(given).is_dir() else [given]
-    logits, pixels, names, _ = _open(model, threads)
+    logits, pixels, names, _, multilabel = _open(model, threads)
     for file in files:
         answers = np.asarray(logits(read(file, pixels)[None]), np.float64)[0]
+        if multilabel:
+            odds = 1 / (1 + np.exp(-answers))
+            found = [i for i in np.argsort(-odds, kind="stable") if odds[i] >= threshold]
+            print(f"{file}: " + (", ".join(f"{names[i]} {odds[i]:.1%}" for i in found) or "none"))
+            continue
         odds = np.exp(answers - answers.max())
         best = np.argsort(-odds, kind="stable")[:top]
         print(f"{file}: " + ", ".join(f"{names[i]} {odds[i] / odds.sum():.1%}" for i in best))
@@ -226,7 +249,7 @@ def quantize(
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise typer.BadParameter(f"-o: {output} is the model itself")
 
-    from . import int8
+    from . import int8, models
     from .distill import sources
     from .images import DataError, list_images, read
 
@@ -252,6 +275,7 @@ def quantize(
         calibration=calibration.value,
         bias_correction=bias_correction,
         classes=loaded.classes,
+        multilabel=models.Origin.of(loaded.model).multilabel,
         crop_pct=pixels.crop_pct,
         interpolation=pixels.interpolation,
     )
@@ -350,6 +374,7 @@ class _Opened(NamedTuple):
     pixels: Any  # image_size, crop_pct and interpolation
     classes: tuple[str, ...]
     device: str = "cpu"
+    multilabel: bool = False  # classes are not exclusive
 
 
 def _open(model: str, threads: int | None, accelerated: bool = False) -> _Opened:
@@ -358,7 +383,7 @@ def _open(model: str, threads: int | None, accelerated: bool = False) -> _Opened
         from . import int8
 
         session = int8.load(model, threads=threads or 1)
-        return _Opened(session, session, session.classes)
+        return _Opened(session, session, session.classes, multilabel=session.multilabel)
     try:
         from . import models
     except ImportError as error:
@@ -378,7 +403,19 @@ def _open(model: str, threads: int | None, accelerated: bool = False) -> _Opened
     def logits(images: Any) -> torch.Tensor:
         return predictor(torch.as_tensor(images).permute(0, 3, 1, 2)).float()
 
-    return _Opened(logits, loaded.pixels, loaded.classes, device)
+    multilabel = models.Origin.of(loaded.model).multilabel
+    return _Opened(logits, loaded.pixels, loaded.classes, device, multilabel)
+
+
+def _per_class(opened: _Opened) -> Any:
+    """What makes a table of each class of a confusion."""
+    from ._metrics import per_class
+
+    if opened.multilabel:
+        from .distill import multilabel
+
+        return multilabel.per_class
+    return per_class
 
 
 def _load(model: str) -> Any:
@@ -396,12 +433,13 @@ def _load(model: str) -> Any:
 
 def _evaluate(opened: _Opened, source: Any, section: Any) -> tuple[dict[str, float], Any, int]:
     """Every metric, the confusion of classes, and how many images could not be read."""
-    from .distill import config, data, evaluate
+    from .distill import config, data, evaluate, multilabel
 
     pixels = opened.pixels
     transform = data.eval_transform(pixels.image_size, pixels.crop_pct, pixels.interpolation)
     loader = data.Loader(source, transform, config.Data(**section), seed=None)
-    result = evaluate.evaluate(
+    judge = multilabel.evaluate if opened.multilabel else evaluate.evaluate
+    result = judge(
         lambda images: opened.logits(images.permute(0, 2, 3, 1)),
         ((batch.images, batch.labels) for batch in loader.epoch()),
         classes=len(opened.classes),

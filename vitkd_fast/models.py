@@ -118,6 +118,7 @@ class Origin:
     # None where nothing came with the weights: then `Pixels.of` tells what timm's name stands for
     pixels: Pixels | None = None
     note: str = ""  # what of the file was left out
+    multilabel: bool = False  # classes are not exclusive: a sigmoid of each logit
     # what `create` added to the options; `save` keeps them
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -215,7 +216,7 @@ def headless(model: nn.Module) -> nn.Module:
     """The model, changed in place: it returns what its classifier would read, [B, features]."""
     body: Any = model
     body.reset_classifier(0)
-    body.origin = replace(Origin.of(model), new_head="", classes=None)
+    body.origin = replace(Origin.of(model), new_head="", classes=None, multilabel=False)
     return model
 
 
@@ -257,7 +258,13 @@ def _origin(
         if not about:
             return Origin(what, note=given.note)
         _tell(model, about.pixels)
-        return Origin(what, classes=about.classes, pixels=about.pixels, note=given.note)
+        return Origin(
+            what,
+            classes=about.classes,
+            pixels=about.pixels,
+            note=given.note,
+            multilabel=about.multilabel,
+        )
     if ":" not in name:
         config = model.pretrained_cfg
         what = "timm's " + ".".join(filter(None, (config["architecture"], config.get("tag"))))
@@ -382,6 +389,7 @@ class _About(NamedTuple):
     num_classes: int
     pixels: Pixels
     classes: tuple[str, ...]
+    multilabel: bool = False
 
 
 def _about(file: weights.Weights) -> _About | None:
@@ -416,10 +424,12 @@ def save(
     num_classes: int,
     pixels: Pixels,
     classes: Sequence[str],
+    multilabel: bool = False,
 ) -> None:
     """Writes the .safetensors file that `load` rebuilds a model from, entirely or not at all.
 
-    `name`, `options` (JSON) and `num_classes` are as given to `create`, `classes` are names; the
+    `name`, `options` (JSON) and `num_classes` are as given to `create`, `classes` are names, which
+    are not exclusive with `multilabel` (older versions refuse to load such a file); the
     weights may come from inside DistributedDataParallel or torch.compile. Raises ValueError for
     another suffix or number of names. Where writing fails, an older file is as it was.
     """
@@ -438,6 +448,7 @@ def save(
     about = {"version": _VERSION, "name": name, "options": options,
              "num_classes": num_classes, "pixels": asdict(pixels),
              "classes": list(classes)}  # fmt: skip
+    about |= {"multilabel": True} if multilabel else {}
     with replacing(path) as beside:
         safetensors.torch.save_file(tensors, beside, {_METADATA: json.dumps(about)})
 
@@ -481,7 +492,9 @@ def load(source: str | Path, *, options: Mapping[str, Any] | None = None) -> Loa
         why = weights.Misfit.of(error) or error
         raise ValueError(f"models.load: source {source} does not fit {options=}: {why}") from error
     _tell(model, about.pixels)
-    model.origin = Origin(f"file {source}", classes=about.classes, pixels=about.pixels)
+    model.origin = Origin(
+        f"file {source}", classes=about.classes, pixels=about.pixels, multilabel=about.multilabel
+    )
     return Loaded(model.eval(), about.pixels, about.classes)
 
 

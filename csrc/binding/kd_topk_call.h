@@ -31,12 +31,15 @@ struct Call : kd::Call<A> {
   const A* log_sum_exp;  // [rows]; null where values are probabilities
   int64_t top;
   Tail tail;
-  double exact_temperature;  // where it is one for all rows
+  double inverse;  // 1 / T in double, where T is one for all rows
 
-  // in double: the log-sum-exp was taken at exactly this temperature
+  // the log-sum-exp was taken at exactly this temperature
   VITKD_HD double inverse_temperature(int64_t row) const {
     const auto& rows = this->temperature;
-    return 1 / (rows.data ? static_cast<double>(rows[row]) : exact_temperature);
+    if (!rows.data) return inverse;
+    // one step of Newton's takes the place of a division in double
+    const double t = rows[row], nearly = 1 / rows[row];
+    return nearly * (2 - t * nearly);
   }
 
   VITKD_HD int64_t others() const { return this->shape.classes - top; }
@@ -105,7 +108,7 @@ struct Setup {
              nullptr,
              0,
              static_cast<Tail>(o.tail),
-             o.temperature} {
+             1 / o.temperature} {
     using enum ScalarType;
     const auto index = call.index_dtype, value = call.value_dtype;
     STD_TORCH_CHECK(index == Short || index == Int || index == Long,

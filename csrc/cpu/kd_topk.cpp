@@ -14,6 +14,7 @@
 #include <numeric>
 
 #include "binding/kd_topk_call.h"
+#include "cpu/row.h"
 #include "simd/isa.h"
 #include "simd/vec.h"
 
@@ -21,10 +22,6 @@ namespace vitkd::kd_topk {
 namespace {
 
 using kd::Pass;
-
-constexpr int64_t kPadding = 16;  // rows end on whole registers
-
-int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
 // What comes next in memory: the next row, and where this one's gradient goes.
 struct Ahead {
@@ -77,20 +74,7 @@ namespace {
 
 // One class at a time: float64, and CPUs without AVX2.
 template <class A>
-struct Scalar {
-  static bool load(const void* from, ScalarType dtype, int64_t n, A* to) {
-    visit_float(dtype, [&]<class S>() {
-      const S* const p = static_cast<const S*>(from);
-      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(p[i]);
-    });
-    std::fill(to + n, to + padded(n), -std::numeric_limits<A>::infinity());
-    return std::find(to, to + n, -std::numeric_limits<A>::infinity()) != to + n;
-  }
-  static A largest(const A* x, int64_t n) {
-    A top = std::numeric_limits<A>::lowest();
-    for (int64_t i = 0; i < n; ++i) top = std::max(top, x[i]);
-    return top;
-  }
+struct Scalar : ScalarRow<A> {
   static void exp_all(A* x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] = std::exp(x[i]);
   }
@@ -119,13 +103,8 @@ struct Scalar {
   static void gradient(const A* e, const A* e_1, A* to, int64_t n, A by, A by_1, A shift) {
     for (int64_t i = 0; i < n; ++i) to[i] = by * e[i] + (e_1 ? by_1 * e_1[i] : A{0}) - shift;
   }
-  static void store(const A* from, void* to, ScalarType dtype, int64_t n) {
-    visit_float(dtype, [&]<class S>() {
-      for (int64_t i = 0; i < n; ++i) static_cast<S*>(to)[i] = static_cast<S>(from[i]);
-    });
-  }
-  static constexpr Kernels<A> kKernels{load,  largest,  exp_all, exponentials,
-                                       terms, gradient, store};
+  static constexpr Kernels<A> kKernels{Scalar::load, Scalar::largest, exp_all,      exponentials,
+                                       terms,        gradient,        Scalar::store};
 };
 
 template <class A>
@@ -144,8 +123,7 @@ Kernels<A> selected_kernels() {
 template <class A>
 struct Scratch {
   Scratch(int64_t classes, int64_t top, bool one)
-      : memory(static_cast<A*>(std::aligned_alloc(
-            64, (padded(classes) * (one ? 2 : 1) + 5 * padded(top)) * sizeof(A)))),
+      : memory(scratch_memory<A>(padded(classes) * (one ? 2 : 1) + 5 * padded(top))),
         x(memory.get()),
         e_1(one ? x + padded(classes) : nullptr),
         s(x + padded(classes) * (one ? 2 : 1)),
@@ -157,9 +135,6 @@ struct Scratch {
         value(top) {
     std::fill(s, s + 5 * padded(top), -std::numeric_limits<A>::infinity());
   }
-  struct Free {
-    void operator()(A* p) const { std::free(p); }
-  };
   std::unique_ptr<A, Free> memory;
   A *x, *e_1, *s, *log_p, *p, *q, *q_1;
   std::vector<int64_t> index;

@@ -1,60 +1,18 @@
 // The vector kernels of kd_topk.cpp, included once per instruction set, inside its namespace and
-// region. Rows in scratch memory end on whole registers, filled up with -inf.
+// region.
+#include "cpu/row.inl"
 
-constexpr int64_t kLanes = Vec::kLanes;
 constexpr int64_t kBlock = 1024;  // classes whose sums stay in registers
-
-template <class S>
-bool load_as(const void* from, int64_t n, float* to) {
-  const S* const p = static_cast<const S*>(from);
-  const Vec masked{-INFINITY};
-  Vec bottom{FLT_MAX};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vec x = Vec::load(p + i);
-    x.store(to + i);
-    bottom = min(x, bottom);
-  }
-  if (i < n) {
-    S staged[kLanes] = {};
-    std::memcpy(staged, p + i, (n - i) * sizeof(S));
-    const Vec x = Vec::load(staged);
-    bottom = min(select(Vec::first(n - i), x, bottom), bottom);
-    select(Vec::first(n - i), x, masked).store(to + i);
-    i += kLanes;
-  }
-  for (; i < padded(n); i += kLanes) masked.store(to + i);
-  return any_equal(bottom, masked);
-}
-
-inline bool load(const void* from, ScalarType dtype, int64_t n, float* to) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return load_as<Half>(from, n, to);
-    case ScalarType::BFloat16:
-      return load_as<Bfloat16>(from, n, to);
-    default:
-      return load_as<float>(from, n, to);
-  }
-}
-
-inline float largest(const float* x, int64_t n) {
-  Vec top{-FLT_MAX}, other = top;
-  for (int64_t i = 0; i < padded(n); i += 2 * kLanes) {
-    top = max(Vec::load(x + i), top);
-    if (kLanes < kPadding || i + kLanes < padded(n)) other = max(Vec::load(x + i + kLanes), other);
-  }
-  return reduce_max(max(top, other));
-}
 
 inline void exp_all(float* x, int64_t n) {
   for (int64_t i = 0; i < padded(n); i += kLanes) exp(Vec::load(x + i)).store(x + i);
 }
 
 template <bool kOne, bool kTotal>
-void exponentials_of(float* x, float* e_1, int64_t n, float inv_t_in, const Ahead& ahead,
+void exponentials_of(float* x, float* e_1, int64_t n, float inv_t, const Ahead& ahead,
                      Part<float>& to) {
-  const Vec max_x{to.max}, inv_t{inv_t_in}, zero{0.f}, masked{-INFINITY};
+  const Vec max_x{to.max}, zero{0.f}, masked{-INFINITY};
+  const Scale at_t(inv_t), at_1(1);
   const char *next = ahead.next, *grad = ahead.grad;
   const int64_t step = kLanes * ahead.size;
   double sum = 0, sum_1 = 0, total = 0;
@@ -64,11 +22,11 @@ void exponentials_of(float* x, float* e_1, int64_t n, float inv_t_in, const Ahea
       // what comes next is on its way while these exponentials are computed
       __builtin_prefetch(next += step);
       __builtin_prefetch(grad += step, 1);
-      const Vec logit = Vec::load(x + i), d = logit - max_x, e = exp(d * inv_t);
+      const Vec logit = Vec::load(x + i), d = logit - max_x, e = exp_scaled(d, at_t);
       e.store(x + i);
       sums = sums + e;
       if constexpr (kOne) {
-        const Vec one = exp(d);
+        const Vec one = exp_scaled(d, at_1);
         one.store(e_1 + i);
         sums_1 = sums_1 + one;
       }
@@ -126,21 +84,6 @@ inline void gradient(const float* e, const float* e_1, float* to, int64_t n, flo
                      float shift) {
   e_1 ? gradient_of<true>(e, e_1, to, n, by, by_1, shift)
       : gradient_of<false>(e, e, to, n, by, by_1, shift);
-}
-
-template <class S>
-void store_as(const float* from, void* to, int64_t n) {
-  S* const p = static_cast<S*>(to);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) Vec::load(from + i).store(p + i);
-  if (i == n) return;
-  S staged[kLanes];
-  Vec::load(from + i).store(staged);
-  std::memcpy(p + i, staged, (n - i) * sizeof(S));
-}
-
-inline void store(const float* from, void* to, ScalarType dtype, int64_t n) {
-  dtype == ScalarType::Half ? store_as<Half>(from, to, n) : store_as<Bfloat16>(from, to, n);
 }
 
 constexpr Kernels<float> kKernels{load, largest, exp_all, exponentials, terms, gradient, store};

@@ -28,8 +28,9 @@ struct Strip {
   int64_t row, rows;                   // the first, and how many
   int64_t steps, live;                 // the last step has `live` lanes
   Vec top_s, top_t;                    // maxima
-  Real *s, *t;                         // the logits, -inf behind the last class
-  Real *e_s, *e_t;                     // exponentials; then w takes the place of e_t
+  const Real *s, *t;                   // the logits, -inf behind the last class
+  Real *own_s, *own_t;                 // the same, where a label is hidden among them
+  Real *e_s, *e_t;                     // exponentials; w takes the place of e_t
   Real* e_1;                           // exponentials of the student at T = 1
   Real *out, *last;                    // the gradient of all steps but the last, and of this one
   const char *next_s, *next_t, *grad;  // what is wanted in cache, a step further
@@ -40,11 +41,6 @@ struct Side {  // softmax(x) = exp((x - top) * inv_t) * inv_sum
   Vec top, inv_t, log_sum, inv_sum;
 };
 
-struct Moments {
-  Vec mean;  // minus the maximum
-  Vec std;
-};
-
 template <bool kAcross>
 VITKD_INLINE Vec across(Vec x) {
   if constexpr (kAcross) return Vec{reduce_add(x)};
@@ -52,24 +48,37 @@ VITKD_INLINE Vec across(Vec x) {
 }
 
 template <bool kAcross>
-Moments moments_of(const Strip& at, const Real* x, Vec top, Vec classes) {
-  const Vec::Mask live = Vec::first(at.live);
-  const auto d = [&](int64_t i) {
-    const Vec d = Vec::load(x + i * kLanes) - top;
-    return i + 1 < at.steps ? d : select(live, d, Vec{0.f});
+VITKD_INLINE Pair across(const Pair& x) {
+  return {across<kAcross>(x.s), across<kAcross>(x.t)};
+}
+
+struct Moments {
+  Pair mean;  // minus the maxima
+  Pair std;
+};
+
+template <bool kAcross>
+Moments moments_of(const Strip& at, Vec classes) {
+  const auto sums = [&](auto&& of) {  // over all classes
+    const auto d = [&](int64_t i) {
+      return Pair{Vec::load(at.s + i * kLanes) - at.top_s, Vec::load(at.t + i * kLanes) - at.top_t};
+    };
+    const int64_t last = at.steps - 1;
+    const Vec::Mask live = Vec::first(at.live);
+    Pair rest = of(d(last));
+    rest = {select(live, rest.s, Vec{0.f}), select(live, rest.t, Vec{0.f})};
+    return across<kAcross>(
+        blocked<Pair>(last, [&](Pair& sum, int64_t i) { sum = sum + of(d(i)); }) + rest);
   };
-  const Vec mean =
-      across<kAcross>(blocked<Vec>(at.steps, [&](Vec& sum, int64_t i) { sum = sum + d(i); })) /
-      classes;
-  const Pair sums = blocked<Pair>(at.steps, [&](Pair& sum, int64_t i) {
-    Vec x = d(i) - mean;
-    if (i + 1 == at.steps) x = select(live, x, Vec{0.f});
-    sum = {sum.s + x, sum.t + x * x};
+  const Vec inv = Vec{1.f} / classes;
+  const Pair sum = sums([](const Pair& d) { return d; });
+  const Pair mean{sum.s * inv, sum.t * inv};
+  const Pair square = sums([&](const Pair& d) {
+    const Vec s = d.s - mean.s, t = d.t - mean.t;
+    return Pair{s * s, t * t};
   });
-  // what the rounding of the mean has left
-  const Vec off = across<kAcross>(sums.s) / classes;
-  const Vec square = across<kAcross>(sums.t) - classes * off * off;
-  return {mean + off, sqrt(max(Vec{0.f}, square) / (classes - Vec{1.f}))};
+  const Vec freedom = Vec{1.f} / (classes - Vec{1.f});
+  return {mean, {sqrt(square.s * freedom), sqrt(square.t * freedom)}};
 }
 
 inline Vec top_of(const Real* x, int64_t steps) {
@@ -78,18 +87,38 @@ inline Vec top_of(const Real* x, int64_t steps) {
   return top;
 }
 
-inline Pair exponentials(const Strip& at, const Side& s, const Side& t) {
-  return blocked<Pair>(at.steps, [&](Pair& sum, int64_t i) {
+// What is summed beside the exponentials: see KlSums.
+enum Sum { kOnly, kDot, kMoved };
+
+template <Sum kSum>
+KlSums<Vec> exponentials(const Strip& at, const Side& s, const Side& t) {
+  return blocked<KlSums<Vec>>(at.steps, [&](KlSums<Vec>& sum, int64_t i) {
     // the next row is on its way while these exponentials are computed
     __builtin_prefetch(at.next_s + i * at.step_s);
     __builtin_prefetch(at.next_t + i * at.step_t);
-    const Vec e_s = exp((Vec::load(at.s + i * kLanes) - s.top) * s.inv_t);
-    const Vec e_t = exp((Vec::load(at.t + i * kLanes) - t.top) * t.inv_t);
+    const Vec u = (Vec::load(at.s + i * kLanes) - s.top) * s.inv_t;
+    const Vec v = (Vec::load(at.t + i * kLanes) - t.top) * t.inv_t;
+    const Vec e_s = exp(u), e_t = exp(v);
     e_s.store(at.e_s + i * kLanes);
     e_t.store(at.e_t + i * kLanes);
-    sum = {sum.s + e_s, sum.t + e_t};
+    sum.s = sum.s + e_s;
+    sum.t = sum.t + e_t;
+    if constexpr (kSum == kOnly) return;
+    __builtin_prefetch(at.grad + i * at.step_s, 1);
+    const Vec dot = dot_term(e_t, u, v);
+    sum.dot = sum.dot + dot;
+    if constexpr (kSum == kMoved) {
+      sum.s_u = sum.s_u + product(e_s, u);
+      sum.t_u = sum.t_u + product(e_t, u);
+      sum.t_v = sum.t_v + product(e_t, v);
+      sum.dot_v = sum.dot_v + product(dot, v);
+    }
   });
 }
+
+using Exponentials = KlSums<Vec> (*)(const Strip&, const Side&, const Side&);
+constexpr Exponentials kExponentials[] = {exponentials<kOnly>, exponentials<kDot>,
+                                          exponentials<kMoved>};
 
 // Sums of the terms; w takes the place of the teacher's exponentials.
 template <class D, bool kMoments>
@@ -109,33 +138,70 @@ Sums<Vec> terms(const Strip& at, const Side& s, const Side& t, const Parameters<
 using Terms = Sums<Vec> (*)(const Strip&, const Side&, const Side&, const Parameters<Vec>&);
 template <class D>
 constexpr Terms kTermsOf[] = {terms<D, false>, terms<D, true>};
-constexpr const Terms* kTerms[] = {kTermsOf<Kl>, kTermsOf<ReverseKl>, kTermsOf<Js>,
-                                   kTermsOf<Tv>, kTermsOf<Kl>,        kTermsOf<Ofa>};
 
-// gradient = w * w - e_s * e_s - linear * (s - middle) + one * e_1 - uniform
-struct Factors {
-  Vec w, e_s, linear, middle, one, uniform;
-};
-
-template <bool kDivergence, bool kLinear, bool kCe>
-void gradient(const Strip& at, const Factors& f) {
-  for (int64_t i = 0; i < at.steps; ++i) {
-    Vec g{0.f};
-    if constexpr (kDivergence) {
-      g = f.w * Vec::load(at.e_t + i * kLanes) - f.e_s * Vec::load(at.e_s + i * kLanes);
-    }
-    if constexpr (kLinear) g = g - product(Vec::load(at.s + i * kLanes) - f.middle, f.linear);
-    if constexpr (kCe) g = g + (f.one * Vec::load(at.e_1 + i * kLanes) - f.uniform);
-    g.store(i + 1 < at.steps ? at.out + i * kLanes : at.last);
+inline const Terms* terms_of(Divergence divergence) {
+  switch (divergence) {
+    case Divergence::kReverseKl:
+      return kTermsOf<ReverseKl>;
+    case Divergence::kJs:
+      return kTermsOf<Js>;
+    case Divergence::kTv:
+      return kTermsOf<Tv>;
+    default:
+      return kTermsOf<Ofa>;
   }
 }
 
+// gradient = w * w - e_s * e_s - shift * e_s - mean - linear * (s - middle) + one * e_1 - uniform
+struct Factors {
+  Vec w, e_s, shift, mean, linear, middle, one, uniform;
+};
+
+enum Form { kNone, kDivergence, kShifted };  // of the divergence: shifted where a label is apart
+
+template <Form kForm>
+VITKD_INLINE Vec divergence_gradient(const Strip& at, const Factors& f, int64_t i) {
+  if constexpr (kForm == kNone) return Vec{0.f};
+  const Vec e_s = Vec::load(at.e_s + i * kLanes);
+  const Vec g = f.w * Vec::load(at.e_t + i * kLanes) - f.e_s * e_s;
+  return kForm == kShifted ? g - f.shift * e_s : g;
+}
+
+// Sums of the gradient in the standardised logits u, and of its product with them.
+template <Form kForm>
+Pair standardized_sums(const Strip& at, const Factors& f, Vec inv_t) {
+  return blocked<Pair>(at.steps, [&](Pair& sum, int64_t i) {
+    const Vec g = divergence_gradient<kForm>(at, f, i);
+    sum.s = sum.s + g;
+    sum.t = sum.t + product(g, (Vec::load(at.s + i * kLanes) - f.middle) * inv_t);
+  });
+}
+
+template <Form kForm, bool kLinear, bool kCe>
+void gradient(const Strip& at, const Factors& f) {
+  const auto of = [&](int64_t i) {
+    Vec g = divergence_gradient<kForm>(at, f, i);
+    if constexpr (kLinear) {
+      g = g - f.mean - product(Vec::load(at.s + i * kLanes) - f.middle, f.linear);
+    }
+    if constexpr (kCe) g = g + (f.one * Vec::load(at.e_1 + i * kLanes) - f.uniform);
+    return g;
+  };
+  const int64_t last = at.steps - 1;
+  for (int64_t i = 0; i < last; ++i) of(i).store(at.out + i * kLanes);
+  of(last).store(at.last);
+}
+
 using Gradient = void (*)(const Strip&, const Factors&);
-constexpr Gradient kGradient[2][2][2] = {
-    {{gradient<false, false, false>, gradient<false, false, true>},
-     {gradient<false, false, false>, gradient<false, false, true>}},
-    {{gradient<true, false, false>, gradient<true, false, true>},
-     {gradient<true, true, false>, gradient<true, true, true>}}};
+template <Form kForm>
+constexpr Gradient kGradientOf[2][2] = {
+    {gradient<kForm, false, false>, gradient<kForm, false, true>},
+    {gradient<kForm, true, false>, gradient<kForm, true, true>}};
+
+inline Gradient gradient_of(Form form, bool linear, bool ce) {
+  if (form == kNone) return kGradientOf<kNone>[0][ce];
+  return (form == kShifted ? kGradientOf<kShifted> : kGradientOf<kDivergence>)[linear][ce];
+}
 
 // A number of each row in the strip.
 struct Lanes {
@@ -176,7 +242,7 @@ void work(const Call<Real>& c, Pass pass, const Strip& at) {
   };
 
   Vec loss = zero;
-  Factors f{zero, zero, zero, zero, zero, zero};
+  Factors f{zero, zero, zero, zero, zero, zero, zero, zero};
   if (ce) {
     Lanes expected;
     each_target([&](int64_t l, const kd::Target<Real>& y) {
@@ -202,18 +268,27 @@ void work(const Call<Real>& c, Pass pass, const Strip& at) {
   if (kd) {
     const Vec inv_t = one / temperature;
     Side s{at.top_s, inv_t, zero, one}, t{at.top_t, inv_t, zero, one};
-    Moments of_s{zero, one};
+    Moments moments{{zero, zero}, {one, one}};
     if (c.standardize) {
-      of_s = moments_of<kAcross>(at, at.s, at.top_s, classes);
-      const Moments of_t = moments_of<kAcross>(at, at.t, at.top_t, classes);
-      s.inv_t = one / (temperature * (of_s.std + Vec{kStandardizeEps}));
-      t.inv_t = one / (temperature * (of_t.std + Vec{kStandardizeEps}));
+      moments = moments_of<kAcross>(at, classes);
+      s.inv_t = one / (temperature * (moments.std.s + Vec{kStandardizeEps}));
+      t.inv_t = one / (temperature * (moments.std.t + Vec{kStandardizeEps}));
+    }
+    const Parameters<Vec> k{Vec{c.alpha}, Vec{c.beta}, c.linear};
+    Sum sum = kOnly;
+    if (dkd || c.divergence == Divergence::kKl) {
+      sum = c.d_temperature ? kMoved : kDot;
     }
     Lanes y_s, y_t, e_y;  // of the label: logits, and the teacher's exponential
+    if (dkd || ofa) {
+      each_target([&](int64_t l, const kd::Target<Real>& y) {
+        y_s.of[l] = at.s[place(y.a, l)];
+        y_t.of[l] = at.t[place(y.a, l)];
+      });
+    }
     if (dkd) {
       each_target([&](int64_t l, const kd::Target<Real>& y) {
-        y_s.of[l] = std::exchange(at.s[place(y.a, l)], -INFINITY);
-        y_t.of[l] = std::exchange(at.t[place(y.a, l)], -INFINITY);
+        at.own_s[place(y.a, l)] = at.own_t[place(y.a, l)] = -INFINITY;
       });
       s.top = top_of(at.s, at.steps);
       t.top = top_of(at.t, at.steps);
@@ -222,41 +297,47 @@ void work(const Call<Real>& c, Pass pass, const Strip& at) {
         t.top = Vec{reduce_max(t.top)};
       }
     }
-    const Pair sums = exponentials(at, s, t);
-    const Vec sum_s = across<kAcross>(sums.s), sum_t = across<kAcross>(sums.t);
-    s.log_sum = log(sum_s);
-    t.log_sum = log(sum_t);
-    s.inv_sum = one / sum_s;
-    t.inv_sum = one / sum_t;
-    if (ofa) {
-      each_target([&](int64_t l, const kd::Target<Real>& y) {
-        y_s.of[l] = at.s[place(y.a, l)];
-        y_t.of[l] = at.t[place(y.a, l)];
-        e_y.of[l] = std::exchange(at.e_t[place(y.a, l)], Real{0});
-      });
-    }
-    const Parameters<Vec> k{Vec{c.alpha}, Vec{c.beta}, c.linear};
-    Sums<Vec> of = kTerms[static_cast<int64_t>(c.divergence)][c.moments()](at, s, t, k);
-    of = {across<kAcross>(of.loss), across<kAcross>(of.w),   across<kAcross>(of.w_u),
-          across<kAcross>(of.q_u),  across<kAcross>(of.w_p), across<kAcross>(of.w_p_v),
-          across<kAcross>(of.p_v)};
-    const Vec u_y = (y_s.vec(kAcross) - s.top) * s.inv_t;
-    const Vec v_y = (y_t.vec(kAcross) - t.top) * t.inv_t;
-    if (ofa) {
-      const Vec p = e_y.vec(kAcross) * t.inv_sum;
-      const Term<Vec> label = ofa_label(k, p, u_y - s.log_sum);
-      add<true>(of, label, zero, p, u_y, v_y);  // q is among the sums already
-      Lanes w_y;
-      label.w.store(w_y.of);
-      each_target([&](int64_t l, const kd::Target<Real>& y) { at.e_t[place(y.a, l)] = w_y.of[l]; });
-    }
-    Row<Vec> row = row_of(of);
-    if (dkd) {
-      row = dkd_row(k, of, u_y, v_y, s.log_sum, t.log_sum);
-      each_target([&](int64_t l, const kd::Target<Real>& y) {
-        at.s[place(y.a, l)] = y_s.of[l];
-        at.t[place(y.a, l)] = y_t.of[l];
-      });
+    KlSums<Vec> sums = kExponentials[sum](at, s, t);
+    sums = {across<kAcross>(sums.s),    across<kAcross>(sums.t),   across<kAcross>(sums.dot),
+            across<kAcross>(sums.s_u),  across<kAcross>(sums.t_u), across<kAcross>(sums.t_v),
+            across<kAcross>(sums.dot_v)};
+    s.log_sum = log(sums.s);
+    t.log_sum = log(sums.t);
+    s.inv_sum = one / sums.s;
+    t.inv_sum = one / sums.t;
+    const Vec u_y = dkd || ofa ? (y_s.vec(kAcross) - s.top) * s.inv_t : zero;
+    const Vec v_y = dkd || ofa ? (y_t.vec(kAcross) - t.top) * t.inv_t : zero;
+    Vec w_scale = t.inv_sum;  // what lies in e_t is w over this
+    Row<Vec> row;
+    if (sum != kOnly) {
+      row = kl_row(sums, s.inv_sum, t.inv_sum);
+      if (dkd) {
+        row = dkd_row(k, row, sums.s_u * s.inv_sum, sums.t_v * t.inv_sum, u_y, v_y, s.log_sum,
+                      t.log_sum);
+        each_target(
+            [&](int64_t l, const kd::Target<Real>& y) { at.own_s[place(y.a, l)] = y_s.of[l]; });
+      }
+    } else {
+      if (ofa) {
+        each_target([&](int64_t l, const kd::Target<Real>& y) {
+          e_y.of[l] = std::exchange(at.e_t[place(y.a, l)], Real{0});
+        });
+      }
+      Sums<Vec> of = terms_of(c.divergence)[c.d_temperature != nullptr](at, s, t, k);
+      of = {across<kAcross>(of.loss), across<kAcross>(of.w),   across<kAcross>(of.w_u),
+            across<kAcross>(of.q_u),  across<kAcross>(of.w_p), across<kAcross>(of.w_p_v),
+            across<kAcross>(of.p_v)};
+      if (ofa) {
+        const Vec p = e_y.vec(kAcross) * t.inv_sum;
+        const Term<Vec> label = ofa_label(k, p, u_y - s.log_sum);
+        add<true>(of, label, zero, p, u_y, v_y);  // q is among the sums already
+        Lanes w_y;
+        label.w.store(w_y.of);
+        each_target(
+            [&](int64_t l, const kd::Target<Real>& y) { at.e_t[place(y.a, l)] = w_y.of[l]; });
+      }
+      row = row_of(of);
+      w_scale = one;
     }
     const Vec weight = Vec{w.kd} * temperature * temperature;
     loss = loss + weight * row.loss;
@@ -264,13 +345,19 @@ void work(const Call<Real>& c, Pass pass, const Strip& at) {
       put(c.d_temperature, grad * Vec{w.kd} * temperature * (row.loss + row.loss - row.moved));
     }
     const Vec in_s = grad * (linear ? weight * s.inv_t : Vec{w.kd} * temperature);
-    f.w = in_s * row.scale;
+    f.w = in_s * row.scale * w_scale;
     f.e_s = in_s * row.total * s.inv_sum;
+    f.shift = in_s * row.label * s.inv_sum;
     (in_s * row.label).store(at_label.of);
     if (linear) {
-      const Vec slope = grad * weight * row.along / (of_s.std + Vec{kStandardizeEps});
-      f.linear = slope / ((classes - one) * of_s.std);
-      f.middle = at.top_s + of_s.mean;
+      f.middle = at.top_s + moments.mean.s;
+      // the sum is 0 but for rounding, which does not go into the gradient
+      const Pair sums = across<kAcross>(dkd ? standardized_sums<kShifted>(at, f, s.inv_t)
+                                            : standardized_sums<kDivergence>(at, f, s.inv_t));
+      const Vec of_label = in_s * row.label;
+      const Vec along = sums.t + product(of_label, (y_s.vec(kAcross) - f.middle) * s.inv_t);
+      f.mean = (sums.s + of_label) / classes;
+      f.linear = along * temperature / ((classes - one) * moments.std.s);
     }
   } else if (c.d_temperature && pass != Pass::kForward) {
     put(c.d_temperature, zero);
@@ -278,7 +365,7 @@ void work(const Call<Real>& c, Pass pass, const Strip& at) {
   if (pass != Pass::kBackward) put(c.loss, share * loss);
   if (pass == Pass::kForward) return;
 
-  kGradient[kd][linear][ce](at, f);
+  gradient_of(!kd ? kNone : dkd ? kShifted : kDivergence, linear, ce)(at, f);
   const auto move = [&](int64_t l, int64_t label, Real by) {
     const int64_t i = place(label, l), end = (at.steps - 1) * kLanes;
     (i < end ? at.out[i] : at.last[i - end]) += by;
@@ -306,9 +393,9 @@ struct Scratch {
     Strip at{};
     at.steps = steps;
     at.live = live;
-    at.s = reals.get();
-    at.t = at.s + size;
-    at.e_s = at.t + size;
+    at.s = at.own_s = reals.get();
+    at.t = at.own_t = at.own_s + size;
+    at.e_s = at.own_t + size;
     at.e_t = at.e_s + size;
     at.e_1 = at.e_t + size;
     at.out = at.e_s;
@@ -319,14 +406,23 @@ struct Scratch {
 
 // Rows [begin, end), each with its classes next to one another; with one lane, any stride.
 inline void run_rows(const Call<Real>& c, Pass pass, int64_t begin, int64_t end) {
-  const Memory student = memory<true>(c.student.dtype), teacher = memory<true>(c.teacher.dtype);
   const int64_t classes = c.shape.classes, steps = ceil_div(classes, kLanes);
   const int64_t whole = classes / kLanes, rest = classes % kLanes;
   const auto stride = [](const RowView& x) { return kLanes == 1 ? x.class_stride : kLanes; };
   const Scratch scratch(steps);
   Strip at = scratch.strip(steps, rest ? rest : kLanes);
   at.rows = 1;
-  const bool in_place = c.student.dtype == kd::kDtype<Real> && stride(c.grad) == kLanes;
+  // a row is read where it is, unless its end has to be filled up or a label to be hidden
+  const bool copied = rest != 0 || c.divergence == Divergence::kDkd;
+  const auto there = [&](const RowView& x) {
+    return x.dtype == kd::kDtype<Real> && stride(x) == kLanes;
+  };
+  const bool s_there = !copied && there(c.student), t_there = !copied && there(c.teacher);
+  const bool out_there = there(c.grad);
+  const auto memory_of = [](const RowView& x, bool there) {
+    return there ? memory<false>(x.dtype) : memory<true>(x.dtype);
+  };
+  const Memory student = memory_of(c.student, s_there), teacher = memory_of(c.teacher, t_there);
 
   for (at.row = begin; at.row < end; ++at.row) {
     char* const g_row = pass == Pass::kForward ? nullptr : c.grad.at(at.row, c.shape);
@@ -347,14 +443,16 @@ inline void run_rows(const Call<Real>& c, Pass pass, int64_t begin, int64_t end)
     at.grad = g_row ? g_row : s_row;
     at.step_s = stride(c.student) * c.student.size;
     at.step_t = stride(c.teacher) * c.teacher.size;
-    const Extent s = student.load(s_row, stride(c.student), whole, rest, at.s);
-    const Extent t = teacher.load(t_row, stride(c.teacher), whole, rest, at.t);
+    const Extent s = student.load(s_row, stride(c.student), whole, rest, at.own_s);
+    const Extent t = teacher.load(t_row, stride(c.teacher), whole, rest, at.own_t);
+    if (s_there) at.s = reinterpret_cast<const Real*>(s_row);
+    if (t_there) at.t = reinterpret_cast<const Real*>(t_row);
     at.top_s = Vec{reduce_max(s.top)};
     at.top_t = Vec{reduce_max(t.top)};
-    if (in_place && g_row) at.out = reinterpret_cast<Real*>(g_row);
+    if (out_there && g_row) at.out = reinterpret_cast<Real*>(g_row);
     work<true>(c, pass, at);
     if (!g_row) continue;
-    const int64_t placed = in_place ? steps - 1 : 0;
+    const int64_t placed = out_there ? steps - 1 : 0;
     student.store(at.e_s + placed * kLanes, g_row + placed * stride(c.grad) * c.grad.size,
                   stride(c.grad), whole - placed, rest);
   }
@@ -379,8 +477,8 @@ inline void run_columns(const Call<Real>& c, Pass pass, int64_t begin, int64_t e
                  ? m.load(from, view.class_stride, classes, 0, to)
                  : m.gather(from, view.inner_stride, view.class_stride, classes, at.rows, to);
     };
-    at.top_s = load(student, c.student, at.s).top;
-    at.top_t = load(teacher, c.teacher, at.t).top;
+    at.top_s = load(student, c.student, at.own_s).top;
+    at.top_t = load(teacher, c.teacher, at.own_t).top;
     at.next_s = at.next_t = at.grad = c.student.at(at.row, c.shape);
     work<false>(c, pass, at);
     if (pass == Pass::kForward) continue;

@@ -13,6 +13,10 @@ using torch::headeronly::Half;
 
 constexpr unsigned kFullMask = 0xffffffffu;
 
+// Not to be fused with a sum: of equal inputs, differences are 0.
+__device__ inline float unfused_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double unfused_product(double a, double b) { return __dmul_rn(a, b); }
+
 // The sum of a warp's numbers, in every lane.
 template <class A>
 __device__ __forceinline__ A warp_sum(A x) {

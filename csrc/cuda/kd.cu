@@ -7,9 +7,7 @@
 // Rows that are too few for the chip are split over several blocks. Everything is added up in a
 // fixed order: no atomics, so results are bitwise the same every time.
 #undef NDEBUG  // the assertion on labels stays in release builds
-#include <cassert>
-
-#include "cuda/kd_row.cuh"
+#include "cuda/rows.cuh"
 
 namespace vitkd::kd {
 namespace {
@@ -26,17 +24,6 @@ struct Launch {
   int splits = 1;
   Sums<A>* parts = nullptr;  // [rows, splits]
 };
-
-// a temperature <= 0 cannot be reported from here: its row becomes NaN
-template <class A>
-__device__ A checked_temperature(A t) {
-  return t > 0 ? t : std::numeric_limits<A>::quiet_NaN();
-}
-
-template <class A>
-__device__ void check_labels(const Call<A>& c, const Target<A>& target) {
-  if (c.labels_a) assert(c.in_range(target) && "vitkd_fast kd_loss: a label is out of range");
-}
 
 // Loss and stats of a row whose sums are complete, by one thread.
 template <class A, class S>
@@ -168,13 +155,7 @@ class Launcher {
  public:
   Launcher(const Call<A>& c, const Tensor& like)
       : c_(c), like_(like), stream_(current_stream(like)) {
-    const bool side_by_side = c.student.class_stride == 1 && c.teacher.class_stride == 1 &&
-                              (c.grad.data == nullptr || c.grad.class_stride == 1);
-    if (c.shape.classes == 1 || side_by_side) {
-      access_ = vectors_fit() ? Access::kVector : Access::kScalar;
-    } else {
-      access_ = c.shape.inner > 1 ? Access::kTiled : Access::kScalar;
-    }
+    access_ = access_of(c);
     // a warp has a row of few classes to itself, unless there are too few rows for the chip
     const int64_t classes = c.shape.classes, rows = c.shape.rows();
     launch_.group = classes <= 256 || (classes <= 2048 && rows >= 16 * sms_) ? 32
@@ -199,18 +180,6 @@ class Launcher {
   }
 
  private:
-  bool vectors_fit() const {
-    if (std::is_same_v<A, double>) return false;
-    // every row must start at the same distance from a boundary of kChunk classes everywhere
-    const auto like_student = [&](const RowView& v) {
-      return reinterpret_cast<uintptr_t>(v.data) % (kChunk * v.size) == 0 &&
-             v.outer_stride % kChunk == c_.student.outer_stride % kChunk &&
-             v.inner_stride % kChunk == c_.student.inner_stride % kChunk;
-    };
-    return like_student(c_.student) && like_student(c_.teacher) &&
-           (!c_.grad.data || like_student(c_.grad));
-  }
-
   template <class S, Pass kPass>
   void rows() {
     if (access_ == Access::kVector) {
@@ -273,32 +242,6 @@ class Launcher {
   Access access_;
   Launch<A> launch_;
 };
-
-// Student and teacher as [outer, classes, inner], copied only where their strides allow no view.
-struct Logits {
-  Tensor student, teacher;
-  RowShape shape;
-  RowView s, t;
-  Logits(const Tensor& student_in, const Tensor& teacher_in, int64_t class_dim)
-      : student(student_in), teacher(teacher_in), shape(row_shape(student_in, class_dim)) {
-    s = viewed(student, class_dim);
-    t = viewed(teacher, class_dim);
-  }
-
- private:
-  static RowView viewed(Tensor& x, int64_t class_dim) {
-    auto view = row_view(x, class_dim);
-    if (!view) {
-      x = torch::stable::contiguous(x);
-      view = row_view(x, class_dim);
-    }
-    return *view;
-  }
-};
-
-Grad empty_grad(const Tensor& student, int64_t class_dim) {
-  return Grad(student, class_dim, [](const RowView&) { return true; });
-}
 
 // Runs a forward pass and returns the reduced loss.
 template <class A>

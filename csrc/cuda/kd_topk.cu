@@ -91,7 +91,7 @@ __device__ Teacher<A> teacher_of(const Call<A>& c, int64_t row) {
 }
 
 template <class A, class S, Pass kPass>
-__global__ void __launch_bounds__(256) kd_topk_kernel(const __grid_constant__ Call<A> c) {
+__global__ void __launch_bounds__(256, 1) kd_topk_kernel(const __grid_constant__ Call<A> c) {
   __shared__ unsigned marks[kWords];
   const int64_t row = blockIdx.x, classes = c.shape.classes;
   const S* const s_row = reinterpret_cast<const S*>(c.student.at(row, c.shape));

@@ -26,10 +26,6 @@ struct Call {
   A* loss;   // []
 };
 
-// Not to be fused with a sum: equal models give 0.
-__device__ float product(float a, float b) { return __fmul_rn(a, b); }
-__device__ double product(double a, double b) { return __dmul_rn(a, b); }
-
 template <class A>
 __device__ A row_sum(const A* row, int64_t n) {
   A sum = 0;
@@ -66,8 +62,8 @@ __global__ void __launch_bounds__(kThreads) rkd_distance_kernel(Call<A> c) {
   A loss = 0, slope = 0;
   for (int64_t j = threadIdx.x; j < c.n; j += kThreads) {
     if (j == i) continue;
-    const A psi = product(distance_of(c.gram_s, i, j, c.n).length, by_s);
-    const A x = psi - product(distance_of(c.gram_t, i, j, c.n).length, by_t);
+    const A psi = unfused_product(distance_of(c.gram_s, i, j, c.n).length, by_s);
+    const A x = psi - unfused_product(distance_of(c.gram_t, i, j, c.n).length, by_t);
     const A h = clamp_to_1(x);
     loss += h * (x - h / 2);
     slope += h * psi;
@@ -133,9 +129,9 @@ __device__ Cosines<A> cosines(const Pair<A>& pair, const Passing<A>& passing, in
   const A g_a = passing.gram[0][a][m], g_b = passing.gram[1][b][m];
   r_a = passing.inverse[0][a][m];
   r_b = passing.inverse[1][b][m];
-  return {product(r_a * r_b, pair.gram - g_a - g_b + passing.norm[m]),
-          product(pair.inverse * r_a, g_b - pair.gram - g_a + pair.norm_a),
-          product(pair.inverse * r_b, g_a - pair.gram - g_b + pair.norm_b)};
+  return {unfused_product(r_a * r_b, pair.gram - g_a - g_b + passing.norm[m]),
+          unfused_product(pair.inverse * r_a, g_b - pair.gram - g_a + pair.norm_a),
+          unfused_product(pair.inverse * r_b, g_a - pair.gram - g_b + pair.norm_b)};
 }
 
 template <class A>
@@ -184,7 +180,8 @@ __global__ void __launch_bounds__(kThreads, 1) rkd_pairs_kernel(Call<A> c) {
     const A by_t = inverse_mean(row_sum(c.sums + n, n), n);
     const A pairs = max(static_cast<A>(n) * static_cast<A>(n - 1), A{1});
     const A mean_slope = row_sum(c.sums + 3 * n, n) / pairs;
-    const A slope = clamp_to_1(product(s.length, by_s) - product(t.length, by_t)) - mean_slope;
+    const A slope =
+        clamp_to_1(unfused_product(s.length, by_s) - unfused_product(t.length, by_t)) - mean_slope;
     pull += c.distance_weight * by_s * slope * s.inverse;
   }
 

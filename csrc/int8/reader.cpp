@@ -377,6 +377,7 @@ void read_preparation(Object& document, Model* model) {
   if (!classes.is_list()) document.fail("classes", "a list", classes);
   classes.each(
       [&](const Json& name) { model->classes.push_back(document.string("classes", name)); });
+  if (document.has("multilabel")) model->multilabel = document.boolean("multilabel");
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ struct Model {
   double crop_pct = 1;
   Interpolation interpolation = Interpolation::bilinear;
   std::vector<std::string> classes;  // UTF-8; none, or one for each logit
+  bool multilabel = false;           // classes are not exclusive: a sigmoid of each logit
 };
 
 // Checks all of it, its graph by `check`. Arrays are borrowed from `file`, which is aligned to 8

@@ -3,12 +3,14 @@
 // register of them), and included here for plain numbers. A row takes four sweeps:
 //   0  maxima; standardised, mean and std, too
 //   1  sums of exponentials: log_s = log sum exp(u - max u), log_t alike
-//   2  terms: sums of each class's loss, of w and, where asked for, of what moves with T
+//   2  terms: sums of each class's loss, of w and, where asked for, of what moves with T; for KL
+//      (and DKD) in sweep 1
 //   3  gradient in u: w - q * (sum w), in the logits: times T^2 / T (T^2 / (T (std + eps)) and
 //      less a part along s - mean where they are standardised)
 // DKD leaves the label's class out of sweeps 1 to 3: `decoupled` adds what it has to say.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -48,6 +50,14 @@ VITKD_HD_INLINE float exp(float x) { return std::exp(x); }
 VITKD_HD_INLINE double exp(double x) { return std::exp(x); }
 VITKD_HD_INLINE float log(float x) { return std::log(x); }
 VITKD_HD_INLINE double log(double x) { return std::log(x); }
+template <class A>
+VITKD_HD_INLINE A log_normal(A x) {
+  return std::log(x);
+}
+template <class A>
+VITKD_HD_INLINE A expm1_negative(A x) {
+  return std::expm1(x);
+}
 
 #include "math/row_loss.inl"
 

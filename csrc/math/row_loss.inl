@@ -47,20 +47,25 @@ struct ReverseKl {
   }
 };
 
-// m = b p + (1 - b) q is hi * (1 - x) with hi the larger of the two, x = weight of the smaller *
-// (1 - e^-|log q - log p|): nothing overflows, and equal ones give log(1) = 0.
+// m = b p + (1 - b) q is hi * (1 - x) with hi and lo the larger and the smaller of the two, and x =
+// lo's weight * (1 - lo / hi): equal ones give log(1) = 0. What is masked or has underflowed has no
+// weight: all it has to be is finite. Where q is near p, first-order terms cancel: x comes from the
+// same difference as they do, without loss of digits.
 struct Js {
   template <class V>
   VITKD_HD_INLINE static Term<V> term(const Parameters<V>& k, V q, V p, V log_q, V log_p) {
+    const V zero{0.f}, one{1.f};
     const V d = log_q - log_p;
-    const auto p_is_more = less(d, V{0.f});
-    const V down = min(d, V{0.f} - d);  // -|d|
-    const V rest = V{1.f} - k.beta;
+    const auto p_is_more = less(d, zero);
+    const V rest = one - k.beta;
     const V low = select(p_is_more, rest, k.beta);
-    const V above = V{0.f} - log(V{1.f} - low * (V{1.f} - exp(down)));  // log hi - log m
-    const V below = down + above;
-    const V w = product(rest * q, select(p_is_more, below, above));
-    const V w_p = product(k.beta * p, select(p_is_more, above, below));
+    const V down = max(min(d, zero - d), V{-FLT_MAX});  // log lo - log hi; NaN where both are -inf
+    const V x = low * (zero - expm1_negative(down));
+    const V y = one - x;
+    const V above = ((y - one) + x) - log_normal(y);  // log hi - log m
+    const V below = down + above;                     // log lo - log m
+    const V w = rest * q * select(p_is_more, below, above);
+    const V w_p = k.beta * p * select(p_is_more, above, below);
     return {w + w_p, w, w_p};
   }
 };
@@ -164,8 +169,8 @@ VITKD_HD_INLINE Sums<V> operator+(const Sums<V>& a, const Sums<V>& b) {
 template <class V>
 struct Row {
   V loss;          // without kd_weight and T^2
-  V scale, total;  // the gradient in u is scale * w - total * q,
-  V label;         // but for DKD's label, which has w = q = 0: this
+  V scale, total;  // the gradient in u is scale * w - total * q - label * q,
+  V label;         // and this at DKD's label, which has w = q = 0; else 0
   V along;         // sum of the gradient in u times u
   V moved;         // along and the same of v: d loss / dT = -moved / T
 };
@@ -173,22 +178,55 @@ struct Row {
 template <class V>
 VITKD_HD_INLINE Row<V> row_of(const Sums<V>& x) {
   const V along = x.w_u - x.w * x.q_u;
-  return {x.loss, V{1.f}, x.w, V{0.f}, along, along + (x.w_p_v - x.w_p * x.p_v)};
+  // the gradient is NaN where the loss is, whatever w made of it
+  const V total = x.w + select(not_equal(x.loss, x.loss), x.loss, V{0.f});
+  return {x.loss, V{1.f}, total, V{0.f}, along, along + (x.w_p_v - x.w_p * x.p_v)};
 }
 
-// DKD: of the sums over the other classes, and of the label's class with the logits u_y and v_y
-// relative to the maxima of the others.
+// The same of KL without a sweep for its terms: sums over exponentials e_s = exp(u), e_t = exp(v)
+// relative to the maxima. w is p.
 template <class V>
-VITKD_HD_INLINE Row<V> dkd_row(const Parameters<V>& k, const Sums<V>& x, V u_y, V v_y, V log_s,
-                               V log_t) {
+struct KlSums {
+  V s, t;                  // e_s, e_t
+  V dot;                   // e_t (v - u)
+  V s_u, t_u, t_v, dot_v;  // e_s u, e_t u, e_t v, e_t (v - u) v: where T has a gradient
+};
+
+template <class V>
+VITKD_HD_INLINE KlSums<V> operator+(const KlSums<V>& a, const KlSums<V>& b) {
+  return {a.s + b.s,     a.t + b.t,     a.dot + b.dot,    a.s_u + b.s_u,
+          a.t_u + b.t_u, a.t_v + b.t_v, a.dot_v + b.dot_v};
+}
+
+// e_t (v - u): 0 where v is masked, inf where only u is, even if e_t has underflowed.
+template <class V>
+VITKD_HD_INLINE V dot_term(V e_t, V u, V v) {
+  return select(not_equal(v, V{-INFINITY}), max(V{FLT_MIN}, e_t) * (v - u), V{0.f});
+}
+
+template <class V>
+VITKD_HD_INLINE Row<V> kl_row(const KlSums<V>& x, V inv_s, V inv_t) {
+  const V infinite{INFINITY}, one{1.f};
+  const V dot = x.dot * inv_t;
+  const V along = x.s_u * inv_s - x.t_u * inv_t;
+  const V moved = along + (x.dot_v * inv_t - dot * (x.t_v * inv_t));
+  // not inf - inf: with every class masked, log(s) would be -inf
+  const V loss = select(not_equal(x.dot, infinite), dot + log(x.s / x.t), infinite);
+  return {loss, V{0.f} - one, V{0.f} - one, V{0.f}, along, moved};
+}
+
+// DKD: of KL over the other classes, with its sums of q u and p v, and of the label's class with
+// the logits u_y and v_y relative to the maxima of the others.
+template <class V>
+VITKD_HD_INLINE Row<V> dkd_row(const Parameters<V>& k, const Row<V>& others, V q_u, V p_v, V u_y,
+                               V v_y, V log_s, V log_t) {
   const Decoupled<V> label = decoupled(u_y - log_s, v_y - log_t);
   const V d_z_s = k.alpha * label.d_z_s, d_z_t = k.alpha * label.d_z_t;
-  const Row<V> others = row_of(x);
-  const V along = k.beta * others.along + (product(d_z_s, u_y) - d_z_s * x.q_u);
-  const V along_v = k.beta * (others.moved - others.along) + (product(d_z_t, v_y) - d_z_t * x.p_v);
-  return {k.alpha * label.loss + k.beta * x.loss,
-          k.beta,
-          k.beta * x.w + d_z_s,
+  const V along = k.beta * others.along + (product(d_z_s, u_y) - d_z_s * q_u);
+  const V along_v = k.beta * (others.moved - others.along) + (product(d_z_t, v_y) - d_z_t * p_v);
+  return {k.alpha * label.loss + k.beta * others.loss,
+          k.beta * others.scale,
+          k.beta * others.total,
           d_z_s,
           along,
           along + along_v};

@@ -99,6 +99,21 @@ VITKD_INLINE Vec exp(Vec x) {
   Vec::Mask normal;
   return exp(x, normal);
 }
+// exp(x) - 1 for x <= 0, relative to the result also near 0
+VITKD_INLINE Vec expm1_negative(Vec x) {
+  x = max(Vec{kExpLowest}, x);
+  const __m256 t = _mm256_fmadd_ps(x.v, _mm256_set1_ps(kLog2E), _mm256_set1_ps(kRound));
+  const __m256 n = _mm256_sub_ps(t, _mm256_set1_ps(kRound));
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2Hi), x.v);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2Lo), r);
+  __m256 y = _mm256_set1_ps(kExpPoly[0]);
+  for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kExpPoly[i]));
+  const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
+  const __m256i one = _mm256_castps_si256(_mm256_set1_ps(1.0f));
+  const Vec scale = _mm256_castsi256_ps(_mm256_add_epi32(bits, one));
+  // 2^n (1 + y r) - 1, and y r itself for n = 0
+  return fma(scale, Vec{y} * Vec{r}, scale - Vec{1.f});
+}
 VITKD_INLINE Vec exp2(Vec x) {
   const __m256 normal = _mm256_cmp_ps(x.v, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
   const __m256 n = _mm256_floor_ps(x.v);
@@ -106,6 +121,38 @@ VITKD_INLINE Vec exp2(Vec x) {
   __m256 y = _mm256_set1_ps(kExp2Poly[0]);
   for (int i = 1; i < 7; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kExp2Poly[i]));
   const __m256i bits = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  const __m256i scale = _mm256_add_epi32(bits, _mm256_castps_si256(_mm256_set1_ps(1.0f)));
+  return _mm256_and_ps(normal, _mm256_mul_ps(y, _mm256_castsi256_ps(scale)));
+}
+// log of a normal number > 0
+VITKD_INLINE Vec log_normal(Vec x) {
+  // x = 2^n (1 + m), 1 + m in [sqrt(1/2), sqrt(2))
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i least = _mm256_castps_si256(_mm256_set1_ps(kSqrtHalf));
+  const __m256i above = _mm256_srai_epi32(_mm256_sub_epi32(bits, least), 23);
+  const Vec n = _mm256_cvtepi32_ps(above);
+  const __m256i rest = _mm256_sub_epi32(bits, _mm256_slli_epi32(above, 23));
+  const Vec m = Vec{_mm256_castsi256_ps(rest)} - Vec{1.f};
+  const Vec z = m * m, z2 = z * z;
+  const auto c = [](int i) { return Vec{kLogPoly[i]}; };
+  // in pairs: half the time of one long chain
+  Vec y = fma(c(0), m, c(1));
+  y = fma(y, z, fma(c(2), m, c(3)));
+  const Vec low = fma(fma(c(5), m, c(6)), z, fma(c(7), m, c(8)));
+  y = fma(fma(y, m, c(4)), z2, low);
+  y = y * m * z;
+  y = fma(n, Vec{kLn2Lo}, y);
+  y = fma(Vec{-0.5f}, z, y);
+  return fma(n, Vec{kLn2Hi}, m + y);
+}
+VITKD_INLINE Vec exp_scaled(Vec x, const Scale& by) {
+  const __m256 normal = _mm256_cmp_ps(x.v, _mm256_set1_ps(by.lowest), _CMP_NLT_UQ);
+  const __m256 log2e = _mm256_set1_ps(by.log2e);
+  const __m256 t = _mm256_fmadd_ps(x.v, log2e, _mm256_set1_ps(kRound));
+  const __m256 r = _mm256_fmsub_ps(x.v, log2e, _mm256_sub_ps(t, _mm256_set1_ps(kRound)));
+  __m256 y = _mm256_set1_ps(kExp2Poly5[0]);
+  for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kExp2Poly5[i]));
+  const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
   const __m256i scale = _mm256_add_epi32(bits, _mm256_castps_si256(_mm256_set1_ps(1.0f)));
   return _mm256_and_ps(normal, _mm256_mul_ps(y, _mm256_castsi256_ps(scale)));
 }

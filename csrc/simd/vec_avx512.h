@@ -79,12 +79,54 @@ VITKD_INLINE Vec exp(Vec x) {
   Vec::Mask normal;
   return exp(x, normal);
 }
+// exp(x) - 1 for x <= 0, relative to the result also near 0
+VITKD_INLINE Vec expm1_negative(Vec x) {
+  x = max(Vec{kExpLowest}, x);
+  const __m512 t = _mm512_fmadd_ps(x.v, _mm512_set1_ps(kLog2E), _mm512_set1_ps(kRound));
+  const __m512 n = _mm512_sub_ps(t, _mm512_set1_ps(kRound));
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2Hi), x.v);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2Lo), r);
+  __m512 y = _mm512_set1_ps(kExpPoly[0]);
+  for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kExpPoly[i]));
+  const Vec scale = _mm512_scalef_ps(_mm512_set1_ps(1.0f), n);
+  // 2^n (1 + y r) - 1, and y r itself for n = 0
+  return fma(scale, Vec{y} * Vec{r}, scale - Vec{1.f});
+}
 VITKD_INLINE Vec exp2(Vec x) {
   const Vec::Mask normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   const __m512 r = _mm512_reduce_ps(x.v, 1);  // x - floor(x)
   __m512 y = _mm512_set1_ps(kExp2Poly[0]);
   for (int i = 1; i < 7; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kExp2Poly[i]));
   return _mm512_maskz_scalef_ps(normal, y, x.v);
+}
+// log of a normal number > 0
+VITKD_INLINE Vec log_normal(Vec x) {
+  Vec n, m;
+  split(x, n, m);  // x = 2^n m, m in [1/2, 1)
+  const Vec::Mask small = less(m, Vec{kSqrtHalf});
+  n = select(small, n - Vec{1.f}, n);
+  m = select(small, m + m, m) - Vec{1.f};
+  const Vec z = m * m, z2 = z * z;
+  const auto c = [](int i) { return Vec{kLogPoly[i]}; };
+  // in pairs: half the time of one long chain
+  Vec y = fma(c(0), m, c(1));
+  y = fma(y, z, fma(c(2), m, c(3)));
+  const Vec low = fma(fma(c(5), m, c(6)), z, fma(c(7), m, c(8)));
+  y = fma(fma(y, m, c(4)), z2, low);
+  y = y * m * z;
+  y = fma(n, Vec{kLn2Lo}, y);
+  y = fma(Vec{-0.5f}, z, y);
+  return fma(n, Vec{kLn2Hi}, m + y);
+}
+VITKD_INLINE Vec exp_scaled(Vec x, const Scale& by) {
+  const Vec::Mask normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(by.lowest), _CMP_NLT_UQ);
+  const __m512 log2e = _mm512_set1_ps(by.log2e);
+  const __m512 t = _mm512_fmadd_ps(x.v, log2e, _mm512_set1_ps(kRound));
+  const __m512 n = _mm512_sub_ps(t, _mm512_set1_ps(kRound));
+  const __m512 r = _mm512_fmsub_ps(x.v, log2e, n);
+  __m512 y = _mm512_set1_ps(kExp2Poly5[0]);
+  for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kExp2Poly5[i]));
+  return _mm512_maskz_scalef_ps(normal, y, n);
 }
 VITKD_INLINE Vec log(Vec x) {
   Vec n, m;

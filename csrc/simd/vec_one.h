@@ -58,6 +58,8 @@ struct One {
   friend One select(Mask m, One a, One b) { return m ? a : b; }
   friend One exp(One x) { return One{std::exp(x.v)}; }
   friend One log(One x) { return One{std::log(x.v)}; }
+  friend One expm1_negative(One x) { return One{std::expm1(x.v)}; }
+  friend One log_normal(One x) { return log(x); }
   friend One sqrt(One x) { return One{std::sqrt(x.v)}; }
   friend A reduce_add(One x) { return x.v; }
   friend A reduce_max(One x) { return x.v; }

@@ -120,6 +120,17 @@ def test_features_have_a_term_of_each_teacher_by_its_weight() -> None:
     torch.testing.assert_close(found[0], wanted[0][0])
 
 
+def test_a_head_of_its_own_sees_the_average() -> None:
+    step, x = task("{token: {}, ofa: {strides: [8]}}", [vit(32, 1), vit(48, 2)]), images()
+    assert sorted(step.trainable_module.learned) == ["ofa", "token"]
+    seen = step(x, torch.zeros(16, dtype=torch.int64))
+    single = task("{token: {}, ofa: {strides: [8]}}", [vit(32, 1), vit(32, 1)])
+    single.trainable_module.load_state_dict(step.trainable_module.state_dict())
+    alone = single(x, torch.zeros(16, dtype=torch.int64))  # whose average is the first teacher
+    assert torch.equal(seen["output"], alone["output"])
+    assert not torch.equal(seen["terms"], alone["terms"])
+
+
 def test_no_teachers_scale_rules() -> None:
     """After calibration, features of 1000 times the size have the same share of the loss."""
     teachers, x = [vit(32, 1), vit(32, 2)], images()

@@ -14,11 +14,12 @@ from torch.nn.functional import interpolate
 from vitkd_fast import models
 from vitkd_fast.distill import sources
 from vitkd_fast.distill.config import ConfigError, load
-from vitkd_fast.distill.losses import ClassCosts, StepOutputs
+from vitkd_fast.distill.losses import BCE, ClassCosts, StepOutputs
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
 from vitkd_fast.functional import (
     at_loss,
+    binary_kd_loss,
     cc_loss,
     deit_hard_loss,
     feature_loss,
@@ -185,6 +186,23 @@ def test_terms_are_the_functions() -> None:
     ]
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_terms_of_several_labels() -> None:
+    """Multi-hot labels, and those of mixed images."""
+    given = outputs()
+    assert given.teacher is not None
+    s, t = given.student.logits, given.teacher.logits
+    a, b = (torch.rand(3, 10) < 0.4).float(), (torch.rand(3, 10) < 0.4).float()
+    share = torch.tensor([0.2, 0.5, 1.0])
+    text = "binary_kd: {temperature: 2, weight: 0.5, bce_weight: 0.3}"
+    for labels, y in ((a, a), ((a, b, share), a * share[:, None] + b * (1 - share[:, None]))):
+        seen = given._replace(labels=labels)
+        want = binary_kd_loss(s, t, y, temperature=2.0, kd_weight=0.5, bce_weight=0.3)
+        torch.testing.assert_close(value(text, seen), want)
+        bce = nn.functional.binary_cross_entropy_with_logits(s, y)
+        twice = BCE.model_validate({"weight": 2})
+        torch.testing.assert_close(twice(seen, 0.0, None), 2 * bce)
 
 
 HEADS = [

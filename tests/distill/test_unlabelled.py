@@ -154,6 +154,7 @@ def test_folders_that_hold_nothing_to_use(tmp_path: Path, image_folder: Path) ->
         (["teacher.epochs=3"], "teacher.epochs: expected 0, as data.unlabelled has no labels"),
         (["teacher.model=''"], "teacher.model: missing, and losses.features needs a teacher"),
         (["data.train=''"], "data.train: missing; name a folder with images"),
+        (["data.labels=y.csv"], "data.labels: expected none with data.unlabelled=true"),
         (["data.probe_val=y"], "data.probe: missing, and data.probe_val is the other part"),
         (
             ["data.unlabelled=false", "data.probe=y", "losses={kd: {}}"],

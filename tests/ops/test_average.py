@@ -11,7 +11,8 @@ from torch import Tensor
 
 from support.feature_tools import DOUBLE, FLOAT, draw, every_dtype
 from vitkd_fast.functional import _features, average_logits, kd_loss
-from vitkd_fast.nn import PHIStandardize, _hadamard
+from vitkd_fast.nn import PHIStandardize
+from vitkd_fast.nn.standardize import _hadamard
 
 SHARES = [0.5, 0.125, 0.375]
 

@@ -35,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXACT = {*LOSSES, *LOGITS}  # the same bits with and without a gradient
 ONE_OF_EACH = [
-    "kd", "kd_topk", "attention_map", "relation", "at", "mse", "nst", "rkd", "sp", "pkt", "cc",
-    "mmd", "wkd_feature", "sliced", "mlkd", "wkd_logit", "spearman",
+    "kd", "kd_topk", "dist", "attention_map", "relation", "at", "mse", "nst", "rkd", "sp", "pkt",
+    "cc", "mmd", "wkd_feature", "sliced", "mlkd", "wkd_logit", "spearman",
 ]  # fmt: skip
 
 
@@ -340,7 +340,7 @@ def test_compile(
     case.compare(*results, exactly=False)
 
 
-@pytest.mark.emulated(name=["kd", "kd_topk", "attention_map", "rkd"], dtype=[FLOAT])
+@pytest.mark.emulated(name=["kd", "kd_topk", "dist", "attention_map", "rkd"], dtype=[FLOAT])
 @every_device
 @pytest.mark.parametrize(
     ("name", "dtype", "reduction"),

@@ -76,7 +76,7 @@ def sanitizers() -> dict[str, str]:
     return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options}
 
 
-STEMS = ["kd", "kd_topk", "attention_map", "int8_ops", "rkd"]
+STEMS = ["kd", "kd_topk", "dist", "attention_map", "int8_ops", "rkd", "row_loss"]
 
 
 @pytest.mark.parametrize("stem", [*STEMS, "contract"])

@@ -6,7 +6,6 @@ host, and on the reference backend.
 """
 
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -379,6 +378,18 @@ def test_threads_change_nothing(tail: str) -> None:
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    student, teacher = pair(8, 30, dtype=dtype)
+    for tail in TAILS:
+        want = loss_and_grad(student, teacher, topk_loss, k=4, tail=tail, temperature=2.0)
+        with torch.autocast("cpu", BFLOAT):
+            given = loss_and_grad(student, teacher, topk_loss, k=4, tail=tail, temperature=2.0)
+        for x, y in zip(given, want, strict=True):
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
+
+
 def test_module() -> None:
     student, teacher = pair(6, 21)
     top = top_of(teacher, 5, 4.0)
@@ -556,12 +567,13 @@ def test_triton_compiles_without_spills(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     student, k = new(4096, classes, dtype=dtype), min(10, classes)
-    top: Callable[[torch.dtype], Tensor] = partial(new, 4096, k)  # type: ignore[assignment]
-    teacher = (top(dtype=torch.int16), top(dtype=HALF))  # type: ignore[call-arg]
-    for options in ({}, {"labels": new(4096, dtype=torch.int64), "ce_weight": 0.5}):
-        o = (4.0, 1.0, TAILS.index(tail), 1)
-        given = {"log_sum_exp": new(4096), "label_smoothing": 0.1} | options
-        loss, stats = kd_topk.kd_topk_fwd(student, *teacher, *o, **given)
-        kd_topk.kd_topk_fwd_grad(student, *teacher, *o, **given)
-        kd_topk.kd_topk_bwd(loss, student, *teacher, stats, *o, **given)
+    teacher = new(4096, k, dtype=torch.int16), new(4096, k, dtype=HALF)
+    for ce_weight in (0.0, 0.5):
+        o = reference.KDTopKOptions(
+            4.0, 1.0, TAILS.index(tail), reference.MEAN, log_sum_exp=new(4096),
+            labels=new(4096, dtype=torch.int64), ce_weight=ce_weight, label_smoothing=0.1,
+        )  # fmt: skip
+        loss, stats = kd_topk.kd_topk_fwd(student, *teacher, *o)
+        kd_topk.kd_topk_fwd_grad(student, *teacher, *o)
+        kd_topk.kd_topk_bwd(loss, student, *teacher, stats, *o)
     assert_nothing_is_spilled(compiled, tmp_path)

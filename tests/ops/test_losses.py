@@ -19,6 +19,7 @@ from vitkd_fast.functional import (
     attention_map_loss,
     deit_hard_loss,
     dino_loss,
+    dist_loss,
     feature_loss,
     fused_linear_kd_loss,
     kd_loss,
@@ -79,10 +80,20 @@ CALLS = {
     "feature_resized": Call(partial(feature_loss, kind="cosine"), RESIZED | PROJECTION),
     "nst": Call(nst_loss, FEATURES),
     "nst_resized": Call(nst_loss, RESIZED),
+    "dist": Call(dist_loss, {"student": (9, 10), "teacher": (9, 10)}),
     "rkd": Call(rkd_loss, {"x_s": (5, 6), "x_t": (5, 9)}),
 }
 # where compilers make each call take long: one of each function
-ONE_OF_EACH = ["kd", "attention_map_kl", "relation", "at", "feature_projected", "nst", "rkd"]
+ONE_OF_EACH = [
+    "kd",
+    "attention_map_kl",
+    "relation",
+    "at",
+    "feature_projected",
+    "nst",
+    "rkd",
+    "dist",
+]
 every_loss = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 every_function = pytest.mark.parametrize("call", [CALLS[k] for k in ONE_OF_EACH], ids=ONE_OF_EACH)
 

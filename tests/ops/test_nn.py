@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from vitkd_fast.functional import attention_map_loss
-from vitkd_fast.nn import AttentionMapProjection, CrossAttentionProjector, _gram_distance
+from vitkd_fast.nn import AttentionMapProjection, CrossAttentionProjector
+from vitkd_fast.nn.attention import _gram_distance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

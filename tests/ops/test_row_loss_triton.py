@@ -29,7 +29,7 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_in_the_interpreter(tmp_path: Path) -> None:
-    run_in_interpreter(tmp_path, *SHARED, "-m", "not gpu")
+    run_in_interpreter(tmp_path, *SHARED, "-m", "(every_isa or interpreted) and not gpu")
 
 
 @pytest.mark.gpu

@@ -67,8 +67,9 @@ def build_emulated(
         only: the stem of one operation, instead of all of them.
         change: what is done to the text of the kernels and of what they share.
     """
-    for file in (*CSRC.rglob("*.h"), *CSRC.glob("cuda/*.cuh"), *CSRC.glob(f"cuda/{only}*.cu")):
-        kernels = file.suffix != ".h"
+    headers = [*CSRC.rglob("*.h"), *CSRC.glob("math/*.inl")]
+    for file in (*headers, *CSRC.glob("cuda/*.cuh"), *CSRC.glob(f"cuda/{only}*.cu")):
+        kernels = file.suffix in (".cu", ".cuh")
         to = folder / file.relative_to(CSRC)
         to = to.with_suffix(".cpp") if file.suffix == ".cu" else to
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,10 @@ from torch import Tensor
 from support import attention_map_tools, feature_tools, kd_tools, kd_topk_tools, relation_tools
 from vitkd_fast.functional import (
     attention_map_loss,
+    binary_kd_loss,
     deit_hard_loss,
     dino_loss,
+    dist_loss,
     dkd_loss,
     fused_linear_kd_loss,
     js_loss,
@@ -139,6 +141,22 @@ def _topk_options(student: Tensors, name: str, tail: str) -> dict[str, Any]:
 def _map_options(student: Tensors, name: str = "everything", **kind: str) -> dict[str, Any]:
     maps = attention_map_tools.Maps(*student, *student)
     return attention_map_tools.OPTIONS[name](maps) | kind
+
+
+def _binary(student: Tensors, name: str = "everything") -> dict[str, Any]:
+    """Of several labels per row, some of them unknown."""
+    (x,) = student
+    generator = torch.Generator().manual_seed(2)
+    random = torch.rand((2, *x.shape), generator=generator, dtype=DOUBLE).to(x.device)
+    weights = torch.rand(x.shape[-1], generator=generator, dtype=DOUBLE).to(x.device)
+    labels = {"labels": (random[0] < 0.3).float(), "bce_weight": 0.7}
+    return {
+        "plain": {"temperature": 4.0},
+        "labels": labels,
+        "everything": labels
+        | {"temperature": 2.0, "kd_weight": 0.8}
+        | {"mask": random[1] < 0.8, "class_weights": weights},
+    }[name]
 
 
 def _classifier(rows: int, dim: int, classes: int) -> Draw:
@@ -308,6 +326,18 @@ OPERATIONS = {
             "dkd_standardized": partial(_dkd, standardize=True),
         }.items()
     },
+    "binary_kd": Operation(
+        binary_kd_loss,
+        _logits(6, 40),
+        _binary,
+        [{"temperature": 1.0}, {"temperature": 4.0}],
+        kd_tools.PATHS,
+        [_logits(5), _logits(2, 5, 3, 4), _strided_logits, _transposed_logits],
+        [_logits(9, 33), _logits(31, 1001)],
+        _logits(4, 5, 3),
+        {name: partial(_binary, name=name) for name in ("plain", "labels", "everything")},
+        lambda dtype, reduction: reduction != "none" and dtype != HALF,
+    ),
     "kd_topk": Operation(
         kd_topk_tools.topk_loss,
         _logits(6, 40),
@@ -323,6 +353,17 @@ OPERATIONS = {
             for tail in kd_topk_tools.TAILS
         },
         lambda dtype, reduction: reduction != "none" and dtype != HALF,
+    ),
+    "dist": Operation(
+        dist_loss,
+        _logits(16, 40),
+        lambda student: {"temperature": 2.0, "beta": 0.5},
+        [{"temperature": 1.0}, {"gamma": 2.0}],
+        [(FLOAT, None), (HALF, None), (BFLOAT, None), (DOUBLE, None)],
+        [_logits(12, 10), _logits(5, 1001), _last_strided],
+        [_logits(9, 33), _logits(31, 101)],
+        _logits(5, 7),
+        {"plain": _none, "hot": lambda student: {"temperature": 4.0, "gamma": 0.5}},
     ),
     "attention_map": Operation(
         attention_map_loss,

@@ -43,6 +43,8 @@ class Data(Section):
     # classifier judge the features
     probe: PathText = ""
     probe_val: PathText = ""  # another, to score on; without it, see holdout
+    # of images with several labels each: a .csv or .json file in the folders train and val
+    labels: str = ""
     holdout: float = Field(0.1, gt=0, lt=1)  # share of the training images
     image_size: int = Field(224, ge=8)  # side of the square that both models read
     crop_pct: float = Field(0.875, gt=0, le=1)  # of the resized image, in validation
@@ -189,6 +191,11 @@ class Config(Section):
         data = tree.get("data")
         if isinstance(data, dict) and data.get("unlabelled"):
             return {**tree, "losses": {"features": {}}}
+        if isinstance(data, dict) and data.get("labels"):
+            return {
+                **tree,
+                "losses": {"binary_kd": {"bce_weight": 1.0}} if distilled else {"bce": {}},
+            }
         return {**tree, "losses": {"kd": {"temperature": 4.0}} if distilled else {"ce": {}}}
 
     @model_validator(mode="after")
@@ -216,6 +223,8 @@ class Config(Section):
                 "that compares with it"
             )
         if self.data.unlabelled:
+            if self.data.labels:
+                raise ConfigError("data.labels: expected none with data.unlabelled=true")
             for name, term in terms.items():
                 if term.classifies:
                     raise ConfigError(
@@ -234,6 +243,18 @@ class Config(Section):
             raise ConfigError(
                 f"losses.{distil[0]}: trains no classifier; add losses.kd or losses.ce"
             )
+        for name, term in terms.items():
+            if term.classifies and term.independent != bool(self.data.labels):
+                one, several = "losses.kd or losses.ce", "losses.binary_kd or losses.bce"
+                raise ConfigError(
+                    f"losses.{name}: is of images with one class each, and data.labels gives them "
+                    f"several labels: use {several}"
+                    if self.data.labels
+                    else f"losses.{name}: is of images with several labels, and data.labels is "
+                    f"missing: name their file, or use {one}"
+                )
+        if self.data.labels and not (self.data.train and not self.data.dataset):
+            raise ConfigError("data.labels: expected a folder data.train and no data.dataset")
         for name, teacher in teachers.items():
             if Path(teacher.model).is_file() and (
                 teacher.pretrained or teacher.checkpoint or teacher.options or teacher.epochs

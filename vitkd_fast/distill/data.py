@@ -66,7 +66,7 @@ class Batch(NamedTuple):
     """`indices` are the images' places in its dataset; `skipped` names what was left out."""
 
     images: Tensor  # [B, 3, H, W] uint8, channels_last
-    labels: Tensor  # [B] int64
+    labels: Tensor  # [B] int64, or multi-hot [B, classes] float32
     indices: Tensor  # [B] int64
     skipped: list[str]
 
@@ -190,10 +190,16 @@ def _collate(items: list[Any]) -> Batch | DataError:
     images = torch.stack(pixels) if read else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
     return Batch(
         images.permute(0, 3, 1, 2),
-        torch.tensor([int(item[1]) for item in read], dtype=torch.int64),
+        _labels([item[1] for item in read]),
         torch.tensor([item[2] for item in read], dtype=torch.int64),
         list(itertools.chain.from_iterable(item[3] for item in items)),
     )
+
+
+def _labels(given: list[Any]) -> Tensor:
+    if given and isinstance(given[0], np.ndarray):
+        return torch.as_tensor(np.stack(given))
+    return torch.tensor([int(label) for label in given], dtype=torch.int64)
 
 
 def _rank() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,11 @@ class Evaluation(Scores):
     teacher: Tensor | None
     teacher_confidence: Tensor | None
     confusion: Tensor  # [classes, classes] int64, rows are labels
+
+
+def headline(metrics: Mapping[str, float]) -> str:
+    """The metric by which models are chosen and compared: top1, or map of several labels."""
+    return "map" if "map" in metrics else "top1"
 
 
 def _logits(name: str, predictor: Predictor, images: Tensor, classes: int) -> Tensor:

@@ -23,6 +23,7 @@ from . import (
     data,
     evaluate,
     identity,
+    multilabel,
     optim,
     preflight,
     probe,
@@ -119,6 +120,7 @@ class _Experiment:
                 num_classes=len(self.classes),
                 pixels=preflight.pixels(config, student),
                 classes=tuple(self.classes),
+                multilabel=bool(config.data.labels),
             ),
             rebuild=rebuild,
         )
@@ -295,6 +297,9 @@ class _Experiment:
             return
         if section.epochs:
             origin = f"trained here for {section.epochs} epochs, from {origin}"
+        if config.data.labels:
+            self._score_labels(name, section, teacher, origin)
+            return
         right, images = identity.score(
             config, self._predictor(teacher), self.splits, self.runtime.device
         )
@@ -338,6 +343,22 @@ class _Experiment:
                 f"probe's images right, where guessing gets {1 / classes:.1%}: they cannot teach. "
                 f"Check its weights ({origin}), its mean {pixels.mean} and std {pixels.std}"
             )
+
+    def _score_labels(self, name: str, section: Teacher, teacher: nn.Module, origin: str) -> None:
+        found, chance, images = identity.score_labels(
+            self.config, self._predictor(teacher), self.splits, self.runtime.device
+        )
+        self._say(
+            f"{name}: {section.model}: mAP {found:.1%} of {images} validation images (guessing: "
+            f"{chance:.1%}); weights: {origin}"
+        )
+        if found <= chance:
+            why = (
+                f"{name}.model: {section.model} has a mAP of {found:.1%}, and guessing {chance:.1%}"
+            )
+            if not section.epochs:
+                raise ConfigError(f"{why}: it cannot teach these classes ({origin})")
+            self._say(f"warning: {why}: it has hardly learned; try more teacher.epochs")
 
     def estimate(self) -> dict[str, Any]:
         """Prints data, models, the teacher's top-1, the time of a step, and disk space."""
@@ -394,6 +415,7 @@ class _Experiment:
                         images,
                         pixels=preflight.pixels(self.config, model),
                         classes=self.scored.classes,
+                        multilabel=bool(self.config.data.labels),
                         calibration=self.config.int8.calibration,
                     )
                     for seed, model in trained.items()
@@ -438,12 +460,15 @@ class _Experiment:
             rows.append(self._row("int8", config.student, model, file, scored, seeds, engine))
         comparison = results.compare(evaluations)
         first, val = evaluations[self.role][0], self.scored.val
-        shows = hasattr(val, "read") and self.runtime.ranks == 1  # each rank saw its own images
+        several = bool(config.data.labels)
+        # each rank saw its own images
+        shows = hasattr(val, "read") and self.runtime.ranks == 1 and not several
+        table = multilabel.per_class if several else evaluate.per_class
         return {
             **self._about(students),
             "data": {
                 "train": sources.count(self.splits.train),
-                "val": int(first.confusion.sum()),
+                "val": int(first.confusion[0].sum() if several else first.confusion.sum()),
                 "classes": classes,
             },
             "models": rows,
@@ -451,19 +476,19 @@ class _Experiment:
             "verdict": results.verdict_without_labels(rows)
             if config.data.unlabelled
             else results.verdict(comparison, config.run.baseline and bool(self.teachers)),
-            "confusion": {"role": self.role, "seed": seeds[0], "matrix": first.confusion.tolist()},
+            "confusion": None
+            if several
+            else {"role": self.role, "seed": seeds[0], "matrix": first.confusion.tolist()},
             "int8_confusion": {
                 "role": "int8",
                 "seed": seeds[0],
                 "matrix": evaluations["int8"][0].confusion.tolist(),
             }
-            if engines
+            if engines and not several
             else None,
             # of all seeds together
             "per_class": {
-                role: evaluate.per_class(
-                    torch.stack([one.confusion for one in scored]).sum(0), classes
-                )
+                role: table(torch.stack([one.confusion for one in scored]).sum(0), classes)
                 for role, scored in evaluations.items()
             },
             "disagreements": results.disagreements(first, val, self.places) if shows else None,
@@ -540,7 +565,8 @@ class _Experiment:
                 places.append(batch.indices.clone())  # the worker reuses its memory
                 yield batch.images, batch.labels
 
-        result = evaluate.evaluate(
+        judge = multilabel.evaluate if self.config.data.labels else evaluate.evaluate
+        result = judge(
             predictor,
             batches(),
             classes=len(self.scored.classes),
@@ -551,7 +577,9 @@ class _Experiment:
         self.skipped |= loader.skipped
         if exact:
             same = (result.student == exact.student).double()
-            counts = torch.stack([same.sum(), same.new_tensor(len(same))]).to(self.runtime.device)
+            counts = torch.stack([same.sum(), same.new_tensor(same.numel())]).to(
+                self.runtime.device
+            )
             if dist.is_initialized():
                 dist.all_reduce(counts)
             result.fidelity["unchanged"] = float(counts[0] / counts[1])

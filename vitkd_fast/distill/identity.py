@@ -184,6 +184,24 @@ def score(config: Config, predictor: Any, splits: sources.Splits, device: Any) -
     return round(found.metrics["top1"] * images), images
 
 
+def score_labels(config: Config, predictor: Any, splits: sources.Splits, device: Any) -> Any:
+    """A predictor's mean average precision on some validation images, chance's, and how many."""
+    import torch
+
+    from . import data, multilabel
+
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    share = -(-SCORED_IMAGES // ranks)
+    found = multilabel.evaluate(
+        predictor,
+        ((x.images, x.labels) for x in data.sample(config, splits.val, share, ranks)),
+        classes=len(splits.classes),
+        device=device,
+    )
+    images = int(found.confusion[0].sum())
+    return found.metrics["map"], multilabel.chance(found.confusion), images
+
+
 def is_no_teacher(right: int, images: int, classes: int) -> bool:
     """Whether a top-1 of chance + 10% of what is left above it can be ruled out (p < 0.05)."""
     import scipy.stats  # type: ignore[import-untyped]

@@ -27,7 +27,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from .. import models
-from . import checkpoint, data, evaluate, nonfinite, optim, sources
+from . import checkpoint, data, evaluate, multilabel, nonfinite, optim, sources
 from .config import Config
 from .logger import Meter, MetricLogger
 from .task import DistillationTask
@@ -398,7 +398,7 @@ class Trainer:
         scores = {"epoch": self.step / self.steps_per_epoch}
         scores |= self._losses() if self.config["data"]["unlabelled"] else self._scores()
         logger.write("val", self.step, scores)
-        best = scores["top1"] if "top1" in scores else -scores["loss"]
+        best = -scores["loss"] if "loss" in scores else scores[evaluate.headline(scores)]
         if self.runtime.rank == 0:
             self.save_model(self.folder / "last.safetensors", self.trained)
             if best > self.best:
@@ -408,13 +408,14 @@ class Trainer:
 
     def _scores(self) -> dict[str, float]:
         """Of the trained weights, on the validation images."""
-        result = evaluate.evaluate(
+        judge = multilabel.evaluate if self.config["data"]["labels"] else evaluate.evaluate
+        result = judge(
             models.predictor(self.trained).to(self.runtime.device),
             ((batch.images, batch.labels) for batch in self.val_loader.epoch()),
             classes=len(self.classes),
             device=self.runtime.device,
         )
-        return {name: result.metrics[name] for name in ("top1", "nll")}
+        return {name: result.metrics[name] for name in (evaluate.headline(result.metrics), "nll")}
 
     def _losses(self) -> dict[str, float]:
         """Of the trained weights on the validation images: the mean loss, its terms, similarity."""

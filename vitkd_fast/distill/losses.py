@@ -11,16 +11,20 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, layer_norm, normalize
 
 from ..functional import (
     Labels,
     at_loss,
+    binary_kd_loss,
     cc_loss,
     deit_hard_loss,
+    dist_loss,
+    dkd_loss,
     feature_loss,
+    js_loss,
     kd_loss,
     mlkd_loss,
     mmd_loss,
@@ -28,16 +32,26 @@ from ..functional import (
     ofa_loss,
     pkt_loss,
     relation_loss,
+    reverse_kl_loss,
     rkd_loss,
     sliced_wasserstein_loss,
     sp_loss,
     spearman_loss,
+    tv_loss,
     wkd_cost,
     wkd_feature_loss,
     wkd_logit_loss,
 )
 from ..functional._features import resize_map
-from ..nn import AttentionMapProjection, DistillationHead, OFABranches, PHIStandardize
+from ..nn import (
+    AttentionMapProjection,
+    CurriculumTemperature,
+    DistillationHead,
+    LearnableTemperature,
+    OFABranches,
+    PHIStandardize,
+    entropy_temperature,
+)
 from ..taps import TapOutputs, Taps
 
 TapSpec: TypeAlias = Mapping[str, tuple[int, ...] | bool]  # arguments of Taps
@@ -83,6 +97,16 @@ def _constant(value: Any) -> Any:
 
 
 Schedule = Annotated[Ramp, BeforeValidator(_constant)]
+
+
+def _temperature(value: float | str) -> float | str:
+    names = ("learned", "curriculum", "entropy")
+    if value in names or (isinstance(value, float | int) and value > 0):
+        return value
+    raise ValueError(f"expected a number > 0, {', '.join(names[:-1])} or {names[-1]}")
+
+
+Temperature = Annotated[float | str, AfterValidator(_temperature)]
 ONE, ZERO = Ramp(start=1, end=1), Ramp(start=0, end=0)
 
 
@@ -91,6 +115,8 @@ class Term(Section):
 
     distils: ClassVar[bool] = True  # compares the student with a teacher
     classifies: ClassVar[bool] = False  # trains the student's classifier
+    averages: ClassVar[bool] = False  # compares logits alone, of several teachers their average
+    independent: ClassVar[bool] = False  # of classes that are not exclusive: several labels
 
     weight: Schedule = ONE  # factor of the term
 
@@ -100,6 +126,10 @@ class Term(Section):
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         """The module that is trained with the student, from one output of the taps, or None."""
+        return None
+
+    def learned_alone(self) -> nn.Module | None:
+        """The same of a module that depends on no output."""
         return None
 
     def among_teachers(self) -> Term:
@@ -134,29 +164,105 @@ class CE(Term):
         )
 
 
-class KD(Term):
+class RowTerm(Term):
+    """A loss of the logits with a cross-entropy beside it, in one pass."""
+
+    classifies = True
+
+    # divides both logits: a number; "learned"; "curriculum", learned against the student (Li et
+    # al., 2023, arXiv:2211.16231); "entropy": of each image, 4 where the teacher is sure and 1
+    # where it is not
+    temperature: Temperature = 1.0
+    ce_weight: Schedule = ZERO  # factor of the cross-entropy
+    label_smoothing: float = Field(0.0, ge=0, le=1)  # of the cross-entropy
+
+    def learned_alone(self) -> nn.Module | None:
+        if self.temperature == "learned":
+            return LearnableTemperature()
+        return CurriculumTemperature() if self.temperature == "curriculum" else None
+
+    def options(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> dict[str, Any]:
+        """Student, teacher and what the losses have in common."""
+        assert outputs.teacher is not None
+        student, teacher = outputs.student.logits, outputs.teacher.logits
+        temperature: Any = self.temperature
+        if isinstance(learned, CurriculumTemperature):
+            temperature = learned(student, teacher, x)
+        elif learned is not None:
+            temperature = learned()
+        elif temperature == "entropy":
+            temperature = entropy_temperature(teacher)
+        return {
+            "student": student, "teacher": teacher, "temperature": temperature,
+            "labels": outputs.labels, "kd_weight": self.weight.at(x),
+            "ce_weight": self.ce_weight.at(x), "label_smoothing": self.label_smoothing,
+        }  # fmt: skip
+
+
+class KD(RowTerm):
     """weight * T^2 * KL(teacher || student) at temperature T + ce_weight * CE(student, labels).
 
     Hinton, Vinyals and Dean, 2015, arXiv:1503.02531; one fused pass, `functional.kd_loss`.
     """
 
-    classifies = True
-
-    temperature: float = Field(1.0, gt=0)  # divides both logits
-    ce_weight: Schedule = ZERO  # factor of the cross-entropy
-    label_smoothing: float = Field(0.0, ge=0, le=1)  # of the cross-entropy
+    standardize: bool = False  # both logits first (Sun et al., 2024, arXiv:2403.01427)
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
-        assert outputs.teacher is not None
-        return kd_loss(
-            outputs.student.logits,
-            outputs.teacher.logits,
-            temperature=self.temperature,
-            labels=outputs.labels,
-            kd_weight=self.weight.at(x),
-            ce_weight=self.ce_weight.at(x),
-            label_smoothing=self.label_smoothing,
-        )
+        return kd_loss(**self.options(outputs, x, learned), standardize=self.standardize)
+
+
+class ReverseKL(RowTerm):
+    """weight * T^2 * KL(student || teacher) at temperature T + ce_weight * CE(student, labels).
+
+    Gu et al., 2024, arXiv:2306.08543; `functional.reverse_kl_loss`.
+    """
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        return reverse_kl_loss(**self.options(outputs, x, learned))
+
+
+class JS(RowTerm):
+    """weight * T^2 * the Jensen-Shannon divergence at temperature T + ce_weight * CE.
+
+    Agarwal et al., 2024, arXiv:2306.13649; `functional.js_loss`.
+    """
+
+    beta: float = Field(0.5, gt=0, lt=1)  # of the teacher in the mixture
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        return js_loss(**self.options(outputs, x, learned), beta=self.beta)
+
+
+class TV(RowTerm):
+    """weight * T^2 * the total variation distance at temperature T + ce_weight * CE.
+
+    Wen et al., 2023, arXiv:2307.15190; `functional.tv_loss`.
+    """
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        return tv_loss(**self.options(outputs, x, learned))
+
+
+class DKD(RowTerm):
+    """weight * T^2 * (alpha KL of the label and the rest + beta KL of the rest) + ce_weight * CE.
+
+    Zhao et al., 2022, arXiv:2203.08679; `functional.dkd_loss`. Mixed labels have the losses of
+    both, each with its share. The paper's warm-up is weight: {start: 0, end: 1, until: ...}.
+    """
+
+    temperature: Temperature = 4.0
+    alpha: float = Field(1.0, ge=0)  # factor of the label's term
+    beta: float = Field(8.0, ge=0)  # factor of the other classes' term
+    standardize: bool = False  # both logits first (Sun et al., 2024, arXiv:2403.01427)
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        options = self.options(outputs, x, learned)
+        options |= {"alpha": self.alpha, "beta": self.beta, "standardize": self.standardize}
+        if isinstance(outputs.labels, Tensor):
+            return dkd_loss(**options)
+        a, b, lam = outputs.labels
+        of_a, of_b = (dkd_loss(**options | {"labels": ids, "reduction": "none"}) for ids in (a, b))
+        return (lam * of_a + (1 - lam) * of_b).mean()
 
 
 class DeitHard(Term):
@@ -192,6 +298,7 @@ class Token(Term):
     """
 
     classifies = True
+    averages = True
 
     # hard: the cross-entropy of the class that the teacher chooses; soft: T^2 KL
     kind: Literal["hard", "soft"] = "hard"
@@ -246,6 +353,7 @@ class OFA(Term):
     """
 
     classifies = True
+    averages = True
 
     # of the student's maps, from the first to the last
     strides: list[Annotated[int, Field(ge=1)]] = [4, 8, 16, 32]
@@ -257,7 +365,7 @@ class OFA(Term):
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         channels = [student.maps[stride].shape[1] for stride in self.strides]
-        width = max(x.shape[1] for x in (_pooled(student), _pooled(teacher)))
+        width = max(_pooled(x).shape[1] for x in (student, teacher))
         return OFABranches(channels, student.logits.shape[1], width)
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
@@ -269,6 +377,29 @@ class OFA(Term):
             outputs.labels,
             temperature=self.temperature,
             eps=self.eps,
+        )
+        return self.weight.at(x) * loss
+
+
+class DIST(Term):
+    """weight * T^2 * (beta (1 - rho of rows) + gamma (1 - rho of classes)), rho: Pearson's.
+
+    Huang et al., 2022, arXiv:2205.10536; `functional.dist_loss`, over all processes of a run.
+    """
+
+    temperature: float = Field(1.0, gt=0)  # divides both logits
+    beta: float = Field(1.0, ge=0)  # factor of the rows' correlations, over their classes
+    gamma: float = Field(1.0, ge=0)  # factor of the classes' correlations, over the batch
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        loss = dist_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            temperature=self.temperature,
+            beta=self.beta,
+            gamma=self.gamma,
+            sync=True,
         )
         return self.weight.at(x) * loss
 
@@ -310,6 +441,58 @@ class Attention(Term):
         features = outputs.student.maps[self.stride]
         loss = learned(features, outputs.teacher.queries[block], outputs.teacher.keys[block])
         return self.weight.at(x) * loss
+
+
+class BCE(Term):
+    """weight * BCE(student, labels), of images with several labels, without a teacher."""
+
+    distils = False
+    classifies = True
+    independent = True
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        student = outputs.student.logits
+        return binary_kd_loss(
+            student,
+            student.detach(),
+            _mixed(outputs.labels),
+            kd_weight=0.0,
+            bce_weight=self.weight.at(x),
+        )
+
+
+class BinaryKD(Term):
+    """weight * T^2 * KL of each class's sigmoid at T + bce_weight * BCE(student, labels).
+
+    Of images with several labels, or none (`data.labels`); `functional.binary_kd_loss`.
+    """
+
+    classifies = True
+    independent = True
+
+    temperature: float = Field(1.0, gt=0)  # divides both logits
+    bce_weight: Schedule = ZERO  # factor of the cross-entropy
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        return binary_kd_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            _mixed(outputs.labels),
+            temperature=self.temperature,
+            kd_weight=self.weight.at(x),
+            bce_weight=self.bce_weight.at(x),
+        )
+
+
+def _mixed(labels: Labels) -> Tensor:
+    """Multi-hot labels [B, classes], of mixed images the mixture."""
+    if isinstance(labels, Tensor):
+        return labels
+    a, b, share = labels
+    if isinstance(share, Tensor) and share.dim():
+        share = share.unsqueeze(1)
+    return a * share + b * (1 - share)
 
 
 class MapTerm(Term):
@@ -851,9 +1034,14 @@ class Losses(Section):
 
     kd: KD | None = None
     ce: CE | None = None
+    reverse_kl: ReverseKL | None = None
+    js: JS | None = None
+    tv: TV | None = None
+    dkd: DKD | None = None
     deit_hard: DeitHard | None = None
     token: Token | None = None
     ofa: OFA | None = None
+    dist: DIST | None = None
     attention: Attention | None = None
     at: AT | None = None
     feature: Feature | None = None
@@ -870,6 +1058,8 @@ class Losses(Section):
     mlkd: MLKD | None = None
     spearman: Spearman | None = None
     wkd_logit: WKDLogit | None = None
+    binary_kd: BinaryKD | None = None
+    bce: BCE | None = None
 
     def terms(self) -> Iterator[tuple[str, Term]]:
         """The terms that were named, with their names."""
@@ -877,8 +1067,15 @@ class Losses(Section):
             if (term := getattr(self, name)) is not None:
                 yield name, term
 
+    @property
+    def independent(self) -> bool:
+        """Whether classes are not exclusive."""
+        return any(term.independent for _, term in self.terms())
+
     def baseline(self) -> Losses:
         """Without a teacher: the cross-entropy, with the same label smoothing."""
+        if self.independent:
+            return Losses(bce=BCE())
         terms = (term for term in (self.kd, self.ce) if term)
         smoothing = max((term.label_smoothing for term in terms), default=0.0)
         return Losses(ce=CE(label_smoothing=smoothing))

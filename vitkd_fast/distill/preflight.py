@@ -119,6 +119,11 @@ def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[
         )
     if origin.classes:
         identity.check_classes(f"{key}.model: {origin}", origin, names)
+    ours = origin.weights.startswith(("file ", "checkpoint ")) and origin.classes
+    if ours and origin.multilabel != bool(config.data.labels):
+        one, several = "one class for each image", "several labels for each image"
+        theirs, images = (several, one) if origin.multilabel else (one, several)
+        raise ConfigError(f"{key}.model: {origin} was trained on {theirs}; there is {images} here")
     return teacher
 
 
@@ -191,7 +196,9 @@ def check_losses(config: Config, student: nn.Module, teachers: Sequence[nn.Modul
             Average.of(config),
         ).eval()
         with torch.no_grad():
-            task(_image(config), torch.zeros(1, dtype=torch.int64))
+            classes = task.student(_image(config).float()).shape[1:]
+            several = torch.zeros(1, *classes)
+            task(_image(config), several if config.data.labels else several[:, 0].long())
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"losses: {error}") from error
 

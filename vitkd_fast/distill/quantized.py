@@ -38,6 +38,7 @@ def save(
     *,
     pixels: Pixels,
     classes: list[str],
+    multilabel: bool,
     calibration: Calibration,
 ) -> bytes:
     """Quantises a student, writes its file, prints its SQNR, and returns the file's bytes.
@@ -53,6 +54,7 @@ def save(
         std=pixels.std,
         calibration=calibration,
         classes=classes,
+        multilabel=multilabel,
         crop_pct=pixels.crop_pct,
         interpolation=pixels.interpolation,
     )

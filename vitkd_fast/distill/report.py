@@ -26,7 +26,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 from .._files import finite, replacing
 
 VERSION = 1
-_PERCENT = frozenset({"top1", "top5", "knn", "precision", "recall", "f1", "agreement", "unchanged"})
+_PERCENT = frozenset(
+    {"top1", "top5", "map", "knn", "precision", "recall", "f1", "micro_f1", "exact"}
+    | {"agreement", "unchanged"}
+)
 _LATENCIES = ("latency_ms", "latency_p90_ms", "latency_p99_ms", "latency_cpu_ms")
 _COSTS = frozenset({"parameters", "macs", "bytes", "images_per_s", *_LATENCIES})
 _BUSY = 1.5  # a clock so far above the CPU time shows a machine that did other work
@@ -75,13 +78,20 @@ def _svg(figure: Figure) -> Markup:
     return Markup(svg[svg.index("<svg") :].replace(_INK, "currentColor"))
 
 
+def _headline(models: list[dict]) -> tuple[str, str]:
+    """The metric that stands for accuracy, and its name."""
+    several = any("map" in model["mean"] for model in models)
+    return ("map", "mAP") if several else ("top1", "top-1")
+
+
 def _scatter(models: list[dict]) -> Markup | None:
-    """Top-1 over latency; a circle's area is the model's bytes.
+    """Top-1 (of several labels mAP) over latency; a circle's area is the model's bytes.
 
     Names stand in a legend below: beside the circles, which may be anywhere, they would overlap.
     """
-    points: list[Any]  # (model, latency, bytes, top-1) of the models that have them all
-    points = [(m, m.get("latency_ms"), m.get("bytes"), m["mean"].get("top1")) for m in models]
+    key, called = _headline(models)
+    points: list[Any]  # (model, latency, bytes, score) of the models that have them all
+    points = [(m, m.get("latency_ms"), m.get("bytes"), m["mean"].get(key)) for m in models]
     points = [point for point in points if None not in point]
     if not points:
         return None
@@ -92,11 +102,15 @@ def _scatter(models: list[dict]) -> Markup | None:
         role, at = model["role"], (latency, 100 * top1)
         colour, area = _COLOURS.get(role, _INK), 1500 * size / max(sizes)
         axes.scatter(*at, s=area, color=colour, alpha=0.35)
-        error = 100 * (model["std"].get("top1") or 0)
+        error = 100 * (model["std"].get(key) or 0)
         label = f"{role}, {_show('bytes', size)}"
         axes.errorbar(*at, error, color=colour, marker="o", ms=3, ls="", label=label)
     margin = 45 * max(max(heights) - min(heights), 0.02)
-    axes.set(xscale="log", xlabel="latency, ms (log scale)", ylabel="top-1 accuracy, %")
+    axes.set(
+        xscale="log",
+        xlabel="latency, ms (log scale)",
+        ylabel="top-1 accuracy, %" if key == "top1" else f"{called}, %",
+    )
     axes.set(xlim=(min(times) / 2, max(times) * 2))
     axes.set(ylim=(100 * min(heights) - margin, 100 * max(heights) + margin))
     axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
@@ -206,11 +220,12 @@ def render(results: dict) -> str:
     """The report as one self-contained HTML page."""
     results = finite(results)
     curves, classes = results.get("curves") or {}, results["data"]["classes"]
+    key, called = _headline(results["models"])
     with matplotlib.rc_context(_STYLE):
         images = {
             "scatter": _scatter(results["models"]),
             "loss": _curves(curves, "train", "loss", 1, "training loss"),
-            "top1": _curves(curves, "val", "top1", 100, "validation top-1, %"),
+            "top1": _curves(curves, "val", key, 100, f"validation {called}, %"),
         }
     source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     template = Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -234,11 +249,12 @@ def table(results: dict) -> str:
         if any(key in model["mean"] for model in results["models"]):
             metrics[key] = name
     costs = {"parameters": "parameters", "macs": "MMACs", "bytes": "size", "latency_ms": "ms"}
-    rows = [["", "model", "top-1 %", *metrics.values(), *costs.values()]]
+    key, called = _headline(results["models"])
+    rows = [["", "model", f"{called} %", *metrics.values(), *costs.values()]]
     for model in finite(results["models"]):
-        row = [_NAMES.get(model["role"], model["role"]), model["model"], _cell(model, "top1")]
-        row += [_show(key, model["mean"].get(key)) for key in metrics]
-        rows.append(row + [_show(key, model.get(key)) for key in costs])
+        row = [_NAMES.get(model["role"], model["role"]), model["model"], _cell(model, key)]
+        row += [_show(name, model["mean"].get(name)) for name in metrics]
+        rows.append(row + [_show(name, model.get(name)) for name in costs])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     form = "  ".join(f"{{:{'<' if i < 2 else '>'}{w}}}" for i, w in enumerate(widths))
     return "\n".join(form.format(*row) for row in rows)

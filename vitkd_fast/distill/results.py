@@ -22,11 +22,12 @@ def compare(evaluations: dict[str, list[evaluate.Evaluation]]) -> dict[str, Any]
     """The paired test of both ways of training; None where there are not two seeds of each."""
     if not {"baseline", "distilled"} <= evaluations.keys() or len(evaluations["baseline"]) < 2:
         return None
-    top1 = {
-        role: [result.metrics["top1"] for result in evaluations[role]]
+    key = evaluate.headline(evaluations["baseline"][0].metrics)
+    scores = {
+        role: [result.metrics[key] for result in evaluations[role]]
         for role in ("distilled", "baseline")
     }
-    return {"metric": "top1", **evaluate.paired_test(top1["distilled"], top1["baseline"])}
+    return {"metric": key, **evaluate.paired_test(scores["distilled"], scores["baseline"])}
 
 
 def verdict(comparison: dict[str, Any] | None, compared: bool) -> str:

@@ -5,10 +5,12 @@ Folders need no torch, which `vitkd eval` of an int8 file goes without.
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, KeysView
+from collections.abc import Iterable, KeysView, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -78,6 +80,29 @@ class Folder:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         return open_rgb(self.files[index]), self.labels[index]
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+
+class Labelled:
+    """Images with several labels each, or none: multi-hot, float32 [classes]."""
+
+    def __init__(self, files: list[str], labels: list[list[int]], classes: list[str]) -> None:
+        self.files = files
+        self.labels = labels  # indices of classes
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[Image.Image, Any]:
+        return open_rgb(self.files[index]), self.target(index)
+
+    def target(self, index: int) -> Any:
+        target = np.zeros(len(self.classes), np.float32)
+        target[self.labels[index]] = 1
+        return target
 
     def name(self, index: int) -> str:
         return self.files[index]
@@ -172,6 +197,8 @@ def open_data(config: Data, classes: int | None = None) -> Splits:
         return _hold_out(Digits(), config, [], [])
     if config.dataset:
         return _open_named(config, classes)
+    if config.labels:
+        return _open_labelled(config)
     train = _open_folder(config.train, "data.train", config.skip_bad, None)
     if len(train.source.classes) == 1:
         raise DataError(
@@ -269,6 +296,84 @@ def open_folder(path: str, known: dict[str, int], skip_bad: bool) -> Opened:
         DataError: as `open_data` does, and for a folder whose name is no class.
     """
     return _open_folder(path, "DIR", skip_bad, known)
+
+
+def _open_labelled(config: Data) -> Splits:
+    """Training and validation images of folders with a file of labels."""
+    train, bad = open_labelled(config.train, config.labels, "data.train", config.skip_bad)
+    if not config.val:
+        return _hold_out(train, config, bad, [])
+    val, more = open_labelled(config.val, config.labels, "data.val", config.skip_bad, train.classes)
+    seen = {os.path.realpath(file) for file in train.files}
+    if both := seen & {os.path.realpath(file) for file in val.files}:
+        raise DataError(
+            f"data.val: {len(both)} of its {len(val)} images are in data.train too, such as "
+            f"{min(both)}; without data.val, data.holdout keeps some from training"
+        )
+    notes = _absent(labels(val) or (), train.classes, "data.val")
+    return Splits(train, val, train.classes, bad + more, notes)
+
+
+def open_labelled(
+    folder: str, file: str, key: str, skip_bad: bool, known: Sequence[str] | None = None
+) -> tuple[Labelled, list[str]]:
+    """The images that a file in a folder names, with their labels, and what was left out.
+
+    A .csv has a line of names, the first of which is not looked at, and then a line for each image:
+    its path below the folder, and 1 or 0 for each class. A .json is a mapping of paths to lists of
+    names; the classes are those that occur, in natural order.
+
+    Args:
+        known: the classes, of which the file may name some; its own, unless given.
+
+    Raises:
+        DataError: naming what is missing, unknown, or not readable.
+    """
+    path = os.path.join(folder, file)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as text:
+            rows, named = _read_json(text) if file.endswith(".json") else _read_csv(text)
+    except OSError as error:
+        raise DataError(f"{key}: {path} cannot be read: {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{key}: {path}: {error}") from error
+    classes = list(named if known is None else known)
+    index = {name: i for i, name in enumerate(classes)}
+    if unknown := [name for name in named if name not in index]:
+        raise DataError(f"{key}: {path} has a class {unknown[0]!r} that is not known")
+    missing = [name for name in rows if not os.path.isfile(os.path.join(folder, name))]
+    bad = [f"image {os.path.join(folder, name)} of {file} does not exist" for name in missing]
+    if bad and not skip_bad:
+        raise DataError(f"{key}: {bad[0]}; --skip-bad goes on without")
+    for name in missing:
+        del rows[name]
+    if not rows or not classes:
+        raise DataError(f"{key}: {path} names no image, or no class")
+    files = [os.path.join(folder, name) for name in rows]
+    return Labelled(files, [[index[x] for x in row] for row in rows.values()], classes), bad
+
+
+def _read_csv(text: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Names of classes by file, and all names."""
+    lines = csv.reader(text)
+    _, *names = next(lines, [""])
+    rows: dict[str, list[str]] = {}
+    for number, (file, *cells) in enumerate(filter(None, lines), 2):
+        if len(cells) != len(names) or not {x.strip() for x in cells} <= {"0", "1", ""}:
+            raise ValueError(f"line {number}: expected a file and {len(names)} of 0 and 1")
+        if file in rows:
+            raise ValueError(f"line {number}: {file} stands twice")
+        rows[file] = [name for name, x in zip(names, cells, strict=True) if x.strip() == "1"]
+    if len(set(names)) < len(names):
+        raise ValueError("a class stands twice")
+    return rows, names
+
+
+def _read_json(text: Any) -> tuple[dict[str, list[str]], list[str]]:
+    tree = json.load(text)
+    if not all(isinstance(x, list) and all(isinstance(n, str) for n in x) for x in tree.values()):
+        raise ValueError("expected a mapping of files to lists of names")
+    return tree, sorted({name for row in tree.values() for name in row}, key=natural_key)
 
 
 def spread(size: int, count: int) -> list[int]:
@@ -411,12 +516,12 @@ def _open_named(config: Data, classes: int | None) -> Splits:
 
 
 def _hold_out(
-    source: Digits | Folder, config: Data, skipped: list[str], notes: list[str]
+    source: Digits | Folder | Labelled, config: Data, skipped: list[str], notes: list[str]
 ) -> Splits:
     """Keeps a share of every class for validation, always the same images."""
     groups: dict[int, list[int]] = defaultdict(list)
     for i, label in enumerate(source.labels):
-        groups[label].append(i)
+        groups[0 if isinstance(source, Labelled) else label].append(i)
     shuffled = random.Random(0)
     kept = set()
     for group in groups.values():
@@ -428,18 +533,21 @@ def _hold_out(
     parts = [[i for i in range(size) if i not in kept], sorted(kept)]
     for part, name in zip(parts, ("training", "validation"), strict=True):
         key = f"data.holdout: {config.holdout}: in {name}"
-        notes = notes + _absent((source.labels[i] for i in part), source.classes, key)
+        notes = notes + _absent(labels(Part(source, part)) or (), source.classes, key)
     train, val = (Part(source, part) for part in parts)
     return Splits(train, val, source.classes, skipped, notes)
 
 
 def labels(source: Any) -> list[int] | None:
-    """The label of each image, where that takes no reading of images."""
+    """The labels of each image, one after another, where that takes no reading of images."""
     if isinstance(source, Part):
-        known = labels(source.source)
-        return known and [known[i] for i in source.index]
-    known = getattr(source, "labels", None)
-    return None if known is None else [int(label) for label in known]
+        known = getattr(source.source, "labels", None)
+        known = known if known is None else [known[i] for i in source.index]
+    else:
+        known = getattr(source, "labels", None)
+    if known is None:
+        return None
+    return [int(x) for label in known for x in (label if isinstance(label, list) else [label])]
 
 
 def streams(source: Any) -> bool:

@@ -25,17 +25,25 @@ class Average(NamedTuple):
 
     weights: tuple[float, ...] = (1.0,)
     space: str = "probability"
+    independent: bool = False  # of images with several labels
 
     @classmethod
     def of(cls, config: Config) -> Average:
         weights = [teacher.weight for teacher in config.all_teachers().values()]
-        return cls(tuple(w / sum(weights) for w in weights), config.teacher_average)
+        shares = tuple(w / sum(weights) for w in weights)
+        return cls(shares, config.teacher_average, bool(config.data.labels))
 
     def logits(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """One teacher's as they are; of several `functional.average_logits`."""
         if len(logits) == 1:
             return logits[0]
-        return average_logits(logits, self.weights, self.space, temperature=temperature)
+        return average_logits(
+            logits,
+            self.weights,
+            self.space,
+            temperature=temperature,
+            independent=self.independent,
+        )
 
 
 class Ensemble(nn.Module):
@@ -90,6 +98,9 @@ class DistillationTask(TrainingTask):
         self.teacher_taps = [_taps(x, [of_teacher for _, of_teacher in wanted]) for x in teachers]
         taps = _taps(student, [student for student, _ in wanted])
         learned = nn.ModuleDict()
+        for name, term in terms.items():
+            if alone := term.learned_alone():
+                learned[_place(name, 0, 1)] = alone.to(runtime.device)
         if taps and any(self.teacher_taps):
             training = self.student.training
             student.eval()  # one image is no batch to take statistics from
@@ -101,9 +112,10 @@ class DistillationTask(TrainingTask):
                 of_teachers = [tapped and (tapped(image), tapped) for tapped in self.teacher_taps]
             student.train(training)
             for name, term in terms.items():
-                for i, of_teacher in enumerate(of_teachers):
+                count = 1 if _averages(term) else len(teachers)
+                for i, of_teacher in enumerate(of_teachers[:count]):
                     if of_teacher and (module := term.learned(of_student, *of_teacher)):
-                        learned[_place(name, i, len(teachers))] = module.to(runtime.device)
+                        learned[_place(name, i, count)] = module.to(runtime.device)
         self.trainable_module: Any = _Trainable(student, taps, terms, learned, runtime, average)
 
     @classmethod
@@ -249,13 +261,13 @@ class _Trainable(nn.Module):
         done: float,
     ) -> Tensor:
         """Of logits, one term for their average; of features, one for each teacher, by weight."""
-        if len(teachers) > 1 and not term.taps()[1]:
+        if len(teachers) > 1 and _averages(term):
             temperature = getattr(term, "temperature", 1.0)
             logits = self.average.logits(
                 [teacher.logits for teacher in teachers],
                 temperature if isinstance(temperature, float) else 1.0,
             )
-            return term(StepOutputs(student, TapOutputs(logits), labels), done, None)
+            teachers = [TapOutputs(logits)]
         losses = []
         for i, teacher in enumerate(teachers or [None]):
             place = _place(name, i, len(teachers))
@@ -264,6 +276,11 @@ class _Trainable(nn.Module):
         if len(losses) == 1:
             return losses[0]
         return torch.stack([w * x for w, x in zip(self.average.weights, losses, strict=True)]).sum()
+
+
+def _averages(term: Term) -> bool:
+    """Whether the term of several teachers is one of their average."""
+    return term.averages or not term.taps()[1]
 
 
 def _place(name: str, teacher: int, teachers: int) -> str:

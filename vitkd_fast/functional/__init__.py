@@ -14,9 +14,11 @@ from ._rows import Labels as Labels
 from .at import at_loss as at_loss
 from .attention_map import attention_map_loss as attention_map_loss
 from .average import average_logits as average_logits
+from .binary_kd import binary_kd_loss as binary_kd_loss
 from .cc import cc_loss as cc_loss
 from .deit import deit_hard_loss as deit_hard_loss
 from .dino import dino_loss as dino_loss
+from .dist import dist_loss as dist_loss
 from .divergence import js_loss as js_loss
 from .divergence import reverse_kl_loss as reverse_kl_loss
 from .divergence import tv_loss as tv_loss

@@ -134,6 +134,8 @@ def validate_preparation(graph: Graph) -> None:
         _fail("interpolation", ", ".join(_INTERPOLATIONS), graph.interpolation)
     for value in _tuple("classes", graph.classes):
         _string("classes", value)
+    if type(graph.multilabel) is not bool:
+        _fail("multilabel", "a bool", graph.multilabel)
 
 
 def _encode(graph: Graph) -> bytes:
@@ -159,6 +161,8 @@ def _encode(graph: Graph) -> bytes:
     names = sorted(arrays, key=lambda name: -arrays[name][1].itemsize)
     section = b"".join(arrays[name][1].tobytes() for name in names)
     own = {f.name: getattr(graph, f.name) for f in fields(Graph) if f.name != "nodes"}
+    if not graph.multilabel:  # which readers before 0.2 refuse as an unknown key
+        del own["multilabel"]
     for name, value in own.items():
         _plain(name, value)
     document = {"format": _VERSION, "crc32": zlib.crc32(section), **own, "nodes": nodes}

@@ -159,6 +159,7 @@ class Graph:
     crop_pct: float = 1.0  # evaluation resizes to image_size / crop_pct and keeps the centre
     interpolation: str = "bilinear"
     classes: tuple[str, ...] = field(default=())
+    multilabel: bool = False  # classes are not exclusive: a sigmoid of each logit
 
 
 def padding_of(size: int, kernel: int, stride: int, padding: Padding, axis: int) -> tuple[int, int]:

@@ -45,6 +45,7 @@ def quantize(
     calibration: Calibration = "mse",
     bias_correction: bool = True,
     classes: Sequence[str] | None = None,
+    multilabel: bool = False,
     image_size: int | None = None,
     crop_pct: float | None = None,
     interpolation: str | None = None,
@@ -64,6 +65,7 @@ def quantize(
         bias_correction: makes the mean of each convolution's output, before and after its
             activation, that of the float model, in order.
         classes: names of the logits.
+        multilabel: classes are not exclusive, which the file says and `vitkd predict` shows.
         image_size: checked against the images.
         crop_pct: kept for the user; None: as in model.pretrained_cfg, else 1.
         interpolation: likewise; else bilinear.
@@ -103,6 +105,7 @@ def quantize(
             crop_pct=crop_pct,
             interpolation=interpolation or known.get("interpolation") or "bilinear",
             classes=tuple(classes or ()),
+            multilabel=multilabel,
         )
         file.validate_preparation(graph)
     except ValueError as error:

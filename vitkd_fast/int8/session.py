@@ -60,6 +60,7 @@ class Session:
     Attributes:
         image_size: the side of the images.
         classes: names, or as many numbers.
+        multilabel: classes are not exclusive: a sigmoid of each logit, in place of a softmax.
         mean, std, crop_pct, interpolation: how images are prepared; the engine normalises.
         threads: of one call.
         isa: the instruction set of its kernels.
@@ -88,6 +89,7 @@ class Session:
         self.image_size, self.threads, self.isa = size, threads, self._engine.isa
         self.mean, self.std = opened.mean, opened.std
         self.crop_pct, self.interpolation = opened.crop_pct, opened.interpolation
+        self.multilabel: bool = opened.multilabel
         self.classes = opened.classes or tuple(map(str, range(self._engine.classes)))
 
     @property

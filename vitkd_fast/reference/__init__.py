@@ -13,9 +13,17 @@ from .attention_map import AttentionMapOptions as AttentionMapOptions
 from .attention_map import attention_map_bwd as attention_map_bwd
 from .attention_map import attention_map_fwd as attention_map_fwd
 from .attention_map import attention_map_fwd_grad as attention_map_fwd_grad
+from .binary_kd import BinaryKDOptions as BinaryKDOptions
+from .binary_kd import binary_kd_bwd as binary_kd_bwd
+from .binary_kd import binary_kd_fwd as binary_kd_fwd
+from .binary_kd import binary_kd_fwd_grad as binary_kd_fwd_grad
+from .binary_kd import binary_kd_loss as binary_kd_loss
 from .cc import cc_loss as cc_loss
 from .deit import deit_hard_loss as deit_hard_loss
 from .dino import dino_loss as dino_loss
+from .dist import dist_bwd as dist_bwd
+from .dist import dist_loss as dist_loss
+from .dist import dist_moments as dist_moments
 from .feature import feature_loss as feature_loss
 from .fused_linear_kd import fused_linear_kd_loss as fused_linear_kd_loss
 from .int8 import int8_dwconv as int8_dwconv

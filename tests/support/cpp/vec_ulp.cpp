@@ -32,12 +32,21 @@
       select(normal, Vec{1.f}, Vec{0.f}).store(y + i);   \
     }                                                    \
   }
+// exp(x / 4)
+#define VITKD_MAP_SCALED                                  \
+  void map_scaled(const float* x, float* y, int64_t n) {  \
+    const Scale quarter(0.25f);                           \
+    for (int64_t i = 0; i < n; i += Vec::kLanes) {        \
+      exp_scaled(Vec::load(x + i), quarter).store(y + i); \
+    }                                                     \
+  }
 
 VITKD_TARGET_BEGIN(VITKD_AVX512)
 namespace vitkd::avx512 {
 VITKD_MAP(exp)
 VITKD_MAP(log)
 VITKD_MAP_NORMAL
+VITKD_MAP_SCALED
 }  // namespace vitkd::avx512
 VITKD_TARGET_END
 
@@ -46,6 +55,7 @@ namespace vitkd::avx2 {
 VITKD_MAP(exp)
 VITKD_MAP(log)
 VITKD_MAP_NORMAL
+VITKD_MAP_SCALED
 }  // namespace vitkd::avx2
 VITKD_TARGET_END
 
@@ -60,7 +70,7 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct Functions {
   const char* isa;
-  Map exp, log, normal;
+  Map exp, log, normal, scaled;
   double exp_ulp = 0, log_ulp = 0, log_ulp_near_1 = 0;
   std::set<std::string> reported = {};
 
@@ -91,6 +101,19 @@ void check_exp(std::vector<Functions>& all, const std::vector<float>& x) {
         f.exp_ulp = std::fmax(f.exp_ulp, ulps(y[i], exact[i]));
       }
       f.require(normal[i] == (below ? 0 : 1), "the mask of normal exp", x[i], normal[i], !below);
+    }
+  }
+}
+
+// Off by at most 3 roundings of 1, which is exp(0).
+void check_scaled(std::vector<Functions>& all, const std::vector<float>& x) {
+  std::vector<float> y(x.size());
+  for (Functions& f : all) {
+    f.scaled(x.data(), y.data(), x.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      const long double exact = std::exp(static_cast<long double>(x[i]) / 4);
+      f.require(std::fabs(y[i] - exact) <= 1.5 * FLT_EPSILON, "exp_scaled", x[i], y[i], exact);
+      f.require(exact >= FLT_MIN || y[i] <= 2 * FLT_MIN, "exp_scaled far below", x[i], y[i], 0);
     }
   }
 }
@@ -134,6 +157,11 @@ void check_special(Functions& f) {
   f.require(y[2] == 0, "exp(-inf) is 0", -kInf, y[2], 0);
   f.require(std::isnan(y[3]) && std::isnan(y[4]), "exp(NaN) is NaN", kNan, y[3], kNan);
   f.require(y[5] == 0 && y[6] == 0, "exp of what is far below is 0", x[5], y[5], 0);
+  f.scaled(x, y, 16);
+  f.require(y[0] == 1 && y[1] == 1, "exp_scaled(0) is 1", 0, y[0], 1);
+  f.require(y[2] == 0, "exp_scaled(-inf) is 0", -kInf, y[2], 0);
+  f.require(std::isnan(y[3]) && std::isnan(y[4]), "exp_scaled(NaN) is NaN", kNan, y[3], kNan);
+  f.require(y[5] == 0 && y[6] == 0, "exp_scaled of what is far below is 0", x[5], y[5], 0);
   f.normal(x, y, 16);
   f.require(y[3] == 1 && y[4] == 1, "NaN is not taken for an underflow", kNan, y[3], 1);
   for (float& value : x) value = kNan;
@@ -151,19 +179,22 @@ int main() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c")) {
     using namespace vitkd;
-    all.push_back({"avx2", avx2::map_exp, avx2::map_log, avx2::map_normal});
+    all.push_back({"avx2", avx2::map_exp, avx2::map_log, avx2::map_normal, avx2::map_scaled});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      all.push_back({"avx512", avx512::map_exp, avx512::map_log, avx512::map_normal});
+      all.push_back(
+          {"avx512", avx512::map_exp, avx512::map_log, avx512::map_normal, avx512::map_scaled});
     }
   }
   const auto exp = [&](const std::vector<float>& x) { check_exp(all, x); };
+  const auto scaled = [&](const std::vector<float>& x) { check_scaled(all, x); };
   const auto log = [&](const std::vector<float>& x) { check_log(all, x); };
   for (Functions& f : all) check_special(f);
   sweep(bits_of(-0.f), bits_of(-87.f), kStep, exp);
   sweep(bits_of(-87.f), bits_of(-88.f), 1, exp);  // where exp passes FLT_MIN
   sweep(bits_of(-88.f), bits_of(-1e30f), 10 * kStep, exp);
   sweep(bits_of(0.f), bits_of(88.f) + 1, kStep, exp);
+  sweep(bits_of(-0.f), bits_of(-1e30f), kStep, scaled);
   sweep(bits_of(FLT_MIN), bits_of(FLT_MAX) + 1, kStep, log);
   sweep(bits_of(0.99f), bits_of(1.01f), 1, log);
   for (const Functions& f : all) {
