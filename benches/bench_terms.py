@@ -29,7 +29,7 @@ OPTIONS = {
     "attention": {"stride": 8, "block": -1},
     "ofa": {"strides": [4, 8, 16, 32]},
     **{name: {"stride": 8} for name in ("at", "feature", "nst", "relation", "sp", "mmd")},
-    **{name: {"stride": 8} for name in ("wkd_feature", "sliced_wasserstein")},
+    **{name: {"stride": 8} for name in ("features", "wkd_feature", "sliced_wasserstein")},
     "wkd_logit": {"target_weight": 0.0},
 }
 # without a teacher, or of classes that do not exclude one another

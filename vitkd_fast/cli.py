@@ -254,7 +254,7 @@ def quantize(
     from .images import DataError, list_images, read
 
     files = list_images(images)
-    loaded = models.load(model)
+    loaded = _load(model)
     pixels = replace(loaded.pixels, image_size=image_size or loaded.pixels.image_size)
     chosen, bad = [], 0
     for i in sources.spread(len(files), count):
@@ -395,7 +395,7 @@ def _open(model: str, threads: int | None, accelerated: bool = False) -> _Opened
     if threads:
         warn_of_threads("--threads", threads)
         torch.set_num_threads(threads)
-    loaded = models.load(model)
+    loaded = _load(model)
     device = "cuda" if accelerated and torch.cuda.is_available() else "cpu"
     predictor = models.predictor(loaded.model, loaded.pixels).to(device)
 
@@ -416,6 +416,19 @@ def _per_class(opened: _Opened) -> Any:
 
         return multilabel.per_class
     return per_class
+
+
+def _load(model: str) -> Any:
+    """A model with a classifier."""
+    from . import models
+
+    loaded = models.load(model)
+    if not loaded.classes:
+        raise ValueError(
+            f"{model} has no classifier: it returns features; with data.probe, `vitkd distill` "
+            "leaves classifier.safetensors beside it"
+        )
+    return loaded
 
 
 def _evaluate(opened: _Opened, source: Any, section: Any) -> tuple[dict[str, float], Any, int]:

@@ -6,6 +6,7 @@ from ._extras import require
 
 require("distill", __name__)
 
+import copy
 import difflib
 import json
 import textwrap
@@ -209,6 +210,36 @@ def create(
         origin = replace(origin, new_head=new, classes=None)
     model.origin = replace(origin, options=added)
     return model
+
+
+def headless(model: nn.Module) -> nn.Module:
+    """The model, changed in place: it returns what its classifier would read, [B, features]."""
+    body: Any = model
+    body.reset_classifier(0)
+    body.origin = replace(Origin.of(model), new_head="", classes=None, multilabel=False)
+    return model
+
+
+def with_classifier(model: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A copy with the linear classifier weight f + bias of what the model's own would read, f.
+
+    Args:
+        model: one by `headless`, or any of timm's with a linear classifier or none.
+        weight: [classes, features].
+        bias: [classes].
+    """
+    made: Any = copy.deepcopy(model)
+    made.reset_classifier(len(weight))
+    layer = made.get_classifier()
+    if not isinstance(layer, nn.Linear) or layer.weight.shape != weight.shape:
+        raise ValueError(
+            f"models.with_classifier: weight: expected the shape of {layer}, got "
+            f"{list(weight.shape)}"
+        )
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return made.to(next(model.parameters()).device)
 
 
 def _origin(

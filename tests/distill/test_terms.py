@@ -50,6 +50,9 @@ TERMS = [
     "feature: {stride: 8, kind: cosine, block: 0}",
     "feature: {stride: 4, kind: smooth_l1, normalize_teacher: layer_norm, teacher_stride: 8}",
     "feature: {features: pooled}",
+    "features: {stride: 8}",
+    "features: {stride: 4, teacher_stride: 8, cosine: 1.0, smooth_l1: 0, parts: patches}",
+    "features: {parts: pooled, normalize_teacher: none}",
     "nst: {stride: 8}",
     "rkd: {}",
     "relation: {stride: 8}",
@@ -97,7 +100,7 @@ def test_a_term_learns(losses: str) -> None:
     made = task(losses).train()
     name = losses.split(":")[0]
     learned = made.trainable_module.learned
-    widths_differ = name in ("feature", "wkd_feature")
+    widths_differ = name in ("feature", "features", "wkd_feature")
     assert bool([*learned.parameters()]) == widths_differ
     optimizer = torch.optim.Adam(made.trainable_module.parameters(), 2e-3)
     before = {key: x.clone() for key, x in learned.named_parameters()}
@@ -293,6 +296,47 @@ def test_weights_are_schedules(name: str) -> None:
         torch.testing.assert_close(value(text, given, x), factor * one)
 
 
+def test_features_are_pooled_and_patches_through_a_layer_each() -> None:
+    """Beside the maths written out, without the functions of losses."""
+    given = outputs()
+    assert given.teacher is not None and given.teacher.pooled is not None
+    layers = nn.ModuleDict({"pooled": nn.Linear(24, 16), "patches": nn.Linear(8, 16)})
+    pairs = {
+        "pooled": (given.student.pooled, given.teacher.pooled),
+        "patches": (given.student.maps[8].flatten(2).mT, given.teacher.tokens[-1][:, 1:]),
+    }
+    errors = {}
+    for part, (f_s, f_t) in pairs.items():
+        assert f_s is not None
+        found, wanted = layers[part](f_s), nn.functional.layer_norm(f_t, (16,))
+        apart = 1 - nn.functional.cosine_similarity(found, wanted, dim=-1).mean()
+        errors[part] = 0.7 * apart + 0.2 * nn.functional.smooth_l1_loss(found, wanted, beta=0.5)
+    options = "stride: 8, cosine: 0.7, smooth_l1: 0.2, beta: 0.5"
+    both = value(f"features: {{weight: 3, {options}}}", given, learned=layers)
+    torch.testing.assert_close(both, 1.5 * (errors["pooled"] + errors["patches"]))
+    for part, wanted in errors.items():
+        found = value(f"features: {{{options}, parts: {part}}}", given, learned=layers)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_features_are_standardised_by_the_first_images() -> None:
+    """Each part of the teacher, normalised, gets mean 0 and variance 1; without, nothing is."""
+    made = task("features: {stride: 8}")
+    images = batch()[0]
+    made.calibrate(iter([images[:20], images[20:]]))
+    (teacher,) = made.teacher_outputs(images)
+    learned = made.trainable_module.learned["features"]
+    term = made.trainable_module.terms["features"]
+    targets = {part: f_t for part, f_t, _ in term.targets(teacher)}
+    assert targets["patches"].shape == (32, 16, 32) and targets["pooled"].shape == (32, 1, 32)
+    for part, f_t in targets.items():
+        found = learned[f"standardize_{part}"](f_t).flatten(0, 1)
+        torch.testing.assert_close(found.mean(0), torch.zeros(32), rtol=0, atol=1e-3)
+        torch.testing.assert_close(found.var(0, correction=0), torch.ones(32), rtol=0, atol=1e-2)
+    plain = task("features: {stride: 8, standardize: none}").trainable_module.learned["features"]
+    assert {*plain} == {"pooled", "patches"}
+
+
 def test_a_projection_is_learned_where_widths_differ() -> None:
     assert not task("feature: {stride: 8}", embed_dim=16).trainable_module.learned
     assert not task("wkd_feature: {stride: 8}", embed_dim=16).trainable_module.learned
@@ -311,6 +355,7 @@ def test_heads_that_do_not_divide_a_width_are_an_error() -> None:
     [
         "at",
         "feature",
+        "features",
         "nst",
         "rkd",
         "relation",

@@ -37,6 +37,12 @@ class Data(Section):
     root: PathText = ""  # folder of a named dataset; train and val are then its splits
     train: PathText = ""  # a folder of class folders
     val: PathText = ""  # another; without it, see holdout
+    # no classes: train and val are folders with images, or a data set whose labels are not read
+    unlabelled: bool = False
+    # with unlabelled: "digits" or a folder of class folders, small, on which k-NN and a linear
+    # classifier judge the features
+    probe: PathText = ""
+    probe_val: PathText = ""  # another, to score on; without it, see holdout
     # of images with several labels each: a .csv or .json file in the folders train and val
     labels: str = ""
     holdout: float = Field(0.1, gt=0, lt=1)  # share of the training images
@@ -183,6 +189,8 @@ class Config(Section):
         teacher = tree["teacher"] if "teacher" in tree else None
         distilled = (isinstance(teacher, dict) and teacher.get("model")) or tree.get("teachers")
         data = tree.get("data")
+        if isinstance(data, dict) and data.get("unlabelled"):
+            return {**tree, "losses": {"features": {}}}
         if isinstance(data, dict) and data.get("labels"):
             return {
                 **tree,
@@ -214,7 +222,24 @@ class Config(Section):
                 else f"teacher.model: {names} teaches nothing without losses.kd or another loss "
                 "that compares with it"
             )
-        if not any(term.classifies for term in terms.values()):
+        if self.data.unlabelled:
+            if self.data.labels:
+                raise ConfigError("data.labels: expected none with data.unlabelled=true")
+            for name, term in terms.items():
+                if term.classifies:
+                    raise ConfigError(
+                        f"losses.{name}: is of classes, and data.unlabelled has none; use "
+                        "losses.features or another loss of features"
+                    )
+            for name, teacher in teachers.items():
+                if teacher.epochs:
+                    raise ConfigError(
+                        f"{name}.epochs: expected 0, as data.unlabelled has no labels to train on, "
+                        f"got {teacher.epochs}"
+                    )
+        elif self.data.probe:
+            raise ConfigError("data.probe: has no meaning without data.unlabelled=true")
+        elif not any(term.classifies for term in terms.values()):
             raise ConfigError(
                 f"losses.{distil[0]}: trains no classifier; add losses.kd or losses.ce"
             )
@@ -238,10 +263,13 @@ class Config(Section):
                     f"{name}.model: {teacher.model} is a file, with which pretrained, checkpoint, "
                     "options and epochs have no meaning"
                 )
+        if self.data.probe_val and not self.data.probe:
+            raise ConfigError("data.probe: missing, and data.probe_val is the other part of it")
         if len(set(self.run.seeds)) < len(self.run.seeds):
             raise ConfigError(f"run.seeds: {self.run.seeds} names a seed twice")
         if not (self.data.train or self.data.dataset):
-            raise ConfigError("data.train: missing; name a folder with a folder for each class")
+            what = "images" if self.data.unlabelled else "a folder for each class"
+            raise ConfigError(f"data.train: missing; name a folder with {what}")
         if self.augmentation.mixes and self.data.batch_size % 2:
             raise ConfigError(
                 f"data.batch_size: {self.data.batch_size} is odd, and mixing pairs the images"

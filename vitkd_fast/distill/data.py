@@ -369,9 +369,14 @@ def loaders(
 
 def val_loader(config: Config, splits: Splits) -> Loader:
     """Every validation image once."""
+    return whole_loader(config, splits.val)
+
+
+def whole_loader(config: Config, source: Any) -> Loader:
+    """Every image of a source once, prepared as in validation."""
     section = config.data
     transform = eval_transform(section.image_size, section.crop_pct, section.interpolation)
-    return Loader(splits.val, transform, section, seed=None)
+    return Loader(source, transform, section, seed=None)
 
 
 def sample(config: Config, source: Any, images: int, ranks: int = 1) -> Iterator[Batch]:

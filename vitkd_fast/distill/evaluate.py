@@ -39,13 +39,18 @@ _ROWS = (*_METRICS, *_FIDELITY, "student not finite", "teacher not finite")
 
 
 @dataclass
-class Evaluation:
-    """Numbers of all images; class ids and fp32 probabilities [N] of this rank's, on the CPU."""
+class Scores:
+    """Numbers of all images."""
 
-    metrics: dict[
-        str, float
-    ]  # top1 top5 precision recall f1 kappa quadratic_kappa mcc auroc ece nll
+    # top1 top5 precision recall f1 kappa quadratic_kappa mcc auroc ece nll
+    metrics: dict[str, float]
     fidelity: dict[str, float]  # agreement kl correlation; {} without a teacher
+
+
+@dataclass
+class Evaluation(Scores):
+    """With class ids and fp32 probabilities [N] of this rank's images, on the CPU."""
+
     labels: Tensor
     student: Tensor
     confidence: Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from . import (
     multilabel,
     optim,
     preflight,
+    probe,
     quantized,
     report,
     results,
@@ -69,7 +70,9 @@ class _Experiment:
         self.warnings: list[str] = []
         resumes = preflight.holds_run(config, resume)
         self.splits = sources.open_data(config.data, config.student.options.get("num_classes"))
-        self.classes = self.splits.classes
+        self.classes = self.splits.classes  # none without labels
+        self.probe = sources.open_probe(config.data)
+        self.scored = self.probe or self.splits  # what models are scored on
         self.fingerprint = identity.fingerprint(self.splits)
         if resumes and (begun := self.folder / "data.json").exists():
             identity.check_resumed(json.loads(begun.read_text()), self.fingerprint)
@@ -90,7 +93,8 @@ class _Experiment:
         self.skipped = set(self.splits.skipped)
         # whose weights become int8, and whose predictions the report shows
         self.role = "distilled" if self.teachers else "baseline"
-        self.notes = list(self.splits.notes)
+        self.notes = [*self.splits.notes, *(self.probe.notes if self.probe else ())]
+        self.notes += identity.probed_in_training(self.splits, self.probe)
 
     def _teachers(self) -> Iterator[tuple[tuple[str, Teacher], nn.Module]]:
         """Names, sections and models."""
@@ -170,6 +174,13 @@ class _Experiment:
                     self.teachers if distilled else [],
                     seed,
                 )
+        found: dict[str, Any]
+        measured: dict[str, list[dict[str, float]]] = {}
+        if config.data.unlabelled:
+            measured = self._measure(students)
+            if not self.probe:
+                found = self._without_scores(students, measured)
+                return self._written(found)
         evaluations: dict[str, list[evaluate.Evaluation]] = {}
         teacher = self._ensemble()
         if teacher:
@@ -186,11 +197,67 @@ class _Experiment:
                 self._evaluate(evaluate.engine(engine), teacher, exact)
                 for engine, exact in zip(engines, evaluations[self.role], strict=True)
             ]
+        for role, values in measured.items():
+            for result, more in zip(evaluations[role], values, strict=True):
+                result.fidelity |= more
+        return self._written(self._results(students, engines, evaluations))
+
+    def _written(self, found: dict[str, Any]) -> dict[str, Any]:
+        """What the first rank found, once the report is written; {} on the others."""
         if self.runtime.rank != 0:
             return {}
-        found = self._results(students, engines, evaluations)
         report.write(found, self.folder)
         return found
+
+    def _features(self, model: nn.Module, source: Any) -> probe.Features:
+        """Of every image of a source, by a model without a classifier."""
+        loader = data.whole_loader(self.config, source)
+        found = probe.features(self._predictor(model), loader.epoch(), self.runtime.device)
+        self.skipped |= loader.skipped
+        return found
+
+    def _probed(self, model: nn.Module) -> tuple[float, probe.Head]:
+        """Top-1 of the nearest neighbours on the probe's images, and a classifier for them."""
+        assert self.probe
+        classes = len(self.probe.classes)
+        bank, scored = (self._features(model, x) for x in (self.probe.train, self.probe.val))
+        return probe.knn(bank, scored, classes), probe.fit(bank, classes)
+
+    def _measure(
+        self, students: dict[str, dict[int, nn.Module]]
+    ) -> dict[str, list[dict[str, float]]]:
+        """k-NN and similarity of each model by role; with a probe, all get their classifiers.
+
+        A student's is saved beside it: classifier.safetensors.
+        """
+        measured: dict[str, list[dict[str, float]]] = {}
+        for role, trained in students.items():
+            for seed, model in trained.items():
+                values = results.similarity(self.folder / f"{role}-{seed}")
+                if self.probe:
+                    values["knn"], head = self._probed(model)
+                    trained[seed] = models.with_classifier(model, *head)
+                    self._save_classifier(f"{role}-{seed}", trained[seed])
+                measured.setdefault(role, []).append(values)
+        if self.probe:
+            for i, ((name, _), teacher) in enumerate(list(self._teachers())):
+                neighbours, head = self._probed(teacher)
+                measured[name] = [{"knn": neighbours}]
+                self.teachers[i] = models.with_classifier(teacher, *head)
+        return measured
+
+    def _save_classifier(self, name: str, model: nn.Module) -> None:
+        """A student with its fitted classifier, where `models.load` finds its classes."""
+        if self.runtime.rank == 0:
+            models.save(
+                self.folder / name / "classifier.safetensors",
+                model,
+                name=self.config.student.model,
+                options=self.config.student.options,
+                num_classes=len(self.scored.classes),
+                pixels=preflight.pixels(self.config, model),
+                classes=self.scored.classes,
+            )
 
     def _say(self, line: str) -> None:
         if self.runtime.rank == 0:
@@ -200,10 +267,15 @@ class _Experiment:
         """Prints data, classes, student and warnings before any training."""
         splits = self.splits
         train, val = sources.count(splits.train), sources.count(splits.val)
-        self._say(
-            f"data: {train} training images, {val} for validation, {len(self.classes)} classes"
-        )
-        counted = sources.labels(splits.train)
+        classes = "no" if self.config.data.unlabelled else len(self.classes)
+        self._say(f"data: {train} training images, {val} for validation, {classes} classes")
+        if self.probe:
+            sizes = [sources.count(x) for x in (self.probe.train, self.probe.val)]
+            self._say(
+                f"probe: {sizes[0]} labelled images to fit a classifier on, {sizes[1]} to score "
+                f"on, {len(self.probe.classes)} classes"
+            )
+        counted = None if self.config.data.unlabelled else sources.labels(splits.train)
         if counted is not None:
             self._say(f"classes (training images): {identity.count_classes(counted, self.classes)}")
         self._say(f"student: {self.config.student.model}: weights: {self.student}")
@@ -220,6 +292,9 @@ class _Experiment:
         """Prints a teacher's top-1; ConfigError if a given teacher is no better than guessing."""
         config, classes = self.config, len(self.classes)
         origin = str(models.Origin.of(teacher))
+        if config.data.unlabelled:
+            self._score_features(name, section, teacher, origin)
+            return
         if section.epochs:
             origin = f"trained here for {section.epochs} epochs, from {origin}"
         if config.data.labels:
@@ -246,6 +321,27 @@ class _Experiment:
                 f"{why}: it cannot teach these classes. Check its weights ({origin}), that "
                 f"its classes are the images' in this order, and its mean {pixels.mean} and std "
                 f"{pixels.std}"
+            )
+
+    def _score_features(self, name: str, section: Teacher, teacher: nn.Module, origin: str) -> None:
+        """Prints the top-1 of a teacher's neighbours; ConfigError if they are no better than
+        guessing."""
+        if not self.probe:
+            self._say(f"{name}: {section.model}: weights: {origin}")
+            return
+        bank, scored = (self._features(teacher, x) for x in (self.probe.train, self.probe.val))
+        classes, images = len(self.probe.classes), len(scored.labels)
+        top1 = probe.knn(bank, scored, classes)
+        self._say(
+            f"{name}: {section.model}: {bank.x.shape[1]} features, k-NN top-1 {top1:.1%} of "
+            f"{images} images of the probe (guessing: {1 / classes:.1%}); weights: {origin}"
+        )
+        if identity.is_no_teacher(round(top1 * images), images, classes):
+            pixels = preflight.pixels(self.config, teacher)
+            raise ConfigError(
+                f"{name}.model: {section.model} has features whose k-NN gets {top1:.1%} of the "
+                f"probe's images right, where guessing gets {1 / classes:.1%}: they cannot teach. "
+                f"Check its weights ({origin}), its mean {pixels.mean} and std {pixels.std}"
             )
 
     def _score_labels(self, name: str, section: Teacher, teacher: nn.Module, origin: str) -> None:
@@ -301,7 +397,7 @@ class _Experiment:
 
     def _roles(self) -> list[str]:
         """The students that each seed trains."""
-        compared = self.config.run.baseline and self.teachers
+        compared = self.config.run.baseline and self.teachers and not self.config.data.unlabelled
         return ["baseline", self.role] if compared else [self.role]
 
     def _engines(self, trained: dict[int, nn.Module]) -> list[int8.Session]:
@@ -318,7 +414,7 @@ class _Experiment:
                         model,
                         images,
                         pixels=preflight.pixels(self.config, model),
-                        classes=self.classes,
+                        classes=self.scored.classes,
                         multilabel=bool(self.config.data.labels),
                         calibration=self.config.int8.calibration,
                     )
@@ -344,6 +440,7 @@ class _Experiment:
         evaluations: dict[str, list[evaluate.Evaluation]],
     ) -> dict[str, Any]:
         config, seeds = self.config, self.config.run.seeds
+        classes = self.scored.classes
         rows = []
         for (name, section), teacher in self._teachers():
             scored, file = evaluations[name], self._file(name)
@@ -353,7 +450,8 @@ class _Experiment:
             scored = evaluations["teacher"]
             rows.append(self._row("teacher", Model(model=names), together, None, scored, [0]))
         for role, trained in students.items():
-            file = self.folder / f"{role}-{seeds[0]}" / "last.safetensors"
+            name = "classifier.safetensors" if config.data.unlabelled else "last.safetensors"
+            file = self.folder / f"{role}-{seeds[0]}" / name
             model, scored = trained[seeds[0]], evaluations[role]
             rows.append(self._row(role, config.student, model, file, scored, seeds))
         if engines:
@@ -361,30 +459,23 @@ class _Experiment:
             scored, engine = evaluations["int8"], engines[0]
             rows.append(self._row("int8", config.student, model, file, scored, seeds, engine))
         comparison = results.compare(evaluations)
-        first, val = evaluations[self.role][0], self.splits.val
+        first, val = evaluations[self.role][0], self.scored.val
         several = bool(config.data.labels)
         # each rank saw its own images
         shows = hasattr(val, "read") and self.runtime.ranks == 1 and not several
         table = multilabel.per_class if several else evaluate.per_class
         return {
-            "version": report.VERSION,
-            "title": self.folder.name,
-            "config": config.model_dump(),
-            "environment": {
-                "vitkd_fast": version("vitkd-fast"),
-                "torch": torch.__version__,
-                "timm": version("timm"),
-                "device": results.device_name(self.runtime),
-            },
+            **self._about(students),
             "data": {
                 "train": sources.count(self.splits.train),
                 "val": int(first.confusion[0].sum() if several else first.confusion.sum()),
-                "classes": self.classes,
+                "classes": classes,
             },
             "models": rows,
             "comparison": comparison,
-            "verdict": results.verdict(comparison, config.run.baseline and bool(self.teachers)),
-            "curves": results.curves(self._curve_folders(list(students))),
+            "verdict": results.verdict_without_labels(rows)
+            if config.data.unlabelled
+            else results.verdict(comparison, config.run.baseline and bool(self.teachers)),
             "confusion": None
             if several
             else {"role": self.role, "seed": seeds[0], "matrix": first.confusion.tolist()},
@@ -397,10 +488,53 @@ class _Experiment:
             else None,
             # of all seeds together
             "per_class": {
-                role: table(torch.stack([one.confusion for one in scored]).sum(0), self.classes)
+                role: table(torch.stack([one.confusion for one in scored]).sum(0), classes)
                 for role, scored in evaluations.items()
             },
             "disagreements": results.disagreements(first, val, self.places) if shows else None,
+        }
+
+    def _without_scores(
+        self,
+        students: dict[str, dict[int, nn.Module]],
+        measured: dict[str, list[dict[str, float]]],
+    ) -> dict[str, Any]:
+        """Results where no image has a label: costs, and how alike features are."""
+        config, seeds = self.config, self.config.run.seeds
+        nothing = evaluate.Scores({}, {})
+        rows = [
+            self._row(name, section, teacher, None, [nothing], [0])
+            for (name, section), teacher in self._teachers()
+        ]
+        for role, trained in students.items():
+            file = self._file(f"{role}-{seeds[0]}")
+            scored = [evaluate.Scores({}, values) for values in measured[role]]
+            rows.append(self._row(role, config.student, trained[seeds[0]], file, scored, seeds))
+        return {
+            **self._about(students),
+            "data": {
+                "train": sources.count(self.splits.train),
+                "val": sources.count(self.splits.val),
+                "classes": [],
+            },
+            "models": rows,
+            "comparison": None,
+            "verdict": results.verdict_without_labels(rows),
+        }
+
+    def _about(self, students: dict[str, dict[int, nn.Module]]) -> dict[str, Any]:
+        """What the results of every run begin with: how they were found."""
+        return {
+            "version": report.VERSION,
+            "title": self.folder.name,
+            "config": self.config.model_dump(),
+            "environment": {
+                "vitkd_fast": version("vitkd-fast"),
+                "torch": torch.__version__,
+                "timm": version("timm"),
+                "device": results.device_name(self.runtime),
+            },
+            "curves": results.curves(self._curve_folders(list(students))),
             "notes": self._notes(),
         }
 
@@ -423,7 +557,7 @@ class _Experiment:
         exact: evaluate.Evaluation | None = None,
     ) -> evaluate.Evaluation:
         """Scores on the validation images; `exact` is of the weights that were quantised."""
-        loader = data.val_loader(self.config, self.splits)
+        loader = data.val_loader(self.config, self.scored)
         places = []
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -435,7 +569,7 @@ class _Experiment:
         result = judge(
             predictor,
             batches(),
-            classes=len(self.classes),
+            classes=len(self.scored.classes),
             device=self.runtime.device,
             teacher=teacher,
         )
@@ -457,7 +591,7 @@ class _Experiment:
         section: Model,
         model: nn.Module,
         file: Path | None,
-        scored: list[evaluate.Evaluation],
+        scored: Sequence[evaluate.Scores],
         seeds: list[int],
         engine: int8.Session | None = None,
     ) -> dict[str, Any]:
@@ -503,6 +637,11 @@ class _Experiment:
             shown = "; ".join(sorted(self.skipped)[:10])
             notes.append(f"Left out, {len(self.skipped)} in all: {shown}")
         section = self.config.data
+        if self.probe:
+            notes.append(
+                "Accuracies are those of a linear classifier of frozen features, fitted on "
+                f"{sources.count(self.probe.train)} labelled images of data.probe."
+            )
         if not section.val and section.dataset in ("", "digits"):
             notes.append(f"Validation: {section.holdout:.0%} of the images, kept from training.")
         return notes + self.notes

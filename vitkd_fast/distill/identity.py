@@ -131,6 +131,22 @@ def _names(source: Any) -> dict[str, Any]:
     return {"images": images, "names": digest.hexdigest()}
 
 
+def probed_in_training(splits: sources.Splits, probe: sources.Splits | None) -> list[str]:
+    """A sentence on images that the student sees, without their labels, and is then scored on."""
+    parts = (splits.train, probe.val) if probe else ()
+    names = [
+        {os.path.realpath(x.name(i)) for i in range(len(x))}
+        for x in parts
+        if not sources.streams(x)
+    ]
+    if len(names) < 2 or not (both := names[0] & names[1]):
+        return []
+    return [
+        f"data.probe: {len(both)} of the {len(names[1])} images that models are scored on are "
+        "among those of training, which the student sees without their labels"
+    ]
+
+
 def check_resumed(begun: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises DataError unless a run goes on with the images it was begun with."""
     if begun["classes"] != now["classes"]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import distribute_bn
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from .. import models
@@ -125,7 +126,7 @@ class Trainer:
         half = runtime.student_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
         self.meter = Meter(list(task.trainable_module.terms), runtime.device)
-        self.step, self.evaluated, self.best = 0, 0, -1.0
+        self.step, self.evaluated, self.best = 0, 0, -math.inf
         self._rates: dict[int, float] = {}  # by step, since the last log
         self._since = time.monotonic(), 0
         self._kept: _Kept | None = None
@@ -394,6 +395,19 @@ class Trainer:
         self._check()
         self._share_buffers()
         self.trained.eval()
+        scores = {"epoch": self.step / self.steps_per_epoch}
+        scores |= self._losses() if self.config["data"]["unlabelled"] else self._scores()
+        logger.write("val", self.step, scores)
+        best = -scores["loss"] if "loss" in scores else scores[evaluate.headline(scores)]
+        if self.runtime.rank == 0:
+            self.save_model(self.folder / "last.safetensors", self.trained)
+            if best > self.best:
+                self.save_model(self.folder / "best.safetensors", self.trained)
+        self.best, self.evaluated = max(self.best, best), self.step
+        self._since = time.monotonic(), self.step
+
+    def _scores(self) -> dict[str, float]:
+        """Of the trained weights, on the validation images."""
         judge = multilabel.evaluate if self.config["data"]["labels"] else evaluate.evaluate
         result = judge(
             models.predictor(self.trained).to(self.runtime.device),
@@ -401,16 +415,35 @@ class Trainer:
             classes=len(self.classes),
             device=self.runtime.device,
         )
-        scores = {"epoch": self.step / self.steps_per_epoch}
-        first = evaluate.headline(result.metrics)
-        scores |= {name: result.metrics[name] for name in (first, "nll")}
-        logger.write("val", self.step, scores)
-        if self.runtime.rank == 0:
-            self.save_model(self.folder / "last.safetensors", self.trained)
-            if scores[first] > self.best:
-                self.save_model(self.folder / "best.safetensors", self.trained)
-        self.best, self.evaluated = max(self.best, scores[first]), self.step
-        self._since = time.monotonic(), self.step
+        return {name: result.metrics[name] for name in (evaluate.headline(result.metrics), "nll")}
+
+    def _losses(self) -> dict[str, float]:
+        """Of the trained weights on the validation images: the mean loss, its terms, similarity."""
+        trainable: Any = unwrap_model(self.task.trainable_module)
+        device, own = self.runtime.device, self._copies()["student"]
+        if self.ema:  # the losses' own modules have no average
+            self.model.load_state_dict(self.trained.state_dict())
+        self.task.eval()
+        names = [*trainable.terms, "similarity"]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+        with torch.inference_mode():
+            for batch in self.val_loader.epoch():
+                images = batch.images.to(device, non_blocking=True)
+                teachers = self.task.teacher_outputs(images)
+                _, terms = trainable(images, teachers, batch.labels, self.step / self.total)
+                alike = trainable.similarity(images, teachers)
+                alike = terms.new_zeros(1) if alike is None else alike.mean()[None]
+                found = torch.cat([terms, alike, terms.new_ones(1)])
+                sums += len(images) * found.double()
+        if self.ema:
+            self.model.load_state_dict(own)
+        if self.runtime.ranks > 1:
+            dist.all_reduce(sums)
+        *values, images = sums.tolist()
+        means = {name: x / images for name, x in zip(names, values, strict=True)}
+        similarity = means.pop("similarity")
+        scores = {"loss": sum(means.values()), **means}
+        return scores | ({"similarity": similarity} if similarity else {})
 
     def _save(self) -> None:
         """Writes the state of training, unless a loss or a weight in it is NaN or Inf."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, Typ
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, layer_norm, normalize
 
 from ..functional import (
     Labels,
@@ -609,6 +609,104 @@ class Feature(MapTerm):
         return self.weight.at(x) * loss
 
 
+class Features(MapTerm):
+    """weight * the mean over pooled features and patches of cosine 1 - cos + smooth_l1 L1.
+
+    Of a student, through a linear layer, beside a teacher that may have no classifier: what teaches
+    it without labels (as in AM-RADIO: Ranzinger et al., 2023, arXiv:2312.06709),
+    `functional.feature_loss`. The layers, one for each, are trained with the student and only
+    needed in training. The student's map is resized to the teacher's grid.
+    """
+
+    parts: Literal["both", "pooled", "patches"] = "both"  # what classifiers read; map and patches
+    cosine: float = Field(0.9, gt=0)  # factor of 1 - cos
+    smooth_l1: float = Field(0.1, ge=0)  # factor of the smooth L1
+    beta: float = Field(1.0, ge=0)  # where its square turns into its line
+    # of each position of the teacher, over its channels: as a ViT's last norm, without its weights
+    normalize_teacher: Literal["none", "layer_norm"] = "layer_norm"
+    # then, as of `feature`: what all images have in common is no part of the target
+    standardize: Literal["phi_s", "none"] = "phi_s"
+
+    def taps(self) -> tuple[TapSpec, TapSpec]:
+        student, teacher = super().taps() if self.parts != "pooled" else ({}, {})
+        if self.parts == "patches":
+            return student, teacher
+        return {**student, "pooled": True}, {**teacher, "pooled": True}
+
+    def pairs(
+        self, student: TapOutputs, teacher: TapOutputs
+    ) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, int] | None]]:
+        """Each part's name, and what `pair` gives of it."""
+        for part, f_t, grid in self.targets(teacher):
+            f_s = _pooled(student, 1) if part == "pooled" else student.maps[self.stride]
+            yield part, f_s, f_t, grid
+
+    def targets(self, teacher: TapOutputs) -> Iterator[tuple[str, Tensor, tuple[int, int] | None]]:
+        """Each part of the teacher, [B, N, C], with its grid where it is known."""
+        if self.parts != "patches":
+            yield "pooled", self._normalized(_pooled(teacher, 1)), None
+        if self.parts != "pooled":
+            f_t, grid = self.of_teacher(teacher)
+            if f_t.dim() == 4:
+                grid, f_t = (f_t.shape[2], f_t.shape[3]), f_t.flatten(2).mT
+            yield "patches", self._normalized(f_t), grid
+
+    def _normalized(self, f_t: Tensor) -> Tensor:
+        if self.normalize_teacher == "none":
+            return f_t
+        return layer_norm(f_t.float(), (f_t.shape[2],))
+
+    def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module:
+        made = nn.ModuleDict()
+        for part, f_s, f_t, _ in self.pairs(student, teacher):
+            made[part] = nn.Linear(f_s.shape[1 if f_s.dim() == 4 else 2], f_t.shape[2])
+            if self.standardize == "phi_s":
+                made[f"standardize_{part}"] = PHIStandardize(f_t.shape[2])
+        return made
+
+    def observe(self, teacher: TapOutputs, learned: nn.Module) -> None:
+        for part, f_t, _ in self.targets(teacher):
+            if standardize := _part(learned, f"standardize_{part}", PHIStandardize):
+                standardize.observe(f_t)
+
+    def similarity(
+        self, student: TapOutputs, teacher: TapOutputs, learned: nn.Module
+    ) -> Tensor | None:
+        """The cosine of each image's pooled features, through the layer, with the target, [B]."""
+        layer = _part(learned, "pooled", nn.Linear)
+        if layer is None:
+            return None
+        target = self._normalized(_pooled(teacher, 1))
+        if standardize := _part(learned, "standardize_pooled", PHIStandardize):
+            target = standardize(target)
+        return cosine_similarity(layer(_pooled(student)).float(), target[:, 0].float())
+
+    def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
+        assert outputs.teacher is not None
+        found = []
+        for part, f_s, f_t, grid in self.pairs(outputs.student, outputs.teacher):
+            layer = _part(learned, part, nn.Linear)
+            assert layer is not None
+            if standardize := _part(learned, f"standardize_{part}", PHIStandardize):
+                f_t = standardize(f_t)
+            errors = [
+                factor
+                * feature_loss(
+                    f_s,
+                    f_t,
+                    layer.weight,
+                    layer.bias,
+                    kind=kind,
+                    beta=self.beta,
+                    teacher_grid=grid,
+                )
+                for kind, factor in (("cosine", self.cosine), ("smooth_l1", self.smooth_l1))
+                if factor
+            ]
+            found.append(torch.stack(errors).sum())
+        return self.weight.at(x) * torch.stack(found).mean()
+
+
 class NST(MapTerm):
     """weight * nst_loss: the student's channels answer to the same positions as the teacher's.
 
@@ -947,6 +1045,7 @@ class Losses(Section):
     attention: Attention | None = None
     at: AT | None = None
     feature: Feature | None = None
+    features: Features | None = None
     nst: NST | None = None
     rkd: RKD | None = None
     relation: Relation | None = None

@@ -22,6 +22,7 @@ from .task import Average, DistillationTask
 # keys that may change when a run is resumed: paths and how things are computed
 _MAY_CHANGE = {
     *("data.root", "data.train", "data.val", "data.workers", "data.skip_bad"),
+    *("data.probe", "data.probe_val"),
     *("teacher.checkpoint", "int8.enabled", "int8.calibration", "int8.calibration_images"),
     *("run.folder", "run.device", "run.precision", "run.channels_last", "run.compile"),
     *("run.threads", "run.log_every", "run.eval_every", "run.save_every"),
@@ -59,7 +60,12 @@ def pixels(config: Config, model: nn.Module) -> models.Pixels:
 
 
 def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
-    """The untrained student, with a new classifier if its weights are of other classes."""
+    """The untrained student, with a new classifier if its weights are of other classes.
+
+    Without labels it has none.
+    """
+    if config.data.unlabelled:
+        return models.headless(_create(config, config.student, 1, new_head=True))
     student: Any = _create(config, config.student, len(classes), new_head=True)
     origin = models.Origin.of(student)
     if origin.classes and not identity.same_classes(origin, classes):
@@ -84,6 +90,9 @@ def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[
     data.seed_all(0)
     if Path(section.model).is_file():
         teacher = models.load(section.model).model
+    elif config.data.unlabelled:
+        # of any classes, or without a classifier, as self-supervised teachers are
+        teacher = _create(config, section, 1, new_head=True)
     else:
         # weights of timm's keep timm's classes, so that a mismatch is seen
         own = section.options.get("num_classes", classes if section.checkpoint else None)
@@ -92,6 +101,8 @@ def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[
         )
     if section.epochs:
         return teacher
+    if config.data.unlabelled:
+        teacher = models.headless(teacher)
     origin = models.Origin.of(teacher)
     if not origin.trained:
         raise ConfigError(
@@ -99,6 +110,8 @@ def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[
             "name its weights by teacher.checkpoint or teacher.pretrained=true, or train "
             "it first by teacher.epochs"
         )
+    if config.data.unlabelled:
+        return teacher
     if (found := getattr(teacher, "num_classes", classes)) != classes:
         raise ConfigError(
             f"{key}.model: {section.model} has {found} classes, and the images have "

@@ -27,7 +27,7 @@ from .._files import finite, replacing
 
 VERSION = 1
 _PERCENT = frozenset(
-    {"top1", "top5", "map", "precision", "recall", "f1", "micro_f1", "exact"}
+    {"top1", "top5", "map", "knn", "precision", "recall", "f1", "micro_f1", "exact"}
     | {"agreement", "unchanged"}
 )
 _LATENCIES = ("latency_ms", "latency_p90_ms", "latency_p99_ms", "latency_cpu_ms")
@@ -195,11 +195,15 @@ def _commands(results: dict) -> list[tuple[str, str]]:
     run, data = config.get("run") or {}, config.get("data") or {}
     roles, seeds = {model["role"] for model in results["models"]}, run.get("seeds")
     role = "distilled" if "distilled" in roles else "baseline"
-    if role not in roles or not run.get("folder") or not seeds:
+    # without labels, what classifies is the student with a classifier that was fitted
+    fitted, classes = bool(data.get("unlabelled")), results["data"]["classes"]
+    if role not in roles or not run.get("folder") or not seeds or not classes:
         return []
-    train, val = (data.get(key) or f"{key.upper()}_IMAGES" for key in ("train", "val"))
+    keys = ("train", "probe_val" if fitted else "val")
+    train, val = (data.get(key) or f"{key.upper()}_IMAGES" for key in keys)
     folder = Path(run["folder"]) / f"{role}-{seeds[0]}"
-    model, small = str(folder / "last.safetensors"), str(folder / "last.int8.safetensors")
+    model = str(folder / ("classifier.safetensors" if fitted else "last.safetensors"))
+    small = str(folder / "last.int8.safetensors")
     found = [
         ("Classify images", ["vitkd", "predict", model, "IMAGE.jpg"]),
         ("Each class's figures", ["vitkd", "eval", model, val, "--json"]),
@@ -241,6 +245,9 @@ def render(results: dict) -> str:
 def table(results: dict) -> str:
     """The metrics as aligned text for a terminal, one row per model."""
     metrics = {"f1": "f1 %", "nll": "nll", "ece": "ece", "agreement": "agreement %"}
+    for key, name in {"knn": "k-NN %", "similarity": "similarity"}.items():
+        if any(key in model["mean"] for model in results["models"]):
+            metrics[key] = name
     costs = {"parameters": "parameters", "macs": "MMACs", "bytes": "size", "latency_ms": "ms"}
     key, called = _headline(results["models"])
     rows = [["", "model", f"{called} %", *metrics.values(), *costs.values()]]

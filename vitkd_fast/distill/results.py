@@ -58,6 +58,27 @@ def verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
     )
 
 
+def verdict_without_labels(rows: list[dict[str, Any]]) -> str:
+    """One sentence on a student's features beside its teacher's, of the rows of the report."""
+    student = next(row for row in rows if row["role"] == "distilled")["mean"]
+    text = "Without losses.features there is no cosine with the teacher's features"
+    if "similarity" in student:
+        text = f"Cosine similarity with the teacher's features: {student['similarity']:.3f}"
+    if "top1" not in student:
+        return f"{text}. A labelled data.probe would measure what they are worth."
+    teacher = rows[0]["mean"]
+    return (
+        f"Linear probe: {student['top1']:.1%} (teacher {teacher['top1']:.1%}); k-NN: "
+        f"{student['knn']:.1%} (teacher {teacher['knn']:.1%}). {text}."
+    )
+
+
+def similarity(folder: Path) -> dict[str, float]:
+    """{"similarity": that of the last evaluation of a run without labels}, or {}."""
+    rows = [row for row in logger.read(folder) if "similarity" in row]
+    return {"similarity": rows[-1]["similarity"]} if rows else {}
+
+
 def curves(folders: dict[str, Path]) -> dict[str, Any]:
     """The rows of each metrics.jsonl, by kind."""
     found: dict[str, Any] = {}

@@ -135,6 +135,23 @@ class Timm:
         return reader.filename(index, absolute=True) if reader else f"image {index}"
 
 
+class Unlabelled:
+    """A source whose labels are not read: there are no classes, and -1 stands for each label."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.classes: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return self.source.read(index)[0], -1
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
 class Part:
     """Some of a source's images."""
 
@@ -174,6 +191,8 @@ def open_data(config: Data, classes: int | None = None) -> Splits:
         DataError: naming what is missing, empty or in both parts (with `skip_bad`, what belongs to
             no class is left out and listed).
     """
+    if config.unlabelled:
+        return _open_unlabelled(config)
     if config.dataset == "digits":
         return _hold_out(Digits(), config, [], [])
     if config.dataset:
@@ -190,13 +209,71 @@ def open_data(config: Data, classes: int | None = None) -> Splits:
         return _hold_out(train.source, config, train.bad, train.notes)
     known = {name: i for i, name in enumerate(train.source.classes)}
     val = _open_folder(config.val, "data.val", config.skip_bad, known)
-    if both := train.real & val.real:
-        raise DataError(
-            f"data.val: {len(both)} of its {len(val.real)} images are in data.train too, such as "
-            f"{min(both)}; without data.val, data.holdout keeps some from training"
-        )
+    _check_apart(train.real, val.real)
     notes = train.notes + val.notes + _absent(val.source.labels, train.source.classes, "data.val")
     return Splits(train.source, val.source, train.source.classes, train.bad + val.bad, notes)
+
+
+def _check_apart(train: KeysView[str], val: KeysView[str]) -> None:
+    if both := train & val:
+        raise DataError(
+            f"data.val: {len(both)} of its {len(val)} images are in data.train too, such as "
+            f"{min(both)}; without data.val, data.holdout keeps some from training"
+        )
+
+
+def _open_unlabelled(config: Data) -> Splits:
+    """The images of folders, wherever they lie there, or of a data set, without labels."""
+    if config.dataset:
+        # the parts are those of the labelled data, so that a probe's are not trained on
+        labelled = open_data(config.model_copy(update={"unlabelled": False}), classes=1)
+        train, val = (
+            part if streams(part) else Unlabelled(part) for part in (labelled.train, labelled.val)
+        )
+        return Splits(train, val, [], labelled.skipped, [])
+    opened = []
+    notes: list[str] = []
+    for key in ("train", "val") if config.val else ("train",):
+        path = getattr(config, key)
+        if not os.path.isdir(path):
+            raise DataError(f"data.{key}: {path} is no folder")
+        found = find(path)
+        if not found.files:
+            raise DataError(f"data.{key}: {path} holds no images ({', '.join(EXTENSIONS)})")
+        notes += _ignored(f"data.{key}", found.ignored)
+        opened.append(found.files)
+    train, *others = (Folder(list(x.values()), [-1] * len(x), []) for x in opened)
+    if not others:
+        return _hold_out(train, config, [], notes)
+    _check_apart(opened[0].keys(), opened[1].keys())
+    return Splits(train, others[0], [], [], notes)
+
+
+def open_probe(config: Data) -> Splits | None:
+    """The labelled images of `data.probe`: those to fit a classifier on, and those to score on.
+
+    Raises:
+        DataError: as `open_data`; a class without an image to fit on.
+    """
+    if not config.probe:
+        return None
+    digits = config.probe == "digits"
+    section = config.model_copy(
+        update={
+            "unlabelled": False,
+            "dataset": "digits" if digits else "",
+            "train": "" if digits else config.probe,
+            "val": config.probe_val,
+        }
+    )
+    try:
+        found = open_data(section)
+    except DataError as error:
+        text = str(error).replace("data.train", "data.probe").replace("data.val", "data.probe_val")
+        raise DataError(text) from None
+    if absent := _absent(labels(found.train) or (), found.classes, "data.probe"):
+        raise DataError(f"{absent[0]} to fit a classifier on")
+    return found
 
 
 class Opened(NamedTuple):
@@ -373,12 +450,16 @@ def _open_folder(path: str, key: str, skip_bad: bool, known: dict[str, int] | No
     labels = [known[name] for name, x in found.items() for _ in x.files]
     # every class's images in natural order, and the classes in theirs
     source = Folder(list(of.values()), labels, list(known))
-    notes = []
-    if ignored:
-        most = sorted(ignored.items(), key=lambda kind: (-kind[1], kind[0]))[:5]
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in most)
-        notes.append(f"{key}: files that are no images, ignored: {ignored.total():,} ({kinds})")
-    return Opened(source, bad, notes, of.keys())
+    return Opened(source, bad, _ignored(key, ignored), of.keys())
+
+
+def _ignored(key: str, kinds: Counter[str]) -> list[str]:
+    """A sentence on files that are no images."""
+    if not kinds:
+        return []
+    most = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))[:5]
+    named = ", ".join(f"{count:,} {kind}" for kind, count in most)
+    return [f"{key}: files that are no images, ignored: {kinds.total():,} ({named})"]
 
 
 def _absent(labels: Iterable[int], classes: list[str], key: str) -> list[str]:

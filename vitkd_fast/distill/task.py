@@ -16,7 +16,7 @@ from ..functional import average_logits
 from ..nn import PHIStandardize
 from ..taps import TapOutputs, Taps
 from .config import Config
-from .losses import Losses, StepOutputs, TapSpec, Term
+from .losses import Features, Losses, StepOutputs, TapSpec, Term
 from .runtime import Runtime
 
 
@@ -236,6 +236,20 @@ class _Trainable(nn.Module):
                 for name, term in self.terms.items()
             ]
         return student.logits, torch.stack(losses)
+
+    def similarity(self, images: Tensor, teachers: list[TapOutputs]) -> Tensor | None:
+        """Of student and teachers, [B], by the term `features`; None without it."""
+        term = self.terms.get("features")
+        if not isinstance(term, Features) or not self.taps:
+            return None
+        with self.runtime.autocast():
+            student = self.taps(images)
+            found = [
+                term.similarity(student, x, self.learned[_place("features", i, len(teachers))])
+                for i, x in enumerate(teachers)
+            ]
+        alike = [x for x in found if x is not None]
+        return torch.stack(alike).mean(0) if alike else None
 
     def _term(
         self,
