@@ -543,6 +543,9 @@ class TestSanitize:
 # Triton, interpreted and compiled without a GPU
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.triton
 def test_triton_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
@@ -551,8 +554,10 @@ def test_triton_in_the_interpreter(tmp_path: Path) -> None:
 
 @pytest.mark.triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)
-@pytest.mark.parametrize("classes", [10, 1000, 21841])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=SLOW), 90], ids="sm_{}".format)
+@pytest.mark.parametrize(
+    "classes", [pytest.param(10, marks=SLOW), 1000, pytest.param(21841, marks=SLOW)]
+)
 @pytest.mark.parametrize("dtype", [BFLOAT, FLOAT], ids=str)
 @every_tail
 def test_triton_compiles_without_spills(

@@ -297,7 +297,6 @@ def test_float64_attention_has_any_derivative_but_a_teachers(name: str) -> None:
 
 
 CONSTANTS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
-    "temperature": lambda x: {"temperature": x},
     "row_weights": lambda x: {"row_weights": x},
     "lam": lambda x: {"labels": (torch.arange(6), torch.arange(6), x), "ce_weight": 0.5},
 }
@@ -310,6 +309,14 @@ def test_weights_of_rows_have_no_derivative(name: str, mode: str) -> None:
     function = lambda x: kd_loss(student, teacher, **CONSTANTS[name](x))  # noqa: E731
     with pytest.raises(REFUSED, match=f"{name}: .* requires grad|tangent|torch.func|exception"):
         (FIRST | FORWARD)[mode](function, torch.full((6,), 0.5))
+
+
+@pytest.mark.parametrize("mode", FORWARD)
+def test_a_temperature_has_no_derivative_in_forward_mode(mode: str) -> None:
+    student, teacher = CALLS["kd"].given().values()
+    function = lambda x: kd_loss(student, teacher, temperature=x)  # noqa: E731
+    with pytest.raises(REFUSED, match="temperature: .* tangent|exception"):
+        FORWARD[mode](function, torch.full((6,), 0.5))
 
 
 NUMBERS = {
