@@ -58,7 +58,7 @@ def test_distillation_learns(command: list[str]) -> None:
 
 def test_served_without_torch(student: tuple[Path, float]) -> None:
     file, top1 = student
-    assert top1 > 60
+    assert top1 > 50  # of ten classes, after a few seconds
     command = [sys.executable, str(EXAMPLES / "quantize_and_serve.py"), "serve", str(file)]
     with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as server:
         try:

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from vitkd_fast import models
 from vitkd_fast.distill import sources
 from vitkd_fast.distill.config import ConfigError, load
-from vitkd_fast.distill.losses import BCE, ClassCosts, StepOutputs
+from vitkd_fast.distill.losses import BCE, BinaryKD, ClassCosts, StepOutputs
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
 from vitkd_fast.functional import (
@@ -195,11 +195,11 @@ def test_terms_of_several_labels() -> None:
     s, t = given.student.logits, given.teacher.logits
     a, b = (torch.rand(3, 10) < 0.4).float(), (torch.rand(3, 10) < 0.4).float()
     share = torch.tensor([0.2, 0.5, 1.0])
-    text = "binary_kd: {temperature: 2, weight: 0.5, bce_weight: 0.3}"
+    term = BinaryKD.model_validate({"temperature": 2.0, "weight": 0.5, "bce_weight": 0.3})
     for labels, y in ((a, a), ((a, b, share), a * share[:, None] + b * (1 - share[:, None]))):
         seen = given._replace(labels=labels)
         want = binary_kd_loss(s, t, y, temperature=2.0, kd_weight=0.5, bce_weight=0.3)
-        torch.testing.assert_close(value(text, seen), want)
+        torch.testing.assert_close(term(seen, 0.0, None), want)
         bce = nn.functional.binary_cross_entropy_with_logits(s, y)
         twice = BCE.model_validate({"weight": 2})
         torch.testing.assert_close(twice(seen, 0.0, None), 2 * bce)
@@ -253,8 +253,7 @@ def test_a_student_of_two_heads_keeps_them() -> None:
         torch.nn.init.normal_(head.weight)
         head.register_forward_hook(lambda module, inputs, output: seen.append(output))
     found = made(images, labels, 0.0)["loss"]
-    choice = made.teacher_outputs(images)
-    assert choice is not None
+    (choice,) = made.teacher_outputs(images)
     want = deit_hard_loss((seen[0], seen[1]), choice.logits, labels)
     torch.testing.assert_close(found, want)
 

@@ -315,7 +315,7 @@ def test_weights_of_rows_have_no_derivative(name: str, mode: str) -> None:
 def test_a_temperature_has_no_derivative_in_forward_mode(mode: str) -> None:
     student, teacher = CALLS["kd"].given().values()
     function = lambda x: kd_loss(student, teacher, temperature=x)  # noqa: E731
-    with pytest.raises(REFUSED, match="temperature: .* tangent|exception"):
+    with pytest.raises(REFUSED, match=r"temperature: .* tangent|exception"):
         FORWARD[mode](function, torch.full((6,), 0.5))
 
 
