@@ -271,6 +271,7 @@ def test_files_say_that_classes_are_not_exclusive(
     assert int8.load(again).multilabel
 
 
+@pytest.mark.slow
 def test_a_teacher_of_the_other_kind_is_refused(
     run: Path, labelled: Path, tmp_path: Path, vitkd
 ) -> None:

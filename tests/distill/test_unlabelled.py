@@ -194,6 +194,7 @@ def trainer(
     return Trainer(config, task, splits, folder, seed=0, save_model=save_model)
 
 
+@pytest.mark.slow
 def test_the_losses_of_validation_choose_the_best_average(tmp_path: Path) -> None:
     changed = (
         "run.max_steps=8",
@@ -333,6 +334,7 @@ def test_predict_reads_the_classifier_and_says_what_a_body_lacks(
         assert "last.safetensors has no classifier: it returns features" in result.err
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_resumed_to_the_same_report(
     features_run: Path, loose_folder: Path, image_folder: Path, teacher_file: Path, tmp_path, vitkd
 ) -> None:
@@ -350,6 +352,7 @@ def test_a_finished_run_is_resumed_to_the_same_report(
     assert all(torch.equal(x, second[key]) for key, x in first.items())
 
 
+@pytest.mark.slow
 def test_without_a_probe_there_is_similarity_alone(
     features_run: Path, loose_folder: Path, teacher_file: Path, tmp_path: Path, vitkd
 ) -> None:
@@ -371,6 +374,7 @@ def test_without_a_probe_there_is_similarity_alone(
     assert models.load(tmp_path / "run" / "distilled-0" / "last.safetensors").classes == ()
 
 
+@pytest.mark.slow
 def test_several_teachers_of_features(
     features_run: Path, loose_folder: Path, image_folder: Path, teacher_file: Path, tmp_path, vitkd
 ) -> None:
@@ -423,6 +427,7 @@ def test_images_that_are_trained_on_and_scored_are_noted(image_folder: Path) -> 
     assert identity.probed_in_training(splits, None) == []
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_with_another_file_of_its_teacher(
     loose_folder: Path, image_folder: Path, tmp_path: Path, vitkd
 ) -> None:
