@@ -48,7 +48,7 @@ demo: install  ## real work, and what it did
 	$(BIN)/vitkd demo
 
 # threads of several processes on the same cores wait for one another
-test test-all test-arm: export OMP_NUM_THREADS ?= 1
+test test-all test-arm test-triton: export OMP_NUM_THREADS ?= 1
 
 test: install  ## the tests for every day
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
@@ -81,7 +81,7 @@ WITH_TRITON = PYTHONPATH="$(CURDIR)/.venv-triton-$*$(PYTHONPATH:%=:%)"
 $(TRITONS:%=test-triton-%): test-triton-%: .venv-triton-%/ready
 	@$(WITH_TRITON) $(PY) -c "import triton; assert triton.__version__.startswith('$*.'), triton"
 	@echo "make test-triton: Triton $*"
-	@$(WITH_TRITON) $(BIN)/pytest -m "$(TRITON_TESTS)" || \
+	@$(WITH_TRITON) $(BIN)/pytest $(PARALLEL) -m "$(TRITON_TESTS)" || \
 	  { echo "make test-triton: tests fail with Triton $*" >&2; exit 1; }
 
 fuzz: install  ## damaged int8 files and graphs, through Python and C, under both sanitizers

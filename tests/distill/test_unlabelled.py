@@ -228,6 +228,7 @@ def test_the_losses_of_validation_choose_the_best_average(tmp_path: Path) -> Non
     assert all(torch.equal(x, y) for x, y in zip(own, again, strict=True))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gives_the_same_weights(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole").run()
     cut = trainer(tmp_path / "cut", ("run.save_every=1",))

@@ -19,6 +19,7 @@ def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
     run_every_isa(tmp_path, "row_loss", "not gpu", VITKD_FAST_ISA=isa)
 
 
+@pytest.mark.slow
 def test_reference_backend(tmp_path: Path) -> None:
     run_every_isa(tmp_path, "row_loss", "not gpu", VITKD_FAST_BACKEND="reference")
 

@@ -183,13 +183,13 @@ def test_shapes_match(
 DTYPES = [(HALF, HALF), (BFLOAT, BFLOAT), (BFLOAT, FLOAT), (FLOAT, HALF), (DOUBLE, DOUBLE)]
 
 
-@pytest.mark.emulated(shape=[(2, 300)], divergence=["js", "dkd"])
+@pytest.mark.emulated(shape=[(32, 300)], divergence=["js", "dkd"])
 @pytest.mark.interpreted(
-    shape=[(2, 40, 3)], divergence=["js"], dtypes=[(BFLOAT, FLOAT), (HALF, HALF), (DOUBLE, DOUBLE)]
+    shape=[(16, 40, 3)], divergence=["js"], dtypes=[(BFLOAT, FLOAT), (HALF, HALF), (DOUBLE, DOUBLE)]
 )
 @every_device
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 300), (2, 40, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(32, 300), (16, 40, 3)], ids=str)
 @every_divergence
 def test_dtypes_match(
     divergence: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], device: str
