@@ -14,7 +14,6 @@ T^2 sum_i term_i, and its gradient in u is w_i - q_i sum(w) with w_i = q_i d ter
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +106,10 @@ def _divergence(o: RowLossOptions, u: Tensor, v: Tensor) -> _Row:
         terms = _kl_terms(log_p, log_q)
         w, w_p = terms, -q
     elif o.divergence == _JS:
-        log_m = torch.logaddexp(log_p + math.log(o.beta), log_q + math.log1p(-o.beta))
+        # beside the larger of both, so that equal ones are exactly their mean
+        of_p, of_q = (log_q.new_full((), b) for b in (o.beta, 1 - o.beta))
+        smaller = torch.where(log_q > log_p, of_p, of_q)  # its weight
+        log_m = log_q.maximum(log_p) + torch.log1p(smaller * torch.expm1(-(log_q - log_p).abs()))
         w, w_p = _product((1 - o.beta) * q, log_q - log_m), _product(o.beta * p, log_p - log_m)
         terms = w + w_p
     elif o.divergence == _TV:
@@ -119,7 +121,10 @@ def _divergence(o: RowLossOptions, u: Tensor, v: Tensor) -> _Row:
         c = (p + y) ** o.beta - y
         terms, w = _product(c, -log_q), -c
         w_p = _product(o.beta * p * (p + y) ** (o.beta - 1), -log_q)
-    return _Row(terms.sum(-1), w - q * w.sum(-1, keepdim=True), w_p - p * w_p.sum(-1, keepdim=True))
+    # where w sums to -1, the difference: 0 where q and p are equal
+    d_u = q - p if o.divergence == _KL else w - q * w.sum(-1, keepdim=True)
+    d_v = p - q if o.divergence == _REVERSE_KL else w_p - p * w_p.sum(-1, keepdim=True)
+    return _Row(terms.sum(-1), d_u, d_v)
 
 
 def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
