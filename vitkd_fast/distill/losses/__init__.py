@@ -1,6 +1,6 @@
 """The terms of a run's loss: one class each, which is its options in YAML and its computation.
 
-A new loss is a class in a file here and a field of `Losses`, whose name is its key in a configuration.
+A new loss is a class in a file here and a field of `Losses`, whose name is its key in YAML.
 """
 
 from __future__ import annotations
