@@ -94,9 +94,14 @@ def open_rgb(file: str | Path | IO[bytes]) -> Image.Image:
     Raises:
         UNREADABLE: a damaged image, or 32-bit integers or floats, whose range is unknown.
     """
+    return Image.fromarray(open_pixels(file))
+
+
+def open_pixels(file: str | Path | IO[bytes]) -> Array:
+    """`open_rgb` as uint8 [H, W, 3]."""
     with Image.open(file) as image:
         pixels = _turbo(image)
-        return to_rgb(image) if pixels is None else Image.fromarray(pixels)
+        return np.asarray(to_rgb(image)) if pixels is None else pixels
 
 
 def _turbo(image: ImageFile.ImageFile) -> Array | None:

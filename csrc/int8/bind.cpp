@@ -111,6 +111,40 @@ void prepare_frame(const py::array_t<uint8_t>& frame, double crop_pct,
   prepare(frame.data(), frame.shape(0), frame.shape(1), frame.strides(0), wanted, isa_of(isa), to);
 }
 
+// frames: a list of uint8 [height, width, 3], the pixels of a row side by side; boxes [count, 5]:
+// top, left, height, width, flip; out uint8 [count, rows, columns, 3], contiguous.
+void crop_frames(const py::list& frames, const py::array_t<int64_t, py::array::c_style>& boxes,
+                 const std::string& interpolation, const std::string& isa, Images out) {
+  using Frame = py::array_t<uint8_t>;
+  const auto count = static_cast<py::ssize_t>(frames.size());
+  if (boxes.ndim() != 2 || boxes.shape(0) != count || boxes.shape(1) != 5 || out.ndim() != 4 ||
+      out.shape(0) != count || out.shape(3) != 3) {
+    throw std::invalid_argument("boxes or out of the wrong shape");
+  }
+  std::vector<Frame> held;
+  held.reserve(frames.size());
+  for (const py::handle frame : frames) {
+    if (!py::isinstance<Frame>(frame)) throw std::invalid_argument("a frame is not of uint8");
+    held.push_back(py::reinterpret_borrow<Frame>(frame));
+    const Frame& last = held.back();
+    if (last.ndim() != 3 || last.shape(2) != 3 || last.strides(2) != 1 || last.strides(1) != 3) {
+      throw std::invalid_argument("a frame of the wrong shape");
+    }
+  }
+  const Interpolation by = interpolation_of(interpolation);
+  const Isa with = isa_of(isa);
+  const auto rows = static_cast<int>(out.shape(1)), columns = static_cast<int>(out.shape(2));
+  uint8_t* to = out.mutable_data();
+  const int64_t* box = boxes.data();
+  const py::gil_scoped_release release;
+  for (const Frame& frame : held) {
+    crop(frame.data(), frame.shape(0), frame.shape(1), frame.strides(0),
+         {box[0], box[1], box[2], box[3], box[4] != 0}, rows, columns, by, with, to);
+    box += 5;
+    to += int64_t{3} * rows * columns;
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_int8, module) {
@@ -119,6 +153,8 @@ PYBIND11_MODULE(_int8, module) {
   module.def("prepare", &prepare_frame, py::arg("frame").noconvert(), py::kw_only(),
              py::arg("crop_pct"), py::arg("interpolation"), py::arg("isa") = "",
              py::arg("out").noconvert());
+  module.def("crop", &crop_frames, py::arg("frames"), py::arg("boxes").noconvert(), py::kw_only(),
+             py::arg("interpolation"), py::arg("isa") = "", py::arg("out").noconvert());
   module.def("isa", [] {
     std::vector<std::string> names;
     for (Isa isa : available_isas()) names.emplace_back(name(isa));

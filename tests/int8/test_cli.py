@@ -40,7 +40,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image, label = digits.read(i)
         folder = root / digits.classes[label]
         folder.mkdir(exist_ok=True)
-        image.resize((40, (28, 40, 50)[i % 3])).save(folder / f"{i}.png")
+        Image.fromarray(image).resize((40, (28, 40, 50)[i % 3])).save(folder / f"{i}.png")
     return root
 
 

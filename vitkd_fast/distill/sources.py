@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from .._preprocessing import Array
 from ..images import (
     EXTENSIONS,
     ending,
@@ -24,7 +25,7 @@ from ..images import (
     is_image,
     is_ours,
     natural_key,
-    open_rgb,
+    open_pixels,
     to_rgb,
 )
 from ..images import DataError as DataError
@@ -42,7 +43,7 @@ class Source(Protocol):
     classes: list[str]
 
     def __len__(self) -> int: ...
-    def read(self, index: int) -> tuple[Image.Image, int]: ...
+    def read(self, index: int) -> tuple[Array, Any]: ...  # uint8 [H, W, 3]; [classes] of several
     def name(self, index: int) -> str: ...
 
 
@@ -60,8 +61,8 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        return to_rgb(Image.fromarray(self.images[index])), int(self.labels[index])
+    def read(self, index: int) -> tuple[Array, int]:
+        return np.repeat(self.images[index][..., None], 3, axis=2), int(self.labels[index])
 
     def name(self, index: int) -> str:
         return f"digits/{index}"
@@ -78,8 +79,8 @@ class Folder:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        return open_rgb(self.files[index]), self.labels[index]
+    def read(self, index: int) -> tuple[Array, int]:
+        return open_pixels(self.files[index]), self.labels[index]
 
     def name(self, index: int) -> str:
         return self.files[index]
@@ -96,8 +97,8 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, index: int) -> tuple[Image.Image, Any]:
-        return open_rgb(self.files[index]), self.target(index)
+    def read(self, index: int) -> tuple[Array, Any]:
+        return open_pixels(self.files[index]), self.target(index)
 
     def target(self, index: int) -> Any:
         target = np.zeros(len(self.classes), np.float32)
@@ -115,18 +116,20 @@ class Timm:
         self.dataset = dataset
         self.classes = classes
         if hasattr(dataset, "loader"):  # torchvision's folders
-            dataset.loader = open_rgb
+            dataset.loader = open_pixels
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Array, int]:
         # past timm's ImageDataset, which replaces what it cannot read without a word of which
         image, label = getattr(self.dataset, "reader", self.dataset)[index]
         if isinstance(image, Image.Image):
-            return to_rgb(image), int(label)
+            return np.asarray(to_rgb(image)), int(label)
+        if isinstance(image, np.ndarray):
+            return image, int(label)
         with image:
-            return open_rgb(image), int(label)
+            return open_pixels(image), int(label)
 
     def name(self, index: int) -> str:
         if hasattr(self.dataset, "samples"):  # torchvision's folders
@@ -145,7 +148,7 @@ class Unlabelled:
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Array, int]:
         return self.source.read(index)[0], -1
 
     def name(self, index: int) -> str:
@@ -163,7 +166,7 @@ class Part:
     def __len__(self) -> int:
         return len(self.index)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Array, int]:
         return self.source.read(self.index[index])
 
     def name(self, index: int) -> str:
