@@ -35,7 +35,7 @@ class Data(Section):
     # "" for a folder of class folders; "digits"; timm's torch/..., hfds/..., wds/...
     dataset: str = ""
     root: PathText = ""  # folder of a named dataset; train and val are then its splits
-    train: PathText = ""  # a folder of class folders
+    train: PathText = ""  # a folder of class folders, or a file of `vitkd pack`
     val: PathText = ""  # another; without it, see holdout
     # no classes: train and val are folders with images, or a data set whose labels are not read
     unlabelled: bool = False
