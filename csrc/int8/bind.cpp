@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "int8/jitter.h"
 #include "int8/prepare.h"
 #include "int8/reader.h"
 #include "int8/session.h"
@@ -145,6 +146,30 @@ void crop_frames(const py::list& frames, const py::array_t<int64_t, py::array::c
   }
 }
 
+// images [count, height, width, 3], in place; factors [count, 3] of brightness, contrast and
+// saturation; orders [count, 3]: a permutation of 0 to 2 each.
+void jitter_images(Images images, const py::array_t<float, py::array::c_style>& factors,
+                   const Images& orders, const std::string& isa) {
+  if (images.ndim() != 4 || images.shape(3) != 3 || factors.ndim() != 2 || orders.ndim() != 2 ||
+      factors.shape(0) != images.shape(0) || factors.shape(1) != 3 ||
+      orders.shape(0) != images.shape(0) || orders.shape(1) != 3) {
+    throw std::invalid_argument("images, factors or orders of the wrong shape");
+  }
+  const int64_t count = images.shape(0), pixels = images.shape(1) * images.shape(2);
+  uint8_t* image = images.mutable_data();
+  const float* by = factors.data();
+  const uint8_t* order = orders.data();
+  for (int64_t i = 0; i < 3 * count; ++i) {
+    if (order[i] > 2) throw std::invalid_argument("orders: expected 0, 1 and 2");
+  }
+  const Isa with = isa_of(isa);
+  const py::gil_scoped_release release;
+  for (int64_t i = 0; i < count; ++i, image += 3 * pixels, by += 3, order += 3) {
+    jitter(image, pixels, {by[0], by[1], by[2]},
+           {Enhancement{order[0]}, Enhancement{order[1]}, Enhancement{order[2]}}, with);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_int8, module) {
@@ -155,6 +180,9 @@ PYBIND11_MODULE(_int8, module) {
              py::arg("out").noconvert());
   module.def("crop", &crop_frames, py::arg("frames"), py::arg("boxes").noconvert(), py::kw_only(),
              py::arg("interpolation"), py::arg("isa") = "", py::arg("out").noconvert());
+  module.def("jitter", &jitter_images, py::arg("images").noconvert(),
+             py::arg("factors").noconvert(), py::arg("orders").noconvert(), py::kw_only(),
+             py::arg("isa") = "");
   module.def("isa", [] {
     std::vector<std::string> names;
     for (Isa isa : available_isas()) names.emplace_back(name(isa));

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from timm.data import transforms
+from PIL import Image, ImageEnhance
+from timm.data import create_transform, random_erasing, transforms
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import ColorJitter
 
 from support.pillow_tools import rows_first
 from vitkd_fast import _int8
-from vitkd_fast.distill.augment import Augment, bits, boxes, draw, uniform
+from vitkd_fast.distill.augment import Augment, bits, boxes, colours, draw, erasures, uniform
 from vitkd_fast.distill.config import Augmentation, ConfigError, Data
 
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -196,7 +197,12 @@ def frames_of(rng: np.random.Generator, count: int) -> list[Any]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"color_jitter": 0.4}, {"auto_augment": "rand-m9-mstd0.5"}, {"auto_augment": "augmix-m3"}],
+    [
+        {},
+        {"color_jitter": 0.4, "erasing": 0.5},
+        {"auto_augment": "rand-m9-mstd0.5"},
+        {"auto_augment": "augmix-m3"},
+    ],
     ids=str,
 )
 def test_an_image_depends_on_key_and_index_alone(options: dict[str, Any]) -> None:
@@ -223,13 +229,134 @@ def test_pixels_are_pillows(interpolation: str) -> None:
     data = Data(image_size=32, interpolation=interpolation)  # type: ignore[arg-type]
     augment = Augment(data, Augmentation())
     frames = frames_of(np.random.default_rng(1), 30)
-    drawn = augment.boxes([frame.shape[:2] for frame in frames], 3, range(30))
+    drawn = augment.boxes([frame.shape[:2] for frame in frames], uniform(3, range(30), 64))
     assert 5 < drawn[:, 4].sum() < 25
     for image, frame, box in zip(augment(frames, 3, range(30)), frames, drawn, strict=True):
         assert np.array_equal(image, by_pillow(frame, box, (32, 32), interpolation))
     for hflip in (0.0, 1.0):
         never = Augment(data, Augmentation(hflip=hflip))
-        assert (never.boxes([(9, 9)] * 50, 3, range(50))[:, 4] == hflip).all()
+        assert (never.boxes([(9, 9)] * 50, uniform(3, range(50), 64))[:, 4] == hflip).all()
+
+
+ENHANCE = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
+
+
+def test_colours_are_pillows() -> None:
+    rng = np.random.default_rng(0)
+    for i in range(150):
+        height, width = (int(x) for x in rng.integers(1, 40, 2))
+        images = np.stack([noise(rng, height, width) for _ in range(2)])
+        factors = rng.uniform(0, 2, (2, 3)).astype(np.float32)
+        if i % 5 == 0:
+            factors[0, i % 3] = i % 3
+        orders = np.stack([rng.permutation(3) for _ in range(2)]).astype(np.uint8)
+        for isa in _int8.isa():
+            ours = images.copy()
+            _int8.jitter(ours, factors, orders, isa=isa)
+            for image, before, by, order in zip(ours, images, factors, orders, strict=True):
+                expected = Image.fromarray(before)
+                for which in order:
+                    expected = ENHANCE[which](expected).enhance(float(by[which]))
+                assert np.array_equal(image, expected), (isa, by, order)
+
+
+def test_jitter_refuses_what_it_cannot_use() -> None:
+    images, orders = np.zeros((2, 3, 4, 3), np.uint8), np.array([[0, 1, 2]] * 2, np.uint8)
+    factors = np.ones((2, 3), np.float32)
+    _int8.jitter(images, factors, orders)
+    _int8.jitter(images[:0], factors[:0], orders[:0])
+    _int8.jitter(images[:, :0], factors, orders)
+    for other in (
+        (images[0], factors, orders),
+        (images[..., :2].copy(), factors, orders),
+        (images, factors[:1], orders),
+        (images, factors, orders[:, :2].copy()),
+    ):
+        with pytest.raises(ValueError, match="of the wrong shape"):
+            _int8.jitter(*other)
+    with pytest.raises(ValueError, match="orders: expected 0, 1 and 2"):
+        _int8.jitter(images, factors, orders + np.uint8(1))
+    with pytest.raises(TypeError):
+        _int8.jitter(images, factors.astype(np.float64), orders)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.5])
+def test_factors_and_orders_are_torchvisions(strength: float) -> None:
+    theirs = ColorJitter(strength, strength, strength)
+    factors, orders = colours(uniform(1, range(6000), 4), strength)
+    for i, name in enumerate(("brightness", "contrast", "saturation")):
+        low, high = getattr(theirs, name)
+        assert low <= factors[:, i].min() < low + 0.01 and high - 0.01 < factors[:, i].max() <= high
+        assert abs(factors[:, i].mean() - (low + high) / 2) < 0.03
+    seen, counts = np.unique(orders, axis=0, return_counts=True)
+    assert len(seen) == 6 and (seen.sum(1) == 3).all() and 880 < counts.min()
+
+
+class Erasing(Script):
+    """`Script` for timm's `RandomErasing`, which draws its ratio of height to width."""
+
+    def random(self) -> float:
+        return 0.0
+
+    def uniform(self, a: float, b: float) -> float:
+        if a < 0:  # the logarithm of a ratio, from the other end
+            return b + (a - b) * next(self.attempts)
+        return super().uniform(a, b)
+
+
+def test_erasures_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = uniform(9, range(1500), 23)
+    drawn[:700, 11:21] *= 0.05  # of such ratios few fit
+    for size in (32, 9):
+        ours = erasures(size, drawn, 1.0)
+        missing = 0
+        for numbers, (top, left, height, width) in zip(drawn, ours, strict=True):
+            monkeypatch.setattr(random_erasing, "random", Erasing(numbers[1:]))
+            image = torch.ones(3, size, size)
+            random_erasing.RandomErasing(1.0, device="cpu")(image)
+            expected = torch.ones(3, size, size)
+            expected[:, top : top + height, left : left + width] = 0
+            if height and not (image == 0).any():  # a rectangle of no pixels, timm's; ours has one
+                assert min(height, width) == 1
+                continue
+            assert torch.equal(image, expected), numbers
+            missing += not height
+        assert missing < 100
+    share = (erasures(32, drawn, 0.3)[:, 2] > 0).mean()
+    assert 0.25 < share < 0.35 and not erasures(32, drawn, 0.0).any()
+
+
+def test_what_is_erased_has_the_mean_colour() -> None:
+    frames = [np.zeros((40, 40, 3), np.uint8)] * 20
+    images = Augment(Data(image_size=32), Augmentation(erasing=1.0))(frames, 3, range(20))
+    parts = erasures(32, uniform(3, range(20), 50)[:, 27:], 1.0)
+    for image, (_, _, height, width) in zip(images, parts, strict=True):
+        colours_, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
+        assert colours_.tolist() == [[0, 0, 0], [124, 116, 104]] and counts[1] == height * width
+
+
+@pytest.mark.parametrize("name", ["rand-m9-mstd0.5", "augmix-m3", "3a"])
+def test_automatic_augmentation_is_timms(name: str) -> None:
+    """Of a crop, its generators seeded by what the image's index gives."""
+    augmentation = Augmentation(auto_augment=name, color_jitter=0.4)
+    frames = frames_of(np.random.default_rng(1), 5)
+    data = Data(image_size=32)
+    crops = Augment(data, Augmentation())(frames, 3, range(5))
+    _, theirs, _ = create_transform(
+        32,
+        is_training=True,
+        use_prefetcher=True,
+        separate=True,
+        color_jitter=0.4,
+        auto_augment=name,
+        interpolation="bicubic",
+    )
+    ours = Augment(data, augmentation)(frames, 3, range(5))
+    for image, crop, seed in zip(ours, crops, bits(3, range(5), 64)[:, 63].tolist(), strict=True):
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        torch.manual_seed(seed)
+        assert np.array_equal(image, theirs(Image.fromarray(crop)))
 
 
 def test_unknown_transforms() -> None:
