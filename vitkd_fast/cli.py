@@ -121,7 +121,7 @@ def recipes() -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL_OR_INT8)],
     folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="A folder with a folder for each class.")
+        str, typer.Argument(metavar="DIR", help="A folder of class folders, or its packed file.")
     ],
     labels: Annotated[
         str,
@@ -516,19 +516,21 @@ def _evaluate_without_torch(
 ) -> tuple[dict[str, float], Any, int]:
     """`_evaluate` with top1, top5 and nll alone, and one worker."""
     from ._metrics import evaluate
-    from .images import DataError, read
+    from .images import UNREADABLE, DataError, prepare, unreadable
 
     unread = 0
 
     def images() -> Iterator[tuple[Any, int]]:
         nonlocal unread
-        for file, label in zip(source.files, source.labels, strict=True):
+        for i in range(len(source)):
             try:
-                yield read(file, opened.pixels), label
-            except DataError:
+                pixels, label = source.read(i)
+            except UNREADABLE as error:
                 if not section["skip_bad"]:
-                    raise
+                    raise unreadable(source.name(i), error) from error
                 unread += 1
+            else:
+                yield prepare(pixels, opened.pixels), label
         if unread == len(source):
             raise DataError(f"not one of {unread} images can be read")
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from support import loop_tools
 from support.pillow_tools import rows_first
+from vitkd_fast import images
 from vitkd_fast.distill import pack, sources
 from vitkd_fast.distill.config import Config, Data, validate
 from vitkd_fast.distill.data import Loader, loaders
@@ -99,7 +100,10 @@ def test_names_classes_and_labels(tmp_path: Path) -> None:
     assert np.array_equal(other.read(7)[0], ours.read(7)[0])
 
 
-def test_every_kind_of_file_is_packed_as_it_is_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("turbo", [True, False])
+def test_every_kind_of_file_is_packed_as_it_is_opened(
+    tmp_path: Path, turbo: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "train" / "a"
     root.mkdir(parents=True)
     image = noise(0, 30, 41)
@@ -110,6 +114,7 @@ def test_every_kind_of_file_is_packed_as_it_is_opened(tmp_path: Path) -> None:
     for mode in ("L", "CMYK", "RGB"):
         image.convert(mode).save(root / f"{mode}.jpg", exif=exif)
     image.save(root / "progressive.jpg", progressive=True, subsampling=0)
+    image.convert("L").save(root / "grey.jpg")
     levels = np.linspace(0, 65535, 1230).reshape(30, 41).astype(np.uint16)
     Image.fromarray(levels).save(root / "deep.png")
     Image.fromarray(levels).save(root / "deep.tiff")
@@ -117,6 +122,8 @@ def test_every_kind_of_file_is_packed_as_it_is_opened(tmp_path: Path) -> None:
     noise(1, 1, 1).save(root / "pixel.png")
     (root / "UPPER case é.JPG").write_bytes((root / "RGB.jpg").read_bytes())
     sizes = set()
+    if not turbo:
+        monkeypatch.setattr(images, "simplejpeg", None)
     for encoded in (False, True):
         ours = pack.Pack(packed(tmp_path / "train", encoded=encoded))
         assert len(ours) == len(list(root.iterdir()))

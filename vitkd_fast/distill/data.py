@@ -36,7 +36,7 @@ def seed_all(*key: int) -> None:
 
 
 _NONE = np.empty((0, 1, 1, 3), np.uint8)
-_HELD = 16 << 20  # bytes of whole images that a batch holds at once, and one image more
+_HELD = 2 << 20  # bytes of whole images that a batch holds at once, and one image more
 
 
 class Batch(NamedTuple):

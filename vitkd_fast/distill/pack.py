@@ -25,7 +25,15 @@ import numpy as np
 from .. import _int8
 from .._files import replacing
 from .._preprocessing import Array
-from ..images import UNREADABLE, DataError, list_images, open_pixels, unreadable
+from ..images import (
+    UNREADABLE,
+    DataError,
+    decode,
+    is_plain,
+    list_images,
+    open_pixels,
+    unreadable,
+)
 
 SUFFIX = ".pack"
 _MAGIC = b"vitkdpak"
@@ -33,7 +41,14 @@ _HEAD = struct.Struct("<8sQQ32s8x")
 _ALIGNED = 64
 _TOLD = 10_000  # images between two lines on how far it is
 _RECORD = np.dtype(
-    [("begin", "<i8"), ("bytes", "<i8"), ("height", "<i4"), ("width", "<i4"), ("sum", "<u8")]
+    [
+        ("begin", "<i8"),
+        ("bytes", "<i8"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("sum", "<u8"),
+        ("plain", "<i8"),  # whether the bytes are `images.is_plain`
+    ]
 )
 Labels = list[int] | list[list[int]]
 
@@ -102,13 +117,13 @@ class Pack:
         Raises:
             UNREADABLE: bytes that were changed.
         """
-        begin, count, height, width, total = self._records[index].item()
+        begin, count, height, width, total, plain = self._records[index].item()
         words = self._bytes[begin : begin + -(-count // _ALIGNED) * _ALIGNED].view(np.uint64)
         if int(np.add.reduce(words)) != total:
             raise ValueError("its bytes do not have their checksum: the packed file is damaged")
         image = self._bytes[begin : begin + count]
         if self.header["encoded"]:
-            pixels = open_pixels(io.BytesIO(image.tobytes()))
+            pixels = decode(image, plain=bool(plain))
         else:
             pixels = image.reshape(height, width, 3)
         return pixels, self._label(index)
@@ -305,10 +320,10 @@ def write(
                     raise image
                 skipped.append(files[i])
                 continue
-            data, height, width = image
+            data, height, width, plain = image
             padded = data + bytes(-len(data) % _ALIGNED)
             total = int(np.add.reduce(np.frombuffer(padded, np.uint64)))
-            records.append((place, len(data), height, width, total))
+            records.append((place, len(data), height, width, total, plain))
             kept.append(i)
             place += out.write(padded)
         if not records:
@@ -332,11 +347,14 @@ def write(
     return Packed(len(records), place + len(tail), skipped)
 
 
+_Image = tuple[bytes, int, int, bool]  # its bytes, height, width, and whether they are plain
+
+
 def _prepared(
     files: Sequence[str], size: int | None, encoded: bool, threads: int
-) -> Iterator[tuple[bytes, int, int] | DataError]:
-    """Bytes, height and width of each file, in order; a few more than are asked for are at work."""
-    waiting: deque[Future[tuple[bytes, int, int] | DataError]] = deque()
+) -> Iterator[_Image | DataError]:
+    """Each file's, in order; a few more than are asked for are at work."""
+    waiting: deque[Future[_Image | DataError]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for file in files:
@@ -350,7 +368,7 @@ def _prepared(
                 future.cancel()
 
 
-def _prepare(file: str, size: int | None, encoded: bool) -> tuple[bytes, int, int] | DataError:
+def _prepare(file: str, size: int | None, encoded: bool) -> _Image | DataError:
     try:
         data = Path(file).read_bytes() if encoded else b""
         # what is kept as it is must be readable too
@@ -360,7 +378,7 @@ def _prepare(file: str, size: int | None, encoded: bool) -> tuple[bytes, int, in
     if not encoded:
         pixels = shrunk(pixels, size)
         data = pixels.tobytes()
-    return data, *pixels.shape[:2]
+    return data, *pixels.shape[:2], encoded and is_plain(data)
 
 
 def verify(path: str) -> int:

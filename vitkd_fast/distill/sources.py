@@ -399,7 +399,12 @@ def spread(size: int, count: int) -> list[int]:
 
 
 def class_folders(path: str, key: str = "DIR") -> list[str]:
-    """The names of the folders in a folder, in natural order; DataError where there is none."""
+    """The names of the folders in a folder, in natural order; DataError where there is none.
+
+    Of a packed file, its classes.
+    """
+    if is_packed(path):
+        return Pack(path, key).classes
     if not os.path.isdir(path):
         raise DataError(f"{key}: {path} is no folder")
     real = os.path.realpath(path)
