@@ -15,6 +15,7 @@ import torchvision
 from PIL import Image
 from timm.data.mixup import Mixup
 
+from vitkd_fast.distill import data as data_module
 from vitkd_fast.distill.config import Augmentation, Config, validate
 from vitkd_fast.distill.data import Batch, Loader, Mixer, eval_transform, loaders
 from vitkd_fast.distill.losses import CE, KD, StepOutputs
@@ -94,6 +95,20 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> N
     for other in (drawn(loader.epoch(4)), drawn(opened(seed=1, **data)[0].epoch(3))):
         assert list(other) != list(first) and set(other) == set(first)
         assert all(other[i] != first[i] for i in first)
+
+
+def test_large_images_are_worked_on_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = folder(tmp_path / "train", each=8)
+    (root / "cat" / "2.jpg").write_text("no image")
+    settings: dict[str, Any] = {"train": root, "holdout": 0.5, "skip_bad": True}
+    whole = [drawn(loader.epoch(1)) for loader in opened(**settings)]
+    for held in (0, 5000):  # an image has 3,600 bytes
+        monkeypatch.setattr(data_module, "_HELD", held)
+        both = opened(**settings)
+        assert [drawn(loader.epoch(1)) for loader in both] == whole
+        assert both[0].skipped | both[1].skipped == {str(root / "cat" / "2.jpg")}
 
 
 def on_ranks(monkeypatch: pytest.MonkeyPatch, **data: Any) -> list[list[list[Batch]]]:

@@ -230,16 +230,20 @@ def test_a_flipped_bit_of_an_image_is_found(tmp_path: Path, encoded: bool, vitkd
     assert loaders_[0].skipped | loaders_[1].skipped == {named}
 
 
-def test_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_of_another_form_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dump = pack._Tail.dump
 
-    def newer(tail: Any) -> bytes:
-        return dump(tail._replace(header=tail.header | {"version": 2}))
+    def refused(why: str, change: Any) -> None:
+        monkeypatch.setattr(pack._Tail, "dump", lambda tail: dump(tail._replace(**change(tail))))
+        with pytest.raises(DataError, match=f"^FILE: {tmp_path}/a.pack: {why}"):
+            pack.Pack(packed(tmp_path / "train"))
 
-    monkeypatch.setattr(pack._Tail, "dump", newer)
-    path = packed(folder(tmp_path / "train"))
-    with pytest.raises(DataError, match=r"a.pack: has version 2; .* reads version 1"):
-        pack.Pack(path)
+    folder(tmp_path / "train")
+    refused("has version 2; this .* reads", lambda tail: {"header": tail.header | {"version": 2}})
+    refused("has another number of names", lambda tail: {"names": tail.names + b"\0a"})
+    refused("buffer is smaller", lambda tail: {"header": tail.header | {"images": 10**6}})
 
 
 def test_a_killed_writer_leaves_no_file(tmp_path: Path) -> None:

@@ -222,7 +222,10 @@ class _Tail(NamedTuple):
         if counts:
             ends = np.cumsum(numbers[:counts])[:-1]
             labels = [part.tolist() for part in np.split(numbers[counts:], ends)]
-        return cls(header, records, labels, tail[place + numbers.nbytes :])
+        names = tail[place + numbers.nbytes :]
+        if names.count(b"\0") + 1 != header["images"]:
+            raise ValueError("has another number of names than of images")
+        return cls(header, records, labels, names)
 
 
 def _digest(*parts: bytes) -> bytes:
