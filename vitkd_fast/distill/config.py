@@ -132,7 +132,7 @@ class Run(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast
     channels_last: bool = True  # memory format of convolutions
     compile: bool = False  # torch.compile
-    threads: int | None = Field(None, ge=1)  # of a CPU, per process
+    threads: int | None = Field(None, ge=1)  # of a CPU, per process; unset: what is fastest
     log_every: int = Field(50, ge=1)  # steps
     eval_every: int = Field(1, ge=1)  # epochs
     save_every: int | None = Field(None, ge=1)  # steps; also saved at the end of every epoch
