@@ -65,6 +65,11 @@ class Threads:
         """For the next step."""
         return self.counts[self._best if self._trial is None else self._trial]
 
+    @property
+    def tries(self) -> bool:
+        """Whether the next step is a trial."""
+        return self._trial is not None
+
     def took(self, seconds: float) -> None:
         """Chooses the next number, after a step that took so long."""
         self._since += 1
