@@ -366,7 +366,12 @@ LOSSES = {
     **{
         f"kd_topk_{tail}": Loss(
             logits,
-            partial(check, ours=partial(topk, tail=tail), usual=partial(usual_topk, tail=tail)),
+            partial(
+                check,
+                ours=partial(topk, tail=tail),
+                usual=partial(usual_topk, tail=tail),
+                differences=True,
+            ),
         )
         for tail in ("smooth", "bin")
     },
