@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from ._files import home
+from .distill.cache.command import cache
 
 app = typer.Typer(
     help="Distil vision transformers into MobileNets, and run them in int8.",
@@ -101,6 +102,9 @@ def distill(
     if skip_bad:
         overrides.append("data.skip_bad=true")
     _run(config.load(source, overrides), resume, dry_run)
+
+
+app.command()(cache)
 
 
 @app.command()
