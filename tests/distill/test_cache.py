@@ -18,7 +18,17 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors import safe_open
 
-from support.cache_tools import DATA, ROWS, SHARDS, config, contents, make, save_teacher
+from support.cache_tools import (
+    DATA,
+    ROWS,
+    SHARDS,
+    config,
+    contents,
+    losses,
+    make,
+    save_teacher,
+    trainer,
+)
 from support.process_tools import of_tests
 from vitkd_fast import cli, models
 from vitkd_fast.distill import data, sources
@@ -129,9 +139,16 @@ def _rank(rank: int, folder: Path) -> None:
     teacher = folder / "teacher.safetensors"
     found = build(config(teacher), folder / "cache", Options(2, 4))
     assert (found.made, found.kept) == (3, 0)
+    dist.init_process_group("gloo", f"file://{folder}/training", rank=rank, world_size=2)
+    cached = config(teacher, *SLOW, "data.batch_size=8", cache=folder / "cache")
+    torch.save(losses(trainer(folder / "run", cached), 14), folder / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
-def test_bytes_do_not_depend_on_ranks(made: Path, tmp_path: Path, file: Path) -> None:
+SLOW = ["optimizer={name: sgd, lr: 1e-6}", "run.epochs=3"]
+
+
+def test_bytes_and_losses_do_not_depend_on_ranks(tmp_path: Path, file: Path) -> None:
     # another name would be another plan
     target = tmp_path / "teacher.safetensors"
     target.write_bytes(file.read_bytes())
@@ -143,6 +160,11 @@ def test_bytes_do_not_depend_on_ranks(made: Path, tmp_path: Path, file: Path) ->
     with pytest.MonkeyPatch.context() as patch:
         make(target, tmp_path / "one", monkeypatch=patch, topk=4)
     assert contents(tmp_path / "cache") == contents(tmp_path / "one")
+    cached = config(target, *SLOW, cache=tmp_path / "one")
+    one = losses(trainer(tmp_path / "alone", cached), 14)
+    two = torch.stack([torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)])
+    assert len(set(one.tolist())) == 14 and not torch.equal(*two)
+    torch.testing.assert_close(two.mean(0), one)
 
 
 KILLS = ["half a file", "before the name", "after the name", "between shards", "in the plan"]

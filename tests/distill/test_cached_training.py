@@ -1,6 +1,5 @@
 """Runs whose teacher is a cache: the online run's losses, without a teacher, or a refusal."""
 
-import functools
 import itertools
 import json
 import re
@@ -12,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.cache_tools import config, make, save_teacher
-from support.loop_tools import frozen, student
+from support.cache_tools import config, losses, make, save_teacher, trainer
+from support.loop_tools import student
 from vitkd_fast import models
 from vitkd_fast.distill import data, identity, nonfinite, preflight, probe, sources
 from vitkd_fast.distill.cache import CacheError, Plan, shared
@@ -22,7 +21,6 @@ from vitkd_fast.distill.config import Config, ConfigError, load
 from vitkd_fast.distill.experiment import distill
 from vitkd_fast.distill.loop import NonFiniteError, Trainer
 from vitkd_fast.distill.losses import KD, StepOutputs
-from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
 from vitkd_fast.functional import kd_loss, kd_loss_topk
 from vitkd_fast.images import DataError
@@ -54,35 +52,9 @@ def caches(file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     return {name: root / name for name in every}
 
 
-def trainer(folder: Path, whole: Config, seed: int = 3) -> Trainer:
-    """Of a configuration, with the teacher or the cache that it names."""
-    splits, runtime = sources.open_data(whole.data), Runtime.of(whole)
-    cache, _ = preflight.open_cache(whole, splits)
-    teachers = [] if cache else preflight.create_teachers(whole, splits.classes)
-    torch.manual_seed(0)
-    task = DistillationTask.create(whole, frozen(), teachers, runtime, cache)
-    save_model = functools.partial(
-        models.save, name="mobilenetv2_035", options={}, num_classes=10,
-        pixels=models.Pixels.of(student()), classes=tuple("0123456789"),
-    )  # fmt: skip
-    return Trainer(whole, task, splits, folder, seed=seed, save_model=save_model)
-
-
 def images(folder: Path) -> list[str]:
     """Fewer, for runs that evaluate."""
     return ["data.dataset=''", f"data.train={folder}/train", f"data.val={folder}/val"]
-
-
-def losses(run: Trainer, steps: int) -> torch.Tensor:
-    """Of the next steps."""
-    found: list[float] = []
-    batches = itertools.chain.from_iterable(map(run.loader.epoch, itertools.count()))
-    run.task.register_forward_hook(lambda *x: found.append(float(x[2]["loss"].detach())))
-    run.task.calibrate(run._first_images())
-    run.task.train()
-    for _ in range(steps):
-        run.update(batches)
-    return torch.tensor(found)
 
 
 TERMS = {

@@ -310,7 +310,7 @@ class Findings(NamedTuple):
     asked: int  # images that the teacher was asked about again
     equal: int  # of them, bit by bit
     pixels: list[str]  # images that are others now
-    distance: float  # the largest total variation of a row's probabilities
+    distance: float  # the largest, of probabilities and features
     allowed: float
 
 
@@ -358,16 +358,23 @@ def verify(
             pixels.append(maker.source.name(index))
             continue
         equal += all(np.array_equal(now[name], x) for name, x in stored.items())
-        distance = max(distance, _variation(now, stored, plan))
+        distance = max(distance, _distance(now, stored, plan))
     half = plan.computed["dtype"] != "float32"
     return Findings(plan, bad, len(chosen), equal, pixels, distance, 0.05 if half else 0.01)
 
 
-def _variation(now: dict[str, Any], stored: dict[str, Any], plan: Plan) -> float:
-    """Half the sum of |p - q| over the classes that were kept, at the first temperature."""
+def _distance(now: dict[str, Any], stored: dict[str, Any], plan: Plan) -> float:
+    """The largest of: half the sum of |p - q| over the classes that were kept, at the first
+    temperature; and each feature's |x - y| / |y|."""
     classes, t = plan.record["classes"], plan.record["temperatures"][0]
     p, q = np.zeros(classes), np.zeros(classes)
     for x, row in ((p, now), (q, stored)):
         indices = row.get("indices", slice(None))
         x[indices] = np.exp(row["values"].astype(np.float64) / t - row["log_sum_exp"][0])
-    return float(np.abs(p - q).sum() / 2)
+    found = [np.abs(p - q).sum() / 2]
+    for name in plan.record["features"]:
+        x, y = (
+            row[name] * row.get(f"{name}.scale", np.ones(1))[..., None] for row in (now, stored)
+        )
+        found.append(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30))
+    return float(max(found))

@@ -114,7 +114,7 @@ def _verify(arguments: list[str], samples: int, rebuild: bool) -> None:
         print(line)
     print(
         f"{found.asked} images shown to the teacher again: {found.equal} bit by bit as they are "
-        f"there; probabilities differ by at most {found.distance:.2g}"
+        f"there; outputs differ by at most {found.distance:.2g}"
     )
     for name in found.pixels:
         print(f"{name}: has other pixels now")
