@@ -93,6 +93,38 @@ def test_all_classes_give_the_online_loss_and_gradient(
     assert losses(cached, 12).isfinite().all()
 
 
+def test_logits_of_several_labels_are_kept_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sigmoid is not invariant to a shift."""
+    lines = ["file," + ",".join("0123456789")]
+    for i, (image, label) in enumerate(map(sources.Digits().read, range(48))):
+        image.save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png," + ",".join("1" if x in (label, 0) else "0" for x in range(10)))
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    file = save_teacher(tmp_path / "teacher.safetensors", multilabel=True)
+    overrides = [
+        "data.dataset=''", f"data.train={tmp_path}", "data.labels=labels.csv", "data.holdout=0.2",
+        "losses={binary_kd: {temperature: 2, bce_weight: 0.5}}",
+    ]  # fmt: skip
+    make(file, tmp_path / "cache", *overrides, monkeypatch=monkeypatch)
+    assert Plan.read(tmp_path / "cache").record["shift"] == "none"
+    runs = [
+        trainer(tmp_path / "run", config(file, *overrides, cache=cache))
+        for cache in (None, tmp_path / "cache")
+    ]
+    batch = next(runs[0].loader.epoch(1))
+    found = [
+        run.task(batch.images, batch.labels, 0.0, run.task.cached_outputs(batch, 1))["loss"]
+        for run in runs
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=2**-11, atol=2**-11)
+    make(file, tmp_path / "top", *overrides, monkeypatch=monkeypatch, topk=4)
+    cached = config(file, *overrides, cache=tmp_path / "top")
+    with pytest.raises(ConfigError, match=r"losses\.binary_kd: needs the logits of all classes"):
+        preflight.open_cache(cached, sources.open_data(cached.data))
+
+
 def test_the_largest_logits_alone_give_kd_loss_topk(
     file: Path, caches: dict[str, Path], tmp_path: Path
 ) -> None:
