@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from ._files import home
+from .distill.cache.command import cache
 
 app = typer.Typer(
     help="Distil vision transformers into MobileNets, and run them in int8.",
@@ -96,6 +97,9 @@ def distill(
     """
     more = ["data.skip_bad=true"] if skip_bad else []
     _run(_config([*(arguments or ()), *more]), resume, dry_run)
+
+
+app.command()(cache)
 
 
 @app.command()

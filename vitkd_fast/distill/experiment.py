@@ -30,6 +30,7 @@ from . import (
     results,
     sources,
 )
+from .cache.read import CachedTeacher
 from .config import Config, Model, Teacher
 from .loop import Trainer
 from .prepared import Prepared
@@ -65,15 +66,21 @@ def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> d
 
 class _Experiment(Prepared):
     def _train(
-        self, name: str, config: Config, student: nn.Module, teachers: list[nn.Module], seed: int
+        self,
+        name: str,
+        config: Config,
+        student: nn.Module,
+        teachers: list[nn.Module],
+        seed: int,
+        cache: CachedTeacher | None = None,
     ) -> nn.Module:
         """Trains one model, which may be a teacher, in the folder of this name."""
         section = config.all_teachers().get(name, config.student)
         rebuild: dict[str, Any] = {"student": preflight.rebuilding(section, student).model_dump()}
-        rebuild |= self._sources() if teachers else {"teacher": {}, "teachers": []}
+        rebuild |= self._sources() if teachers or cache else {"teacher": {}, "teachers": []}
         trainer = Trainer(
             config,
-            DistillationTask.create(config, student, teachers, self.runtime),
+            DistillationTask.create(config, student, teachers, self.runtime, cache),
             self.splits,
             self.folder / name,
             seed=seed,
@@ -137,7 +144,10 @@ class _Experiment(Prepared):
                     student,
                     self.teachers if distilled else [],
                     seed,
+                    self.cache if distilled else None,
                 )
+        if self.cache and (teacher := preflight.teacher_at_hand(config, self.classes)):
+            self.teachers = [teacher]  # has a row
         found: dict[str, Any]
         measured: dict[str, list[dict[str, float]]] = {}
         if config.data.unlabelled:
@@ -146,19 +156,19 @@ class _Experiment(Prepared):
                 found = self._without_scores(students, measured)
                 return self._written(found)
         evaluations: dict[str, list[evaluate.Evaluation]] = {}
-        teacher = self._ensemble()
-        if teacher:
-            evaluations["teacher"] = [self._evaluate(teacher, None)]
+        together = self._ensemble()
+        if together:
+            evaluations["teacher"] = [self._evaluate(together, None)]
         if len(self.teachers) > 1:
             for (name, _), one in self.named_teachers():
-                evaluations[name] = [self._evaluate(self.predictor(one), teacher)]
+                evaluations[name] = [self._evaluate(self.predictor(one), together)]
         for role, trained in students.items():
             predictors = map(self.predictor, trained.values())
-            evaluations[role] = [self._evaluate(predictor, teacher) for predictor in predictors]
+            evaluations[role] = [self._evaluate(predictor, together) for predictor in predictors]
         engines = self._engines(students[self.role]) if config.int8.enabled else []
         if engines:
             evaluations["int8"] = [
-                self._evaluate(evaluate.engine(engine), teacher, exact)
+                self._evaluate(evaluate.engine(engine), together, exact)
                 for engine, exact in zip(engines, evaluations[self.role], strict=True)
             ]
         for role, values in measured.items():
@@ -223,7 +233,7 @@ class _Experiment(Prepared):
         self.score_teachers(trained=False)
         data.seed_all(0)
         student = preflight.create_student(config, self.classes)
-        named = dict(zip(config.all_teachers(), self.teachers, strict=True))
+        named = {name: teacher for (name, _), teacher in self.named_teachers()}
         for name, model in (named | {"student": student}).items():
             parameters = sum(x.numel() for x in model.parameters())
             macs = evaluate.count_macs(model, size)
@@ -231,7 +241,7 @@ class _Experiment(Prepared):
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
                 config,
-                DistillationTask.create(config, student, self.teachers, self.runtime),
+                DistillationTask.create(config, student, self.teachers, self.runtime, self.cache),
                 self.splits,
                 Path(folder) / "dry-run",
                 seed=config.run.seeds[0],
@@ -253,7 +263,8 @@ class _Experiment(Prepared):
 
     def _roles(self) -> list[str]:
         """The students that each seed trains."""
-        compared = self.config.run.baseline and self.teachers and not self.config.data.unlabelled
+        distils = self.role == "distilled" and not self.config.data.unlabelled
+        compared = self.config.run.baseline and distils
         return ["baseline", self.role] if compared else [self.role]
 
     def _engines(self, trained: dict[int, nn.Module]) -> list[int8.Session]:
@@ -331,7 +342,7 @@ class _Experiment(Prepared):
             "comparison": comparison,
             "verdict": results.verdict_without_labels(rows)
             if config.data.unlabelled
-            else results.verdict(comparison, config.run.baseline and bool(self.teachers)),
+            else results.verdict(comparison, config.run.baseline and self.role == "distilled"),
             "confusion": None
             if several
             else {"role": self.role, "seed": seeds[0], "matrix": first.confusion.tolist()},

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from .. import models
 from . import data, identity, optim, preflight, probe, sources
+from .cache import Plan
+from .cache.read import CachedTeacher
 from .config import Config, ConfigError, Teacher
 from .runtime import Runtime
 from .task import Ensemble
@@ -30,9 +33,12 @@ class Prepared:
         self.probe = sources.open_probe(config.data)
         self.scored = self.probe or self.splits  # what models are scored on
         self.fingerprint = identity.fingerprint(self.splits)
+        if config.teacher.cache:
+            self.fingerprint["cache"] = Plan.read(Path(config.teacher.cache)).fingerprint
         if resumes and (begun := self.folder / "data.json").exists():
             identity.check_resumed(json.loads(begun.read_text()), self.fingerprint)
-        self.teachers = preflight.create_teachers(config, self.classes)
+        self.cache, notes = preflight.open_cache(config, self.splits)
+        self.teachers = [] if self.cache else preflight.create_teachers(config, self.classes)
         for (name, section), teacher in self.named_teachers():
             origin, used = models.Origin.of(teacher), preflight.pixels(config, teacher)
             self.warnings += identity.differences(name, origin, used)
@@ -44,17 +50,18 @@ class Prepared:
         preflight.check_image("student", config, student)
         self.warnings += preflight.check_batch("student", config, student)
         optim.create_optimizer(student, config.optimizer)
-        preflight.check_losses(config, student, self.teachers)
+        preflight.check_losses(config, student, self.teachers, self.cache)
         data.loaders(config, self.splits, 0, config.optimizer.accumulate)
         self.skipped = set(self.splits.skipped)
         # whose weights become int8, and whose predictions the report shows
-        self.role = "distilled" if self.teachers else "baseline"
-        self.notes = [*self.splits.notes, *(self.probe.notes if self.probe else ())]
+        self.role = "distilled" if config.all_teachers() else "baseline"
+        self.notes = [*notes, *self.splits.notes, *(self.probe.notes if self.probe else ())]
         self.notes += identity.probed_in_training(self.splits, self.probe)
 
     def named_teachers(self) -> Iterator[tuple[tuple[str, Teacher], nn.Module]]:
-        """Names, sections and models."""
-        return zip(self.config.all_teachers().items(), self.teachers, strict=True)
+        """Names, sections and models, of those that are models."""
+        sections = list(self.config.all_teachers().items())[: len(self.teachers)]
+        return zip(sections, self.teachers, strict=True)
 
     def predictor(self, model: nn.Module) -> nn.Module:
         if isinstance(model, Ensemble):
@@ -93,6 +100,8 @@ class Prepared:
 
     def score_teachers(self, trained: bool) -> None:
         """Of the teachers that this run trained, or of the others."""
+        if self.cache and not trained:
+            self._score_cache(self.cache)
         for (name, section), teacher in self.named_teachers():
             if (section.epochs > 0) == trained:
                 self._score_teacher(name, section, teacher)
@@ -130,6 +139,26 @@ class Prepared:
                 f"{why}: it cannot teach these classes. Check its weights ({origin}), that "
                 f"its classes are the images' in this order, and its mean {pixels.mean} and std "
                 f"{pixels.std}"
+            )
+
+    def _score_cache(self, cache: CachedTeacher) -> None:
+        """Prints a cache, and the top-1 of its teacher on training images."""
+        plan, train = cache.plan, self.splits.train
+        line = (
+            f"teacher: {plan.teacher['name']}: {plan.epochs} epochs in {cache.folder}, "
+            f"{plan.record['topk']} of {plan.record['classes']} classes"
+        )
+        known = None if self.config.data.labels else sources.labels(train)
+        if known is None:
+            self.say(line)
+            return
+        chosen = np.array(sources.spread(plan.images, identity.SCORED_IMAGES))
+        right = int((cache.choices(chosen) == np.array(known)[chosen]).sum())
+        self.say(f"{line}; top-1 {right / len(chosen):.1%} of {len(chosen)} training images")
+        if identity.is_no_teacher(right, len(chosen), len(self.classes)):
+            raise ConfigError(
+                f"teacher.cache: {cache.folder} gets {right} of {len(chosen)} training images "
+                "right: it cannot teach these classes"
             )
 
     def _score_features(self, name: str, section: Teacher, teacher: nn.Module, origin: str) -> None:
