@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from support import cache_tools
 from vitkd_fast import models
 from vitkd_fast.distill import bench_loop, config, sources
+from vitkd_fast.distill.cache.read import CachedTeacher
 from vitkd_fast.distill.loop import Trainer
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
@@ -42,6 +44,18 @@ def test_parts_are_the_step(given: list[str]) -> None:
     assert found.images_per_s == pytest.approx(
         1e3 * found.images / (found.overlapped if cuda else found.step)
     )
+
+
+def test_a_cached_teacher_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = cache_tools.save_teacher(tmp_path / "teacher.safetensors")
+    cache_tools.make(file, tmp_path / "cache", monkeypatch=monkeypatch)
+    given = cache_tools.config(file, "run.epochs=2", cache=tmp_path / "cache")
+    read = CachedTeacher.outputs
+    monkeypatch.setattr(CachedTeacher, "outputs", lambda *given: (spin(0.1), read(*given))[1])
+    found = bench_loop.bench_loop(given, 2)
+    assert sum(found.parts.values()) == pytest.approx(found.step, rel=0.02)
+    assert found.parts["teacher"] >= 100
+    assert all(0 < ms < 100 for name, ms in found.parts.items() if name not in ("teacher", "idle"))
 
 
 def spin(seconds: float) -> None:

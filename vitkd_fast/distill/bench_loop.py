@@ -117,6 +117,7 @@ def _watched(trainer: Trainer, watch: _Stopwatch) -> Iterator[None]:
     task: Any = trainer.task
     module = unwrap_model(task.trainable_module)
     replaced: list[tuple[Any, str, Callable[[], None], Callable[[], None]]] = [
+        (task, "cached_outputs", enter("teacher"), enter("data")),
         (task, "teacher_outputs", enter("teacher"), enter("student forward")),
         (module, "_term", enter("loss"), nothing),
         (task, "forward", enter("student forward"), enter("backward")),
@@ -202,7 +203,9 @@ def bench_loop(config: Config, steps: int = 20) -> Profile:
             prepared = Prepared(config, runtime, False)
             data.seed_all(0)
             student = preflight.create_student(config, prepared.classes)
-            task = DistillationTask.create(config, student, prepared.teachers, runtime)
+            task = DistillationTask.create(
+                config, student, prepared.teachers, runtime, prepared.cache
+            )
             trainer = Trainer(
                 config,
                 task,
