@@ -111,14 +111,29 @@ class _Prepare(NamedTuple):
         return prepare(image, self).transpose(2, 0, 1)
 
 
+class Drawn(NamedTuple):
+    """What an image's augmentation is a function of: (seed, epoch % epochs, its index)."""
+
+    seed: int
+    epochs: int = 2**62  # after which augmentations come again, as those of a cached teacher do
+
+
 class _Indexed(Dataset):
     """(epoch, index) keys -> (image, label, index, names of what was skipped) each."""
 
-    def __init__(self, source: Source, transform: Any, seed: int | None, skip_bad: bool) -> None:
+    def __init__(
+        self,
+        source: Source,
+        transform: Any,
+        drawn: Drawn | None,
+        skip_bad: bool,
+        replaces: bool = True,
+    ) -> None:
         self.source = source
         self.transform = transform
-        self.seed = seed  # None: validation, where nothing is drawn
+        self.drawn = drawn  # None: validation, where nothing is drawn
         self.skip_bad = skip_bad
+        self.replaces = replaces and drawn is not None  # a bad image, by the next
 
     def __len__(self) -> int:
         return len(self.source)
@@ -138,14 +153,14 @@ class _Indexed(Dataset):
                     # as a value: a worker's exception arrives as another one, traceback and all
                     return unreadable(self.source.name(index), error)
             skipped.append(self.source.name(index))
-            if self.seed is None:
+            if not self.replaces:
                 return None, None, index, skipped
             # the batch keeps its size: the next image replaces it
             index = (index + 1) % len(self.source)
             if len(skipped) == len(self.source):
                 return DataError(f"not one of {len(skipped)} images can be read")
-        if self.seed is not None:
-            _seed_host(self.seed, epoch, index)
+        if self.drawn is not None:
+            _seed_host(self.drawn.seed, epoch % self.drawn.epochs, index)
         return self.transform(image), label, index, skipped
 
 
@@ -241,13 +256,21 @@ class Loader:
         data: batch size, workers, and whether bad files are skipped.
         seed: of order and augmentation; None for validation: every image once, in order.
         multiple: an epoch's batches are cut to a multiple of this.
+        drawn: of the augmentation, where it is not the seed's.
 
     Raises:
         DataError: for fewer training images than `multiple` batches.
     """
 
     def __init__(
-        self, source: Any, transform: Any, data: Data, *, seed: int | None, multiple: int = 1
+        self,
+        source: Any,
+        transform: Any,
+        data: Data,
+        *,
+        seed: int | None,
+        multiple: int = 1,
+        drawn: Drawn | None = None,
     ) -> None:
         self.batch_size = data.batch_size
         self.skipped: set[str] = set()
@@ -255,7 +278,7 @@ class Loader:
         # the length of a stream is that of this rank's share, rounded up
         size = count(source)
         together = data.batch_size * _ranks()
-        self._size = size
+        self._size, self._seed = size, seed
         if seed is None:
             self.batches = -(-size // together)
         else:
@@ -273,7 +296,8 @@ class Loader:
             self._dataset: Any = _Streamed(source, transform, seed)
             arguments = {"batch_size": data.batch_size, "drop_last": seed is not None}
         else:
-            self._dataset = _Indexed(source, transform, seed, data.skip_bad)
+            drawn = drawn if drawn or seed is None else Drawn(seed)
+            self._dataset = _Indexed(source, transform, drawn, data.skip_bad)
             self._order = _Order(size, data.batch_size, seed, self.batches)
             arguments = {"batch_sampler": self._order}
         self._loader: DataLoader = DataLoader(
@@ -302,7 +326,7 @@ class Loader:
                 self._dataset.dataset.set_epoch(epoch)
             self._loader.generator.manual_seed(_draw(self._dataset.seed or 0, epoch, _rank()))
             # a stream has no index to begin at, and in validation no end but its own
-            last = None if self._dataset.seed is None else self.batches
+            last = None if self._seed is None else self.batches
             batches = itertools.islice(self._loader, start, last)
         came = start
         for batch in batches:
@@ -315,10 +339,33 @@ class Loader:
                 yield batch
         if 0 < self._size <= len(self.skipped):
             raise DataError(f"not one of {self._size} images can be read")
-        if came < self.batches and self._dataset.seed is not None:
+        if came < self.batches and self._seed is not None:
             raise DataError(
                 f"data.workers: more than shards; {came} of {self.batches} batches came"
             )
+
+
+def of_keys(
+    source: Source, transform: Any, data: Data, drawn: Drawn, keys: list[list[tuple[int, int]]]
+) -> Iterator[Batch]:
+    """A batch for each list of (epoch, index), without what `data.skip_bad` leaves out.
+
+    Raises:
+        DataError: naming the first file that cannot be read.
+    """
+    loader: DataLoader = DataLoader(
+        _Indexed(source, transform, drawn, data.skip_bad, replaces=False),
+        batch_sampler=keys,
+        num_workers=data.workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_quiet_worker,
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise DataError(str(batch))
+        yield batch
 
 
 def _quiet_worker(_: int) -> None:
@@ -359,11 +406,13 @@ class Mixer(Mixup):
 
 
 def loaders(
-    config: Config, splits: Splits, seed: int, accumulate: int = 1
+    config: Config, splits: Splits, seed: int, accumulate: int = 1, drawn: Drawn | None = None
 ) -> tuple[Loader, Loader]:
     """Training and validation batches of a run whose updates take `accumulate` batches each."""
     transform = train_transform(config.data, config.augmentation)
-    train = Loader(splits.train, transform, config.data, seed=seed, multiple=accumulate)
+    train = Loader(
+        splits.train, transform, config.data, seed=seed, multiple=accumulate, drawn=drawn
+    )
     return train, val_loader(config, splits)
 
 
