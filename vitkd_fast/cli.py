@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from ._files import home
+from .distill.cache.command import cache
 
 app = typer.Typer(
     help="Distil vision transformers into MobileNets, and run them in int8.",
@@ -94,13 +95,11 @@ def distill(
     Several GPUs: torchrun --no-python --nproc-per-node=8 vitkd distill imagenet-mobilenetv2
     data.train=imagenet/train data.val=imagenet/val
     """
-    from .distill import config
+    more = ["data.skip_bad=true"] if skip_bad else []
+    _run(_config([*(arguments or ()), *more]), resume, dry_run)
 
-    overrides = list(arguments or ())
-    source = overrides.pop(0) if overrides and "=" not in overrides[0] else None
-    if skip_bad:
-        overrides.append("data.skip_bad=true")
-    _run(config.load(source, overrides), resume, dry_run)
+
+app.command()(cache)
 
 
 @app.command()
@@ -407,6 +406,28 @@ def report(
     print(report.write(results, folder))
 
 
+@app.command("bench-loop")
+def bench_loop(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RECIPE|FILE.yaml|KEY=VALUE", help="As of `vitkd distill`: the run to measure."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to measure.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print where a training step's time goes: data, teacher, student, loss, backward, optimiser.
+
+    Example: vitkd bench-loop digits data.batch_size=64
+    """
+    from .distill import bench_loop
+
+    found = bench_loop.bench_loop(_config(arguments), steps)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found.json(), indent=2) if as_json else found)
+
+
 @app.command()
 def show() -> None:
     """Print versions, instruction sets, and the backend that implements each operation.
@@ -548,6 +569,15 @@ def _is_int8(model: str) -> bool:
         return "vitkd_fast.int8" in header["__metadata__"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def _config(arguments: list[str] | None) -> Any:
+    """Of a recipe or a file, where the first argument names one, and keys that override."""
+    from .distill import config
+
+    overrides = list(arguments or ())
+    source = overrides.pop(0) if overrides and "=" not in overrides[0] else None
+    return config.load(source, overrides)
 
 
 def _run(config, resume: bool, dry_run: bool = False) -> None:  # type: ignore[no-untyped-def]

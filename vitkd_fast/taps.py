@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,14 @@ _ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, beit.Attention,
                swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)  # fmt: skip
 
 
+class TopLogits(NamedTuple):
+    """The K largest logits of a teacher that was asked before, of which no more was kept."""
+
+    indices: Tensor  # [B, K] int32
+    values: Tensor  # [B, K]
+    log_sum_exp: dict[float, Tensor]  # by temperature T: of all logits / T, [B]
+
+
 @dataclass
 class TapOutputs:
     """Outputs of one forward pass, keyed by the strides and blocks given to `Taps`.
@@ -41,7 +49,8 @@ class TapOutputs:
     repeated; Swin's are per window, [B * windows, heads, N, dim].
     """
 
-    logits: Tensor  # [B, classes], what the model returns, of a pair the first
+    # [B, classes], what the model returns, of a pair the first; [B, 0] where there is `top`
+    logits: Tensor
     logits_dist: Tensor | None = None  # [B, classes]
     pooled: Tensor | None = None  # [B, features], read by the classifier (of two, the class head)
     # stride -> [B, C, H, W], the last map of that stride
@@ -52,6 +61,7 @@ class TapOutputs:
     keys: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, heads, N, dim]
     prefix_tokens: int = 0  # as of the `Taps`
     grid: tuple[int, int] | None = None  # likewise
+    top: TopLogits | None = None
 
     def patches(self, block: int) -> Tensor:
         """[B, patches, C]: the tokens of a block that was tapped, without those in front."""

@@ -88,6 +88,9 @@ class Teacher(Model):
 
     weight: float = Field(1.0, gt=0)  # among several teachers; they are divided by their sum
     epochs: int = Field(0, ge=0)  # of training the teacher; 0: it is trained already
+    # a folder of `vitkd cache`: what this teacher said of the images, which is not asked again;
+    # augmentation is then the cache's, and its epochs come again after the last
+    cache: PathText = ""
     optimizer: Optimizer | None = None  # the student's, where there is none
 
 
@@ -134,7 +137,7 @@ class Run(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast
     channels_last: bool = True  # memory format of convolutions
     compile: bool = False  # torch.compile
-    threads: int | None = Field(None, ge=1)  # of a CPU, per process
+    threads: int | None = Field(None, ge=1)  # of a CPU, per process; unset: what is fastest
     log_every: int = Field(50, ge=1)  # steps
     eval_every: int = Field(1, ge=1)  # epochs
     save_every: int | None = Field(None, ge=1)  # steps; also saved at the end of every epoch
@@ -164,6 +167,29 @@ class Config(Section):
         if self.teacher.model:
             return {"teacher": self.teacher}
         return {f"teacher-{i}": teacher for i, teacher in enumerate(self.teachers)}
+
+    def why_uncached(self) -> str:
+        """Why what a teacher says of these images cannot be kept in a cache; "" if it can."""
+        mixed = "mixup" if self.augmentation.mixup else "cutmix"
+        teachers = list(self.all_teachers().values())
+        if self.augmentation.mixes:
+            return (
+                f"augmentation.{mixed}: expected 0, as it mixes the images of a batch, and a cache "
+                "holds what the teacher said of each image alone"
+            )
+        if self.data.unlabelled:
+            return (
+                "data.unlabelled: expected false, as validation without labels compares with the "
+                "teacher, and a cache is of the training images"
+            )
+        if len(teachers) > 1:
+            return "teachers: expected one, as a cache is of one teacher"
+        if teachers and teachers[0].epochs:
+            return (
+                "teacher.epochs: expected 0, as a cache is of a trained teacher; a run of `vitkd "
+                "distill` leaves it in teacher/last.safetensors: teacher={model: FILE}"
+            )
+        return ""
 
     def for_teacher(self, teacher: Teacher) -> Config:
         """A teacher's own training, on the labels, with its optimizer and epochs."""
@@ -224,6 +250,8 @@ class Config(Section):
                 else f"teacher.model: {names} teaches nothing without losses.kd or another loss "
                 "that compares with it"
             )
+        if any(teacher.cache for teacher in teachers.values()) and (why := self.why_uncached()):
+            raise ConfigError(f"teacher.cache: {why}")
         if self.data.unlabelled:
             if self.data.labels:
                 raise ConfigError("data.labels: expected none with data.unlabelled=true")

@@ -62,14 +62,29 @@ class _Prepare(NamedTuple):
         return prepare(image, self)
 
 
+class Drawn(NamedTuple):
+    """What an image's augmentation is a function of: (seed, epoch % epochs, its index)."""
+
+    seed: int
+    epochs: int = 2**62  # after which augmentations come again, as those of a cached teacher do
+
+
 class _Indexed(Dataset):
     """A list of (epoch, index) keys -> a batch, or a DataError that names a file."""
 
-    def __init__(self, source: Source, transform: Any, seed: int | None, skip_bad: bool) -> None:
+    def __init__(
+        self,
+        source: Source,
+        transform: Any,
+        drawn: Drawn | None,
+        skip_bad: bool,
+        replaces: bool = True,
+    ) -> None:
         self.source = source
         self.transform = transform
-        self.seed = seed  # None: validation, where nothing is drawn
+        self.drawn = drawn  # None: validation, where nothing is drawn
         self.skip_bad = skip_bad
+        self.replaces = replaces and drawn is not None  # a bad image, by the next
 
     def __len__(self) -> int:
         return len(self.source)
@@ -106,15 +121,16 @@ class _Indexed(Dataset):
                 if not self.skip_bad:
                     raise unreadable(self.source.name(index), error) from None
             skipped.append(self.source.name(index))
-            if self.seed is None:
+            if not self.replaces:
                 return None
             # the batch keeps its size: the next image replaces it
             index = (index + 1) % len(self.source)
         raise DataError(f"not one of {len(self.source)} images can be read")
 
     def _transformed(self, frames: list[Array], epoch: int, indices: list[int]) -> Array:
-        if self.seed is not None:
-            return self.transform(frames, draw(self.seed, epoch), indices)
+        if self.drawn is not None:
+            key = draw(self.drawn.seed, epoch % self.drawn.epochs)
+            return self.transform(frames, key, indices)
         return np.stack([self.transform(frame) for frame in frames])
 
 
@@ -216,13 +232,21 @@ class Loader:
         data: batch size, workers, and whether bad files are skipped.
         seed: of order and augmentation; None for validation: every image once, in order.
         multiple: an epoch's batches are cut to a multiple of this.
+        drawn: of the augmentation, where it is not the seed's.
 
     Raises:
         DataError: for fewer training images than `multiple` batches.
     """
 
     def __init__(
-        self, source: Any, transform: Any, data: Data, *, seed: int | None, multiple: int = 1
+        self,
+        source: Any,
+        transform: Any,
+        data: Data,
+        *,
+        seed: int | None,
+        multiple: int = 1,
+        drawn: Drawn | None = None,
     ) -> None:
         self.batch_size = data.batch_size
         self.skipped: set[str] = set()
@@ -230,7 +254,7 @@ class Loader:
         # the length of a stream is that of this rank's share, rounded up
         size = count(source)
         together = data.batch_size * _ranks()
-        self._size = size
+        self._size, self._seed = size, seed
         if seed is None:
             self.batches = -(-size // together)
         else:
@@ -249,7 +273,8 @@ class Loader:
             arguments = {"batch_size": data.batch_size, "drop_last": seed is not None}
             arguments["collate_fn"] = _collate
         else:
-            self._dataset = _Indexed(source, transform, seed, data.skip_bad)
+            drawn = drawn if drawn or seed is None else Drawn(seed)
+            self._dataset = _Indexed(source, transform, drawn, data.skip_bad)
             self._order = _Order(size, data.batch_size, seed, self.batches)
             arguments = {"batch_sampler": self._order, "collate_fn": _same}
         self._loader: DataLoader = DataLoader(
@@ -277,7 +302,7 @@ class Loader:
                 self._dataset.dataset.set_epoch(epoch)
             self._loader.generator.manual_seed(draw(self._dataset.seed or 0, epoch, _rank()))
             # a stream has no index to begin at, and in validation no end but its own
-            last = None if self._dataset.seed is None else self.batches
+            last = None if self._seed is None else self.batches
             batches = itertools.islice(self._loader, start, last)
         came = start
         for batch in batches:
@@ -290,10 +315,33 @@ class Loader:
                 yield batch
         if 0 < self._size <= len(self.skipped):
             raise DataError(f"not one of {self._size} images can be read")
-        if came < self.batches and self._dataset.seed is not None:
+        if came < self.batches and self._seed is not None:
             raise DataError(
                 f"data.workers: more than shards; {came} of {self.batches} batches came"
             )
+
+
+def of_keys(
+    source: Source, transform: Any, data: Data, drawn: Drawn, keys: list[list[tuple[int, int]]]
+) -> Iterator[Batch]:
+    """A batch for each list of (epoch, index), without what `data.skip_bad` leaves out.
+
+    Raises:
+        DataError: naming the first file that cannot be read.
+    """
+    loader: DataLoader = DataLoader(
+        _Indexed(source, transform, drawn, data.skip_bad, replaces=False),
+        batch_sampler=keys,
+        num_workers=data.workers,
+        collate_fn=_same,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_quiet_worker,
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise DataError(str(batch))
+        yield batch
 
 
 def _quiet_worker(_: int) -> None:
@@ -334,11 +382,13 @@ class Mixer(Mixup):
 
 
 def loaders(
-    config: Config, splits: Splits, seed: int, accumulate: int = 1
+    config: Config, splits: Splits, seed: int, accumulate: int = 1, drawn: Drawn | None = None
 ) -> tuple[Loader, Loader]:
     """Training and validation batches of a run whose updates take `accumulate` batches each."""
     transform = Augment(config.data, config.augmentation)
-    train = Loader(splits.train, transform, config.data, seed=seed, multiple=accumulate)
+    train = Loader(
+        splits.train, transform, config.data, seed=seed, multiple=accumulate, drawn=drawn
+    )
     return train, val_loader(config, splits)
 
 

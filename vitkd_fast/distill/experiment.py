@@ -22,9 +22,7 @@ from . import (
     checkpoint,
     data,
     evaluate,
-    identity,
     multilabel,
-    optim,
     preflight,
     probe,
     quantized,
@@ -32,8 +30,10 @@ from . import (
     results,
     sources,
 )
-from .config import Config, ConfigError, Model, Teacher
+from .cache.read import CachedTeacher
+from .config import Config, Model, Teacher
 from .loop import Trainer
+from .prepared import Prepared
 from .runtime import Runtime
 from .task import Average, DistillationTask, Ensemble
 
@@ -53,63 +53,34 @@ def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> d
             can be known.
         NonFiniteError, Stopped: as `Trainer.run`.
     """
+    threads = torch.get_num_threads()
     runtime = Runtime.of(config)
     try:
         experiment = _Experiment(config, runtime, resume)
         return experiment.estimate() if dry_run else experiment.run()
     finally:
+        torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-class _Experiment:
-    def __init__(self, config: Config, runtime: Runtime, resume: bool) -> None:
-        """Checks data, models and losses before any training; writes nothing."""
-        self.config, self.runtime, self.resume = config, runtime, resume
-        self.folder = Path(config.run.folder)
-        self.warnings: list[str] = []
-        resumes = preflight.holds_run(config, resume)
-        self.splits = sources.open_data(config.data, config.student.options.get("num_classes"))
-        self.classes = self.splits.classes  # none without labels
-        self.probe = sources.open_probe(config.data)
-        self.scored = self.probe or self.splits  # what models are scored on
-        self.fingerprint = identity.fingerprint(self.splits)
-        if resumes and (begun := self.folder / "data.json").exists():
-            identity.check_resumed(json.loads(begun.read_text()), self.fingerprint)
-        self.teachers = preflight.create_teachers(config, self.classes)
-        for (name, section), teacher in self._teachers():
-            origin, used = models.Origin.of(teacher), preflight.pixels(config, teacher)
-            self.warnings += identity.differences(name, origin, used)
-            preflight.check_image(name, config, teacher)
-            if section.epochs:
-                self.warnings += preflight.check_batch(name, config, teacher)
-        student = preflight.create_student(config, self.classes)
-        self.student = models.Origin.of(student)
-        preflight.check_image("student", config, student)
-        self.warnings += preflight.check_batch("student", config, student)
-        optim.create_optimizer(student, config.optimizer)
-        preflight.check_losses(config, student, self.teachers)
-        data.loaders(config, self.splits, 0, config.optimizer.accumulate)
-        self.skipped = set(self.splits.skipped)
-        # whose weights become int8, and whose predictions the report shows
-        self.role = "distilled" if self.teachers else "baseline"
-        self.notes = [*self.splits.notes, *(self.probe.notes if self.probe else ())]
-        self.notes += identity.probed_in_training(self.splits, self.probe)
-
-    def _teachers(self) -> Iterator[tuple[tuple[str, Teacher], nn.Module]]:
-        """Names, sections and models."""
-        return zip(self.config.all_teachers().items(), self.teachers, strict=True)
-
+class _Experiment(Prepared):
     def _train(
-        self, name: str, config: Config, student: nn.Module, teachers: list[nn.Module], seed: int
+        self,
+        name: str,
+        config: Config,
+        student: nn.Module,
+        teachers: list[nn.Module],
+        seed: int,
+        cache: CachedTeacher | None = None,
     ) -> nn.Module:
         """Trains one model, which may be a teacher, in the folder of this name."""
         section = config.all_teachers().get(name, config.student)
         rebuild: dict[str, Any] = {"student": preflight.rebuilding(section, student).model_dump()}
-        rebuild |= self._sources() if teachers else {"teacher": {}, "teachers": []}
+        rebuild |= self._sources() if teachers or cache else {"teacher": {}, "teachers": []}
         trainer = Trainer(
             config,
-            DistillationTask.create(config, student, teachers, self.runtime),
+            DistillationTask.create(config, student, teachers, self.runtime, cache),
             self.splits,
             self.folder / name,
             seed=seed,
@@ -155,12 +126,12 @@ class _Experiment:
                 part.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
             with replacing(self.folder / "data.json") as part:
                 part.write_text(json.dumps(self.fingerprint))
-        self._describe()
-        self._score_teachers(trained=False)
-        for i, ((name, section), model) in enumerate(list(self._teachers())):
+        self.describe()
+        self.score_teachers(trained=False)
+        for i, ((name, section), model) in enumerate(list(self.named_teachers())):
             if section.epochs:
                 self.teachers[i] = self._train(name, config.for_teacher(section), model, [], 0)
-        self._score_teachers(trained=True)
+        self.score_teachers(trained=True)
         students: dict[str, dict[int, nn.Module]] = {}
         for seed in config.run.seeds:
             for role in self._roles():
@@ -173,7 +144,10 @@ class _Experiment:
                     student,
                     self.teachers if distilled else [],
                     seed,
+                    self.cache if distilled else None,
                 )
+        if self.cache and (teacher := preflight.teacher_at_hand(config, self.classes)):
+            self.teachers = [teacher]  # has a row
         found: dict[str, Any]
         measured: dict[str, list[dict[str, float]]] = {}
         if config.data.unlabelled:
@@ -182,19 +156,19 @@ class _Experiment:
                 found = self._without_scores(students, measured)
                 return self._written(found)
         evaluations: dict[str, list[evaluate.Evaluation]] = {}
-        teacher = self._ensemble()
-        if teacher:
-            evaluations["teacher"] = [self._evaluate(teacher, None)]
+        together = self._ensemble()
+        if together:
+            evaluations["teacher"] = [self._evaluate(together, None)]
         if len(self.teachers) > 1:
-            for (name, _), one in self._teachers():
-                evaluations[name] = [self._evaluate(self._predictor(one), teacher)]
+            for (name, _), one in self.named_teachers():
+                evaluations[name] = [self._evaluate(self.predictor(one), together)]
         for role, trained in students.items():
-            predictors = map(self._predictor, trained.values())
-            evaluations[role] = [self._evaluate(predictor, teacher) for predictor in predictors]
+            predictors = map(self.predictor, trained.values())
+            evaluations[role] = [self._evaluate(predictor, together) for predictor in predictors]
         engines = self._engines(students[self.role]) if config.int8.enabled else []
         if engines:
             evaluations["int8"] = [
-                self._evaluate(evaluate.engine(engine), teacher, exact)
+                self._evaluate(evaluate.engine(engine), together, exact)
                 for engine, exact in zip(engines, evaluations[self.role], strict=True)
             ]
         for role, values in measured.items():
@@ -209,18 +183,11 @@ class _Experiment:
         report.write(found, self.folder)
         return found
 
-    def _features(self, model: nn.Module, source: Any) -> probe.Features:
-        """Of every image of a source, by a model without a classifier."""
-        loader = data.whole_loader(self.config, source)
-        found = probe.features(self._predictor(model), loader.epoch(), self.runtime.device)
-        self.skipped |= loader.skipped
-        return found
-
     def _probed(self, model: nn.Module) -> tuple[float, probe.Head]:
         """Top-1 of the nearest neighbours on the probe's images, and a classifier for them."""
         assert self.probe
         classes = len(self.probe.classes)
-        bank, scored = (self._features(model, x) for x in (self.probe.train, self.probe.val))
+        bank, scored = (self.features(model, x) for x in (self.probe.train, self.probe.val))
         return probe.knn(bank, scored, classes), probe.fit(bank, classes)
 
     def _measure(
@@ -240,7 +207,7 @@ class _Experiment:
                     self._save_classifier(f"{role}-{seed}", trained[seed])
                 measured.setdefault(role, []).append(values)
         if self.probe:
-            for i, ((name, _), teacher) in enumerate(list(self._teachers())):
+            for i, ((name, _), teacher) in enumerate(list(self.named_teachers())):
                 neighbours, head = self._probed(teacher)
                 measured[name] = [{"knn": neighbours}]
                 self.teachers[i] = models.with_classifier(teacher, *head)
@@ -259,123 +226,22 @@ class _Experiment:
                 classes=self.scored.classes,
             )
 
-    def _say(self, line: str) -> None:
-        if self.runtime.rank == 0:
-            print(line, flush=True)
-
-    def _describe(self) -> None:
-        """Prints data, classes, student and warnings before any training."""
-        splits = self.splits
-        train, val = sources.count(splits.train), sources.count(splits.val)
-        classes = "no" if self.config.data.unlabelled else len(self.classes)
-        self._say(f"data: {train} training images, {val} for validation, {classes} classes")
-        if self.probe:
-            sizes = [sources.count(x) for x in (self.probe.train, self.probe.val)]
-            self._say(
-                f"probe: {sizes[0]} labelled images to fit a classifier on, {sizes[1]} to score "
-                f"on, {len(self.probe.classes)} classes"
-            )
-        counted = None if self.config.data.unlabelled else sources.labels(splits.train)
-        if counted is not None:
-            self._say(f"classes (training images): {identity.count_classes(counted, self.classes)}")
-        self._say(f"student: {self.config.student.model}: weights: {self.student}")
-        for line in [*self.notes, *(f"warning: {x}" for x in self.warnings)]:
-            self._say(line)
-
-    def _score_teachers(self, trained: bool) -> None:
-        """Of the teachers that this run trained, or of the others."""
-        for (name, section), teacher in self._teachers():
-            if (section.epochs > 0) == trained:
-                self._score_teacher(name, section, teacher)
-
-    def _score_teacher(self, name: str, section: Teacher, teacher: nn.Module) -> None:
-        """Prints a teacher's top-1; ConfigError if a given teacher is no better than guessing."""
-        config, classes = self.config, len(self.classes)
-        origin = str(models.Origin.of(teacher))
-        if config.data.unlabelled:
-            self._score_features(name, section, teacher, origin)
-            return
-        if section.epochs:
-            origin = f"trained here for {section.epochs} epochs, from {origin}"
-        if config.data.labels:
-            self._score_labels(name, section, teacher, origin)
-            return
-        right, images = identity.score(
-            config, self._predictor(teacher), self.splits, self.runtime.device
-        )
-        self._say(
-            f"{name}: {section.model}: top-1 {right / images:.1%} of {images} validation "
-            f"images (guessing: {1 / classes:.1%}); weights: {origin}"
-        )
-        if not identity.is_no_teacher(right, images, classes):
-            return
-        pixels = preflight.pixels(config, teacher)
-        why = (
-            f"{name}.model: {section.model} gets {right} of {images} validation images "
-            f"right, where guessing gets {images / classes:.0f}"
-        )
-        if section.epochs:
-            self._say(f"warning: {why}: it has hardly learned; try more teacher.epochs")
-        else:
-            raise ConfigError(
-                f"{why}: it cannot teach these classes. Check its weights ({origin}), that "
-                f"its classes are the images' in this order, and its mean {pixels.mean} and std "
-                f"{pixels.std}"
-            )
-
-    def _score_features(self, name: str, section: Teacher, teacher: nn.Module, origin: str) -> None:
-        """Prints the top-1 of a teacher's neighbours; ConfigError if they are no better than
-        guessing."""
-        if not self.probe:
-            self._say(f"{name}: {section.model}: weights: {origin}")
-            return
-        bank, scored = (self._features(teacher, x) for x in (self.probe.train, self.probe.val))
-        classes, images = len(self.probe.classes), len(scored.labels)
-        top1 = probe.knn(bank, scored, classes)
-        self._say(
-            f"{name}: {section.model}: {bank.x.shape[1]} features, k-NN top-1 {top1:.1%} of "
-            f"{images} images of the probe (guessing: {1 / classes:.1%}); weights: {origin}"
-        )
-        if identity.is_no_teacher(round(top1 * images), images, classes):
-            pixels = preflight.pixels(self.config, teacher)
-            raise ConfigError(
-                f"{name}.model: {section.model} has features whose k-NN gets {top1:.1%} of the "
-                f"probe's images right, where guessing gets {1 / classes:.1%}: they cannot teach. "
-                f"Check its weights ({origin}), its mean {pixels.mean} and std {pixels.std}"
-            )
-
-    def _score_labels(self, name: str, section: Teacher, teacher: nn.Module, origin: str) -> None:
-        found, chance, images = identity.score_labels(
-            self.config, self._predictor(teacher), self.splits, self.runtime.device
-        )
-        self._say(
-            f"{name}: {section.model}: mAP {found:.1%} of {images} validation images (guessing: "
-            f"{chance:.1%}); weights: {origin}"
-        )
-        if found <= chance:
-            why = (
-                f"{name}.model: {section.model} has a mAP of {found:.1%}, and guessing {chance:.1%}"
-            )
-            if not section.epochs:
-                raise ConfigError(f"{why}: it cannot teach these classes ({origin})")
-            self._say(f"warning: {why}: it has hardly learned; try more teacher.epochs")
-
     def estimate(self) -> dict[str, Any]:
         """Prints data, models, the teacher's top-1, the time of a step, and disk space."""
         config, size = self.config, self.config.data.image_size
-        self._describe()
-        self._score_teachers(trained=False)
+        self.describe()
+        self.score_teachers(trained=False)
         data.seed_all(0)
         student = preflight.create_student(config, self.classes)
-        named = dict(zip(config.all_teachers(), self.teachers, strict=True))
+        named = {name: teacher for (name, _), teacher in self.named_teachers()}
         for name, model in (named | {"student": student}).items():
             parameters = sum(x.numel() for x in model.parameters())
             macs = evaluate.count_macs(model, size)
-            self._say(f"{name}: {parameters:,} parameters, {macs / 1e6:.4g} MMACs an image")
+            self.say(f"{name}: {parameters:,} parameters, {macs / 1e6:.4g} MMACs an image")
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
                 config,
-                DistillationTask.create(config, student, self.teachers, self.runtime),
+                DistillationTask.create(config, student, self.teachers, self.runtime, self.cache),
                 self.splits,
                 Path(folder) / "dry-run",
                 seed=config.run.seeds[0],
@@ -386,18 +252,19 @@ class _Experiment:
         compared = ", and as often without the teacher" if "baseline" in self._roles() else ""
         if any(section.epochs for section in config.all_teachers().values()):
             compared += "; the teacher's own training is not counted"
-        self._say(
+        self.say(
             f"a step: {seconds:.3g} s; {trainer.total:,} steps for each of {runs} seeds: "
             f"{seconds * trainer.total * runs / 3600:.2g} h{compared}"
         )
         need = trainer.disk * runs * len(self._roles())
         free = checkpoint.free(self.folder)
-        self._say(f"disk: {need / 1e6:,.0f} MB at most in {self.folder}, {free / 1e6:,.0f} MB free")
+        self.say(f"disk: {need / 1e6:,.0f} MB at most in {self.folder}, {free / 1e6:,.0f} MB free")
         return {}
 
     def _roles(self) -> list[str]:
         """The students that each seed trains."""
-        compared = self.config.run.baseline and self.teachers and not self.config.data.unlabelled
+        distils = self.role == "distilled" and not self.config.data.unlabelled
+        compared = self.config.run.baseline and distils
         return ["baseline", self.role] if compared else [self.role]
 
     def _engines(self, trained: dict[int, nn.Module]) -> list[int8.Session]:
@@ -442,7 +309,7 @@ class _Experiment:
         config, seeds = self.config, self.config.run.seeds
         classes = self.scored.classes
         rows = []
-        for (name, section), teacher in self._teachers():
+        for (name, section), teacher in self.named_teachers():
             scored, file = evaluations[name], self._file(name)
             rows.append(self._row(name, section, teacher, file, scored, [0]))
         if (together := self._ensemble()) and len(self.teachers) > 1:
@@ -475,7 +342,7 @@ class _Experiment:
             "comparison": comparison,
             "verdict": results.verdict_without_labels(rows)
             if config.data.unlabelled
-            else results.verdict(comparison, config.run.baseline and bool(self.teachers)),
+            else results.verdict(comparison, config.run.baseline and self.role == "distilled"),
             "confusion": None
             if several
             else {"role": self.role, "seed": seeds[0], "matrix": first.confusion.tolist()},
@@ -504,7 +371,7 @@ class _Experiment:
         nothing = evaluate.Scores({}, {})
         rows = [
             self._row(name, section, teacher, None, [nothing], [0])
-            for (name, section), teacher in self._teachers()
+            for (name, section), teacher in self.named_teachers()
         ]
         for role, trained in students.items():
             file = self._file(f"{role}-{seeds[0]}")
@@ -540,15 +407,10 @@ class _Experiment:
 
     def _ensemble(self) -> nn.Module | None:
         """The teacher's predictor, or the average of several teachers'."""
-        predictors = [self._predictor(teacher) for teacher in self.teachers]
+        predictors = [self.predictor(teacher) for teacher in self.teachers]
         if len(predictors) > 1:
             return Ensemble(predictors, Average.of(self.config)).eval()
         return predictors[0] if predictors else None
-
-    def _predictor(self, model: nn.Module) -> nn.Module:
-        if isinstance(model, Ensemble):
-            return model
-        return models.predictor(model).to(self.runtime.device).eval()
 
     def _evaluate(
         self,
@@ -597,7 +459,7 @@ class _Experiment:
     ) -> dict[str, Any]:
         """A model's row of the table: its cost, in the engine or torch, and its scores."""
         cost = evaluate.cost(
-            evaluate.engine(engine) if engine else self._predictor(model),
+            evaluate.engine(engine) if engine else self.predictor(model),
             model,
             image_size=self.config.data.image_size,
             device="cpu" if engine else self.runtime.device,

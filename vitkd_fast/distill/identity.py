@@ -154,6 +154,11 @@ def check_resumed(begun: dict[str, Any], now: dict[str, Any]) -> None:
             f"--resume: the run was begun with the classes {_few(begun['classes'])}; the images "
             f"have {_few(now['classes'])}"
         )
+    if begun.get("cache") != now.get("cache"):
+        raise DataError(
+            "--resume: the run was begun with another teacher.cache, or with one alone: its "
+            f"fingerprint was {begun.get('cache')}, and is {now.get('cache')} now"
+        )
     for part in ("train", "val"):
         before, after = begun[part], now[part]
         if before != after:

@@ -27,10 +27,12 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from .. import models
+from ..taps import TapOutputs
 from . import checkpoint, data, evaluate, multilabel, nonfinite, optim, sources
 from .config import Config
 from .logger import Meter, MetricLogger
 from .task import DistillationTask
+from .threads import Threads
 
 _CALIBRATION_IMAGES = 1024  # for the statistics of teachers' features
 
@@ -109,7 +111,9 @@ class Trainer:
         self.task, self.runtime, self.seed, self.folder = task, runtime, seed, folder
         self.run_section, self.options, self.save_model = run, optimizer, save_model
         self.title, self.path = folder.name, folder / "checkpoint.safetensors"
-        self.loader, self.val_loader = data.loaders(config, splits, seed, optimizer.accumulate)
+        self.loader, self.val_loader = data.loaders(
+            config, splits, seed, optimizer.accumulate, task.drawn
+        )
         self.classes = splits.classes
         self.config = {**config.model_dump(), **(rebuild or {})}
         self.mixer = data.Mixer(config.augmentation) if config.augmentation.mixes else None
@@ -126,6 +130,7 @@ class Trainer:
         half = runtime.student_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
         self.meter = Meter(list(task.trainable_module.terms), runtime.device)
+        self.threads = Threads(runtime.threads)
         self.step, self.evaluated, self.best = 0, 0, -math.inf
         self._rates: dict[int, float] = {}  # by step, since the last log
         self._since = time.monotonic(), 0
@@ -161,15 +166,17 @@ class Trainer:
     def update(self, batches: Iterator[data.Batch]) -> None:
         """One step: `accumulate` batches through teacher and student, then the optimiser."""
         runtime, accumulate = self.runtime, self.options.accumulate
+        epoch = self.step // self.steps_per_epoch
         data.seed_all(self.seed, self.step, runtime.rank)
         for i in range(accumulate):
             batch = next(batches)
+            cached = self.task.cached_outputs(batch, epoch)
             images = batch.images.to(runtime.device, non_blocking=True)
             labels: Any = batch.labels.to(runtime.device, non_blocking=True)
             if self.mixer:
                 images, labels = self.mixer(images.float(), labels)
             with self.task.no_sync() if i < accumulate - 1 else nullcontext():
-                result = self.task(images, labels, self.step / self.total)
+                result = self.task(images, labels, self.step / self.total, cached)
                 self.scaler.scale(result["loss"] / accumulate).backward()
             self.meter.add(result["terms"].detach(), self.step)
         if self.options.clip_grad:
@@ -220,7 +227,8 @@ class Trainer:
                 self.task.train()
                 for _ in range(start, min(self.steps_per_epoch, start + self.total - self.step)):
                     self._rates[self.step] = self.optimizer.param_groups[0]["lr"]
-                    self.update(batches)
+                    with self.threads:
+                        self.update(batches)
                     logger.advance(self.step)
                     if self.step % run.log_every == 0:
                         self._log(logger)
@@ -247,11 +255,12 @@ class Trainer:
         modules: dict[str, nn.Module] = {"student": self.model, "losses": self.learned}
         return modules | ({"ema": self.ema.module} if self.ema else {})
 
-    def _first_images(self) -> Iterator[Tensor]:
-        """Of training, about `_CALIBRATION_IMAGES`, on the device."""
+    def _first_images(self) -> Iterator[Tensor | list[TapOutputs]]:
+        """Of training, about `_CALIBRATION_IMAGES`, on the device, or what was said of them."""
         together = self.loader.batch_size * self.runtime.ranks
         for batch in itertools.islice(self.loader.epoch(), -(-_CALIBRATION_IMAGES // together)):
-            yield batch.images.to(self.runtime.device)
+            cached = self.task.cached_outputs(batch, 0)
+            yield batch.images.to(self.runtime.device) if cached is None else cached
 
     def _is_due(self) -> bool:
         """Whether an evaluation is due at this step, and not done yet."""
@@ -363,10 +372,11 @@ class Trainer:
             if bad := self._bad():
                 file = self.folder / nonfinite.NAME
                 if self.runtime.rank == self._lowest_rank(own):
+                    student, teacher = (str(x).removeprefix("torch.") for x in self.runtime.dtypes)
                     header = nonfinite.Header(
                         self.title, bad[1], self.config, list(self.classes), self.seed, step,
                         self.runtime.rank, self.total, lr, scale,
-                        *(str(x).removeprefix("torch.") for x in self.runtime.dtypes),
+                        student, teacher, step // self.steps_per_epoch,
                     )  # fmt: skip
                     nonfinite.save(file, header, before, taken)
         self.step = end
@@ -379,7 +389,11 @@ class Trainer:
             for batch in self.loader.epoch(epoch, start * self.options.accumulate):
                 # copies: the memory of a loader's tensors is lent by its workers
                 taken.append(
-                    batch._replace(images=batch.images.clone(), labels=batch.labels.clone())
+                    batch._replace(
+                        images=batch.images.clone(),
+                        labels=batch.labels.clone(),
+                        indices=batch.indices.clone(),
+                    )
                 )
                 yield batch
             start = 0

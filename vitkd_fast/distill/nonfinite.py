@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from .._files import replacing
 from . import config as configuration
 from . import data, preflight
+from .cache.read import CachedTeacher
 from .checkpoint import CheckpointError
 from .runtime import Runtime
 from .task import DistillationTask
@@ -47,6 +48,7 @@ class Header(NamedTuple):
     scale: float  # of the loss: float16's
     student_dtype: str
     teacher_dtype: str
+    epoch: int = 0
 
 
 def save(
@@ -59,6 +61,7 @@ def save(
     tensors = {f"{name}.{key}": x for name, state in modules.items() for key, x in state.items()}
     for i, batch in enumerate(batches):
         tensors |= {f"images.{i}": batch.images, f"labels.{i}": batch.labels}
+        tensors[f"indices.{i}"] = batch.indices
     layout = torch.contiguous_format  # safetensors takes no other
     tensors = {k: x.detach().cpu().clone(memory_format=layout) for k, x in tensors.items()}
     text = json.dumps({"version": _VERSION, **header._asdict()})
@@ -176,8 +179,9 @@ def replay(path: Path, device: str = "") -> Replay:
         teacher_dtype=getattr(torch, header.teacher_dtype),
     )
     student = preflight.create_student(config, header.classes)
-    teachers = preflight.create_teachers(config, header.classes)
-    task = DistillationTask.create(config, student, teachers, runtime)
+    cache = CachedTeacher(config.teacher.cache) if config.teacher.cache else None
+    teachers = [] if cache else preflight.create_teachers(config, header.classes)
+    task = DistillationTask.create(config, student, teachers, runtime, cache)
     learned = task.trainable_module.learned
     for name, module in (("student", task.student), ("losses", learned)):
         state = {k.removeprefix(f"{name}."): x for k, x in tensors.items() if _is_of(k, name)}
@@ -193,18 +197,23 @@ def replay(path: Path, device: str = "") -> Replay:
     data.seed_all(header.seed, header.step, header.rank)
     batches = sum(key.startswith("images.") for key in tensors)
     watched = {"student": task.student}
-    for name, predictor in zip(config.all_teachers(), task.teachers, strict=True):
+    names_of = [] if cache else list(config.all_teachers())
+    for name, predictor in zip(names_of, task.teachers, strict=True):
         assert isinstance(predictor, nn.Sequential)
         watched[name] = predictor[1]
     for i in range(batches):
         images = tensors[f"images.{i}"].contiguous(memory_format=torch.channels_last)
+        cached = None
+        if cache:
+            ids = tensors[f"indices.{i}"]
+            cached = task.cached_outputs(data.Batch(images, ids, ids, []), header.epoch)
         images = images.to(runtime.device)
         labels: Any = tensors[f"labels.{i}"].to(runtime.device)
         if mixer:
             images, labels = mixer(images.float(), labels)
         found.statistics = {"images": Statistics.of(images)}
         with _watching(watched, found), _watching_gradients(names, found):
-            result = task(images, labels, header.step / header.total)
+            result = task(images, labels, header.step / header.total, cached)
             (header.scale * result["loss"] / batches).backward()
         values = result["terms"].tolist()
         found.terms = dict(zip(task.trainable_module.terms, values, strict=True))

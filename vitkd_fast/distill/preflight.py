@@ -14,7 +14,9 @@ from torch import nn
 
 from .. import models
 from . import config as configuration
-from . import data, identity
+from . import data, identity, sources
+from .cache import shared
+from .cache.read import CachedTeacher
 from .config import Config, ConfigError, Model, Teacher
 from .runtime import Runtime
 from .task import Average, DistillationTask
@@ -23,7 +25,8 @@ from .task import Average, DistillationTask
 _MAY_CHANGE = {
     *("data.root", "data.train", "data.val", "data.workers", "data.skip_bad"),
     *("data.probe", "data.probe_val"),
-    *("teacher.checkpoint", "int8.enabled", "int8.calibration", "int8.calibration_images"),
+    *("teacher.checkpoint", "teacher.cache"),
+    *("int8.enabled", "int8.calibration", "int8.calibration_images"),
     *("run.folder", "run.device", "run.precision", "run.channels_last", "run.compile"),
     *("run.threads", "run.log_every", "run.eval_every", "run.save_every"),
     *("run.seeds", "run.baseline"),
@@ -127,6 +130,46 @@ def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[
     return teacher
 
 
+def open_cache(config: Config, splits: sources.Splits) -> tuple[CachedTeacher | None, list[str]]:
+    """The teacher's outputs that `teacher.cache` names, and sentences on what was not compared.
+
+    Raises:
+        CacheError: it is not complete, or of another teacher, other images or augmentation.
+        ConfigError: a loss needs what it lacks.
+    """
+    if not config.teacher.cache:
+        return None, []
+    cache = CachedTeacher(config.teacher.cache)
+    teacher = teacher_at_hand(config, splits.classes)
+    shared.check(cache.plan, config.teacher.cache, config, splits, teacher)
+    for name, term in config.losses.terms():
+        if not term.distils:
+            continue
+        if lacking := cache.lacks(term.taps()[1]):
+            raise ConfigError(f"losses.{name}: {config.teacher.cache} lacks {lacking}")
+        record = cache.plan.record
+        if not cache.dense and (why := term.why_dense(record["temperatures"])):
+            raise ConfigError(
+                f"losses.{name}: {why}; {config.teacher.cache} holds {record['topk']} of "
+                f"{record['classes']} classes"
+            )
+    if teacher is not None:
+        return cache, []
+    return cache, [
+        f"teacher.cache: the weights of {config.teacher.model} are not here: they were not "
+        "compared with the cache's, and the teacher has no row"
+    ]
+
+
+def teacher_at_hand(config: Config, classes: Sequence[str]) -> nn.Module | None:
+    """The teacher of a cache, where its weights can be loaded."""
+    try:
+        [teacher] = create_teachers(config, classes)
+    except (ValueError, FileNotFoundError):
+        return None
+    return teacher
+
+
 def rebuilding(section: Model, model: nn.Module) -> Model:
     """A section that makes the same model with other weights, without a file of its weights."""
     return Model(
@@ -182,7 +225,12 @@ def check_batch(name: str, config: Config, model: nn.Module) -> list[str]:
     return []
 
 
-def check_losses(config: Config, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+def check_losses(
+    config: Config,
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    cache: CachedTeacher | None = None,
+) -> None:
     """ConfigError where the losses need what student or a teacher do not have."""
     predictors = [models.predictor(teacher).eval() for teacher in teachers]
     cpu = Runtime(torch.device("cpu"))
@@ -194,11 +242,13 @@ def check_losses(config: Config, student: nn.Module, teachers: Sequence[nn.Modul
             cpu,
             config.data.image_size,
             Average.of(config),
+            cache,
         ).eval()
         with torch.no_grad():
             classes = task.student(_image(config).float()).shape[1:]
             several = torch.zeros(1, *classes)
-            task(_image(config), several if config.data.labels else several[:, 0].long())
+            labels = several if config.data.labels else several[:, 0].long()
+            task(_image(config), labels, teachers=[cache.example()] if cache else None)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"losses: {error}") from error
 

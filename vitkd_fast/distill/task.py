@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +16,9 @@ from .. import models
 from ..functional import average_logits
 from ..nn import PHIStandardize
 from ..taps import TapOutputs, Taps
+from .cache.read import CachedTeacher
 from .config import Config
+from .data import Batch, Drawn
 from .losses import Features, Losses, StepOutputs, TapSpec, Term
 from .runtime import Runtime
 
@@ -67,6 +70,7 @@ class DistillationTask(TrainingTask):
         runtime: device, and precision of the student and of what the losses learn.
         image_size: of a blank image, which shows the shapes that all return.
         average: of several teachers.
+        cache: what a teacher said before, instead of teachers.
 
     Attributes:
         student: the model that is trained, without its normalisation.
@@ -85,9 +89,10 @@ class DistillationTask(TrainingTask):
         runtime: Runtime,
         image_size: int,
         average: Average | None = None,
+        cache: CachedTeacher | None = None,
     ) -> None:
         super().__init__(device=runtime.device, verbose=False)
-        self.runtime = runtime
+        self.runtime, self.cache = runtime, cache
         self.student: nn.Module = student[1]
         average = average or Average((1 / max(len(teachers), 1),) * len(teachers))
         terms = dict(losses.terms())
@@ -96,12 +101,14 @@ class DistillationTask(TrainingTask):
         wanted = [term.taps() for term in terms.values()]
         self.teachers = nn.ModuleList(teachers)
         self.teacher_taps = [_taps(x, [of_teacher for _, of_teacher in wanted]) for x in teachers]
+        if cache:
+            cache.select(of_teacher for _, of_teacher in wanted)
         taps = _taps(student, [student for student, _ in wanted])
         learned = nn.ModuleDict()
         for name, term in terms.items():
             if alone := term.learned_alone():
                 learned[_place(name, 0, 1)] = alone.to(runtime.device)
-        if taps and any(self.teacher_taps):
+        if taps and (cache or any(self.teacher_taps)):
             training = self.student.training
             student.eval()  # one image is no batch to take statistics from
             image = torch.zeros(
@@ -109,10 +116,14 @@ class DistillationTask(TrainingTask):
             )
             with torch.no_grad():
                 of_student = taps(image)
-                of_teachers = [tapped and (tapped(image), tapped) for tapped in self.teacher_taps]
+                of_teachers: list[Any] = [
+                    tapped and (tapped(image), tapped) for tapped in self.teacher_taps
+                ]
+            if cache:
+                of_teachers = [(cache.example(device=runtime.device), _CACHED)]
             student.train(training)
             for name, term in terms.items():
-                count = 1 if _averages(term) else len(teachers)
+                count = 1 if _averages(term) else len(of_teachers)
                 for i, of_teacher in enumerate(of_teachers[:count]):
                     if of_teacher and (module := term.learned(of_student, *of_teacher)):
                         learned[_place(name, i, count)] = module.to(runtime.device)
@@ -125,20 +136,22 @@ class DistillationTask(TrainingTask):
         student: nn.Module,
         teachers: nn.Module | Sequence[nn.Module] | None,
         runtime: Runtime,
+        cache: CachedTeacher | None = None,
     ) -> DistillationTask:
         """The task of a run: the student itself and frozen copies of teachers, on the device."""
         student = student.to(memory_format=runtime.memory_format)
         predictor = models.predictor(student).to(runtime.device)
         if isinstance(teachers, nn.Module):
             teachers = [teachers]
-        frozen = []
-        for teacher in teachers or ():
-            dtype = runtime.teacher_dtype
-            teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-            teacher = teacher.to(dtype).to(memory_format=runtime.memory_format)
-            frozen.append(models.predictor(teacher, dtype=dtype).to(runtime.device).eval())
-        average = Average.of(config) if len(frozen) > 1 else None
-        return cls(config.losses, predictor, frozen, runtime, config.data.image_size, average)
+        copies = [frozen(teacher, runtime) for teacher in teachers or ()]
+        average = Average.of(config) if len(copies) > 1 else None
+        size = config.data.image_size
+        return cls(config.losses, predictor, copies, runtime, size, average, cache)
+
+    @property
+    def drawn(self) -> Drawn | None:
+        """How images must be augmented, where a cached teacher saw them before."""
+        return self.cache.drawn if self.cache else None
 
     def train(self, mode: bool = True) -> DistillationTask:
         """Sets the mode of all but the teachers, which stay in evaluation mode."""
@@ -176,8 +189,14 @@ class DistillationTask(TrainingTask):
                 for taps, teacher in zip(self.teacher_taps, self.teachers, strict=True)
             ]
 
-    def calibrate(self, images: Iterable[Tensor]) -> None:
+    def cached_outputs(self, batch: Batch, epoch: int) -> list[TapOutputs] | None:
+        """What a cached teacher said of a batch in an epoch; None where teachers are asked."""
+        return [self.cache.outputs(batch, epoch, self.runtime.device)] if self.cache else None
+
+    def calibrate(self, images: Iterable[Tensor | list[TapOutputs]]) -> None:
         """Takes what terms learn of the teachers' statistics, before any training, from images.
+
+        Or from what teachers said of them.
 
         Does nothing, and reads no image, where no term does.
         """
@@ -186,7 +205,7 @@ class DistillationTask(TrainingTask):
         if not standardized:
             return
         for batch in images:
-            teachers = self.teacher_outputs(batch)
+            teachers = self.teacher_outputs(batch) if isinstance(batch, Tensor) else batch
             for name, term in module.terms.items():
                 for i, teacher in enumerate(teachers):
                     if (place := _place(name, i, len(teachers))) in module.learned:
@@ -194,19 +213,38 @@ class DistillationTask(TrainingTask):
         for found in standardized:
             found.fit()
 
-    def forward(self, input: Tensor, target: Any, done: float = 0.0) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input: Tensor,
+        target: Any,
+        done: float = 0.0,
+        teachers: list[TapOutputs] | None = None,
+    ) -> dict[str, Tensor]:
         """The losses of a batch after the share `done` of the run.
 
         Args:
             input: [B, 3, H, W], uint8 or floats in 0..255.
             target: class ids, or mixup's; as of `functional.kd_loss`.
             done: of the schedules, 0 to 1.
+            teachers: what they say, where they are not to be asked.
 
         Returns:
             loss, output (the student's logits) and terms, [terms], whose sum the loss is.
         """
-        output, terms = self.trainable_module(input, self.teacher_outputs(input), target, done)
+        teachers = self.teacher_outputs(input) if teachers is None else teachers
+        output, terms = self.trainable_module(input, teachers, target, done)
         return {"loss": terms.sum(), "output": output, "terms": terms}
+
+
+def frozen(teacher: nn.Module, runtime: Runtime) -> nn.Sequential:
+    """The predictor of a copy that does not learn, on the device and in the teachers' precision."""
+    dtype = runtime.teacher_dtype
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    teacher = teacher.to(dtype).to(memory_format=runtime.memory_format)
+    return models.predictor(teacher, dtype=dtype).to(runtime.device).eval()
+
+
+_CACHED: Any = SimpleNamespace(classifier=None)  # the taps of a teacher that is not there
 
 
 class _Trainable(nn.Module):

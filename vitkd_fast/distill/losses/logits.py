@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from ...functional import (
     dkd_loss,
     js_loss,
     kd_loss,
+    kd_loss_topk,
     mlkd_loss,
     ofa_loss,
     reverse_kl_loss,
@@ -108,9 +110,29 @@ class KD(RowTerm):
     """
 
     standardize: bool = False  # both logits first (Sun et al., 2024, arXiv:2403.01427)
+    # of a cached teacher of which K classes were kept, where the rest of the probability goes
+    tail: Literal["smooth", "zero", "renorm", "bin"] = "smooth"
+
+    def why_dense(self, temperatures: Collection[float]) -> str:
+        if self.standardize:
+            return "needs the logits of all classes for standardize"
+        if not isinstance(self.temperature, (int, float)):
+            return f"needs the logits of all classes for temperature {self.temperature}"
+        if self.temperature in temperatures:
+            return ""
+        kept = ", ".join(f"{t:g}" for t in temperatures)
+        return f"needs log-sum-exps at temperature {self.temperature:g}, not at {kept}"
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
-        return kd_loss(**self.options(outputs, x, learned), standardize=self.standardize)
+        options = self.options(outputs, x, learned)
+        assert outputs.teacher is not None
+        if (top := outputs.teacher.top) is None:
+            return kd_loss(**options, standardize=self.standardize)
+        del options["teacher"]
+        sums = top.log_sum_exp[options["temperature"]]
+        return kd_loss_topk(
+            **options, indices=top.indices, values=top.values, log_sum_exp=sums, tail=self.tail
+        )
 
 
 class ReverseKL(RowTerm):

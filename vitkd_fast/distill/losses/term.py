@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -86,6 +86,12 @@ class Term(Section):
     def taps(self) -> tuple[TapSpec, TapSpec]:
         """Arguments of `Taps` for student and teacher; logits are always there."""
         return {}, {}
+
+    def why_dense(self, temperatures: Collection[float]) -> str:
+        """Why a teacher's K largest logits, with log-sum-exps at these temperatures, are not
+        enough; "" if they are."""
+        reads = self.distils and (self.classifies or not self.taps()[1])
+        return "needs the logits of all classes" if reads else ""
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         """The module that is trained with the student, from one output of the taps, or None."""

@@ -1,0 +1,87 @@
+"""A cache of a small teacher's outputs on a few digits, which takes a second to make."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitkd_fast import models
+from vitkd_fast.distill import preflight, sources
+from vitkd_fast.distill.cache import plan
+from vitkd_fast.distill.cache.build import Made, Options, build
+from vitkd_fast.distill.config import Config, load
+from vitkd_fast.distill.loop import Trainer
+from vitkd_fast.distill.runtime import Runtime
+from vitkd_fast.distill.task import DistillationTask
+
+from .loop_tools import frozen, student, teacher
+
+# 179 training images, of which a shard has 64
+DATA = [
+    "data.holdout=0.9",
+    "data.batch_size=16",
+    "augmentation={scale: [0.6, 1.0], hflip: 0.0}",
+    "run.precision=float32",
+    "run.seeds=[3]",
+    "int8.enabled=false",
+    "student.model=mobilenetv2_035",
+]
+ROWS, SHARDS = 64, 3
+
+
+def save_teacher(path: Path, **changes: Any) -> Path:
+    made = teacher()
+    with_ten = {"num_classes": 10, "classes": tuple("0123456789"), **changes}
+    options = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    pixels = models.Pixels.of(made)
+    models.save(path, made, name="vit_tiny_patch16_224", options=options, pixels=pixels, **with_ten)
+    return path
+
+
+def config(file: Path, *overrides: str, cache: Path | None = None) -> Config:
+    named = f", cache: {cache}" if cache else ""
+    return load("digits", [*DATA, f"teacher={{model: {file}{named}}}", *overrides])
+
+
+def make(
+    file: Path, folder: Path, *overrides: str, monkeypatch: Any, epochs: int = 2, **options: Any
+) -> Made:
+    monkeypatch.setattr(plan, "_SHARD_ROWS", ROWS)
+    return build(config(file, *overrides), folder, Options(epochs, **options))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of every file but the configuration and the lock."""
+    files = [x for x in folder.rglob("*") if x.is_file()]
+    kept = [x for x in files if x.name not in ("config.yaml", ".lock")]
+    return {str(x.relative_to(folder)): x.read_bytes() for x in kept}
+
+
+def trainer(folder: Path, whole: Config, seed: int = 3) -> Trainer:
+    """Of a configuration, with the teacher or the cache that it names."""
+    splits, runtime = sources.open_data(whole.data), Runtime.of(whole)
+    cache, _ = preflight.open_cache(whole, splits)
+    teachers = [] if cache else preflight.create_teachers(whole, splits.classes)
+    torch.manual_seed(0)
+    task = DistillationTask.create(whole, frozen(), teachers, runtime, cache)
+    save_model = functools.partial(
+        models.save, name="mobilenetv2_035", options={}, num_classes=10,
+        pixels=models.Pixels.of(student()), classes=tuple("0123456789"),
+    )  # fmt: skip
+    return Trainer(whole, task, splits, folder, seed=seed, save_model=save_model)
+
+
+def losses(run: Trainer, steps: int) -> torch.Tensor:
+    """Of the next steps."""
+    found: list[float] = []
+    batches = itertools.chain.from_iterable(map(run.loader.epoch, itertools.count()))
+    run.task.register_forward_hook(lambda *x: found.append(float(x[2]["loss"].detach())))
+    run.task.calibrate(run._first_images())
+    run.task.train()
+    for _ in range(steps):
+        run.update(batches)
+    return torch.tensor(found)
