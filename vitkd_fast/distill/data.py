@@ -12,7 +12,7 @@ import itertools
 import random
 import signal
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -346,7 +346,7 @@ class Loader:
 
 
 def of_keys(
-    source: Source, transform: Any, data: Data, drawn: Drawn, keys: list[list[tuple[int, int]]]
+    source: Source, transform: Any, data: Data, drawn: Drawn, keys: Iterable[list[tuple[int, int]]]
 ) -> Iterator[Batch]:
     """A batch for each list of (epoch, index), without what `data.skip_bad` leaves out.
 
