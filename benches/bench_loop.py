@@ -104,7 +104,7 @@ def bench_step(race, benchmark, device, where, precision, image_folders, threads
 
     def models_alone():
         with torch.inference_mode():
-            trainer.teacher(images)
+            task.teachers[0](images)
         with runtime.autocast():
             logits = trainer.forward(images)
         logits.backward(gradient.to(logits.dtype))

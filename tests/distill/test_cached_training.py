@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from support.cache_tools import config, losses, make, save_teacher, trainer
 from support.loop_tools import student
 from vitkd_fast import models
-from vitkd_fast.distill import data, identity, nonfinite, preflight, probe, sources
+from vitkd_fast.distill import data, identity, nonfinite, pack, preflight, probe, sources
 from vitkd_fast.distill.cache import CacheError, Plan, shared
 from vitkd_fast.distill.cache.read import CachedTeacher
 from vitkd_fast.distill.config import Config, ConfigError, load
@@ -89,7 +91,8 @@ def test_all_classes_give_the_online_loss_and_gradient(
             (loss, gradient), (ours, other_gradient) = found
             torch.testing.assert_close(ours, loss, rtol=2**-11, atol=2**-11)
             error = (other_gradient - gradient).norm() / gradient.norm()
-            assert error < 2**-8
+            # dist divides by the spread of a class's logits, which an untrained teacher has little of
+            assert error < (2**-7 if term == "dist" else 2**-8)
     assert losses(cached, 12).isfinite().all()
 
 
@@ -99,7 +102,7 @@ def test_logits_of_several_labels_are_kept_as_they_are(
     """A sigmoid is not invariant to a shift."""
     lines = ["file," + ",".join("0123456789")]
     for i, (image, label) in enumerate(map(sources.Digits().read, range(48))):
-        image.save(tmp_path / f"{i}.png")
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png," + ",".join("1" if x in (label, 0) else "0" for x in range(10)))
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     file = save_teacher(tmp_path / "teacher.safetensors", multilabel=True)
@@ -360,9 +363,11 @@ def test_a_run_with_a_cache(
     assert any("3 of 10 classes, 2 epochs of" in note for note in found["notes"])
     begun = json.loads((tmp_path / "run" / "data.json").read_text())
     assert begun["cache"] == Plan.read(tmp_path / "cache").fingerprint
-    # on a machine without the weights
+    # on a machine without the weights, from another folder, and from one file of the images
     teacher.rename(tmp_path / "elsewhere.safetensors")
+    pack.write(tmp_path / "train.pack", pack.choose(f"{image_folder}/train"))
     run += [f"run.folder={tmp_path / 'other'}", "run.baseline=false"]
+    run += [f"data.train={os.path.relpath(tmp_path / 'train.pack')}"]
     cached = config(teacher, *run, cache=tmp_path / "cache")
     distill(cached, dry_run=True)
     found = distill(cached)

@@ -18,11 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import amx_tools, attention_map_tools, kd_tools
+from support import amx_tools, attention_map_tools, kd_tools, row_loss_tools
 from support.attention_map_tools import Maps
 from support.process_tools import run_tests
 from vitkd_fast import int8, reference
-from vitkd_fast.functional import at_loss, feature_loss, nst_loss, relation_loss, rkd_loss
+from vitkd_fast.functional import (
+    at_loss,
+    binary_kd_loss,
+    dist_loss,
+    feature_loss,
+    kd_loss_topk,
+    nst_loss,
+    relation_loss,
+    rkd_loss,
+    wkd_feature_loss,
+)
 
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Given = dict[str, Tensor]  # what a loss takes, by name, in float64; a teacher's names end in _t
@@ -147,6 +157,11 @@ def features(name: str, scale: float, data: Path | None) -> Given:
     return {"f_s": student, "f_t": teacher}
 
 
+def as_many_channels(name: str, scale: float, data: Path | None) -> Given:
+    f_s, f_t = features(name, scale, data).values()
+    return {"f_s": f_s, "f_t": f_t[:, : f_s.shape[1]]}
+
+
 def projected(name: str, scale: float, data: Path | None) -> Given:
     """Features, and a projection's weight and bias, which learn."""
     given = features(name, scale, data)
@@ -178,6 +193,10 @@ def check_kd(given: Given, **options: Any) -> None:
     if "ce_weight" in options:
         options["labels"] = torch.randint(student.shape[1], student.shape[:1])
     kd_tools.check(student, teacher, **options)
+
+
+def check_rows(given: Given, name: str, **options: Any) -> None:
+    row_loss_tools.check(name, *given.values(), **options)
 
 
 def check_attention_map(given: Given, kind: str) -> None:
@@ -212,19 +231,21 @@ def worst(x: Tensor) -> Tensor:
 
 def check(
     given: Given, ours: Callable[..., Tensor], usual: Callable[..., Tensor],
-    exactly: Callable[..., Tensor] | None = None,
+    exactly: Callable[..., Tensor] | None = None, differences: bool = False,
 ) -> None:  # fmt: skip
     """Beside the usual form in float64. Its own error in float32 is the largest of some draws.
 
     The draws are the inputs at hand, scaled by a little more than 1, so that all are rounded
     otherwise. A loss is measured on max(1, |loss|), a gradient on the largest error in its channel.
     Of float64 both are rounded, and sums have orders of their own: ten bits are spared of the 29
-    that arithmetic in float32 would lose.
+    that arithmetic in float32 would lose. Float64's own rounding of the largest number is spared.
 
     Args:
         exactly: the form for float64, where it is another.
+        differences: gradients are those of numbers of 1; the largest error of all measures them.
     """
     wide = DOUBLE if DOUBLE in {x.dtype for x in given.values()} else FLOAT
+    most_of = torch.max if differences else worst
     results = results_of(ours, given)
     exactly = exactly or usual
     exact = results_of(exactly, rounded(given, DOUBLE))
@@ -237,7 +258,7 @@ def check(
             results_of(usual, drawn), results_of(exactly, rounded(drawn, DOUBLE)), strict=True
         )
         own = [
-            torch.maximum(most, worst((a - b).abs()) / (b.abs().clamp(min=1) if i == 0 else 1))
+            torch.maximum(most, most_of((a - b).abs()) / (b.abs().clamp(min=1) if i == 0 else 1))
             for i, (most, (a, b)) in enumerate(zip(own, pairs, strict=True))
         ]
     precision = 2**-43 if wide == DOUBLE else torch.finfo(FLOAT).eps
@@ -251,6 +272,7 @@ def check(
         allowed = 2 * precision / torch.finfo(FLOAT).eps * error * size
         rounding = want.abs().clamp(min=1 if i == 0 else limits.smallest_normal)
         allowed = allowed + limits.eps / 2 * rounding
+        allowed = allowed + 2**-50 * (1 if differences else want.abs().max())
         rounds_to = want.to(like).double()  # which may be Inf
         want = torch.where(rounds_to.isinf(), rounds_to, want)
         attention_map_tools.assert_within(allowed, result, want, f"result {i}")
@@ -285,11 +307,90 @@ def usual_rkd(x_s: Tensor, x_t: Tensor) -> Tensor:
     return sum(weight * loss for weight, loss in zip((25.0, 50.0), losses, strict=True))
 
 
+def kept(teacher: Tensor, k: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a teacher: its K largest, the first ones of equal ones in every dtype; log-sum-exps."""
+    wide = teacher.to(DOUBLE if teacher.dtype == DOUBLE else FLOAT)
+    indices = teacher.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return indices, teacher.gather(-1, indices), wide.logsumexp(-1)
+
+
+def topk(student: Tensor, teacher_t: Tensor, tail: str) -> Tensor:
+    indices, values, log_sum_exp = kept(teacher_t)
+    return kd_loss_topk(student, indices, values, log_sum_exp=log_sum_exp, tail=tail)
+
+
+def usual_topk(student: Tensor, teacher_t: Tensor, tail: str) -> Tensor:
+    """Densified, but for the bin of all others."""
+    indices, values, log_sum_exp = kept(teacher_t)
+    p = (values.to(log_sum_exp) - log_sum_exp.unsqueeze(1)).exp()
+    rest = (1 - p.sum(1, keepdim=True)).clamp(min=0)
+    log_q = student.log_softmax(1)
+    if tail == "smooth":
+        others = student.shape[1] - indices.shape[1]
+        p = (rest / others).expand_as(student).scatter(1, indices, p)
+    else:
+        left = log_q.scatter(1, indices, -torch.inf).logsumexp(1, keepdim=True)
+        log_q, p = torch.cat([log_q.gather(1, indices), left], 1), torch.cat([p, rest], 1)
+    return F.kl_div(log_q, p, reduction="batchmean")
+
+
+def usual_binary(student: Tensor, teacher_t: Tensor) -> Tensor:
+    """By torch's functions: the cross-entropy, less the teacher's entropy."""
+    p = teacher_t.sigmoid()
+    cross, own = (F.binary_cross_entropy_with_logits(x, p) for x in (student, teacher_t))
+    return cross - own
+
+
 KINDS = ("kl", "reverse_kl", "js", "mse")
 LOSSES = {
     "kd": Loss(logits, check_kd),
     "kd_T_4_and_labels": Loss(
         logits, partial(check_kd, temperature=4.0, ce_weight=0.5, label_smoothing=0.1)
+    ),
+    **{
+        name: Loss(logits, partial(check_rows, name=name))
+        for name in ("reverse_kl", "js", "tv", "dkd", "kl_standardized")
+    },
+    **{
+        f"dist_T_{T}": Loss(
+            logits,
+            partial(
+                check,
+                ours=lambda student, teacher_t, T=T: dist_loss(student, teacher_t, temperature=T),
+                usual=lambda student, teacher_t, T=T: reference.dist_loss(student, teacher_t, T),
+                differences=True,
+            ),
+        )
+        for T in (1.0, 4.0)
+    },
+    **{
+        f"kd_topk_{tail}": Loss(
+            logits,
+            partial(
+                check,
+                ours=partial(topk, tail=tail),
+                usual=partial(usual_topk, tail=tail),
+                differences=True,
+            ),
+        )
+        for tail in ("smooth", "bin")
+    },
+    "binary_kd": Loss(
+        logits,
+        partial(
+            check,
+            ours=lambda student, teacher_t: binary_kd_loss(student, teacher_t),
+            usual=usual_binary,
+            exactly=lambda student, teacher_t: reference.binary_kd_loss(student, teacher_t).mean(),
+        ),
+    ),
+    "wkd_feature": Loss(
+        as_many_channels,
+        partial(
+            check,
+            ours=partial(wkd_feature_loss, cells=2),
+            usual=lambda f_s, f_t: reference.wkd_feature_loss(f_s, f_t, 2).mean(),
+        ),
     ),
     **{
         f"attention_map_{kind}": Loss(queries_and_keys, partial(check_attention_map, kind=kind))

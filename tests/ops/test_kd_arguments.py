@@ -1,5 +1,7 @@
-"""KDLoss is kd_loss, and what is said of arguments that are not accepted."""
+"""KDLoss is kd_loss; what it and the losses like it say of arguments that are not accepted."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from support.kd_tools import (
     options_for,
     pair,
 )
-from vitkd_fast.functional import kd_loss
+from vitkd_fast.functional import dkd_loss, js_loss, kd_loss, reverse_kl_loss, tv_loss
 from vitkd_fast.nn import KDLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,6 +143,14 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "lam < 0": ({"labels": (IDS, IDS, -0.5)}, ValueError, "lam: -0.5", "expected 0 to 1"),
     "lam shape": ({"labels": (IDS, IDS, torch.ones(4, 1))}, ValueError,
                   "lam: [4, 1]", NUMBERS),
+    "weights list": ({"row_weights": [1, 1, 1, 1]}, TypeError,
+                     "row_weights: a list of 4", "one tensor"),
+    "weight tensor": ({"kd_weight": torch.ones(())}, TypeError, "kd_weight: a tensor", "a number"),
+    "ce_weight tensor": ({"ce_weight": torch.ones(()), "labels": IDS}, TypeError,
+                         "ce_weight: a tensor", "a number"),
+    "teacher grad": ({"teacher": STUDENT.clone().requires_grad_()}, ValueError,
+                     "teacher: a tensor that requires grad", "a constant"),
+    "student list": ({"student": [STUDENT]}, TypeError, "student: a list of 1", "one tensor"),
     "weights shape": ({"row_weights": torch.ones(4, 10)}, ValueError,
                       "row_weights: [4, 10]", "one number per row, [4]"),
     "label high": ({"labels": torch.tensor([0, 10, 2, 3])}, RuntimeError,
@@ -152,16 +162,62 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str) -> None:
+# of the losses that take more than the rows' options
+OF_ONE: dict[str, tuple[str, dict[str, Any], type[Exception], str, str]] = {
+    "js beta 0": ("js", {"beta": 0}, ValueError, "beta: 0", "a number between 0 and 1"),
+    "js beta 1": ("js", {"beta": 1.0}, ValueError, "beta: 1.0", "a number between 0 and 1"),
+    "js beta nan": ("js", {"beta": NAN}, ValueError, "beta: nan", "a number between 0 and 1"),
+    "js beta tensor": ("js", {"beta": torch.tensor(0.5, requires_grad=True)}, TypeError,
+                       "beta: a tensor", "a number"),
+    "dkd alpha tensor": ("dkd", {"alpha": torch.ones(())}, TypeError,
+                         "alpha: a tensor", "a number"),
+    "dkd beta tensor": ("dkd", {"beta": torch.ones(4)}, TypeError, "beta: a tensor", "a number"),
+    "dkd no labels": ("dkd", {"labels": None}, TypeError,
+                      "labels: NoneType", "an int64 tensor of class ids"),
+    "dkd mixup": ("dkd", {"labels": (IDS, IDS, 0.5)}, TypeError,
+                  "labels: tuple", "an int64 tensor of class ids"),
+}  # fmt: skip
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "kd": kd_loss,
+    "kd standardised": partial(kd_loss, standardize=True),
+    "reverse_kl": reverse_kl_loss,
+    "js": js_loss,
+    "tv": tv_loss,
+    "dkd": partial(dkd_loss, labels=IDS),
+}
+
+
+def applies(name: str, loss: str) -> bool:
+    """Not where dkd_loss, which always has labels and none that are mixed, says its own."""
+    labels = BAD[name][0].get("labels", IDS)
+    return loss != "dkd" or (isinstance(labels, Tensor) and name != "no labels")
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [(loss, name) for loss in LOSSES for name in BAD if applies(name, loss)],
+)
+def test_bad_input(loss: str, name: str) -> None:
     """The error names the argument, what was given and what is accepted, whatever is asked for."""
-    options, error, given, accepted = BAD[name]
+    assert_said(loss, *BAD[name])
+
+
+@pytest.mark.parametrize("name", OF_ONE)
+def test_bad_input_of_one_loss(name: str) -> None:
+    assert_said(*OF_ONE[name])
+
+
+def assert_said(
+    loss: str, options: dict[str, Any], error: type[Exception], given: str, accepted: str
+) -> None:
+    argument, got = given.split(": ")
+    # what is in a tensor is looked at by the operation, which is of several losses
+    operation = "row_loss" if error is RuntimeError and loss != "kd" else f"{loss.split()[0]}_loss"
     for student in (STUDENT, STUDENT.clone().requires_grad_()):
         with pytest.raises(error) as caught:
-            kd_loss(**{"student": student, "teacher": STUDENT} | options)
-        argument, got = given.split(": ")
+            LOSSES[loss](**{"student": student, "teacher": STUDENT} | options)
         said = str(caught.value)
-        assert f"kd_loss: {argument}: expected " in said
+        assert f"{operation}: {argument}: expected " in said
         assert f"got {got}" in said
         assert accepted in said
 

@@ -53,11 +53,13 @@ def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> d
             can be known.
         NonFiniteError, Stopped: as `Trainer.run`.
     """
+    threads = torch.get_num_threads()
     runtime = Runtime.of(config)
     try:
         experiment = _Experiment(config, runtime, resume)
         return experiment.estimate() if dry_run else experiment.run()
     finally:
+        torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
 

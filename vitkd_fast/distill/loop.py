@@ -32,6 +32,7 @@ from . import checkpoint, data, evaluate, multilabel, nonfinite, optim, sources
 from .config import Config
 from .logger import Meter, MetricLogger
 from .task import DistillationTask
+from .threads import Threads
 
 _CALIBRATION_IMAGES = 1024  # for the statistics of teachers' features
 
@@ -129,6 +130,7 @@ class Trainer:
         half = runtime.student_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
         self.meter = Meter(list(task.trainable_module.terms), runtime.device)
+        self.threads = Threads(runtime.threads)
         self.step, self.evaluated, self.best = 0, 0, -math.inf
         self._rates: dict[int, float] = {}  # by step, since the last log
         self._since = time.monotonic(), 0
@@ -225,7 +227,8 @@ class Trainer:
                 self.task.train()
                 for _ in range(start, min(self.steps_per_epoch, start + self.total - self.step)):
                     self._rates[self.step] = self.optimizer.param_groups[0]["lr"]
-                    self.update(batches)
+                    with self.threads:
+                        self.update(batches)
                     logger.advance(self.step)
                     if self.step % run.log_every == 0:
                         self._log(logger)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .._timing import warn_of_threads
+from . import threads
 from .config import Config, ConfigError
 
 
@@ -23,6 +24,7 @@ class Runtime:
     memory_format: torch.memory_format = torch.contiguous_format  # of both models
     rank: int = 0
     ranks: int = 1
+    threads: tuple[int, ...] = ()  # to choose from while steps are taken; none: as they are
 
     @classmethod
     def of(cls, config: Config) -> Runtime:
@@ -58,7 +60,10 @@ class Runtime:
             fast = can.get("avx512_bf16") or can.get("amx_bf16")
             student, teacher = torch.float32, torch.bfloat16 if fast else torch.float32
         layout = torch.channels_last if run.channels_last else torch.contiguous_format
-        return cls(device, student, teacher, layout, rank, ranks)
+        # compiled code is of one number of threads, and ranks would wait for each other's trials
+        fixed = device.type != "cpu" or run.compile or ranks > 1
+        counts = () if fixed else threads.candidates(run.threads)
+        return cls(device, student, teacher, layout, rank, ranks, counts)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:

@@ -100,6 +100,7 @@ def row_options(
     if labels is not None:
         _check_labels(loss, "labels", labels, student, rows)
     if row_weights is not None:
+        check_tensors(loss, {"row_weights": row_weights})
         if row_weights.shape != rows:
             raise ValueError(
                 f"{loss}: row_weights: expected one number per row, {list(rows)}, got "
@@ -249,6 +250,7 @@ def row_loss(
 ) -> Tensor:
     """A divergence of reference.DIVERGENCES for the function `loss`; `rows`: as `checked` takes."""
     temperature = rows["temperature"]
+    check_numbers(loss, {"alpha": alpha, "beta": beta})
     student, teacher, shared = checked(loss, student, teacher, constant=False, **rows)
     grad_mode = torch.is_grad_enabled()
     if not (isinstance(temperature, Tensor) and temperature.requires_grad and grad_mode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ._common import check_numbers
 from ._rows import Labels, row_loss
 
 
@@ -64,6 +65,7 @@ def js_loss(
 
     Other args, returns and raises are those of `kd_loss`, and so are the derivatives.
     """
+    check_numbers("js_loss", {"beta": beta})
     if not 0 < beta < 1:
         raise ValueError(
             f"js_loss: beta: expected a number between 0 and 1, got {beta}; the limits are kd_loss "
