@@ -91,7 +91,7 @@ def test_all_classes_give_the_online_loss_and_gradient(
             (loss, gradient), (ours, other_gradient) = found
             torch.testing.assert_close(ours, loss, rtol=2**-11, atol=2**-11)
             error = (other_gradient - gradient).norm() / gradient.norm()
-            # dist divides by the spread of a class's logits, which an untrained teacher has little of
+            # dist divides by the spread of a class, of which an untrained teacher has little
             assert error < (2**-7 if term == "dist" else 2**-8)
     assert losses(cached, 12).isfinite().all()
 
