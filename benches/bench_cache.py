@@ -105,7 +105,7 @@ def bench_epoch(race, benchmark, recipe, tmp_path, capsys):
 
     steps = {name: lambda name=name: trainers[name].update(batches[name]) for name in trainers}
     each = trainers["no teacher"].steps_per_epoch
-    race(steps, check=check, rounds=each * (6 if recipe == "digits" else 4), timed=timed)
+    race(steps, check=check, rounds=each * (6 if recipe == "digits" else 3), timed=timed)
     # of steps that were taken one after another: a busy minute hits both alike
     pairs = seconds["no teacher"]
     for name, values in seconds.items():
