@@ -126,10 +126,16 @@ def test_the_size_of_a_row(made: Path, classes: int, dtype: str) -> None:
     assert Plan(**tree | {"record": large, "rows": 0}).rows == found.batch_size
 
 
-def test_bytes_do_not_depend_on_workers(file: Path, made: Path, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        make(file, tmp_path / "c", "data.workers=2", monkeypatch=patch, topk=4)
-    assert contents(tmp_path / "c") == contents(made)
+def test_bytes_do_not_depend_on_workers_or_on_where_the_weights_are(
+    file: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(file.read_bytes())
+    make(moved, tmp_path / "c", "data.workers=2", monkeypatch=monkeypatch, topk=4)
+    one, two = contents(tmp_path / "c"), contents(made)
+    plans = [json.loads(x.pop(plan.FILE)) for x in (one, two)]
+    assert one == two and plans[0]["sha256"] == plans[1]["sha256"]
+    assert make(file, tmp_path / "c", monkeypatch=monkeypatch, topk=4).kept == 2 * SHARDS
 
 
 def _rank(rank: int, folder: Path) -> None:
@@ -149,7 +155,6 @@ SLOW = ["optimizer={name: sgd, lr: 1e-6}", "run.epochs=3"]
 
 
 def test_bytes_and_losses_do_not_depend_on_ranks(tmp_path: Path, file: Path) -> None:
-    # another name would be another plan
     target = tmp_path / "teacher.safetensors"
     target.write_bytes(file.read_bytes())
     ranks = [
@@ -317,11 +322,12 @@ def test_the_command_line(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder = str(tmp_path / "c")
-    command = ["cache", "digits", *DATA, f"teacher={{model: {file}}}", "-o", folder]
+    command = ["cache", "digits", *DATA, "-o", folder]
     options = ["--epochs", "2", "--topk", "3", "--features", "pooled", "--features", "patch:-1"]
-    for text in ("2 made, 0 kept", "0 made, 2 kept"):
+    # a run's configuration may name the cache already
+    for text, named in (("2 made, 0 kept", ""), ("0 made, 2 kept", f", cache: {folder}")):
         with pytest.raises(SystemExit) as stop:
-            _vitkd(monkeypatch, *command, *options)
+            _vitkd(monkeypatch, *command, f"teacher={{model: {file}{named}}}", *options)
         assert not stop.value.code
         out = capsys.readouterr().out
         assert text in out and "179 images, 2 epochs, 3 of 10 classes" in out

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from support.cache_tools import config, losses, make, save_teacher, trainer
 from support.loop_tools import student
 from vitkd_fast import models
-from vitkd_fast.distill import data, identity, nonfinite, preflight, probe, sources
+from vitkd_fast.distill import data, identity, nonfinite, pack, preflight, probe, sources
 from vitkd_fast.distill.cache import CacheError, Plan, shared
 from vitkd_fast.distill.cache.read import CachedTeacher
 from vitkd_fast.distill.config import Config, ConfigError, load
@@ -89,7 +91,8 @@ def test_all_classes_give_the_online_loss_and_gradient(
             (loss, gradient), (ours, other_gradient) = found
             torch.testing.assert_close(ours, loss, rtol=2**-11, atol=2**-11)
             error = (other_gradient - gradient).norm() / gradient.norm()
-            assert error < 2**-8
+            # dist divides by the spread of a class, of which an untrained teacher has little
+            assert error < (2**-7 if term == "dist" else 2**-8)
     assert losses(cached, 12).isfinite().all()
 
 
@@ -99,7 +102,7 @@ def test_logits_of_several_labels_are_kept_as_they_are(
     """A sigmoid is not invariant to a shift."""
     lines = ["file," + ",".join("0123456789")]
     for i, (image, label) in enumerate(map(sources.Digits().read, range(48))):
-        image.save(tmp_path / f"{i}.png")
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png," + ",".join("1" if x in (label, 0) else "0" for x in range(10)))
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     file = save_teacher(tmp_path / "teacher.safetensors", multilabel=True)
@@ -193,14 +196,14 @@ def test_a_resumed_run_gives_the_same_weights(
     file: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(file, tmp_path / "cache", *images(image_folder), monkeypatch=monkeypatch)
-    overrides = [*RUN, *images(image_folder), "run.save_every=14"]
+    overrides = [*RUN, *images(image_folder), "run.save_every=10", "run.max_steps=14"]
     cached = config(file, *overrides, cache=tmp_path / "cache")
     trainer(tmp_path / "one", cached).run()
     stopped = trainer(tmp_path / "two", cached)
     update = stopped.update
 
     def stop(batches: Any) -> None:
-        if stopped.step == 15:
+        if stopped.step == 11:
             raise KeyboardInterrupt
         update(batches)
 
@@ -209,7 +212,7 @@ def test_a_resumed_run_gives_the_same_weights(
         stopped.run()
     again = trainer(tmp_path / "two", cached)
     again.restore()
-    assert again.step == 14
+    assert again.step == 10
     again.run()
     one, two = (load_file(tmp_path / x / "last.safetensors") for x in ("one", "two"))
     assert all(torch.equal(one[name], x) for name, x in two.items())
@@ -272,7 +275,7 @@ def test_another_teacher_or_library_is_refused(
     (tmp_path / "moved.safetensors").write_bytes(file.read_bytes())
     moved = config(tmp_path / "moved.safetensors", cache=caches["whole"])
     cache, notes = preflight.open_cache(moved, splits)
-    assert cache and not notes
+    assert cache and len(notes) == 1
     # weights that are not here: the name counts
     gone = config(tmp_path / "gone.safetensors", cache=caches["whole"])
     with pytest.raises(CacheError, match=r"another teacher\.name: .* there, .*gone"):
@@ -348,9 +351,8 @@ def test_a_run_with_a_cache(
         return task
 
     monkeypatch.setattr(DistillationTask, "create", create)
-    run = [*RUN, *of_folder, "run.max_steps=4", "run.log_every=2", "run.baseline=true"]
+    run = [*RUN, *of_folder, "run.max_steps=4", "run.log_every=2"]
     cached = config(teacher, *run, f"run.folder={tmp_path / 'run'}", cache=tmp_path / "cache")
-    distill(cached, dry_run=True)
     found = distill(cached)
     assert re.search(r"2 epochs in .*, 3 of 10 classes; top-1 \d\d\.\d%", capsys.readouterr().out)
     rows = {row["role"]: row for row in found["models"]}
@@ -358,13 +360,18 @@ def test_a_run_with_a_cache(
     assert rows["teacher"]["mean"]["top1"] > 0.2
     assert "agreement" in rows["distilled"]["mean"]
     assert not any("teacher.cache" in note for note in found["notes"])
+    assert any("3 of 10 classes, 2 epochs of" in note for note in found["notes"])
     begun = json.loads((tmp_path / "run" / "data.json").read_text())
     assert begun["cache"] == Plan.read(tmp_path / "cache").fingerprint
-    # on a machine without the weights
+    # on a machine without the weights, from another folder, and from one file of the images
     teacher.rename(tmp_path / "elsewhere.safetensors")
-    cached = config(teacher, *run, f"run.folder={tmp_path / 'other'}", cache=tmp_path / "cache")
+    pack.write(tmp_path / "train.pack", pack.choose(f"{image_folder}/train"))
+    run += [f"run.folder={tmp_path / 'other'}", "run.baseline=false"]
+    run += [f"data.train={os.path.relpath(tmp_path / 'train.pack')}"]
+    cached = config(teacher, *run, cache=tmp_path / "cache")
+    distill(cached, dry_run=True)
     found = distill(cached)
-    assert [row["role"] for row in found["models"]] == ["baseline", "distilled"]
+    assert [row["role"] for row in found["models"]] == ["distilled"]
     assert any("are not here" in note for note in found["notes"])
     one, two = (load_file(tmp_path / x / "distilled-3/last.safetensors") for x in ("run", "other"))
     assert all(torch.equal(one[name], x) for name, x in two.items())

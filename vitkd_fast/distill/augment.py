@@ -28,6 +28,7 @@ from .. import _int8
 from .._preprocessing import Array
 from .config import Augmentation, ConfigError, Data
 
+VERSION = 1  # of what is drawn and computed here: caches of a teacher's outputs name it
 _ATTEMPTS = 10
 _DRAWS = 64  # of an image
 _CROP, _FLIP, _COLOUR, _ERASE, _SEED = slice(22), 22, slice(23, 27), slice(27, 50), 63  # of these

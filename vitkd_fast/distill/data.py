@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -322,7 +322,7 @@ class Loader:
 
 
 def of_keys(
-    source: Source, transform: Any, data: Data, drawn: Drawn, keys: list[list[tuple[int, int]]]
+    source: Source, transform: Any, data: Data, drawn: Drawn, keys: Iterable[list[tuple[int, int]]]
 ) -> Iterator[Batch]:
     """A batch for each list of (epoch, index), without what `data.skip_bad` leaves out.
 

@@ -153,11 +153,17 @@ def open_cache(config: Config, splits: sources.Splits) -> tuple[CachedTeacher | 
                 f"losses.{name}: {why}; {config.teacher.cache} holds {record['topk']} of "
                 f"{record['classes']} classes"
             )
+    plan = cache.plan
+    note = (
+        f"The teacher was asked before: {plan.record['topk']} of {plan.record['classes']} classes, "
+        f"{plan.epochs} epochs of augmentations."
+    )
     if teacher is not None:
-        return cache, []
+        return cache, [note]
     return cache, [
+        note,
         f"teacher.cache: the weights of {config.teacher.model} are not here: they were not "
-        "compared with the cache's, and the teacher has no row"
+        "compared with the cache's, and the teacher has no row",
     ]
 
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from .. import models
 from . import data, identity, optim, preflight, probe, sources
-from .cache import Plan
 from .cache.read import CachedTeacher
 from .config import Config, ConfigError, Teacher
 from .runtime import Runtime
@@ -33,11 +32,11 @@ class Prepared:
         self.probe = sources.open_probe(config.data)
         self.scored = self.probe or self.splits  # what models are scored on
         self.fingerprint = identity.fingerprint(self.splits)
-        if config.teacher.cache:
-            self.fingerprint["cache"] = Plan.read(Path(config.teacher.cache)).fingerprint
+        self.cache, notes = preflight.open_cache(config, self.splits)
+        if self.cache:
+            self.fingerprint["cache"] = self.cache.plan.fingerprint
         if resumes and (begun := self.folder / "data.json").exists():
             identity.check_resumed(json.loads(begun.read_text()), self.fingerprint)
-        self.cache, notes = preflight.open_cache(config, self.splits)
         self.teachers = [] if self.cache else preflight.create_teachers(config, self.classes)
         for (name, section), teacher in self.named_teachers():
             origin, used = models.Origin.of(teacher), preflight.pixels(config, teacher)

@@ -7,9 +7,10 @@ not depend on ranks, workers, or on where an interrupted run went on. What is th
 from __future__ import annotations
 
 import fcntl
+import itertools
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,10 +58,11 @@ class Maker:
     def __init__(self, config: Config, runtime: Runtime, options: Options) -> None:
         if why := config.why_uncached():
             raise ConfigError(why)
-        if config.teacher.cache:
-            raise ConfigError("teacher.cache: expected none, as one is made or asked again here")
         if not config.all_teachers():
             raise ConfigError("teacher.model: missing, and a cache is of a teacher")
+        # which is asked here, also where runs of this configuration do not
+        teacher = next(iter(config.all_teachers().values())).model_copy(update={"cache": ""})
+        config = config.model_copy(update={"teacher": teacher, "teachers": []})
         self.config, self.runtime = config, runtime
         splits = sources.open_data(config.data, config.student.options.get("num_classes"))
         self.source, shared = splits.train, sections(config, splits)
@@ -113,28 +115,28 @@ class Maker:
     def ask(self, images: Tensor) -> TapOutputs:
         return self.taps(images.to(self.runtime.device))
 
-    def batches(self, keys: list[list[tuple[int, int]]]) -> Iterator[data.Batch]:
+    def batches(self, keys: Iterable[list[tuple[int, int]]]) -> Iterator[data.Batch]:
         """Of (epoch, index) keys, as a run of this plan augments them."""
         return data.of_keys(self.source, self.transform, self.config.data, self.drawn, keys)
 
-    def keys(self, place: Place) -> list[list[tuple[int, int]]]:
+    def keys(self, place: Place) -> Iterator[list[tuple[int, int]]]:
         """Of a shard, batch by batch."""
         rows, size = self.plan.rows_of(place), self.plan.batch_size
-        keys = [(place.epoch, index) for index in rows]
-        return [keys[i : i + size] for i in range(0, len(keys), size)]
+        for i in range(0, len(rows), size):
+            yield [(place.epoch, index) for index in rows[i : i + size]]
 
     def make(self, places: Sequence[Place]) -> Iterator[tuple[Place, dict[str, Any]]]:
         """The columns of each shard; the images of all are read in one stream."""
-        every = [self.keys(place) for place in places]
-        batches = self.batches([batch for keys in every for batch in keys])
-        for place, keys in zip(places, every, strict=True):
+        # an iterator: the keys of all epochs would not fit
+        batches = self.batches(itertools.chain.from_iterable(map(self.keys, places)))
+        for place in places:
             rows = self.plan.rows_of(place)
             columns = {
                 name: np.zeros((len(rows), *column.shape), column.dtype)
                 for name, column in self.plan.columns.items()
             }
             columns["log_sum_exp"][:] = np.nan  # until an image is read
-            for _ in keys:
+            for _ in self.keys(place):
                 batch = next(batches)
                 if len(batch.indices):
                     where = batch.indices.numpy() - rows.start

@@ -96,11 +96,13 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that is above: two caches of one fingerprint hold the same."""
-        return hashlib.sha256(self.text().encode()).hexdigest()
+        """SHA-256 of all but the teacher's name: caches of one fingerprint hold the same."""
+        return hashlib.sha256(json.dumps(self._tree(), sort_keys=True).encode()).hexdigest()
 
-    def text(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True, indent=1) + "\n"
+    def _tree(self) -> dict[str, Any]:
+        # one machine's path to the weights is not another's
+        teacher = {key: value for key, value in self.teacher.items() if key != "name"}
+        return asdict(self) | {"teacher": teacher}
 
     @cached_property
     def columns(self) -> dict[str, Column]:
@@ -181,7 +183,7 @@ class Plan:
 
     def differences(self, other: Plan) -> list[str]:
         """Each key in which another plan differs, with both values."""
-        return _differences("", asdict(self), asdict(other))
+        return _differences("", self._tree(), other._tree())
 
     def unlike(self, expected: dict[str, Any]) -> list[str]:
         """Likewise, of sections such as {"data": {...}}: the keys that are expected."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 
 from ... import models
 from ...images import DataError
-from .. import identity, sources
+from .. import augment, sources
 from ..config import Config
 from .plan import CacheError, Plan
 
@@ -30,22 +32,29 @@ def sections(config: Config, splits: sources.Splits) -> dict[str, dict[str, Any]
             f"data.dataset: {config.data.dataset} streams: its images have no index by which a "
             "cache of a teacher's outputs could be read"
         )
-    names = identity.fingerprint(splits)
-    classes = hashlib.sha256("\n".join(splits.classes).encode()).hexdigest()
-    augmentation = config.augmentation.model_dump(
-        include={"scale", "ratio", "hflip", "color_jitter", "auto_augment"}
-    )
+    train = splits.train
+    names = [train.name(i) for i in range(len(train))]
+    root = os.path.commonpath(names)  # may move, and be given from another folder
+    # mixing is not of an image, and a cache has none
+    mixing = {"mixup", "cutmix", "mix_prob", "switch_prob", "mix_mode"}
     return {
         "data": {
-            "images": names["train"]["images"],
-            "names": names["train"]["names"],
-            "classes": classes,
+            "images": len(train),
+            "names": _digest(name.removeprefix(root) for name in names),
+            "classes": _digest(splits.classes),
             "image_size": config.data.image_size,
             "interpolation": config.data.interpolation,
         },
-        "augmentation": augmentation,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "augmentation": config.augmentation.model_dump(exclude=mixing),
+        "versions": {
+            **{name: version(name) for name in LIBRARIES},
+            "augmentation": str(augment.VERSION),
+        },
     }
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def weights(model: nn.Module) -> str:
