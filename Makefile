@@ -53,6 +53,7 @@ test test-all test-arm test-triton: export OMP_NUM_THREADS ?= 1
 test: install  ## the tests for every day
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
+test-all: export VITKD_SAMPLE_SLOW_PATHS ?= 1
 test-all: install  ## every test
 	$(BIN)/pytest $(PARALLEL)
 

@@ -19,8 +19,8 @@ from timm.data.transforms_factory import create_transform
 
 from support.pillow_tools import rows_first
 from vitkd_fast import images, models
+from vitkd_fast.distill.augment import Augment
 from vitkd_fast.distill.config import Augmentation, Data
-from vitkd_fast.distill.data import train_transform
 from vitkd_fast.images import DataError, open_rgb
 
 HALF = (0.5, 0.5, 0.5)
@@ -192,12 +192,12 @@ def test_a_strip_is_another_image(crop_pct: float, interpolation: str) -> None:
 
 
 def test_a_strip_takes_no_more_memory_than_a_photograph() -> None:
-    train = train_transform(Data(), Augmentation(auto_augment="rand-m9-mstd0.5"))
+    train = Augment(Data(), Augmentation(auto_augment="rand-m9-mstd0.5"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for shape in ((12000, 1, 3), (1, 12000, 3)):  # whole, 2.4 GB
         image = Image.fromarray(noise(*shape))
         assert images.prepare(image, models.Pixels(224, HALF, HALF, "bicubic", 0.875)).any()
-        assert np.asarray(train(image)).shape == (3, 224, 224)
+        assert train([np.asarray(image)], 0, [0]).shape == (1, 224, 224, 3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 

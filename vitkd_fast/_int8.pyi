@@ -65,6 +65,25 @@ def prepare(
     isa: str = "",
     out: NDArray[np.uint8],
 ) -> None: ...
+
+# boxes of frames [H, W, 3], int64 [N, 5]: top, left, height, width, flip; out [N, h, w, 3]
+def crop(
+    frames: list[NDArray[np.uint8]],
+    boxes: NDArray[np.int64],
+    *,
+    interpolation: str,
+    isa: str = "",
+    out: NDArray[np.uint8],
+) -> None: ...
+
+# images [N, h, w, 3], in place; factors of brightness, contrast, saturation and their order [N, 3]
+def jitter(
+    images: NDArray[np.uint8],
+    factors: NDArray[np.float32],
+    orders: NDArray[np.uint8],
+    *,
+    isa: str = "",
+) -> None: ...
 def isa() -> list[str]: ...
 def vnni_peak(seconds: float) -> float: ...
 def fma_peak(seconds: float) -> float: ...

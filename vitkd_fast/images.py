@@ -7,6 +7,7 @@ bytes of Pillow 12.3 whatever Pillow is installed (13.0 gives others for some sh
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections import Counter
@@ -94,9 +95,14 @@ def open_rgb(file: str | Path | IO[bytes]) -> Image.Image:
     Raises:
         UNREADABLE: a damaged image, or 32-bit integers or floats, whose range is unknown.
     """
+    return Image.fromarray(open_pixels(file))
+
+
+def open_pixels(file: str | Path | IO[bytes]) -> Array:
+    """`open_rgb` as uint8 [H, W, 3]."""
     with Image.open(file) as image:
         pixels = _turbo(image)
-        return to_rgb(image) if pixels is None else Image.fromarray(pixels)
+        return np.asarray(to_rgb(image)) if pixels is None else pixels
 
 
 def _turbo(image: ImageFile.ImageFile) -> Array | None:
@@ -105,9 +111,7 @@ def _turbo(image: ImageFile.ImageFile) -> Array | None:
     Both are libjpeg-turbo with its exact transforms. CMYK, which they convert differently, and what
     is damaged stay Pillow's.
     """
-    if simplejpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
-        return None
-    if _turn(image) is not None:
+    if simplejpeg is None or not _is_plain(image):
         return None
     assert image.fp is not None
     image.fp.seek(0)
@@ -115,6 +119,26 @@ def _turbo(image: ImageFile.ImageFile) -> Array | None:
         return simplejpeg.decode_jpeg(image.fp.read())
     except ValueError:
         return None
+
+
+def _is_plain(image: ImageFile.ImageFile) -> bool:
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and _turn(image) is None
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether the bytes of a file are those of an upright JPEG that simplejpeg may decode."""
+    with Image.open(io.BytesIO(data)) as image:
+        return _is_plain(image)
+
+
+def decode(data: Array, plain: bool) -> Array:
+    """`open_pixels` of a file's bytes, uint8 [N], of which `is_plain` is known."""
+    if plain and simplejpeg is not None:
+        try:
+            return simplejpeg.decode_jpeg(data)
+        except ValueError:
+            pass  # Pillow decodes it, or says what is wrong
+    return open_pixels(io.BytesIO(data.tobytes()))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -34,55 +34,19 @@ struct Kernels {
 }  // namespace
 }  // namespace vitkd::at
 
-#if defined(__x86_64__)
-VITKD_TARGET_BEGIN(VITKD_AVX512)
-namespace vitkd::at::avx512 {
-namespace {
-using Real = float;
-using vitkd::avx512::Vec;
-#include "cpu/at.inl"
-}  // namespace
-}  // namespace vitkd::at::avx512
-VITKD_TARGET_END
-
-VITKD_TARGET_BEGIN(VITKD_AVX2)
-namespace vitkd::at::avx2 {
-namespace {
-using Real = float;
-using vitkd::avx2::Vec;
-#include "cpu/at.inl"
-}  // namespace
-}  // namespace vitkd::at::avx2
-VITKD_TARGET_END
-#endif
+#define VITKD_NAMESPACE vitkd::at
+#define VITKD_KERNELS "cpu/at.inl"
+#include "simd/each_isa.h"
 
 namespace vitkd::at {
 namespace {
 
-namespace float32 {
-using Real = float;
-using Vec = One<float>;
-#include "cpu/at.inl"
-}  // namespace float32
-
-namespace float64 {
-using Real = double;
-using Vec = One<double>;
-#include "cpu/at.inl"
-}  // namespace float64
-
 template <class A>
 Kernels<A> selected_kernels() {
-  if constexpr (std::is_same_v<A, double>) {
+  if constexpr (std::is_same_v<A, double>)
     return float64::kKernels;
-  } else {
-#if defined(__x86_64__)
-    const Isa isa = selected_isa();
-    if (contains(isa, Isa::avx512)) return avx512::kKernels;
-    if (contains(isa, Isa::avx2)) return avx2::kKernels;
-#endif
-    return float32::kKernels;
-  }
+  else
+    return VITKD_BEST(kKernels, float32::kKernels);
 }
 
 template <class A>

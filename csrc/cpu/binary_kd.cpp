@@ -24,103 +24,27 @@ namespace {
 constexpr int64_t kBlock = 512;  // numbers of an input in L1
 
 template <class A>
-One<A> minus_abs(One<A> x) {
-  return One<A>{-std::abs(x.v)};
-}
-template <class A>
-One<A> select_negative(One<A> x, One<A> a, One<A> b) {
-  return x.v < 0 ? a : b;
-}
-template <class A>
-One<A> log_ratio(One<A> z) {
-  return One<A>{2 * std::atanh(z.v)};
-}
-
-// atanh(z) / z = 1 + z^2 P(z^2) for |z| <= 1/3, relative error 5e-9
-constexpr float kAtanhPoly[] = {0.14012223482f, 0.13999570906f, 0.20010849833f, 0.33333206177f};
-
-}  // namespace
-}  // namespace vitkd::binary_kd
-
-namespace vitkd::binary_kd::float64 {
-namespace {
-using Real = double;
-using Vec = One<double>;
-#include "cpu/binary_kd.inl"
-}  // namespace
-}  // namespace vitkd::binary_kd::float64
-
-namespace vitkd::binary_kd::float32 {
-namespace {
-using Real = float;
-using Vec = One<float>;
-#include "cpu/binary_kd.inl"
-}  // namespace
-}  // namespace vitkd::binary_kd::float32
-
-#if defined(__x86_64__)
-VITKD_TARGET_BEGIN(VITKD_AVX512)
-namespace vitkd::binary_kd::avx512 {
-namespace {
-using Real = float;
-using vitkd::avx512::Vec;
-VITKD_INLINE Vec minus_abs(Vec x) { return _mm512_or_ps(x.v, _mm512_set1_ps(-0.0f)); }
-VITKD_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
-  return _mm512_mask_mov_ps(b.v, _mm512_movepi32_mask(_mm512_castps_si512(x.v)), a.v);
-}
-VITKD_INLINE Vec log_ratio(Vec z) {
-  const Vec w = z * z, twice = z + z;
-  Vec y{kAtanhPoly[0]};
-  for (int i = 1; i < 4; ++i) y = fma(y, w, Vec{kAtanhPoly[i]});
-  return fma(twice * w, y, twice);
-}
-//
-#include "cpu/binary_kd.inl"
-}  // namespace
-}  // namespace vitkd::binary_kd::avx512
-VITKD_TARGET_END
-
-VITKD_TARGET_BEGIN(VITKD_AVX2)
-namespace vitkd::binary_kd::avx2 {
-namespace {
-using Real = float;
-using vitkd::avx2::Vec;
-VITKD_INLINE Vec minus_abs(Vec x) { return _mm256_or_ps(x.v, _mm256_set1_ps(-0.0f)); }
-VITKD_INLINE Vec select_negative(Vec x, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, x.v); }
-VITKD_INLINE Vec log_ratio(Vec z) {
-  const Vec w = z * z, twice = z + z;
-  Vec y{kAtanhPoly[0]};
-  for (int i = 1; i < 4; ++i) y = fma(y, w, Vec{kAtanhPoly[i]});
-  return fma(twice * w, y, twice);
-}
-//
-#include "cpu/binary_kd.inl"
-}  // namespace
-}  // namespace vitkd::binary_kd::avx2
-VITKD_TARGET_END
-#endif
-
-namespace vitkd::binary_kd {
-namespace {
-
-template <class A>
 struct Kernels {
   void (*run_parts)(const Call<A>&, Pass, int64_t begin, int64_t end);
   void (*sum_weights)(const Call<A>&, int64_t begin, int64_t end);
 };
 
+}  // namespace
+}  // namespace vitkd::binary_kd
+
+#define VITKD_NAMESPACE vitkd::binary_kd
+#define VITKD_KERNELS "cpu/binary_kd.inl"
+#include "simd/each_isa.h"
+
+namespace vitkd::binary_kd {
+namespace {
+
 template <class A>
 Kernels<A> selected_kernels() {
-  if constexpr (std::is_same_v<A, double>) {
-    return {float64::run_parts, float64::sum_weights};
-  } else {
-#if defined(__x86_64__)
-    const Isa isa = selected_isa();
-    if (contains(isa, Isa::avx512)) return {avx512::run_parts, avx512::sum_weights};
-    if (contains(isa, Isa::avx2)) return {avx2::run_parts, avx2::sum_weights};
-#endif
-    return {float32::run_parts, float32::sum_weights};
-  }
+  if constexpr (std::is_same_v<A, double>)
+    return float64::kKernels;
+  else
+    return VITKD_BEST(kKernels, float32::kKernels);
 }
 
 template <class A, class F>

@@ -180,3 +180,5 @@ void sum_weights(const Call<Real>& c, int64_t begin, int64_t end) {
     }
   }
 }
+
+constexpr Kernels<Real> kKernels{run_parts, sum_weights};

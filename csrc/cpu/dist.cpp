@@ -50,25 +50,10 @@ struct Kernels {
 }  // namespace
 }  // namespace vitkd::dist
 
-#if defined(__x86_64__)
-VITKD_TARGET_BEGIN(VITKD_AVX512)
-namespace vitkd::dist::avx512 {
-namespace {
-using vitkd::avx512::Vec;
-#include "cpu/dist.inl"
-}  // namespace
-}  // namespace vitkd::dist::avx512
-VITKD_TARGET_END
-
-VITKD_TARGET_BEGIN(VITKD_AVX2)
-namespace vitkd::dist::avx2 {
-namespace {
-using vitkd::avx2::Vec;
-#include "cpu/dist.inl"
-}  // namespace
-}  // namespace vitkd::dist::avx2
-VITKD_TARGET_END
-#endif
+#define VITKD_NAMESPACE vitkd::dist
+#define VITKD_KERNELS "cpu/dist.inl"
+#define VITKD_REGISTERS_ONLY
+#include "simd/each_isa.h"
 
 namespace vitkd::dist {
 namespace {
@@ -121,14 +106,10 @@ struct Scalar : ScalarRow<A> {
 
 template <class A>
 Kernels<A> selected_kernels() {
-#if defined(__x86_64__)
-  if constexpr (std::is_same_v<A, float>) {
-    const Isa isa = selected_isa();
-    if (contains(isa, Isa::avx512)) return avx512::kKernels;
-    if (contains(isa, Isa::avx2)) return avx2::kKernels;
-  }
-#endif
-  return Scalar<A>::kKernels;
+  if constexpr (std::is_same_v<A, double>)
+    return Scalar<A>::kKernels;
+  else
+    return VITKD_BEST(kKernels, Scalar<A>::kKernels);
 }
 
 // Rows [begin, end): their stats, and their columns' sums in `columns` [5, classes].

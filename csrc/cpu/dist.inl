@@ -8,7 +8,7 @@ constexpr int64_t kBlock = 1024;  // classes whose sums stay in registers
 inline float exponentials(float* x, int64_t n, float max_in, float inv_t, const char* next,
                           int64_t size) {
   const Vec max_x{max_in};
-  const Scale at_t(inv_t);
+  const Scale at_t(Vec{inv_t});
   const int64_t step = kLanes * size;
   double sum = 0;
   for (int64_t from = 0; from < padded(n); from += kBlock) {
@@ -61,7 +61,7 @@ inline Moments<float> add_row(const float* e_s, const float* e_t, float by_s, fl
 inline float slopes(float* s, float* t, const Stats<float>& st, const RowFactors<float>& f,
                     const float* columns, int64_t n, const Ahead& ahead) {
   const Vec max_s{st.max_s}, max_t{st.max_t}, by_s{std::exp(-st.log_s)}, by_t{std::exp(-st.log_t)};
-  const Scale at_t(f.inv_t);
+  const Scale at_t(Vec{f.inv_t});
   const Vec uniform{f.uniform}, row_q{f.q}, row_p{f.p};
   const int64_t width = padded(n), step_s = kLanes * ahead.s_size, step_t = kLanes * ahead.t_size;
   const char *next_s = ahead.s, *next_t = ahead.t, *grad = ahead.grad;

@@ -106,50 +106,23 @@ void scalar_rows(const Call<A>& c, Pass pass, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace vitkd::kd
 
-#if defined(__x86_64__)
-VITKD_TARGET_BEGIN(VITKD_AVX512)
-namespace vitkd::kd::avx512 {
-namespace {
-using vitkd::avx512::Vec;
-using Real = float;
-#include "cpu/rows.inl"
-//
-#include "cpu/kd.inl"
-}  // namespace
-}  // namespace vitkd::kd::avx512
-VITKD_TARGET_END
-
-VITKD_TARGET_BEGIN(VITKD_AVX2)
-namespace vitkd::kd::avx2 {
-namespace {
-using vitkd::avx2::Vec;
-using Real = float;
-#include "cpu/rows.inl"
-//
-#include "cpu/kd.inl"
-}  // namespace
-}  // namespace vitkd::kd::avx2
-VITKD_TARGET_END
-#endif
+#define VITKD_NAMESPACE vitkd::kd
+#define VITKD_KERNELS "cpu/kd.inl"
+#define VITKD_REGISTERS_ONLY
+#include "simd/each_isa.h"
 
 namespace vitkd::kd {
 namespace {
 
 template <class A>
 void run(const Call<A>& c, Layout layout, Pass pass) {
-  rows::run(c, layout, pass, [](Layout layout) -> rows::Kernel<Call<A>> {
-#if defined(__x86_64__)
+  rows::run(c, layout, pass, [](Layout layout) {
+    const rows::Kernel<Call<A>> scalar{scalar_rows<A>};
     if constexpr (std::is_same_v<A, float>) {
-      const Isa isa = selected_isa();
-      const bool wide = contains(isa, Isa::avx512), narrow = contains(isa, Isa::avx2);
-      if (narrow && layout == Layout::kRows) return {wide ? avx512::run_rows : avx2::run_rows};
-      if (narrow && layout == Layout::kColumns) {
-        if (wide) return {avx512::run_columns, avx512::kLanes};
-        return {avx2::run_columns, avx2::kLanes};
-      }
+      if (layout == Layout::kRows) return VITKD_BEST(kRows, scalar);
+      if (layout == Layout::kColumns) return VITKD_BEST(kColumns, scalar);
     }
-#endif
-    return {scalar_rows<A>};
+    return scalar;
   });
 }
 

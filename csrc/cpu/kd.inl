@@ -2,6 +2,7 @@
 // A block is [steps][kLanes] floats in L1: of one row (kRows: lanes are classes, sums go across
 // them) or of kLanes rows at once (kColumns: lanes are rows, for a class dimension that is
 // strided).
+#include "cpu/rows.inl"
 
 struct Factors {  // per lane: gradient = s * e_s - t * e_t + one * e_1 - uniform
   Vec s, t, one, uniform;
@@ -9,6 +10,7 @@ struct Factors {  // per lane: gradient = s * e_s - t * e_t + one * e_1 - unifor
 
 struct Origin {  // per lane: what exponentials are relative to
   Vec max_s, max_t, inv_t;
+  Scale by;  // of inv_t
 };
 
 struct Point {  // per lane: the same with the log-sums, for softmaxes
@@ -35,12 +37,10 @@ struct Block {
 template <int kCe, bool kMasked>
 VITKD_INLINE void sum_step(LaneSums& sums, Vec s, Vec t, const Origin& at, const Block& block,
                            int64_t i, Vec::Mask live) {
-  const Vec d = s - at.max_s;
-  const Vec u = d * at.inv_t;
-  const Vec v = (t - at.max_t) * at.inv_t;
-  Vec::Mask normal;
-  const Vec e_s = exp(u);
-  const Vec e_t = exp(v, normal);
+  const Vec d = s - at.max_s, d_t = t - at.max_t;
+  const Vec u = d * at.inv_t, v = d_t * at.inv_t;
+  const Vec e_s = exp_scaled(d, at.by);
+  const Vec e_t = exp_scaled(d_t, at.by);
   sums.sum_s = sums.sum_s + e_s;
   sums.sum_t = sums.sum_t + e_t;
   if constexpr (kMasked) {
@@ -48,7 +48,7 @@ VITKD_INLINE void sum_step(LaneSums& sums, Vec s, Vec t, const Origin& at, const
     const Vec dot = fma(max(Vec{FLT_MIN}, e_t), v - u, sums.dot);
     sums.dot = select(not_equal(v, Vec{-INFINITY}), dot, sums.dot);
   } else {
-    sums.dot = select(normal, fma(e_t, v - u, sums.dot), sums.dot);
+    sums.dot = fma(e_t, max(Vec{-FLT_MAX}, v - u), sums.dot);  // 0 where v is -inf
   }
   e_s.store(block.e_s + i * kLanes);
   e_t.store(block.e_t + i * kLanes);
@@ -63,7 +63,7 @@ VITKD_INLINE void sum_step(LaneSums& sums, Vec s, Vec t, const Origin& at, const
 // Sums over a block whose first `steps` vectors are read in place and whose last, if there is a
 // rest, was staged in e_s and e_t.
 template <int kCe, bool kMasked>
-LaneSums sum_block(const Block& block, int64_t steps, int64_t rest, const Origin& at) {
+LaneSums sum_block(const Block block, int64_t steps, int64_t rest, const Origin at) {
   const Vec zero{0.f};
   LaneSums sums{zero, zero, zero, zero, zero};
   for (int64_t i = 0; i < steps; ++i) {
@@ -74,10 +74,9 @@ LaneSums sum_block(const Block& block, int64_t steps, int64_t rest, const Origin
     sum_step<kCe, kMasked>(sums, Vec::load(block.s + i * kLanes), Vec::load(block.t + i * kLanes),
                            at, block, i, Vec::first(kLanes));
   }
-  if (rest) {
-    sum_step<kCe, kMasked>(sums, Vec::load(block.e_s + steps * kLanes),
-                           Vec::load(block.e_t + steps * kLanes), at, block, steps,
-                           Vec::first(rest));
+  if (rest) {  // which ends with -inf
+    sum_step<kCe, true>(sums, Vec::load(block.e_s + steps * kLanes),
+                        Vec::load(block.e_t + steps * kLanes), at, block, steps, Vec::first(rest));
   }
   return sums;
 }
@@ -109,7 +108,7 @@ void grad_block(float* out, const float* s, const float* t, int64_t steps, const
   }
 }
 
-using SumBlock = LaneSums (*)(const Block&, int64_t, int64_t, const Origin&);
+using SumBlock = LaneSums (*)(Block, int64_t, int64_t, Origin);
 using ScaleBlock = void (*)(float*, const Block&, int64_t, int64_t, const Factors&);
 using GradBlock = void (*)(float*, const float*, const float*, int64_t, const Point&,
                            const Factors&);
@@ -203,7 +202,7 @@ inline void run_rows(const Call<float>& c, Pass pass, int64_t begin, int64_t end
         const auto [s, t] = load(block, from, steps, rest);
         max = {reduce_max(s.top), reduce_max(t.top)};
         const bool masked = any_equal(s.bottom, Vec{-INFINITY});
-        const Origin at{Vec{max.s}, Vec{max.t}, Vec{inv_t}};
+        const Origin at{Vec{max.s}, Vec{max.t}, Vec{inv_t}, Scale(Vec{inv_t})};
         const LaneSums lanes = kSumBlock[masked][kind](block, steps, rest, at);
         const Sums<float> part{max.s,
                                max.t,
@@ -313,8 +312,8 @@ inline void run_columns(const Call<float>& c, Pass pass, int64_t begin, int64_t 
         expected[l] =
             hard_logit(target, scratch.s[target.a * kLanes + l], scratch.s[target.b * kLanes + l]);
       }
-      const LaneSums sums =
-          kSumBlock[masked][kind](block, classes, 0, {at.max_s, at.max_t, at.inv_t});
+      const LaneSums sums = kSumBlock[masked][kind](
+          block, classes, 0, {at.max_s, at.max_t, at.inv_t, Scale(at.inv_t)});
       at.log_s = log(sums.sum_s);
       at.log_t = log(sums.sum_t);
       inv_s = Vec{1.f} / sums.sum_s;
@@ -372,3 +371,5 @@ inline void run_columns(const Call<float>& c, Pass pass, int64_t begin, int64_t 
     }
   }
 }
+
+constexpr rows::Kernel<Call<float>> kRows{run_rows}, kColumns{run_columns, kLanes};

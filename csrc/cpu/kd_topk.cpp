@@ -49,25 +49,10 @@ struct Kernels {
 }  // namespace
 }  // namespace vitkd::kd_topk
 
-#if defined(__x86_64__)
-VITKD_TARGET_BEGIN(VITKD_AVX512)
-namespace vitkd::kd_topk::avx512 {
-namespace {
-using vitkd::avx512::Vec;
-#include "cpu/kd_topk.inl"
-}  // namespace
-}  // namespace vitkd::kd_topk::avx512
-VITKD_TARGET_END
-
-VITKD_TARGET_BEGIN(VITKD_AVX2)
-namespace vitkd::kd_topk::avx2 {
-namespace {
-using vitkd::avx2::Vec;
-#include "cpu/kd_topk.inl"
-}  // namespace
-}  // namespace vitkd::kd_topk::avx2
-VITKD_TARGET_END
-#endif
+#define VITKD_NAMESPACE vitkd::kd_topk
+#define VITKD_KERNELS "cpu/kd_topk.inl"
+#define VITKD_REGISTERS_ONLY
+#include "simd/each_isa.h"
 
 namespace vitkd::kd_topk {
 namespace {
@@ -109,14 +94,10 @@ struct Scalar : ScalarRow<A> {
 
 template <class A>
 Kernels<A> selected_kernels() {
-#if defined(__x86_64__)
-  if constexpr (std::is_same_v<A, float>) {
-    const Isa isa = selected_isa();
-    if (contains(isa, Isa::avx512)) return avx512::kKernels;
-    if (contains(isa, Isa::avx2)) return avx2::kKernels;
-  }
-#endif
-  return Scalar<A>::kKernels;
+  if constexpr (std::is_same_v<A, double>)
+    return Scalar<A>::kKernels;
+  else
+    return VITKD_BEST(kKernels, Scalar<A>::kKernels);
 }
 
 // A row in the accumulation type, its exponentials at T = 1, and five numbers for each of the K.

@@ -12,7 +12,7 @@ template <bool kOne, bool kTotal>
 void exponentials_of(float* x, float* e_1, int64_t n, float inv_t, const Ahead& ahead,
                      Part<float>& to) {
   const Vec max_x{to.max}, zero{0.f}, masked{-INFINITY};
-  const Scale at_t(inv_t), at_1(1);
+  const Scale at_t(Vec{inv_t}), at_1(Vec{1.f});
   const char *next = ahead.next, *grad = ahead.grad;
   const int64_t step = kLanes * ahead.size;
   double sum = 0, sum_1 = 0, total = 0;

@@ -65,69 +65,19 @@ struct Kernels {
 }  // namespace
 }  // namespace vitkd::rkd
 
-#if defined(__x86_64__)
-VITKD_TARGET_BEGIN(VITKD_AVX512)
-namespace vitkd::rkd::avx512 {
-namespace {
-using Real = float;
-using vitkd::avx512::Vec;
-VITKD_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }
-// the smaller one of |x| and 1, with the sign of x
-VITKD_INLINE Vec clamp_to_1(Vec x) { return _mm512_range_ps(x.v, _mm512_set1_ps(1), 2); }
-#include "cpu/rkd.inl"
-}  // namespace
-}  // namespace vitkd::rkd::avx512
-VITKD_TARGET_END
-
-VITKD_TARGET_BEGIN(VITKD_AVX2)
-namespace vitkd::rkd::avx2 {
-namespace {
-using Real = float;
-using vitkd::avx2::Vec;
-VITKD_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }
-VITKD_INLINE Vec clamp_to_1(Vec x) { return min(Vec{1.f}, max(Vec{-1.f}, x)); }
-#include "cpu/rkd.inl"
-}  // namespace
-}  // namespace vitkd::rkd::avx2
-VITKD_TARGET_END
-#endif
+#define VITKD_NAMESPACE vitkd::rkd
+#define VITKD_KERNELS "cpu/rkd.inl"
+#include "simd/each_isa.h"
 
 namespace vitkd::rkd {
 namespace {
 
 template <class A>
-One<A> fnma(One<A> a, One<A> b, One<A> c) {
-  return c - a * b;
-}
-template <class A>
-One<A> clamp_to_1(One<A> x) {
-  return One<A>{rkd::clamp_to_1(x.v)};
-}
-
-namespace float32 {
-using Real = float;
-using Vec = One<float>;
-#include "cpu/rkd.inl"
-}  // namespace float32
-
-namespace float64 {
-using Real = double;
-using Vec = One<double>;
-#include "cpu/rkd.inl"
-}  // namespace float64
-
-template <class A>
 Kernels<A> selected_kernels() {
-  if constexpr (std::is_same_v<A, double>) {
+  if constexpr (std::is_same_v<A, double>)
     return float64::kKernels;
-  } else {
-#if defined(__x86_64__)
-    const Isa isa = selected_isa();
-    if (contains(isa, Isa::avx512)) return avx512::kKernels;
-    if (contains(isa, Isa::avx2)) return avx2::kKernels;
-#endif
-    return float32::kKernels;
-  }
+  else
+    return VITKD_BEST(kKernels, float32::kKernels);
 }
 
 // The operands of a call, and the work of a chunk.

@@ -23,59 +23,9 @@ namespace vitkd::row_loss {
 using rows::Pass;
 }
 
-namespace vitkd::row_loss::float64 {
-namespace {
-using Real = double;
-using Vec = vitkd::One<double>;
-#include "math/row_loss.inl"
-//
-#include "cpu/rows.inl"
-//
-#include "cpu/row_loss.inl"
-}  // namespace
-}  // namespace vitkd::row_loss::float64
-
-namespace vitkd::row_loss::float32 {
-namespace {
-using Real = float;
-using Vec = vitkd::One<float>;
-#include "math/row_loss.inl"
-//
-#include "cpu/rows.inl"
-//
-#include "cpu/row_loss.inl"
-}  // namespace
-}  // namespace vitkd::row_loss::float32
-
-#if defined(__x86_64__)
-VITKD_TARGET_BEGIN(VITKD_AVX512)
-namespace vitkd::row_loss::avx512 {
-namespace {
-using Real = float;
-using vitkd::avx512::Vec;
-#include "math/row_loss.inl"
-//
-#include "cpu/rows.inl"
-//
-#include "cpu/row_loss.inl"
-}  // namespace
-}  // namespace vitkd::row_loss::avx512
-VITKD_TARGET_END
-
-VITKD_TARGET_BEGIN(VITKD_AVX2)
-namespace vitkd::row_loss::avx2 {
-namespace {
-using Real = float;
-using vitkd::avx2::Vec;
-#include "math/row_loss.inl"
-//
-#include "cpu/rows.inl"
-//
-#include "cpu/row_loss.inl"
-}  // namespace
-}  // namespace vitkd::row_loss::avx2
-VITKD_TARGET_END
-#endif
+#define VITKD_NAMESPACE vitkd::row_loss
+#define VITKD_KERNELS "cpu/row_loss.inl"
+#include "simd/each_isa.h"
 
 namespace vitkd::row_loss {
 namespace {
@@ -85,23 +35,11 @@ using rows::Layout, rows::Logits;
 template <class A>
 void run(const Call<A>& c, Layout layout, Pass pass) {
   rows::run(c, layout, pass, [](Layout layout) -> rows::Kernel<Call<A>> {
-    if constexpr (std::is_same_v<A, double>) {
-      return {float64::run_rows};
-    } else {
-#if defined(__x86_64__)
-      const Isa isa = selected_isa();
-      const bool rows = layout == Layout::kRows;
-      if (contains(isa, Isa::avx512)) {
-        if (rows) return {avx512::run_rows};
-        return {avx512::run_columns, avx512::kLanes};
-      }
-      if (contains(isa, Isa::avx2)) {
-        if (rows) return {avx2::run_rows};
-        return {avx2::run_columns, avx2::kLanes};
-      }
-#endif
-      return {float32::run_rows};
-    }
+    if constexpr (std::is_same_v<A, double>)
+      return float64::kRows;
+    else
+      return layout == Layout::kRows ? VITKD_BEST(kRows, float32::kRows)
+                                     : VITKD_BEST(kColumns, float32::kRows);
   });
 }
 

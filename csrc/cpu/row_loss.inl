@@ -2,6 +2,9 @@
 // A strip is [steps][kLanes] Reals: one row, whose lanes are classes and whose sums go across them
 // (kAcross), or kLanes rows side by side. Every number of a row is a Vec: in the first case the
 // same in all lanes.
+#include "cpu/rows.inl"
+//
+#include "math/row_loss.inl"
 
 constexpr int64_t kBlock = 32;  // steps: longer chains of additions would lose digits
 
@@ -90,25 +93,29 @@ inline Vec top_of(const Real* x, int64_t steps) {
 // What is summed beside the exponentials: see KlSums.
 enum Sum { kOnly, kDot, kMoved };
 
+// What the sweeps take is passed by value: read through a reference, it would be read again after
+// each store.
 template <Sum kSum>
-KlSums<Vec> exponentials(const Strip& at, const Side& s, const Side& t) {
+KlSums<Vec> exponentials(const Strip at, const Side s, const Side t) {
+  const Scale by_s(s.inv_t), by_t(t.inv_t);
   return blocked<KlSums<Vec>>(at.steps, [&](KlSums<Vec>& sum, int64_t i) {
     // the next row is on its way while these exponentials are computed
     __builtin_prefetch(at.next_s + i * at.step_s);
     __builtin_prefetch(at.next_t + i * at.step_t);
-    const Vec u = (Vec::load(at.s + i * kLanes) - s.top) * s.inv_t;
-    const Vec v = (Vec::load(at.t + i * kLanes) - t.top) * t.inv_t;
-    const Vec e_s = exp(u), e_t = exp(v);
+    const Vec d_s = Vec::load(at.s + i * kLanes) - s.top,
+              d_t = Vec::load(at.t + i * kLanes) - t.top;
+    const Vec e_s = exp_scaled(d_s, by_s), e_t = exp_scaled(d_t, by_t);
     e_s.store(at.e_s + i * kLanes);
     e_t.store(at.e_t + i * kLanes);
     sum.s = sum.s + e_s;
     sum.t = sum.t + e_t;
     if constexpr (kSum == kOnly) return;
     __builtin_prefetch(at.grad + i * at.step_s, 1);
+    const Vec u = d_s * s.inv_t, v = d_t * t.inv_t;
     const Vec dot = dot_term(e_t, u, v);
     sum.dot = sum.dot + dot;
     if constexpr (kSum == kMoved) {
-      sum.s_u = sum.s_u + product(e_s, u);
+      sum.s_u = sum.s_u + e_s * max(Vec{-FLT_MAX}, u);  // 0 where u is -inf
       sum.t_u = sum.t_u + product(e_t, u);
       sum.t_v = sum.t_v + product(e_t, v);
       sum.dot_v = sum.dot_v + product(dot, v);
@@ -116,13 +123,38 @@ KlSums<Vec> exponentials(const Strip& at, const Side& s, const Side& t) {
   });
 }
 
-using Exponentials = KlSums<Vec> (*)(const Strip&, const Side&, const Side&);
+using Exponentials = KlSums<Vec> (*)(Strip, Side, Side);
 constexpr Exponentials kExponentials[] = {exponentials<kOnly>, exponentials<kDot>,
                                           exponentials<kMoved>};
 
+// Js with beta = 1/2 and m = (p + q) / 2, in half the time: log hi - log m and log lo - log m of
+// the larger and the smaller are L +- |d| / 2 with d = log p - log q and L = log(1 - y^2) / 2,
+//   y = |p - q| / (p + q) = tanh(|d| / 2)
+// L is -atanh(x) with x = y^2 / (2 - y^2), which has no terms of first order in y, and where that
+// is above 1/3, 2 atanh(x) - |d| / 2 with x = y / (2 + y): one quotient, and one polynomial.
+struct EvenJs {
+  VITKD_INLINE static Term<Vec> term(const Parameters<Vec>&, Vec q, Vec p, Vec log_q, Vec log_p) {
+    const Vec zero{0.f}, half{0.5f};
+    const Vec d = log_q - log_p;
+    const auto p_is_more = less(d, zero);
+    const Vec apart = min(max(d, zero - d), Vec{FLT_MAX});  // NaN where both are -inf
+    const Vec difference = max(q - p, p - q), sum = q + p;
+    const Vec difference2 = difference * difference, twice2 = (sum + sum) * sum;
+    const auto near = less((difference2 + difference2) + (difference2 + difference2), twice2);
+    const Vec x = select(near, difference2, difference) /
+                  max(select(near, twice2 - difference2, (sum + sum) + difference), Vec{FLT_MIN});
+    const Vec odd = twice_atanh(x);
+    const Vec above = select(near, half * (apart - odd), odd);
+    const Vec below = above - apart;
+    const Vec w = half * q * select(p_is_more, below, above);
+    const Vec w_p = half * p * select(p_is_more, above, below);
+    return {w + w_p, w, w_p};
+  }
+};
+
 // Sums of the terms; w takes the place of the teacher's exponentials.
 template <class D, bool kMoments>
-Sums<Vec> terms(const Strip& at, const Side& s, const Side& t, const Parameters<Vec>& k) {
+Sums<Vec> terms(const Strip at, const Side s, const Side t, const Parameters<Vec> k) {
   return blocked<Sums<Vec>>(at.steps, [&](Sums<Vec>& sums, int64_t i) {
     __builtin_prefetch(at.grad + i * at.step_s, 1);
     const Vec u = (Vec::load(at.s + i * kLanes) - s.top) * s.inv_t;
@@ -135,11 +167,14 @@ Sums<Vec> terms(const Strip& at, const Side& s, const Side& t, const Parameters<
   });
 }
 
-using Terms = Sums<Vec> (*)(const Strip&, const Side&, const Side&, const Parameters<Vec>&);
+using Terms = Sums<Vec> (*)(Strip, Side, Side, Parameters<Vec>);
 template <class D>
 constexpr Terms kTermsOf[] = {terms<D, false>, terms<D, true>};
 
-inline const Terms* terms_of(Divergence divergence) {
+inline const Terms* terms_of(Divergence divergence, Real beta) {
+  if constexpr (kLanes > 1) {
+    if (divergence == Divergence::kJs && beta == Real{0.5}) return kTermsOf<EvenJs>;
+  }
   switch (divergence) {
     case Divergence::kReverseKl:
       return kTermsOf<ReverseKl>;
@@ -169,7 +204,7 @@ VITKD_INLINE Vec divergence_gradient(const Strip& at, const Factors& f, int64_t 
 
 // Sums of the gradient in the standardised logits u, and of its product with them.
 template <Form kForm>
-Pair standardized_sums(const Strip& at, const Factors& f, Vec inv_t) {
+Pair standardized_sums(const Strip at, const Factors f, Vec inv_t) {
   return blocked<Pair>(at.steps, [&](Pair& sum, int64_t i) {
     const Vec g = divergence_gradient<kForm>(at, f, i);
     sum.s = sum.s + g;
@@ -178,7 +213,7 @@ Pair standardized_sums(const Strip& at, const Factors& f, Vec inv_t) {
 }
 
 template <Form kForm, bool kLinear, bool kCe>
-void gradient(const Strip& at, const Factors& f) {
+void gradient(const Strip at, const Factors f) {
   const auto of = [&](int64_t i) {
     Vec g = divergence_gradient<kForm>(at, f, i);
     if constexpr (kLinear) {
@@ -192,7 +227,7 @@ void gradient(const Strip& at, const Factors& f) {
   of(last).store(at.last);
 }
 
-using Gradient = void (*)(const Strip&, const Factors&);
+using Gradient = void (*)(Strip, Factors);
 template <Form kForm>
 constexpr Gradient kGradientOf[2][2] = {
     {gradient<kForm, false, false>, gradient<kForm, false, true>},
@@ -323,7 +358,7 @@ void work(const Call<Real>& c, Pass pass, const Strip& at) {
           e_y.of[l] = std::exchange(at.e_t[place(y.a, l)], Real{0});
         });
       }
-      Sums<Vec> of = terms_of(c.divergence)[c.d_temperature != nullptr](at, s, t, k);
+      Sums<Vec> of = terms_of(c.divergence, c.beta)[c.d_temperature != nullptr](at, s, t, k);
       of = {across<kAcross>(of.loss), across<kAcross>(of.w),   across<kAcross>(of.w_u),
             across<kAcross>(of.q_u),  across<kAcross>(of.w_p), across<kAcross>(of.w_p_v),
             across<kAcross>(of.p_v)};
@@ -495,3 +530,5 @@ inline void run_columns(const Call<Real>& c, Pass pass, int64_t begin, int64_t e
     }
   }
 }
+
+constexpr rows::Kernel<Call<Real>> kRows{run_rows}, kColumns{run_columns, kLanes};

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "int8/jitter.h"
 #include "int8/prepare.h"
 #include "int8/reader.h"
 #include "int8/session.h"
@@ -111,6 +112,64 @@ void prepare_frame(const py::array_t<uint8_t>& frame, double crop_pct,
   prepare(frame.data(), frame.shape(0), frame.shape(1), frame.strides(0), wanted, isa_of(isa), to);
 }
 
+// frames: a list of uint8 [height, width, 3], the pixels of a row side by side; boxes [count, 5]:
+// top, left, height, width, flip; out uint8 [count, rows, columns, 3], contiguous.
+void crop_frames(const py::list& frames, const py::array_t<int64_t, py::array::c_style>& boxes,
+                 const std::string& interpolation, const std::string& isa, Images out) {
+  using Frame = py::array_t<uint8_t>;
+  const auto count = static_cast<py::ssize_t>(frames.size());
+  if (boxes.ndim() != 2 || boxes.shape(0) != count || boxes.shape(1) != 5 || out.ndim() != 4 ||
+      out.shape(0) != count || out.shape(3) != 3) {
+    throw std::invalid_argument("boxes or out of the wrong shape");
+  }
+  std::vector<Frame> held;
+  held.reserve(frames.size());
+  for (const py::handle frame : frames) {
+    if (!py::isinstance<Frame>(frame)) throw std::invalid_argument("a frame is not of uint8");
+    held.push_back(py::reinterpret_borrow<Frame>(frame));
+    const Frame& last = held.back();
+    if (last.ndim() != 3 || last.shape(2) != 3 || last.strides(2) != 1 || last.strides(1) != 3) {
+      throw std::invalid_argument("a frame of the wrong shape");
+    }
+  }
+  const Interpolation by = interpolation_of(interpolation);
+  const Isa with = isa_of(isa);
+  const auto rows = static_cast<int>(out.shape(1)), columns = static_cast<int>(out.shape(2));
+  uint8_t* to = out.mutable_data();
+  const int64_t* box = boxes.data();
+  const py::gil_scoped_release release;
+  for (const Frame& frame : held) {
+    crop(frame.data(), frame.shape(0), frame.shape(1), frame.strides(0),
+         {box[0], box[1], box[2], box[3], box[4] != 0}, rows, columns, by, with, to);
+    box += 5;
+    to += int64_t{3} * rows * columns;
+  }
+}
+
+// images [count, height, width, 3], in place; factors [count, 3] of brightness, contrast and
+// saturation; orders [count, 3]: a permutation of 0 to 2 each.
+void jitter_images(Images images, const py::array_t<float, py::array::c_style>& factors,
+                   const Images& orders, const std::string& isa) {
+  if (images.ndim() != 4 || images.shape(3) != 3 || factors.ndim() != 2 || orders.ndim() != 2 ||
+      factors.shape(0) != images.shape(0) || factors.shape(1) != 3 ||
+      orders.shape(0) != images.shape(0) || orders.shape(1) != 3) {
+    throw std::invalid_argument("images, factors or orders of the wrong shape");
+  }
+  const int64_t count = images.shape(0), pixels = images.shape(1) * images.shape(2);
+  uint8_t* image = images.mutable_data();
+  const float* by = factors.data();
+  const uint8_t* order = orders.data();
+  for (int64_t i = 0; i < 3 * count; ++i) {
+    if (order[i] > 2) throw std::invalid_argument("orders: expected 0, 1 and 2");
+  }
+  const Isa with = isa_of(isa);
+  const py::gil_scoped_release release;
+  for (int64_t i = 0; i < count; ++i, image += 3 * pixels, by += 3, order += 3) {
+    jitter(image, pixels, {by[0], by[1], by[2]},
+           {Enhancement{order[0]}, Enhancement{order[1]}, Enhancement{order[2]}}, with);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_int8, module) {
@@ -119,6 +178,11 @@ PYBIND11_MODULE(_int8, module) {
   module.def("prepare", &prepare_frame, py::arg("frame").noconvert(), py::kw_only(),
              py::arg("crop_pct"), py::arg("interpolation"), py::arg("isa") = "",
              py::arg("out").noconvert());
+  module.def("crop", &crop_frames, py::arg("frames"), py::arg("boxes").noconvert(), py::kw_only(),
+             py::arg("interpolation"), py::arg("isa") = "", py::arg("out").noconvert());
+  module.def("jitter", &jitter_images, py::arg("images").noconvert(),
+             py::arg("factors").noconvert(), py::arg("orders").noconvert(), py::kw_only(),
+             py::arg("isa") = "");
   module.def("isa", [] {
     std::vector<std::string> names;
     for (Isa isa : available_isas()) names.emplace_back(name(isa));

@@ -124,6 +124,16 @@ Weights weigh(const Axis& axis, Interpolation interpolation) {
   return weights;
 }
 
+// Results from the last to the first.
+void mirror(Weights& weights) {
+  std::reverse(weights.windows.begin(), weights.windows.end());
+  const int64_t results = weights.results(), taps = weights.taps;
+  for (int64_t i = 0; i < results / 2; ++i) {
+    std::swap_ranges(weights.values.begin() + i * taps, weights.values.begin() + (i + 1) * taps,
+                     weights.values.begin() + (results - 1 - i) * taps);
+  }
+}
+
 uint8_t rounded(uint32_t sum) {
   const int32_t value = static_cast<int32_t>(sum + (1u << (kWeightBits - 1))) >> kWeightBits;
   return static_cast<uint8_t>(std::clamp(value, 0, 255));
@@ -176,8 +186,9 @@ const Passes& passes(Isa isa) {
 #endif
 }
 
-void check(int64_t height, int64_t width, int64_t stride, const Preprocessing& wanted) {
-  const auto fail = [](const std::string& message) { throw std::invalid_argument(message); };
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+void check(int64_t height, int64_t width, int64_t stride) {
   if (std::min(height, width) < 1 || std::max(height, width) > kMostSide) {
     fail("height and width: expected 1 to " + std::to_string(kMostSide) + ", got " +
          std::to_string(height) + " and " + std::to_string(width));
@@ -186,6 +197,9 @@ void check(int64_t height, int64_t width, int64_t stride, const Preprocessing& w
     fail("stride: expected a row's bytes, " + std::to_string(3 * width) + ", or more, got " +
          std::to_string(stride));
   }
+}
+
+void check(const Preprocessing& wanted) {
   if (!(wanted.crop_pct >= 0.1 && wanted.crop_pct <= 2)) {
     fail("crop_pct: expected 0.1 to 2, got " + std::to_string(wanted.crop_pct));
   }
@@ -195,30 +209,13 @@ void check(int64_t height, int64_t width, int64_t stride, const Preprocessing& w
   }
 }
 
-}  // namespace
-
-const Passes kScalarPasses{along_rows, along_columns};
-
-Interpolation interpolation_of(const std::string& name) {
-  std::string accepted;
-  for (size_t i = 0; i < kInterpolations.size(); ++i) {
-    if (name == kInterpolations[i]) return static_cast<Interpolation>(i);
-    accepted += kInterpolations[i] + std::string(", ");
-  }
-  throw std::invalid_argument("interpolation: expected one of " + accepted + "got " + name);
-}
-
-void prepare(const uint8_t* source, int64_t height, int64_t width, int64_t stride,
-             const Preprocessing& wanted, Isa isa, uint8_t* destination) {
-  check(height, width, stride, wanted);
-  const FloatState state;
-  const int size = wanted.image_size;
-  const auto side = static_cast<int64_t>(std::floor(size / wanted.crop_pct));
-  const int64_t longer = side * std::max(height, width) / std::min(height, width);
-  const Axis down(height, height < width ? side : longer, size);
-  const Axis across(width, height < width ? longer : side, size);
-  const Weights rows = weigh(down, wanted.interpolation);
-  const Weights columns = weigh(across, wanted.interpolation);
+// The results of both axes, rows first, in rows of `row` pixels.
+void resize(const uint8_t* source, int64_t stride, const Axis& down, const Axis& across,
+            Interpolation interpolation, bool flip, int64_t row, Isa isa, uint8_t* destination) {
+  const int64_t height = down.source, width = across.source;
+  const Weights rows = weigh(down, interpolation);
+  Weights columns = weigh(across, interpolation);
+  if (flip) mirror(columns);
   const Passes& pass = passes(isa);
 
   // results of the pass along rows, as many as one along columns needs
@@ -246,9 +243,6 @@ void prepare(const uint8_t* source, int64_t height, int64_t width, int64_t strid
     done += kRows;
   };
 
-  if (down.kept < size || across.kept < size) {
-    std::memset(destination, 0, static_cast<size_t>(size) * size * 3);
-  }
   std::vector<const uint8_t*> window(rows.taps);
   const int64_t end = rows.windows.back().first + rows.windows.back().count;
   for (int y = 0; y < down.kept; ++y) {
@@ -256,8 +250,58 @@ void prepare(const uint8_t* source, int64_t height, int64_t width, int64_t strid
     for (done = std::max(done, first); done < first + count;) more_rows(end);
     for (int k = 0; k < rows.taps; ++k) window[k] = slot(first + std::min(k, count - 1));
     pass.along_columns(window.data(), rows.of(y), (count + 1) / 2 * 2, bytes,
-                       destination + ((down.border + y) * size + across.border) * 3);
+                       destination + ((down.border + y) * row + across.border) * 3);
   }
+}
+
+}  // namespace
+
+const Passes kScalarPasses{along_rows, along_columns};
+
+Interpolation interpolation_of(const std::string& name) {
+  std::string accepted;
+  for (size_t i = 0; i < kInterpolations.size(); ++i) {
+    if (name == kInterpolations[i]) return static_cast<Interpolation>(i);
+    accepted += kInterpolations[i] + std::string(", ");
+  }
+  throw std::invalid_argument("interpolation: expected one of " + accepted + "got " + name);
+}
+
+void prepare(const uint8_t* source, int64_t height, int64_t width, int64_t stride,
+             const Preprocessing& wanted, Isa isa, uint8_t* destination) {
+  check(height, width, stride);
+  check(wanted);
+  const FloatState state;
+  const int size = wanted.image_size;
+  const auto side = static_cast<int64_t>(std::floor(size / wanted.crop_pct));
+  const int64_t longer = side * std::max(height, width) / std::min(height, width);
+  const Axis down(height, height < width ? side : longer, size);
+  const Axis across(width, height < width ? longer : side, size);
+  if (down.kept < size || across.kept < size) {
+    std::memset(destination, 0, static_cast<size_t>(size) * size * 3);
+  }
+  resize(source, stride, down, across, wanted.interpolation, false, size, isa, destination);
+}
+
+void crop(const uint8_t* source, int64_t height, int64_t width, int64_t stride, const Box& box,
+          int out_height, int out_width, Interpolation interpolation, Isa isa,
+          uint8_t* destination) {
+  check(height, width, stride);
+  if (std::min(out_height, out_width) < 1 || std::max(out_height, out_width) > kMostSide) {
+    fail("out: expected sides of 1 to " + std::to_string(kMostSide) + ", got " +
+         std::to_string(out_height) + " and " + std::to_string(out_width));
+  }
+  if (box.top < 0 || box.left < 0 || box.height < 1 || box.width < 1 ||
+      box.height > height - box.top || box.width > width - box.left) {
+    fail("box: expected top, left, height and width within [" + std::to_string(height) + ", " +
+         std::to_string(width) + "], got " + std::to_string(box.top) + ", " +
+         std::to_string(box.left) + ", " + std::to_string(box.height) + " and " +
+         std::to_string(box.width));
+  }
+  const FloatState state;
+  const Axis down(box.height, out_height, out_height), across(box.width, out_width, out_width);
+  resize(source + box.top * stride + 3 * box.left, stride, down, across, interpolation, box.flip,
+         out_width, isa, destination);
 }
 
 }  // namespace vitkd::int8

@@ -5,7 +5,7 @@
 // The resize is Pillow 12.3's, byte by byte: antialiased, weights of 22 bits computed in double
 // from the geometry of the whole image, first along rows, then along columns, rounded to 8 bits
 // after each. All sums are of integers, so every instruction set gives the same bytes; only the
-// rows and columns that the crop keeps are computed.
+// rows and columns that the crop keeps are computed. So is a box of an image, for training.
 #pragma once
 
 #include <array>
@@ -27,6 +27,12 @@ struct Preprocessing {
   Interpolation interpolation = Interpolation::bicubic;
 };
 
+// Of an image, in pixels.
+struct Box {
+  int64_t top, left, height, width;
+  bool flip;  // left and right change places
+};
+
 // Of its name; throws std::invalid_argument, which names those there are.
 Interpolation interpolation_of(const std::string& name);
 
@@ -38,5 +44,12 @@ Interpolation interpolation_of(const std::string& name);
 // 2^24, a preprocessing in its bounds with image_size >= crop_pct.
 void prepare(const uint8_t* source, int64_t height, int64_t width, int64_t stride,
              const Preprocessing& preprocessing, Isa isa, uint8_t* destination);
+
+// A box of an image, resized to destination [out_height, out_width, 3] as if it were all of it:
+// Pillow's crop and resize. Otherwise as `prepare`; throws std::invalid_argument for a box that is
+// not inside.
+void crop(const uint8_t* source, int64_t height, int64_t width, int64_t stride, const Box& box,
+          int out_height, int out_width, Interpolation interpolation, Isa isa,
+          uint8_t* destination);
 
 }  // namespace vitkd::int8

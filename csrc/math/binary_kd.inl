@@ -1,7 +1,5 @@
 // The formulas of binary_kd.h for Vec, a register of Real. Included once per instruction set,
-// inside its namespace and region, behind what a set has its own instructions for:
-//   minus_abs(x) = -|x|, select_negative(x, a, b) = x < 0 ? a : b, log_ratio(z)
-// Equal student and teacher give exactly 0.
+// inside its namespace and region. Equal student and teacher give exactly 0.
 
 // In place of infinities, which times 0 are NaN. NaN is preserved.
 VITKD_HD_INLINE Vec cut_off(Vec x, Vec most) { return min(most, max(Vec{Real{0}} - most, x)); }
@@ -48,14 +46,14 @@ VITKD_HD_INLINE Number number(Vec s, Vec t, Vec y, const Exponentials& e, const 
     const Vec p = select_negative(v, of_t.rest, of_t.hat);
     const Vec not_p = select_negative(v, of_t.hat, of_t.rest);
     const Vec down = min(zero, v) - min(zero, u), up = max(zero, u) - max(zero, v);
-    const Vec logs = log_ratio((e.u - e.v) / (of_s.one_e + of_t.one_e));
+    const Vec logs = twice_atanh((e.u - e.v) / (of_s.one_e + of_t.one_e));
     sum = {f.kd * fma(p, down, fma(not_p, up, logs)), f.kd_grad * (q - p)};
   }
   if constexpr (kKind != Kind::kKd) {
     const Vec e_s = kKind == Kind::kBothAt1 ? e.u : e.s;
     const Sigmoid of_s{e_s};
     const Vec q = select_negative(s, of_s.rest, of_s.hat);
-    const Vec log = log_ratio(e_s / (Vec{Real{1}} + of_s.one_e));
+    const Vec log = twice_atanh(e_s / (Vec{Real{1}} + of_s.one_e));
     const Vec bce = fma(zero - y, s, max(zero, s)) + log;
     sum = {fma(f.bce, bce, sum.loss), fma(f.bce_grad, q - y, sum.grad)};
   }

@@ -55,6 +55,7 @@ VITKD_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 VITKD_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 VITKD_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
 VITKD_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+VITKD_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }
 VITKD_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 VITKD_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
 VITKD_INLINE Vec::Mask not_equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ); }
@@ -71,6 +72,9 @@ VITKD_INLINE void split(Vec x, Vec& n, Vec& m) {
   m = _mm256_castsi256_ps(_mm256_or_si256(mantissa, _mm256_set1_epi32(0x3f000000)));
 }
 VITKD_INLINE Vec select(Vec::Mask m, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, m); }
+VITKD_INLINE Vec select_negative(Vec x, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, x.v); }
+VITKD_INLINE Vec minus_abs(Vec x) { return _mm256_or_ps(x.v, _mm256_set1_ps(-0.0f)); }
+VITKD_INLINE Vec clamp_to_1(Vec x) { return min(Vec{1.f}, max(Vec{-1.f}, x)); }
 VITKD_INLINE float reduce_add(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -81,8 +85,8 @@ VITKD_INLINE float reduce_max(Vec a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-VITKD_INLINE Vec exp(Vec x, Vec::Mask& normal) {
-  normal = _mm256_cmp_ps(x.v, _mm256_set1_ps(kExpLowest), _CMP_NLT_UQ);
+VITKD_INLINE Vec exp(Vec x) {
+  const Vec::Mask normal = _mm256_cmp_ps(x.v, _mm256_set1_ps(kExpLowest), _CMP_NLT_UQ);
   const __m256 t = _mm256_fmadd_ps(x.v, _mm256_set1_ps(kLog2E), _mm256_set1_ps(kRound));
   const __m256 n = _mm256_sub_ps(t, _mm256_set1_ps(kRound));
   __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2Hi), x.v);
@@ -93,11 +97,6 @@ VITKD_INLINE Vec exp(Vec x, Vec::Mask& normal) {
   const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
   const __m256i scale = _mm256_add_epi32(bits, _mm256_castps_si256(_mm256_set1_ps(1.0f)));
   return _mm256_and_ps(normal, _mm256_mul_ps(y, _mm256_castsi256_ps(scale)));
-}
-
-VITKD_INLINE Vec exp(Vec x) {
-  Vec::Mask normal;
-  return exp(x, normal);
 }
 // exp(x) - 1 for x <= 0, relative to the result also near 0
 VITKD_INLINE Vec expm1_negative(Vec x) {
@@ -145,16 +144,26 @@ VITKD_INLINE Vec log_normal(Vec x) {
   y = fma(Vec{-0.5f}, z, y);
   return fma(n, Vec{kLn2Hi}, m + y);
 }
+struct Scale {  // of exp_scaled
+  Vec log2e, lowest;
+  VITKD_INLINE explicit Scale(Vec inv_t)
+      : log2e(Vec{kLog2E} * inv_t), lowest(Vec{kExpLowest} / inv_t) {}
+};
 VITKD_INLINE Vec exp_scaled(Vec x, const Scale& by) {
-  const __m256 normal = _mm256_cmp_ps(x.v, _mm256_set1_ps(by.lowest), _CMP_NLT_UQ);
-  const __m256 log2e = _mm256_set1_ps(by.log2e);
-  const __m256 t = _mm256_fmadd_ps(x.v, log2e, _mm256_set1_ps(kRound));
-  const __m256 r = _mm256_fmsub_ps(x.v, log2e, _mm256_sub_ps(t, _mm256_set1_ps(kRound)));
-  __m256 y = _mm256_set1_ps(kExp2Poly5[0]);
-  for (int i = 1; i < 6; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kExp2Poly5[i]));
+  const __m256 normal = _mm256_cmp_ps(x.v, by.lowest.v, _CMP_NLT_UQ);
+  const __m256 t = _mm256_fmadd_ps(x.v, by.log2e.v, _mm256_set1_ps(kRound));
+  const __m256 r = _mm256_fmsub_ps(x.v, by.log2e.v, _mm256_sub_ps(t, _mm256_set1_ps(kRound)));
+  __m256 y = _mm256_set1_ps(kExp2NearPoly[0]);
+  for (int i = 1; i < 7; ++i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kExp2NearPoly[i]));
   const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
   const __m256i scale = _mm256_add_epi32(bits, _mm256_castps_si256(_mm256_set1_ps(1.0f)));
   return _mm256_and_ps(normal, _mm256_mul_ps(y, _mm256_castsi256_ps(scale)));
+}
+VITKD_INLINE Vec twice_atanh(Vec x) {
+  const Vec square = x * x, twice = x + x;
+  Vec y{kAtanhPoly[0]};
+  for (int i = 1; i < 4; ++i) y = fma(y, square, Vec{kAtanhPoly[i]});
+  return fma(twice * square, y, twice);
 }
 VITKD_INLINE Vec log(Vec x) {
   Vec n, m;

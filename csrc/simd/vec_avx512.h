@@ -49,6 +49,7 @@ VITKD_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 VITKD_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
 VITKD_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 // the second argument where either is NaN
+VITKD_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }
 VITKD_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 VITKD_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 VITKD_INLINE Vec::Mask not_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ); }
@@ -62,10 +63,16 @@ VITKD_INLINE void split(Vec x, Vec& n, Vec& m) {
 }
 // a where the mask is set, else b
 VITKD_INLINE Vec select(Vec::Mask m, Vec a, Vec b) { return _mm512_mask_mov_ps(b.v, m, a.v); }
+VITKD_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
+  return _mm512_mask_mov_ps(b.v, _mm512_movepi32_mask(_mm512_castps_si512(x.v)), a.v);
+}
+VITKD_INLINE Vec minus_abs(Vec x) { return _mm512_or_ps(x.v, _mm512_set1_ps(-0.0f)); }
+// the smaller one of |x| and 1, with the sign of x
+VITKD_INLINE Vec clamp_to_1(Vec x) { return _mm512_range_ps(x.v, _mm512_set1_ps(1), 2); }
 VITKD_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 VITKD_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
-VITKD_INLINE Vec exp(Vec x, Vec::Mask& normal) {
-  normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(kExpLowest), _CMP_NLT_UQ);
+VITKD_INLINE Vec exp(Vec x) {
+  const Vec::Mask normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(kExpLowest), _CMP_NLT_UQ);
   const __m512 t = _mm512_fmadd_ps(x.v, _mm512_set1_ps(kLog2E), _mm512_set1_ps(kRound));
   const __m512 n = _mm512_sub_ps(t, _mm512_set1_ps(kRound));
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2Hi), x.v);
@@ -73,11 +80,6 @@ VITKD_INLINE Vec exp(Vec x, Vec::Mask& normal) {
   __m512 y = _mm512_set1_ps(kExpPoly[0]);
   for (int i = 1; i < 7; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kExpPoly[i]));
   return _mm512_maskz_scalef_ps(normal, y, n);
-}
-
-VITKD_INLINE Vec exp(Vec x) {
-  Vec::Mask normal;
-  return exp(x, normal);
 }
 // exp(x) - 1 for x <= 0, relative to the result also near 0
 VITKD_INLINE Vec expm1_negative(Vec x) {
@@ -118,15 +120,25 @@ VITKD_INLINE Vec log_normal(Vec x) {
   y = fma(Vec{-0.5f}, z, y);
   return fma(n, Vec{kLn2Hi}, m + y);
 }
+struct Scale {  // of exp_scaled
+  Vec log2e, lowest;
+  VITKD_INLINE explicit Scale(Vec inv_t)
+      : log2e(Vec{kLog2E} * inv_t), lowest(Vec{kExpLowest} / inv_t) {}
+};
 VITKD_INLINE Vec exp_scaled(Vec x, const Scale& by) {
-  const Vec::Mask normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(by.lowest), _CMP_NLT_UQ);
-  const __m512 log2e = _mm512_set1_ps(by.log2e);
-  const __m512 t = _mm512_fmadd_ps(x.v, log2e, _mm512_set1_ps(kRound));
+  const Vec::Mask normal = _mm512_cmp_ps_mask(x.v, by.lowest.v, _CMP_NLT_UQ);
+  const __m512 t = _mm512_fmadd_ps(x.v, by.log2e.v, _mm512_set1_ps(kRound));
   const __m512 n = _mm512_sub_ps(t, _mm512_set1_ps(kRound));
-  const __m512 r = _mm512_fmsub_ps(x.v, log2e, n);
-  __m512 y = _mm512_set1_ps(kExp2Poly5[0]);
-  for (int i = 1; i < 6; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kExp2Poly5[i]));
+  const __m512 r = _mm512_fmsub_ps(x.v, by.log2e.v, n);
+  __m512 y = _mm512_set1_ps(kExp2NearPoly[0]);
+  for (int i = 1; i < 7; ++i) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(kExp2NearPoly[i]));
   return _mm512_maskz_scalef_ps(normal, y, n);
+}
+VITKD_INLINE Vec twice_atanh(Vec x) {
+  const Vec square = x * x, twice = x + x;
+  Vec y{kAtanhPoly[0]};
+  for (int i = 1; i < 4; ++i) y = fma(y, square, Vec{kAtanhPoly[i]});
+  return fma(twice * square, y, twice);
 }
 VITKD_INLINE Vec log(Vec x) {
   Vec n, m;

@@ -46,17 +46,16 @@ constexpr float kExp2Poly[] = {2.1612914861e-4f,
                                6.9314706326e-1f,
                                1.0f};
 
-// exp(x / T) as 2^n 2^r with n = rint(x log2(e) / T), |r| <= 1/2, and five coefficients (relative
-// error 1.6e-7, and exp(0) = 1): three multiply-adds fewer
-constexpr float kExp2Poly5[] = {1.3264727313e-3f, 9.6715129912e-3f, 5.5507335812e-2f,
-                                2.4022242427e-1f, 6.9314700365e-1f, 1.0f};
-
-// What exp_scaled(x, by) = exp(x * inv_t) takes for inv_t: x <= 0, and the product is never rounded
-// by itself, so that its relative error grows with |x| / T, but no error is above that of exp(0).
-struct Scale {
-  float log2e, lowest;
-  explicit Scale(float inv_t) : log2e(kLog2E * inv_t), lowest(kExpLowest / inv_t) {}
-};
+// exp_scaled(x, by) = exp(x / T), x <= 0, as 2^n 2^r with n = rint(x log2(e) / T), |r| <= 1/2
+// (relative error 1.6e-8, and exp(0) = 1), in two instructions fewer. x / T is never rounded by
+// itself, so that the relative error grows with |x| / T, but no error is above that of exp(0).
+constexpr float kExp2NearPoly[] = {1.5353361960e-4f,
+                                   1.3398875017e-3f,
+                                   9.6184369177e-3f,
+                                   5.5503323674e-2f,
+                                   2.4022647738e-1f,
+                                   6.9314718246e-1f,
+                                   1.0f};
 
 // log(x) = n ln 2 + log(m) for normal x > 0 (-inf for less), m in [sqrt(1/2), sqrt(2)): Cephes'
 // polynomial, 2 ulp.
@@ -64,5 +63,8 @@ constexpr float kSqrtHalf = 0.707106781186547524f;
 constexpr float kLogPoly[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
                               -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
                               2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+
+// 2 atanh(x) = 2 x (1 + x^2 P(x^2)) for |x| <= 1/3, relative error 5e-9
+constexpr float kAtanhPoly[] = {0.14012223482f, 0.13999570906f, 0.20010849833f, 0.33333206177f};
 
 }  // namespace vitkd

@@ -51,12 +51,22 @@ struct One {
   friend One operator*(One a, One b) { return One{a.v * b.v}; }
   friend One operator/(One a, One b) { return One{a.v / b.v}; }
   friend One fma(One a, One b, One c) { return One{a.v * b.v + c.v}; }
+  friend One fnma(One a, One b, One c) { return One{c.v - a.v * b.v}; }
   friend One max(One a, One b) { return a.v > b.v ? a : b; }
   friend One min(One a, One b) { return a.v < b.v ? a : b; }
   friend Mask less(One a, One b) { return a.v < b.v; }
   friend Mask not_equal(One a, One b) { return a.v != b.v; }
   friend One select(Mask m, One a, One b) { return m ? a : b; }
+  friend One select_negative(One x, One a, One b) { return x.v < 0 ? a : b; }
+  friend One minus_abs(One x) { return One{-std::abs(x.v)}; }
+  friend One clamp_to_1(One x) { return x.v > 1 ? One{1} : x.v < -1 ? One{-1} : x; }
+  friend One twice_atanh(One x) { return One{2 * std::atanh(x.v)}; }
   friend One exp(One x) { return One{std::exp(x.v)}; }
+  struct Scale {
+    One inv_t;
+    explicit Scale(One x) : inv_t(x) {}
+  };
+  friend One exp_scaled(One x, const Scale& by) { return exp(x * by.inv_t); }
   friend One log(One x) { return One{std::log(x.v)}; }
   friend One expm1_negative(One x) { return One{std::expm1(x.v)}; }
   friend One log_normal(One x) { return log(x); }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from support.run_tools import INT8, arguments
 from vitkd_fast import cli
@@ -22,7 +23,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image, label = digits.read(i)
         folder = root / ("val" if i % 4 == 0 else "train") / digits.classes[label]
         folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{i}.png")
+        Image.fromarray(image).save(folder / f"{i}.png")
     return root
 
 

@@ -31,7 +31,7 @@ from support.cache_tools import (
 )
 from support.process_tools import of_tests
 from vitkd_fast import cli, models
-from vitkd_fast.distill import data, sources
+from vitkd_fast.distill import augment, data, sources
 from vitkd_fast.distill.cache import CacheError, Plan, plan, shards
 from vitkd_fast.distill.cache.build import Options, build, verify
 from vitkd_fast.distill.cache.plan import Place
@@ -73,7 +73,7 @@ def test_a_row_is_what_the_teacher_says_of_the_image_that_a_run_sees(
     whole = config(file)
     splits, teacher = sources.open_data(whole.data), models.load(file).model
     assert read.images == len(splits.train) == 179
-    transform = data.train_transform(whole.data, whole.augmentation)
+    transform = augment.Augment(whole.data, whole.augmentation)
     loader = data.Loader(
         splits.train, transform, whole.data, seed=7, drawn=data.Drawn(read.seed, read.epochs)
     )
@@ -384,7 +384,7 @@ def test_images_that_cannot_be_read_are_rows_that_say_so(
     assert len(bad) == 1
     assert not verify(tmp_path / "c", samples=300).pixels
     splits = sources.open_data(whole.data)
-    transform = data.train_transform(whole.data, whole.augmentation)
+    transform = augment.Augment(whole.data, whole.augmentation)
     loader = data.Loader(splits.train, transform, whole.data, seed=0, drawn=cached.drawn)
     for batch in loader.epoch(0):
         assert cached.outputs(batch, 0).logits.isfinite().all()
@@ -402,7 +402,7 @@ def test_an_image_that_the_teacher_did_not_see_is_refused(file: Path, made: Path
     cached = CachedTeacher(made)
     whole = config(file)
     splits = sources.open_data(whole.data)
-    transform = data.train_transform(whole.data, whole.augmentation)
+    transform = augment.Augment(whole.data, whole.augmentation)
     loader = data.Loader(splits.train, transform, whole.data, seed=3, drawn=cached.drawn)
     batch = next(loader.epoch(0))
     cached.outputs(batch, 0)

@@ -26,8 +26,8 @@ from vitkd_fast.distill import checkpoint, config, evaluate, report, results
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMANDS = (
-    "distill recipes eval predict quantize profile replay report bench-loop show demo".split()
-)
+    "distill recipes eval predict pack cache quantize profile replay report bench-loop show demo"
+).split()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

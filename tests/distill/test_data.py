@@ -216,7 +216,7 @@ def test_every_source_opens_an_image_alike(tmp_path: Path, mode: str) -> None:
     (tmp_path / "_info.json").write_text(json.dumps(splits))
     expected = open_rgb(one)
     assert expected.size == (30, 40) and len(np.unique(expected)) == 256
-    pixels = torch.as_tensor(eval_transform(16, 0.875, "bicubic")(expected))
+    pixels = torch.as_tensor(eval_transform(16, 0.875, "bicubic")(expected)).permute(2, 0, 1)
     sources: dict[str, dict[str, Any]] = {
         "": {"train": tmp_path / "p" / "train", "val": tmp_path / "p" / "validation"},
         "torch/image_folder": {"root": tmp_path / "p"},

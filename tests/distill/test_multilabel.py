@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
 
 from vitkd_fast import int8, models
@@ -43,7 +44,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image, digit = digits.read(i)
             file = root / part / "images" / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file)
+            Image.fromarray(image).save(file)
             rows[f"images/{i}.png"] = names_of(digit)
         (root / part / "labels.json").write_text(json.dumps(rows))
         with open(root / part / "labels.csv", "w", newline="") as text:
@@ -95,7 +96,7 @@ def test_a_folder_with_a_file_of_labels(labelled: Path, file: str) -> None:
     ],
 )
 def test_files_that_are_not_right(tmp_path: Path, file: str, text: str, message: str) -> None:
-    sources.Digits().read(0)[0].save(tmp_path / "b.png")
+    Image.fromarray(sources.Digits().read(0)[0]).save(tmp_path / "b.png")
     if not file.startswith("none"):
         (tmp_path / file).write_text(text)
     with pytest.raises(DataError, match=f"^data.train: .*{message}"):
@@ -103,7 +104,7 @@ def test_files_that_are_not_right(tmp_path: Path, file: str, text: str, message:
 
 
 def test_classes_of_validation_are_trainings(labelled: Path, tmp_path: Path) -> None:
-    sources.Digits().read(0)[0].save(tmp_path / "b.png")
+    Image.fromarray(sources.Digits().read(0)[0]).save(tmp_path / "b.png")
     (tmp_path / "labels.csv").write_text("file,even,odd\nb.png,1,0\n")
     with pytest.raises(DataError, match=r"data.val: .* has a class 'odd' that is not known"):
         sources.open_data(Data(train=f"{labelled}/train", val=str(tmp_path), labels="labels.csv"))

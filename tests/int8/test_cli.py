@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo
 from timm.data.transforms_factory import create_transform
 
 from support.pillow_tools import rows_first
-from vitkd_fast import int8, models
+from vitkd_fast import cli, int8, models
 from vitkd_fast.distill import config, sources
 from vitkd_fast.distill import quantized as quantized_run
 from vitkd_fast.images import DataError, list_images, prepare, read
@@ -40,7 +40,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image, label = digits.read(i)
         folder = root / digits.classes[label]
         folder.mkdir(exist_ok=True)
-        image.resize((40, (28, 40, 50)[i % 3])).save(folder / f"{i}.png")
+        Image.fromarray(image).resize((40, (28, 40, 50)[i % 3])).save(folder / f"{i}.png")
     return root
 
 
@@ -317,6 +317,24 @@ def test_eval_is_of_the_engines_answers(quantized: Path, image_folder: Path, vit
     assert printed["top1"] == f"{(logits.argmax(1) == labels).mean():.4f}"
     nll = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels))
     assert float(printed["nll"]) == pytest.approx(nll.item(), abs=1e-4)
+
+
+def test_eval_of_a_packed_file(
+    quantized: Path, image_folder: Path, tmp_path: Path, vitkd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "val.pack"
+    assert vitkd("pack", image_folder, "-o", file).code == 0
+    for _ in range(2):
+        whole = vitkd("eval", quantized, image_folder, "--workers", 0)
+        assert whole.out.startswith("60 images, 0 skipped\n")
+        assert vitkd("eval", quantized, file, "--workers", 0).out == whole.out
+        monkeypatch.setattr(cli, "find_spec", lambda _: None)  # as without the extra `distill`
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    result = vitkd("eval", quantized, file)
+    assert result.code == 1 and f"DataError: {file}/0/0.png cannot be read: its bytes" in result.err
+    assert vitkd("eval", quantized, file, "--skip-bad").out.startswith("59 images, 1 skipped\n")
 
 
 def test_eval_gives_each_class_in_json(quantized: Path, image_folder: Path, vitkd) -> None:

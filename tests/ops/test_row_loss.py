@@ -95,6 +95,21 @@ def test_layouts(name: str, layout: str, device: str) -> None:
 
 @pytest.mark.every_isa
 @every_device
+@pytest.mark.parametrize("apart", [1e-3, 1e-2, 1.0, 100.0])
+@pytest.mark.parametrize("beta", [0.25, 0.5, 0.75])
+def test_js_at_any_distance(beta: float, apart: float, device: str) -> None:
+    """A loss of second order near the teacher keeps its digits, also with masked classes."""
+    _, teacher = pair(16, 1000, device=device)
+    student = teacher + apart * draw(16, 1000, device=device)
+    student[::2, 5] = teacher[::4, 7] = -math.inf
+    student[:, 9] = teacher[:, 9] = -math.inf
+    loss = js_loss(student, teacher, beta=beta, reduction="none")
+    want = js_loss(student.double(), teacher.double(), beta=beta, reduction="none")
+    assert_close(loss.double(), want, rtol=max(1e-5, 1e-6 / apart), atol=0)
+
+
+@pytest.mark.every_isa
+@every_device
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_loss
@@ -491,7 +506,7 @@ def test_inside_bfloat16_autocast(near: float) -> None:
         theirs = 16 * torch.nn.functional.kl_div(
             log_q, log_p, reduction="batchmean", log_target=True
         )
-    assert_close(ours["kl"], exact, rtol=2e-4, atol=0)
+    assert_close(ours["kl"], exact, rtol=1e-3, atol=0)
     for name, loss in ours.items():
         want = usual(name, student.double(), teacher.double(), temperature=4.0)
         assert_close(loss, want, rtol=1e-4, atol=1e-6)

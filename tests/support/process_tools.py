@@ -12,6 +12,10 @@ from vitkd_fast import _ops
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 
+# of the tests that are repeated on a slow path (Triton's interpreter, the reference, no vectors),
+# one in so many runs every day, always the same ones; `make test-all` runs all
+_SAMPLE = os.environ.get("VITKD_SAMPLE_SLOW_PATHS", "3")
+
 # other stems whose tests call the operations of one, too
 CALLERS = {"attention_map": ["relation"], "rkd": ["feature", "nst"]}
 
@@ -68,11 +72,13 @@ def run_in_interpreter(cwd: Path, *arguments: str) -> None:
     """Where Triton's kernels, interpreted, are the CPU's operations."""
     start = [str(TESTS / "support/triton_tools.py")]
     interpreted = {"TRITON_INTERPRET": "1", "VITKD_FAST_BACKEND": "reference"}
-    run_tests(cwd, start, *arguments, **interpreted)
+    run_tests(cwd, start, *arguments, VITKD_SAMPLE=_SAMPLE, **interpreted)
 
 
 def run_every_isa(cwd: Path, stem: str, marked: str, **environment: str) -> None:
     """What is marked every_isa, where another environment chooses the kernels."""
+    if "reference" in environment.values() or "scalar" in environment.values():
+        environment["VITKD_SAMPLE"] = _SAMPLE
     run_tests(
         cwd, ["-m", "pytest"], *files_of(stem), "-m", f"every_isa and {marked}", **environment
     )

@@ -35,7 +35,7 @@ class Data(Section):
     # "" for a folder of class folders; "digits"; timm's torch/..., hfds/..., wds/...
     dataset: str = ""
     root: PathText = ""  # folder of a named dataset; train and val are then its splits
-    train: PathText = ""  # a folder of class folders
+    train: PathText = ""  # a folder of class folders, or a file of `vitkd pack`
     val: PathText = ""  # another; without it, see holdout
     # no classes: train and val are folders with images, or a data set whose labels are not read
     unlabelled: bool = False
@@ -101,6 +101,8 @@ class Augmentation(Section):
     ratio: list[Positive] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)  # width / height
     hflip: float = Field(0.5, ge=0, le=1)  # probability of a horizontal flip
     color_jitter: float = Field(0.0, ge=0)  # strength
+    # probability of a rectangle, 2% to a third of the image, in ImageNet's mean colour
+    erasing: float = Field(0.0, ge=0, le=1)
     auto_augment: str = ""  # timm's, such as rand-m9-mstd0.5
     mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution; 0: off
     cutmix: float = Field(0.0, ge=0)  # likewise

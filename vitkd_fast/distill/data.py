@@ -1,4 +1,4 @@
-"""Images: timm's datasets and transforms, as uint8 batches that depend only on the seed.
+"""Images: sources and their augmentation, as uint8 batches that depend only on the seed.
 
 What is drawn for an image (crop, flip, colours) is a function of (seed, epoch, its index), and an
 epoch's order of (seed, epoch): neither depends on workers, on ranks, or on where a run was resumed.
@@ -7,59 +7,36 @@ A batch is [B, 3, H, W] uint8 in channels_last memory, a quarter of its size as 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
 import signal
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data.mixup import Mixup
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from .._preprocessing import Array
 from ..functional import Labels
 from ..images import UNREADABLE, DataError, prepare, to_rgb, unreadable
-from .config import Augmentation, Config, ConfigError, Data
+from .augment import Augment, draw
+from .config import Augmentation, Config, Data
 from .sources import Part, Source, Splits, count, spread
 
 
 def seed_all(*key: int) -> None:
     """Seeds Python, NumPy and torch, every device included, from these numbers."""
-    seed = _draw(*key)
+    seed = draw(*key)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)
 
 
-def _draw(*key: int) -> int:
-    digest = hashlib.blake2b(struct.pack(f"{len(key)}q", *key), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _seed_host(*key: int) -> None:
-    seed = _draw(*key)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)
-
-
-@contextmanager
-def _unmoved() -> Iterator[None]:
-    """What is seeded and drawn inside moves no generator of the host's outside."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
+_NONE = np.empty((0, 1, 1, 3), np.uint8)
+_HELD = 2 << 20  # bytes of whole images that a batch holds at once, and one image more
 
 
 class Batch(NamedTuple):
@@ -71,34 +48,8 @@ class Batch(NamedTuple):
     skipped: list[str]
 
 
-def train_transform(data: Data, augmentation: Augmentation) -> Any:
-    """timm's training transform, up to a uint8 array [3, H, W].
-
-    Raises:
-        ConfigError: for an `auto_augment` that timm does not know.
-    """
-    try:
-        return create_transform(
-            data.image_size,
-            is_training=True,
-            use_prefetcher=True,
-            scale=(augmentation.scale[0], augmentation.scale[1]),
-            ratio=(augmentation.ratio[0], augmentation.ratio[1]),
-            hflip=augmentation.hflip,
-            # 0 would still cost a transform that does nothing
-            color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]
-            auto_augment=augmentation.auto_augment or None,
-            interpolation=data.interpolation,
-        )
-    except (AssertionError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"augmentation.auto_augment: {augmentation.auto_augment!r} is none of timm's, such as "
-            "rand-m9-mstd0.5, augmix-m3 or v0"
-        ) from error
-
-
 def eval_transform(image_size: int, crop_pct: float, interpolation: str) -> Any:
-    """`images.prepare`, with the geometry of timm's validation transform: uint8 [3, H, W]."""
+    """`images.prepare`, with the geometry of timm's validation transform: uint8 [H, W, 3]."""
     return _Prepare(image_size, crop_pct, interpolation)
 
 
@@ -107,8 +58,8 @@ class _Prepare(NamedTuple):
     crop_pct: float
     interpolation: str
 
-    def __call__(self, image: Image.Image) -> Any:
-        return prepare(image, self).transpose(2, 0, 1)
+    def __call__(self, image: Array) -> Array:
+        return prepare(image, self)
 
 
 class Drawn(NamedTuple):
@@ -119,7 +70,7 @@ class Drawn(NamedTuple):
 
 
 class _Indexed(Dataset):
-    """(epoch, index) keys -> (image, label, index, names of what was skipped) each."""
+    """A list of (epoch, index) keys -> a batch, or a DataError that names a file."""
 
     def __init__(
         self,
@@ -138,30 +89,49 @@ class _Indexed(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
-        with _unmoved():
-            return [self._read(epoch, index) for epoch, index in keys]
-
-    def _read(self, epoch: int, index: int) -> Any:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | DataError:
+        images: list[Array] = []
+        labels: list[Any] = []
+        indices: list[int] = []
         skipped: list[str] = []
-        while True:
+        frames: list[Array] = []
+        held = 0
+        for number, (epoch, index) in enumerate(keys, 1):
             try:
-                image, label = self.source.read(index)
-                break
+                read = self._read(index, skipped)
+            except DataError as error:
+                # as a value: a worker's exception arrives as another one, traceback and all
+                return error
+            if read is not None:
+                frames.append(read[0])
+                labels.append(read[1])
+                indices.append(read[2])
+                held += read[0].nbytes
+            if frames and (held > _HELD or number == len(keys)):
+                images.append(self._transformed(frames, epoch, indices[-len(frames) :]))
+                frames, held = [], 0
+        return _batch(images, labels, indices, skipped)
+
+    def _read(self, index: int, skipped: list[str]) -> tuple[Array, Any, int] | None:
+        """An image, its label and its index; what was skipped on the way there is added."""
+        for _ in range(len(self.source)):
+            try:
+                return *self.source.read(index), index
             except UNREADABLE as error:
                 if not self.skip_bad:
-                    # as a value: a worker's exception arrives as another one, traceback and all
-                    return unreadable(self.source.name(index), error)
+                    raise unreadable(self.source.name(index), error) from None
             skipped.append(self.source.name(index))
             if not self.replaces:
-                return None, None, index, skipped
+                return None
             # the batch keeps its size: the next image replaces it
             index = (index + 1) % len(self.source)
-            if len(skipped) == len(self.source):
-                return DataError(f"not one of {len(skipped)} images can be read")
+        raise DataError(f"not one of {len(self.source)} images can be read")
+
+    def _transformed(self, frames: list[Array], epoch: int, indices: list[int]) -> Array:
         if self.drawn is not None:
-            _seed_host(self.drawn.seed, epoch % self.drawn.epochs, index)
-        return self.transform(image), label, index, skipped
+            key = draw(self.drawn.seed, epoch % self.drawn.epochs)
+            return self.transform(frames, key, indices)
+        return np.stack([self.transform(frame) for frame in frames])
 
 
 class _Streamed(IterableDataset):
@@ -179,36 +149,42 @@ class _Streamed(IterableDataset):
         worker = info.id if info else 0
         # restarts the reader, not where its shuffling stopped
         self.dataset.reader.ds = None
-        self.dataset.reader.worker_seed = _draw(self.seed or 0, int(self.epoch), self.rank)
+        self.dataset.reader.worker_seed = draw(self.seed or 0, int(self.epoch), self.rank)
         for i, (image, label) in enumerate(self.dataset):
             try:
-                image = to_rgb(image)
+                pixels = np.asarray(to_rgb(image))
             except UNREADABLE as error:
                 yield unreadable(f"image {i} of worker {worker}", error)
                 return
             if self.seed is None:
-                pixels = self.transform(image)
+                yield self.transform(pixels)[None], label, i
             else:
-                with _unmoved():
-                    _seed_host(self.seed, int(self.epoch), self.rank, worker, i)
-                    pixels = self.transform(image)
-            yield pixels, label, i, []
+                key = draw(self.seed, int(self.epoch), self.rank, worker)
+                yield self.transform([pixels], key, [i]), label, i
 
 
 def _collate(items: list[Any]) -> Batch | DataError:
     for item in items:
         if isinstance(item, DataError):
             return item
-    read = [item for item in items if item[0] is not None]
-    # they are views of [H, W, 3]: stacked as such, and seen as channels_last without a copy
-    pixels = [torch.as_tensor(item[0]).permute(1, 2, 0) for item in read]
-    images = torch.stack(pixels) if read else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+    parts, labels, indices = zip(*items, strict=True)
+    return _batch(list(parts), list(labels), list(indices), [])
+
+
+def _batch(parts: list[Array], labels: list[Any], indices: list[int], skipped: list[str]) -> Batch:
+    images = np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else _NONE
     return Batch(
-        images.permute(0, 3, 1, 2),
-        _labels([item[1] for item in read]),
-        torch.tensor([item[2] for item in read], dtype=torch.int64),
-        list(itertools.chain.from_iterable(item[3] for item in items)),
+        # [B, H, W, 3] seen as channels_last, without a copy
+        torch.from_numpy(images).permute(0, 3, 1, 2),
+        _labels(labels),
+        torch.tensor(indices, dtype=torch.int64),
+        skipped,
     )
+
+
+def _same(batch: Any) -> Any:
+    """What makes a batch of one: a worker sends it as it is."""
+    return batch
 
 
 def _labels(given: list[Any]) -> Tensor:
@@ -239,7 +215,7 @@ class _Order(Sampler):
         if self.seed is None:
             order = list(range(self.size))
         else:
-            generator = torch.Generator().manual_seed(_draw(self.seed, self.epoch))
+            generator = torch.Generator().manual_seed(draw(self.seed, self.epoch))
             order = torch.randperm(self.size, generator=generator).tolist()
         order = order[_rank() :: _ranks()]
         for i in range(self.start, self.batches):
@@ -252,7 +228,7 @@ class Loader:
 
     Args:
         source: a `Source`, or one of timm's datasets that stream.
-        transform: what makes an image a uint8 array [3, H, W].
+        transform: an `Augment`; with no seed, what makes pixels [H, W, 3] an image [S, S, 3].
         data: batch size, workers, and whether bad files are skipped.
         seed: of order and augmentation; None for validation: every image once, in order.
         multiple: an epoch's batches are cut to a multiple of this.
@@ -295,16 +271,16 @@ class Loader:
                 source.set_loader_cfg(num_workers=data.workers)
             self._dataset: Any = _Streamed(source, transform, seed)
             arguments = {"batch_size": data.batch_size, "drop_last": seed is not None}
+            arguments["collate_fn"] = _collate
         else:
             drawn = drawn if drawn or seed is None else Drawn(seed)
             self._dataset = _Indexed(source, transform, drawn, data.skip_bad)
             self._order = _Order(size, data.batch_size, seed, self.batches)
-            arguments = {"batch_sampler": self._order}
+            arguments = {"batch_sampler": self._order, "collate_fn": _same}
         self._loader: DataLoader = DataLoader(
             self._dataset,
             num_workers=data.workers,
             persistent_workers=data.workers > 0 and not streams,
-            collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_quiet_worker,
             generator=torch.Generator(),  # the global one would move with every epoch
@@ -324,7 +300,7 @@ class Loader:
             self._dataset.epoch.fill_(epoch)
             if hasattr(self._dataset.dataset, "set_epoch"):
                 self._dataset.dataset.set_epoch(epoch)
-            self._loader.generator.manual_seed(_draw(self._dataset.seed or 0, epoch, _rank()))
+            self._loader.generator.manual_seed(draw(self._dataset.seed or 0, epoch, _rank()))
             # a stream has no index to begin at, and in validation no end but its own
             last = None if self._seed is None else self.batches
             batches = itertools.islice(self._loader, start, last)
@@ -357,7 +333,7 @@ def of_keys(
         _Indexed(source, transform, drawn, data.skip_bad, replaces=False),
         batch_sampler=keys,
         num_workers=data.workers,
-        collate_fn=_collate,
+        collate_fn=_same,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_quiet_worker,
         generator=torch.Generator(),
@@ -409,7 +385,7 @@ def loaders(
     config: Config, splits: Splits, seed: int, accumulate: int = 1, drawn: Drawn | None = None
 ) -> tuple[Loader, Loader]:
     """Training and validation batches of a run whose updates take `accumulate` batches each."""
-    transform = train_transform(config.data, config.augmentation)
+    transform = Augment(config.data, config.augmentation)
     train = Loader(
         splits.train, transform, config.data, seed=seed, multiple=accumulate, drawn=drawn
     )

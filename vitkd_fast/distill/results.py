@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .. import int8
@@ -138,7 +139,8 @@ def conditions(runtime: Runtime, engine: int8.Session | None) -> dict[str, Any]:
     return {"device": "CPU", "threads": torch.get_num_threads(), "runs": "PyTorch, float32"}
 
 
-def _thumbnail(image: Any) -> str:
+def _thumbnail(pixels: Any) -> str:
+    image = Image.fromarray(pixels)
     image.thumbnail((96, 96))
     file = io.BytesIO()
     image.save(file, "PNG")

@@ -10,12 +10,13 @@ import json
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, KeysView, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
+from .._preprocessing import Array
 from ..images import (
     EXTENSIONS,
     ending,
@@ -24,10 +25,11 @@ from ..images import (
     is_image,
     is_ours,
     natural_key,
-    open_rgb,
+    open_pixels,
     to_rgb,
 )
 from ..images import DataError as DataError
+from .pack import Pack, is_packed, open_pack, unknown_class
 
 if TYPE_CHECKING:
     from .config import Data
@@ -42,7 +44,7 @@ class Source(Protocol):
     classes: list[str]
 
     def __len__(self) -> int: ...
-    def read(self, index: int) -> tuple[Image.Image, int]: ...
+    def read(self, index: int) -> tuple[Array, Any]: ...  # uint8 [H, W, 3]; [classes] of several
     def name(self, index: int) -> str: ...
 
 
@@ -60,8 +62,8 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        return to_rgb(Image.fromarray(self.images[index])), int(self.labels[index])
+    def read(self, index: int) -> tuple[Array, int]:
+        return np.repeat(self.images[index][..., None], 3, axis=2), int(self.labels[index])
 
     def name(self, index: int) -> str:
         return f"digits/{index}"
@@ -78,8 +80,8 @@ class Folder:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        return open_rgb(self.files[index]), self.labels[index]
+    def read(self, index: int) -> tuple[Array, int]:
+        return open_pixels(self.files[index]), self.labels[index]
 
     def name(self, index: int) -> str:
         return self.files[index]
@@ -96,8 +98,8 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, index: int) -> tuple[Image.Image, Any]:
-        return open_rgb(self.files[index]), self.target(index)
+    def read(self, index: int) -> tuple[Array, Any]:
+        return open_pixels(self.files[index]), self.target(index)
 
     def target(self, index: int) -> Any:
         target = np.zeros(len(self.classes), np.float32)
@@ -115,18 +117,20 @@ class Timm:
         self.dataset = dataset
         self.classes = classes
         if hasattr(dataset, "loader"):  # torchvision's folders
-            dataset.loader = open_rgb
+            dataset.loader = open_pixels
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Array, int]:
         # past timm's ImageDataset, which replaces what it cannot read without a word of which
         image, label = getattr(self.dataset, "reader", self.dataset)[index]
         if isinstance(image, Image.Image):
-            return to_rgb(image), int(label)
+            return np.asarray(to_rgb(image)), int(label)
+        if isinstance(image, np.ndarray):
+            return image, int(label)
         with image:
-            return open_rgb(image), int(label)
+            return open_pixels(image), int(label)
 
     def name(self, index: int) -> str:
         if hasattr(self.dataset, "samples"):  # torchvision's folders
@@ -145,7 +149,7 @@ class Unlabelled:
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Array, int]:
         return self.source.read(index)[0], -1
 
     def name(self, index: int) -> str:
@@ -163,7 +167,7 @@ class Part:
     def __len__(self) -> int:
         return len(self.index)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Array, int]:
         return self.source.read(self.index[index])
 
     def name(self, index: int) -> str:
@@ -210,14 +214,22 @@ def open_data(config: Data, classes: int | None = None) -> Splits:
     known = {name: i for i, name in enumerate(train.source.classes)}
     val = _open_folder(config.val, "data.val", config.skip_bad, known)
     _check_apart(train.real, val.real)
-    notes = train.notes + val.notes + _absent(val.source.labels, train.source.classes, "data.val")
+    absent = _absent(labels(val.source) or (), train.source.classes, "data.val")
+    notes = train.notes + val.notes + absent
     return Splits(train.source, val.source, train.source.classes, train.bad + val.bad, notes)
 
 
-def _check_apart(train: KeysView[str], val: KeysView[str]) -> None:
-    if both := train & val:
+def _real(source: Folder | Labelled | Pack) -> Iterable[str]:
+    """The real path of each image."""
+    if isinstance(source, Pack):
+        return [f"{os.path.realpath(source.path)}/{name}" for name in source.names]
+    return [os.path.realpath(file) for file in source.files]
+
+
+def _check_apart(train: Iterable[str], val: Iterable[str]) -> None:
+    if both := set(train) & (every := set(val)):
         raise DataError(
-            f"data.val: {len(both)} of its {len(val)} images are in data.train too, such as "
+            f"data.val: {len(both)} of its {len(every)} images are in data.train too, such as "
             f"{min(both)}; without data.val, data.holdout keeps some from training"
         )
 
@@ -231,22 +243,27 @@ def _open_unlabelled(config: Data) -> Splits:
             part if streams(part) else Unlabelled(part) for part in (labelled.train, labelled.val)
         )
         return Splits(train, val, [], labelled.skipped, [])
-    opened = []
+    opened: list[tuple[Folder | Pack, Iterable[str]]] = []
     notes: list[str] = []
     for key in ("train", "val") if config.val else ("train",):
         path = getattr(config, key)
+        if is_packed(path):
+            packed = Pack(path, f"data.{key}")
+            opened.append((packed.labelled([-1] * len(packed), []), _real(packed)))
+            continue
         if not os.path.isdir(path):
             raise DataError(f"data.{key}: {path} is no folder")
         found = find(path)
         if not found.files:
             raise DataError(f"data.{key}: {path} holds no images ({', '.join(EXTENSIONS)})")
         notes += _ignored(f"data.{key}", found.ignored)
-        opened.append(found.files)
-    train, *others = (Folder(list(x.values()), [-1] * len(x), []) for x in opened)
+        files = list(found.files.values())
+        opened.append((Folder(files, [-1] * len(files), []), found.files))
+    train, *others = opened
     if not others:
-        return _hold_out(train, config, [], notes)
-    _check_apart(opened[0].keys(), opened[1].keys())
-    return Splits(train, others[0], [], [], notes)
+        return _hold_out(train[0], config, [], notes)
+    _check_apart(train[1], others[0][1])
+    return Splits(train[0], others[0][0], [], [], notes)
 
 
 def open_probe(config: Data) -> Splits | None:
@@ -277,20 +294,21 @@ def open_probe(config: Data) -> Splits | None:
 
 
 class Opened(NamedTuple):
-    """A folder of class folders."""
+    """A folder of class folders, or a packed file."""
 
-    source: Folder
+    source: Folder | Pack
     bad: list[str]  # what belongs to no class and was left out
     notes: list[str]
-    real: KeysView[str]  # the real paths of its images
+    real: Iterable[str]  # the real paths of its images
 
 
-def open_folder(path: str, known: dict[str, int], skip_bad: bool) -> Opened:
-    """The images of a folder for a trained model.
+def open_folder(path: str, known: dict[str, int] | None, skip_bad: bool) -> Opened:
+    """The images of a folder, for a trained model or to be packed.
 
     Args:
         path: a folder with a folder for each class.
-        known: the model's index of each class, such as `identity.class_indices` finds.
+        known: the model's index of each class, such as `identity.class_indices` finds; None: its
+            own.
 
     Raises:
         DataError: as `open_data` does, and for a folder whose name is no class.
@@ -304,19 +322,14 @@ def _open_labelled(config: Data) -> Splits:
     if not config.val:
         return _hold_out(train, config, bad, [])
     val, more = open_labelled(config.val, config.labels, "data.val", config.skip_bad, train.classes)
-    seen = {os.path.realpath(file) for file in train.files}
-    if both := seen & {os.path.realpath(file) for file in val.files}:
-        raise DataError(
-            f"data.val: {len(both)} of its {len(val)} images are in data.train too, such as "
-            f"{min(both)}; without data.val, data.holdout keeps some from training"
-        )
+    _check_apart(_real(train), _real(val))
     notes = _absent(labels(val) or (), train.classes, "data.val")
     return Splits(train, val, train.classes, bad + more, notes)
 
 
 def open_labelled(
     folder: str, file: str, key: str, skip_bad: bool, known: Sequence[str] | None = None
-) -> tuple[Labelled, list[str]]:
+) -> tuple[Labelled | Pack, list[str]]:
     """The images that a file in a folder names, with their labels, and what was left out.
 
     A .csv has a line of names, the first of which is not looked at, and then a line for each image:
@@ -329,6 +342,9 @@ def open_labelled(
     Raises:
         DataError: naming what is missing, unknown, or not readable.
     """
+    if is_packed(folder):
+        index = known and {name: i for i, name in enumerate(known)}
+        return open_pack(folder, key, file, index or None), []
     path = os.path.join(folder, file)
     try:
         with open(path, encoding="utf-8-sig", newline="") as text:
@@ -383,7 +399,12 @@ def spread(size: int, count: int) -> list[int]:
 
 
 def class_folders(path: str, key: str = "DIR") -> list[str]:
-    """The names of the folders in a folder, in natural order; DataError where there is none."""
+    """The names of the folders in a folder, in natural order; DataError where there is none.
+
+    Of a packed file, its classes.
+    """
+    if is_packed(path):
+        return Pack(path, key).classes
     if not os.path.isdir(path):
         raise DataError(f"{key}: {path} is no folder")
     real = os.path.realpath(path)
@@ -413,6 +434,9 @@ def _outside(path: str) -> tuple[list[str], list[str], Counter[str]]:
 
 
 def _open_folder(path: str, key: str, skip_bad: bool, known: dict[str, int] | None) -> Opened:
+    if is_packed(path):
+        packed = open_pack(path, key, "classes", known)
+        return Opened(packed, [], [], _real(packed))
     every = {x: find(os.path.join(path, x)) for x in class_folders(path, key)}
     found = {name: x for name, x in every.items() if x.files}
     images, broken, others = _outside(path)
@@ -439,8 +463,7 @@ def _open_folder(path: str, key: str, skip_bad: bool, known: dict[str, int] | No
             )
         known = {name: i for i, name in enumerate(found)}
     elif unknown := [name for name in found if name not in known]:
-        who = "data.train" if key == "data.val" else "the model"
-        raise DataError(f"{key}: {path} has a class {unknown[0]!r} that {who} does not know")
+        raise unknown_class(path, key, unknown[0])
     of: dict[str, str] = {}  # each image's path, by its real one
     for x in found.values():
         if twice := x.files.keys() & of:
@@ -516,12 +539,12 @@ def _open_named(config: Data, classes: int | None) -> Splits:
 
 
 def _hold_out(
-    source: Digits | Folder | Labelled, config: Data, skipped: list[str], notes: list[str]
+    source: Digits | Folder | Labelled | Pack, config: Data, skipped: list[str], notes: list[str]
 ) -> Splits:
     """Keeps a share of every class for validation, always the same images."""
     groups: dict[int, list[int]] = defaultdict(list)
     for i, label in enumerate(source.labels):
-        groups[0 if isinstance(source, Labelled) else label].append(i)
+        groups[0 if isinstance(label, list) else label].append(i)
     shuffled = random.Random(0)
     kept = set()
     for group in groups.values():

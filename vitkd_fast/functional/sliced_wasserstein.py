@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import zip_longest
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +47,26 @@ def _steps(n: int, m: int) -> tuple[list[int], list[int], list[tuple[int, ...]],
     return first, second, columns, widths
 
 
+def _sort(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers along the last dimension, sorted, and where each was.
+
+    numpy sorts integers with vector instructions: keys of a float32's bits and its place take a
+    sixth of torch.sort's time on a CPU.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        values, order = x.sort(-1)
+        return values, order
+    keys = _ordered(x.numpy().view(np.int32)).astype(np.int64) << 32 | np.arange(x.shape[-1])
+    keys.sort(-1)
+    values = torch.from_numpy(_ordered((keys >> 32).astype(np.int32)).view(np.float32))
+    return values, torch.from_numpy(keys & 0xFFFFFFFF)
+
+
+def _ordered(bits: np.ndarray) -> np.ndarray:
+    """Of float32 numbers to integers in the same order, and back."""
+    return bits ^ (bits >> 31 & 0x7FFFFFFF)
+
+
 def _form(
     inputs: tuple[Tensor | None, ...], constants: tuple, needed: tuple[bool, ...]
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -71,8 +92,8 @@ def _form(
     with torch.no_grad(), exactly(x_s):
         for i in range(0, batch, step):
             # [batch, projections, points]
-            sorted_s, order = torch.matmul(across.mT, x_s[i : i + step].to(dtype).mT).sort(2)
-            sorted_t = torch.matmul(across.mT, x_t[i : i + step].to(dtype).mT).sort(2).values
+            sorted_s, order = _sort(torch.matmul(across.mT, x_s[i : i + step].to(dtype).mT))
+            sorted_t, _ = _sort(torch.matmul(across.mT, x_t[i : i + step].to(dtype).mT))
             if pairs:
                 sorted_s = sorted_s.index_select(2, first)
                 sorted_t = sorted_t.index_select(2, second)

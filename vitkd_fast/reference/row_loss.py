@@ -108,13 +108,17 @@ def _divergence(o: RowLossOptions, u: Tensor, v: Tensor) -> _Row:
     elif o.divergence == _JS:
         # beside the larger of both, so that equal ones are exactly their mean
         of_p, of_q = (log_q.new_full((), b) for b in (o.beta, 1 - o.beta))
-        smaller = torch.where(log_q > log_p, of_p, of_q)  # its weight
-        log_m = log_q.maximum(log_p) + torch.log1p(smaller * torch.expm1(-(log_q - log_p).abs()))
-        w, w_p = _product((1 - o.beta) * q, log_q - log_m), _product(o.beta * p, log_p - log_m)
+        apart = log_q - log_p
+        smaller = torch.where(apart > 0, of_p, of_q)  # its weight
+        log_m = torch.log1p(smaller * torch.expm1(-apart.abs()))  # relative to the larger
+        w = _product((1 - o.beta) * q, apart.clamp(max=0) - log_m)
+        w_p = _product(o.beta * p, (-apart).clamp(max=0) - log_m)
         terms = w + w_p
     elif o.divergence == _TV:
-        terms = (q - p).abs() / 2
-        w, w_p = q * (q - p).sign() / 2, p * (p - q).sign() / 2
+        apart = q - p
+        terms = apart.abs() / 2
+        sign = torch.where(apart.isnan(), apart, apart.sign())
+        w, w_p = q * sign / 2, p * -sign / 2
     else:
         assert o.labels is not None
         y = _one_hot(o.labels, p)

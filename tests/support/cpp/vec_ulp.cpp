@@ -1,6 +1,7 @@
-// Sweeps exp and log of csrc/simd/vec.h over the floats and prints, for each instruction set that
-// this CPU has, the largest errors in units in the last place of the result (long double's):
-//   isa exp log log_near_1
+// Sweeps exp, log and their kin of csrc/simd/vec.h over the floats and prints, for each instruction
+// set that this CPU has, the largest errors in units in the last place of the result (long
+// double's):
+//   isa exp log log_near_1 log_normal expm1_negative
 // What must hold exactly is checked here; a failure is a line "isa: what, x, given, wanted".
 #include <immintrin.h>
 
@@ -23,19 +24,10 @@
       name(Vec::load(x + i)).store(y + i);               \
     }                                                    \
   }
-// 1 where exp says that its result is normal
-#define VITKD_MAP_NORMAL                                 \
-  void map_normal(const float* x, float* y, int64_t n) { \
-    for (int64_t i = 0; i < n; i += Vec::kLanes) {       \
-      Vec::Mask normal;                                  \
-      exp(Vec::load(x + i), normal);                     \
-      select(normal, Vec{1.f}, Vec{0.f}).store(y + i);   \
-    }                                                    \
-  }
 // exp(x / 4)
 #define VITKD_MAP_SCALED                                  \
   void map_scaled(const float* x, float* y, int64_t n) {  \
-    const Scale quarter(0.25f);                           \
+    const Scale quarter(Vec{0.25f});                      \
     for (int64_t i = 0; i < n; i += Vec::kLanes) {        \
       exp_scaled(Vec::load(x + i), quarter).store(y + i); \
     }                                                     \
@@ -45,7 +37,8 @@ VITKD_TARGET_BEGIN(VITKD_AVX512)
 namespace vitkd::avx512 {
 VITKD_MAP(exp)
 VITKD_MAP(log)
-VITKD_MAP_NORMAL
+VITKD_MAP(log_normal)
+VITKD_MAP(expm1_negative)
 VITKD_MAP_SCALED
 }  // namespace vitkd::avx512
 VITKD_TARGET_END
@@ -54,7 +47,8 @@ VITKD_TARGET_BEGIN(VITKD_AVX2)
 namespace vitkd::avx2 {
 VITKD_MAP(exp)
 VITKD_MAP(log)
-VITKD_MAP_NORMAL
+VITKD_MAP(log_normal)
+VITKD_MAP(expm1_negative)
 VITKD_MAP_SCALED
 }  // namespace vitkd::avx2
 VITKD_TARGET_END
@@ -70,8 +64,8 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct Functions {
   const char* isa;
-  Map exp, log, normal, scaled;
-  double exp_ulp = 0, log_ulp = 0, log_ulp_near_1 = 0;
+  Map exp, log, log_normal, expm1, scaled;
+  double exp_ulp = 0, log_ulp = 0, log_ulp_near_1 = 0, log_normal_ulp = 0, expm1_ulp = 0;
   std::set<std::string> reported = {};
 
   void require(bool ok, const char* what, float x, float given, long double wanted) {
@@ -87,12 +81,11 @@ double ulps(float given, long double exact) {
 }
 
 void check_exp(std::vector<Functions>& all, const std::vector<float>& x) {
-  std::vector<float> y(x.size()), normal(x.size());
+  std::vector<float> y(x.size());
   std::vector<long double> exact(x.size());
   for (size_t i = 0; i < x.size(); ++i) exact[i] = std::exp(static_cast<long double>(x[i]));
   for (Functions& f : all) {
     f.exp(x.data(), y.data(), x.size());
-    f.normal(x.data(), normal.data(), x.size());
     for (size_t i = 0; i < x.size(); ++i) {
       const bool below = exact[i] < FLT_MIN;
       if (below) {
@@ -100,7 +93,17 @@ void check_exp(std::vector<Functions>& all, const std::vector<float>& x) {
       } else {
         f.exp_ulp = std::fmax(f.exp_ulp, ulps(y[i], exact[i]));
       }
-      f.require(normal[i] == (below ? 0 : 1), "the mask of normal exp", x[i], normal[i], !below);
+    }
+  }
+}
+
+void check_expm1(std::vector<Functions>& all, const std::vector<float>& x) {
+  std::vector<float> y(x.size());
+  for (Functions& f : all) {
+    f.expm1(x.data(), y.data(), x.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double error = ulps(y[i], std::expm1(static_cast<long double>(x[i])));
+      f.expm1_ulp = std::fmax(f.expm1_ulp, error);
     }
   }
 }
@@ -128,6 +131,10 @@ void check_log(std::vector<Functions>& all, const std::vector<float>& x) {
       const double error = ulps(y[i], exact[i]);
       double& worst = x[i] > 0.5f && x[i] < 2 ? f.log_ulp_near_1 : f.log_ulp;
       worst = std::fmax(worst, error);
+    }
+    f.log_normal(x.data(), y.data(), x.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      f.log_normal_ulp = std::fmax(f.log_normal_ulp, ulps(y[i], exact[i]));
     }
   }
 }
@@ -162,8 +169,9 @@ void check_special(Functions& f) {
   f.require(y[2] == 0, "exp_scaled(-inf) is 0", -kInf, y[2], 0);
   f.require(std::isnan(y[3]) && std::isnan(y[4]), "exp_scaled(NaN) is NaN", kNan, y[3], kNan);
   f.require(y[5] == 0 && y[6] == 0, "exp_scaled of what is far below is 0", x[5], y[5], 0);
-  f.normal(x, y, 16);
-  f.require(y[3] == 1 && y[4] == 1, "NaN is not taken for an underflow", kNan, y[3], 1);
+  f.expm1(x, y, 16);
+  f.require(y[0] == 0 && y[1] == 0, "expm1(0) is 0", 0, y[0], 0);
+  f.require(y[2] == -1 && y[6] == -1, "expm1(-inf) is -1", -kInf, y[2], -1);
   for (float& value : x) value = kNan;
   x[0] = 1;
   f.log(x, y, 16);
@@ -179,15 +187,17 @@ int main() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c")) {
     using namespace vitkd;
-    all.push_back({"avx2", avx2::map_exp, avx2::map_log, avx2::map_normal, avx2::map_scaled});
+    all.push_back({"avx2", avx2::map_exp, avx2::map_log, avx2::map_log_normal,
+                   avx2::map_expm1_negative, avx2::map_scaled});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      all.push_back(
-          {"avx512", avx512::map_exp, avx512::map_log, avx512::map_normal, avx512::map_scaled});
+      all.push_back({"avx512", avx512::map_exp, avx512::map_log, avx512::map_log_normal,
+                     avx512::map_expm1_negative, avx512::map_scaled});
     }
   }
   const auto exp = [&](const std::vector<float>& x) { check_exp(all, x); };
   const auto scaled = [&](const std::vector<float>& x) { check_scaled(all, x); };
+  const auto expm1 = [&](const std::vector<float>& x) { check_expm1(all, x); };
   const auto log = [&](const std::vector<float>& x) { check_log(all, x); };
   for (Functions& f : all) check_special(f);
   sweep(bits_of(-0.f), bits_of(-87.f), kStep, exp);
@@ -195,9 +205,11 @@ int main() {
   sweep(bits_of(-88.f), bits_of(-1e30f), 10 * kStep, exp);
   sweep(bits_of(0.f), bits_of(88.f) + 1, kStep, exp);
   sweep(bits_of(-0.f), bits_of(-1e30f), kStep, scaled);
+  sweep(bits_of(-FLT_MIN), bits_of(-1e30f), kStep, expm1);
   sweep(bits_of(FLT_MIN), bits_of(FLT_MAX) + 1, kStep, log);
   sweep(bits_of(0.99f), bits_of(1.01f), 1, log);
   for (const Functions& f : all) {
-    std::printf("%s %.4f %.4f %.4f\n", f.isa, f.exp_ulp, f.log_ulp, f.log_ulp_near_1);
+    std::printf("%s %.4f %.4f %.4f %.4f %.4f\n", f.isa, f.exp_ulp, f.log_ulp, f.log_ulp_near_1,
+                f.log_normal_ulp, f.expm1_ulp);
   }
 }

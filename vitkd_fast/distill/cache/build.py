@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..._files import replacing
 from ...taps import TapOutputs, Taps
-from .. import checkpoint, data, preflight, sources
+from .. import augment, checkpoint, data, preflight, sources
 from .. import config as configuration
 from ..config import Config, ConfigError
 from ..runtime import Runtime
@@ -107,7 +107,7 @@ class Maker:
             batch_size=min(config.data.batch_size, len(self.source)),
         )
         self.drawn = data.Drawn(self.plan.seed, self.plan.epochs)
-        self.transform = data.train_transform(config.data, config.augmentation)
+        self.transform = augment.Augment(config.data, config.augmentation)
 
     @torch.inference_mode()
     def ask(self, images: Tensor) -> TapOutputs:
