@@ -47,6 +47,22 @@ def test_keeps_most_of_the_best_speed(plan: list[int], cores: int) -> None:
         assert steps * best / spent > 0.9
 
 
+def test_one_step_is_enough_where_a_core_is_taken() -> None:
+    chosen, step = Threads((2, 1)), machine(2)
+    used = []
+    for _ in range(20):
+        used.append(chosen.count)
+        chosen.took(step(chosen.count, 1))
+    assert used == [2] + 19 * [1]
+
+
+def test_a_first_step_that_warms_up_says_nothing_yet() -> None:
+    chosen, step = Threads((2, 1)), machine(2)
+    for i in range(20):
+        chosen.took(step(chosen.count, 0) + (0.15 if i == 0 else 0))
+    assert chosen.count == 2
+
+
 def test_stays_where_it_is_as_fast() -> None:
     """Late batches and a model that gains nothing of threads are no reason to change for long."""
     chosen, draw, used = Threads((2, 1)), random.Random(0), Counter[int]()

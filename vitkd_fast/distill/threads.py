@@ -20,6 +20,7 @@ import torch
 _SHARE = 0.05  # of the time, that trials may cost
 _TRIAL = 3  # steps
 _SLOW, _BETTER = 1.5, 0.9  # times what steps took
+_COLD = 1 / 3  # of the very first step, which warms up: a number is better only where that is clear
 _UP, _DOWN = 20, 200  # steps between trials of more threads, or of less
 
 
@@ -49,7 +50,8 @@ class Threads:
         self._trial: int | None = None  # the index that is tried
         self._times: deque[float] = deque(maxlen=_TRIAL)
         self._budget = 0.0  # seconds that trials may cost
-        self._since = -1  # steps since the last trial; the very first warms up
+        self._since = 0  # steps since the last trial
+        self._cold = True
 
     def __enter__(self) -> None:
         if self.counts:
@@ -73,8 +75,6 @@ class Threads:
     def took(self, seconds: float) -> None:
         """Chooses the next number, after a step that took so long."""
         self._since += 1
-        if self._since == 0 and not self._usual:
-            return
         self._times.append(seconds)
         if self._trial is not None:
             self._judge(self._trial, seconds)
@@ -106,8 +106,11 @@ class Threads:
         if not failed and len(self._times) < _TRIAL:
             return
         mean, before = statistics.fmean(self._times), self._best
+        cold, self._cold = self._cold, False
         self._trial = None
         self._times.clear()
-        if not failed and mean < _BETTER * self._usual:
+        if not failed and mean < (_COLD if cold else _BETTER) * self._usual:
             self._best, self._usual = index, mean
             self._try(2 * index - before)  # the next one that way
+        elif cold:
+            self._usual = 0.0  # to be measured
