@@ -40,13 +40,6 @@ def test_modules_are_their_functions() -> None:
         assert f"{name}={value!r}" in repr(module(**options))
 
 
-def test_module_says_what_it_does_not_know() -> None:
-    with pytest.raises(TypeError, match=r"JSLoss: expected options of js_loss, got .*'betta'"):
-        JSLoss(betta=0.3)
-    with pytest.raises(TypeError, match=r"TVLoss: expected options of tv_loss, got .*'labels'"):
-        TVLoss(labels=IDS)
-
-
 def test_learnable_temperature_descends() -> None:
     """Its gradient is the loss's, and it stays above its least."""
     student, teacher = pair(4, 10)

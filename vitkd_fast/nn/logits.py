@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import functional
 from ..functional.dino import dino
-
-if TYPE_CHECKING:
-    pass
+from .losses import Loss
 
 
 class KDLoss(nn.Module):
@@ -168,21 +162,7 @@ class DISTLoss(nn.Module):
         return f"temperature={self.temperature}, beta={self.beta}, gamma={self.gamma}"
 
 
-class _RowLoss(nn.Module):
-    """A function of `functional` with its options kept."""
-
-    loss: ClassVar[Callable[..., Tensor]]
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        unknown = options.keys() - inspect.signature(self.loss).parameters.keys()
-        if unknown or options.keys() & {"student", "teacher", "labels", "row_weights"}:
-            raise TypeError(
-                f"{type(self).__name__}: expected options of {self.loss.__name__}, got "
-                f"{sorted(options)}"
-            )
-        self.options = options
-
+class _RowLoss(Loss):
     def forward(
         self,
         student: Tensor,
@@ -191,11 +171,7 @@ class _RowLoss(nn.Module):
         row_weights: Tensor | None = None,
     ) -> Tensor:
         """The loss of student and teacher logits."""
-        options = {**self.options, "labels": labels, "row_weights": row_weights}
-        return type(self).loss(student, teacher, **options)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return super().forward(student, teacher, labels=labels, row_weights=row_weights)
 
 
 class ReverseKLLoss(_RowLoss):
@@ -204,7 +180,7 @@ class ReverseKLLoss(_RowLoss):
     The arguments are those of `vitkd_fast.functional.reverse_kl_loss`, by name.
     """
 
-    loss = staticmethod(functional.reverse_kl_loss)
+    function = staticmethod(functional.reverse_kl_loss)
 
 
 class JSLoss(_RowLoss):
@@ -213,7 +189,7 @@ class JSLoss(_RowLoss):
     The arguments are those of `vitkd_fast.functional.js_loss`, by name.
     """
 
-    loss = staticmethod(functional.js_loss)
+    function = staticmethod(functional.js_loss)
 
 
 class TVLoss(_RowLoss):
@@ -222,7 +198,7 @@ class TVLoss(_RowLoss):
     The arguments are those of `vitkd_fast.functional.tv_loss`, by name.
     """
 
-    loss = staticmethod(functional.tv_loss)
+    function = staticmethod(functional.tv_loss)
 
 
 class DKDLoss(_RowLoss):
@@ -231,7 +207,7 @@ class DKDLoss(_RowLoss):
     The arguments are those of `vitkd_fast.functional.dkd_loss`, by name.
     """
 
-    loss = staticmethod(functional.dkd_loss)
+    function = staticmethod(functional.dkd_loss)
 
 
 class DINOLoss(nn.Module):
