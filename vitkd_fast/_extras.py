@@ -7,6 +7,7 @@ from importlib.util import find_spec
 _BRINGS = {
     "torch": ("torch",),
     "distill": ("torch", "timm", "safetensors"),
+    "ray": ("ray",),
 }
 
 
@@ -14,7 +15,7 @@ def require(extra: str, what: str) -> None:
     """Checks that an extra's modules are there, before the first of them is imported.
 
     Args:
-        extra: torch or distill.
+        extra: torch, distill or ray.
         what: needs them; it names itself.
 
     Raises:

@@ -10,7 +10,7 @@ import fcntl
 import itertools
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from .. import config as configuration
 from ..config import Config, ConfigError
 from ..runtime import Runtime
 from ..task import frozen
-from . import shards
+from . import quarantine, shards
 from .plan import FILE, CacheError, Place, Plan
 from .read import CachedTeacher, checksum
 from .shared import of_teacher, sections
@@ -110,6 +110,7 @@ class Maker:
         )
         self.drawn = data.Drawn(self.plan.seed, self.plan.epochs)
         self.transform = augment.Augment(config.data, config.augmentation)
+        self.left_out: Collection[int] = ()  # images that nobody may read
 
     @torch.inference_mode()
     def ask(self, images: Tensor) -> TapOutputs:
@@ -117,6 +118,7 @@ class Maker:
 
     def batches(self, keys: Iterable[list[tuple[int, int]]]) -> Iterator[data.Batch]:
         """Of (epoch, index) keys, as a run of this plan augments them."""
+        keys = ([key for key in batch if key[1] not in self.left_out] for batch in keys)
         return data.of_keys(self.source, self.transform, self.config.data, self.drawn, keys)
 
     def keys(self, place: Place) -> Iterator[list[tuple[int, int]]]:
@@ -231,18 +233,15 @@ def build(config: Config, folder: Path, options: Options) -> Made:
 
 def _build(maker: Maker, folder: Path) -> Made:
     plan, runtime = maker.plan, maker.runtime
-    with _held(folder, runtime):
+    with held(folder, runtime):
         if runtime.rank == 0:
-            _begin(maker, folder)
+            begin(maker, folder)
         if runtime.ranks > 1:
             dist.barrier()
         check_plan(folder, plan)
         mine = [x for i, x in enumerate(plan.places()) if i % runtime.ranks == runtime.rank]
-        faults = {place: shards.fault(folder, plan, place) for place in mine}
-        bad = [f"{folder / x.file}: {why}" for x, why in faults.items() if why not in _GONE]
-        for line in bad:
-            print(f"{line}; it is made again", flush=True)
-        todo = [place for place, why in faults.items() if why]
+        maker.left_out = quarantine.read(folder)
+        todo, bad = lacking(folder, plan, mine)
         start = said = time.monotonic()
         for i, (place, columns) in enumerate(maker.make(todo), 1):
             shards.commit(folder, plan, place, columns)
@@ -261,11 +260,20 @@ def _build(maker: Maker, folder: Path) -> Made:
     return Made(plan, len(mine) - len(todo), len(todo), bad)
 
 
+def lacking(folder: Path, plan: Plan, places: Iterable[Place]) -> tuple[list[Place], list[str]]:
+    """Of these shards those to make, and what is wrong with the damaged ones among them."""
+    faults = {place: shards.fault(folder, plan, place) for place in places}
+    bad = [f"{folder / x.file}: {why}" for x, why in faults.items() if why not in _GONE]
+    for line in bad:
+        print(f"{line}; it is made again", flush=True)
+    return [place for place, why in faults.items() if why], bad
+
+
 _GONE = ("", "is missing")
 
 
 @contextmanager
-def _held(folder: Path, runtime: Runtime) -> Iterator[None]:
+def held(folder: Path, runtime: Runtime) -> Iterator[None]:
     """Keeps other runs out of the folder."""
     if runtime.rank != 0:
         yield
@@ -279,7 +287,7 @@ def _held(folder: Path, runtime: Runtime) -> Iterator[None]:
         yield
 
 
-def _begin(maker: Maker, folder: Path) -> None:
+def begin(maker: Maker, folder: Path) -> None:
     """Writes the plan where there is none, and the configuration, whose paths may have moved."""
     if not (folder / FILE).exists():
         if others := [x.name for x in folder.iterdir() if not x.name.startswith(".")]:
@@ -341,6 +349,7 @@ def verify(
     config, options = reopen(folder, overrides)
     maker = Maker(config, Runtime.of(config), options)
     check_plan(folder, maker.plan)
+    maker.left_out = quarantine.read(folder)
     draw = random.Random(seed)
     sound = [place for place, why in faults.items() if not why]
     places = sorted(draw.choices(sound, k=samples if sound else 0))

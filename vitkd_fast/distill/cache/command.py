@@ -10,6 +10,13 @@ import typer
 from .plan import CacheError
 
 
+class Engine(str, Enum):
+    """Whose processes make a cache."""
+
+    local = "local"
+    ray = "ray"
+
+
 class FeatureType(str, Enum):
     """How a cache keeps features."""
 
@@ -51,6 +58,14 @@ def cache(
             "losses.kd.temperature; may be repeated."
         ),
     ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="This process, with those of torchrun, or a Ray cluster's."),
+    ] = Engine.local,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes of --engine ray; the default is all CPUs but one."),
+    ] = None,
     samples: Annotated[
         int, typer.Option(min=0, help="Images that verify shows to the teacher again.")
     ] = 64,
@@ -67,6 +82,8 @@ def cache(
     DIR` compares every checksum and asks the teacher about some images again.
 
     Several processes: torchrun --no-python --nproc-per-node=8 vitkd cache mine.yaml -o cache/vit
+
+    Several machines: RAY_ADDRESS=head:6379 vitkd cache mine.yaml -o /shared/vit --engine ray
     """
     from .. import config
     from . import build
@@ -74,6 +91,8 @@ def cache(
     if arguments[0] == "verify":
         _verify(arguments[1:], samples, rebuild)
         return
+    if workers and engine is not Engine.ray:
+        raise typer.BadParameter("--workers: only with --engine ray; torchrun starts processes too")
     if output is None:
         raise typer.BadParameter("-o: missing; name the folder of the cache")
     overrides = list(arguments)
@@ -86,7 +105,12 @@ def cache(
         feature_type.value,
         tuple(temperature or ()),
     )
-    _say_made(build.build(loaded, output, options), output)
+    if engine is Engine.ray:
+        from . import cluster
+
+        _say_made(cluster.build(loaded, output, options, workers), output)
+    else:
+        _say_made(build.build(loaded, output, options), output)
 
 
 def _say_made(made: Any, folder: Path) -> None:

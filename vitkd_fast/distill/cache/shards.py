@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def commit(folder: Path, plan: Plan, place: Place, columns: Columns) -> bool:
         digest.update(part)
     path = folder / place.file
     path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+    # of this call alone: another process may make the same shard
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         with open(beside, "wb") as file:
             file.write(header(plan, place, digest.hexdigest()))
