@@ -12,8 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ from vitkd_fast.distill.cache import CacheError, Plan, cluster, plan, quarantine
 from vitkd_fast.distill.cache.build import Maker, Options, build, verify
 from vitkd_fast.distill.cache.plan import Place
 from vitkd_fast.distill.cache.read import CachedTeacher
-from vitkd_fast.distill.cache.worker import Note, Noted
+from vitkd_fast.distill.cache.worker import Answer, Note, Noted, Worker
 from vitkd_fast.distill.config import Config
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.images import DataError
@@ -37,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 of_a_cluster = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray")
 
 # what the processes of the cluster import first: files that do something when they are opened,
-# and a disk that is full
+# a disk that is full, and deaths before and after a shard has its name
 HOOK = """
 import os, sys, time
 def hook(event, arguments):
@@ -50,6 +52,14 @@ def hook(event, arguments):
             time.sleep(1000)
     if event == "os.link" and "/full/" in str(arguments[1]) and "epoch-00001" in str(arguments[1]):
         raise OSError(28, "No space left on device")
+    dies = {"os.link": "cuts/c/epoch-00000/.shard-00001", "os.remove": "cuts/c/epoch-00001/.shard"}
+    for of, part in dies.items():
+        if event == of and part in str(arguments[0]) and "note" not in str(arguments[0]):
+            try:
+                os.mkdir(os.path.join(os.path.dirname(__file__), of))
+            except FileExistsError:
+                continue
+            os.kill(os.getpid(), 9)
 sys.addaudithook(hook)
 """
 EPOCHS, TOPK = 2, 4
@@ -187,6 +197,177 @@ def test_what_is_in_quarantine_is_not_read(
         build(whole, folder, Options(1, TOPK))
 
 
+class Died(Exception):
+    preempted = False
+
+
+class Pretended:
+    """Ray with actors of this process, each on a machine of its own; `dies` says which do."""
+
+    exceptions = SimpleNamespace(
+        RayActorError=Died,
+        NodeDiedError=Died,
+        WorkerCrashedError=Died,
+        OutOfMemoryError=Died,
+        ObjectLostError=Died,
+    )
+
+    def __init__(self, dies: Callable[[Any], None], answers: bool = True) -> None:
+        self.dies, self.answers = dies, answers
+        self.actors: list[Any] = []
+        self.lost: set[str] = set()
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 3.0}
+
+    def remote(self, **takes: Any) -> Any:
+        assert takes == {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
+        return lambda made: SimpleNamespace(remote=lambda *given: self._create(made(*given)))
+
+    def _create(self, worker: Worker) -> Any:
+        actor = SimpleNamespace(node=str(len(self.actors)), killed=False)
+
+        def answer() -> Answer:
+            if not self.answers:
+                raise Died("no library")
+            return Answer(actor.node, 0, 1, worker.refused)
+
+        def make(place: Place, left_out: Any, note: Path) -> Any:
+            assert not actor.killed and Note.read(note) == (0, -1)
+            self.dies(
+                SimpleNamespace(place=place, left_out=left_out, note=note, actor=actor, ray=self)
+            )
+            return worker.make(place, left_out, note)
+
+        actor.answer = SimpleNamespace(remote=lambda: answer)
+        actor.make = SimpleNamespace(remote=lambda *given: lambda: make(*given))
+        self.actors.append(actor)
+        return actor
+
+    def wait(self, references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return references[:1], references[1:]
+
+    def get(self, reference: Any) -> Any:
+        return reference()
+
+    def kill(self, actor: Any) -> None:
+        actor.killed = True
+
+    def nodes(self) -> list[dict[str, Any]]:
+        names = [actor.node for actor in self.actors]
+        return [{"NodeID": name, "Alive": name not in self.lost} for name in names]
+
+
+@pytest.fixture
+def pretended(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a cache of 179 digits so; and the folder."""
+
+    def make(dies: Callable[[Any], None], answers: bool = True) -> Pretended:
+        made = Pretended(dies, answers)
+
+        @contextmanager
+        def connected() -> Iterator[Any]:
+            yield made
+
+        monkeypatch.setattr(cluster, "_connected", connected)
+        monkeypatch.setattr(cluster, "require", lambda *given: None)
+        cluster.build(config(file), tmp_path / "c", Options(EPOCHS, TOPK))
+        return made
+
+    return make, tmp_path / "c"
+
+
+def of_image(image: int, more: Callable[[Any, Died], None] = lambda call, error: None) -> Any:
+    """Kills each process that reads an image."""
+
+    def dies(call: Any) -> None:
+        plan_of = Plan.read(call.note.parents[1])
+        if image in plan_of.rows_of(call.place) and image not in call.left_out:
+            Note(7, image).write(call.note)
+            call.note.with_name(".half.part").write_bytes(b"half a shard")
+            error = Died("gone")
+            more(call, error)
+            raise error
+
+    return dies
+
+
+def test_the_third_death_of_an_image_leaves_it_out(
+    pretended: Any, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    make, folder = pretended
+    made = make(of_image(70))
+    # that of the other epoch may have been given by then
+    assert len(made.actors) - 2 in (3, 4) and all(actor.killed for actor in made.actors)
+    assert list(quarantine.read(folder)) == [70]
+    assert "3 processes died reading it; it is left out" in capsys.readouterr().out
+    for epoch in range(EPOCHS):
+        sums = CachedTeacher(folder).rows(epoch, np.arange(179))["log_sum_exp"]
+        assert np.nonzero(np.isnan(sums[:, 0]))[0].tolist() == [70]
+    assert not list(folder.rglob("*.part"))
+    build(config(file), tmp_path / "one", Options(EPOCHS, TOPK))
+    ours, theirs = contents(folder), contents(tmp_path / "one")
+    with_it = {Place(epoch, 1).file for epoch in range(EPOCHS)} | {quarantine.FILE}
+    assert {name for name in ours if ours[name] != theirs.get(name)} == with_it
+
+
+@pytest.mark.parametrize("why", ["lost", "preempted", "two deaths"])
+def test_lost_machines_count_against_no_image(
+    why: str, pretended: Any, file: Path, tmp_path: Path
+) -> None:
+    make, folder = pretended
+    deaths = []
+
+    def more(call: Any, error: Died) -> None:
+        deaths.append(call.place)
+        error.preempted = why == "preempted"
+        if why == "lost" and len(deaths) != 2:  # of one it is known later
+            call.ray.lost.update(actor.node for actor in call.ray.actors[: len(deaths)])
+            call.ray.lost.add(call.actor.node)
+
+    kills, most = of_image(70, more), 2 if why == "two deaths" else 7
+    make(lambda call: None if len(deaths) == most else kills(call))
+    assert len(deaths) == most and quarantine.read(folder) == {}
+    build(config(file), tmp_path / "one", Options(EPOCHS, TOPK))
+    same(folder, tmp_path / "one")
+
+
+def test_a_process_that_had_not_begun_counts_against_no_shard(pretended: Any) -> None:
+    deaths = []
+
+    def dies(call: Any) -> None:
+        if call.place == Place(0, 1) and len(deaths) < 9:
+            deaths.append(call.actor)
+            raise Died("gone")
+
+    make, folder = pretended
+    made = make(dies)
+    assert len(deaths) == 9 and len(made.actors) == 2 + 9
+    CachedTeacher(folder)
+
+
+def test_a_shard_of_which_every_process_dies_is_given_up(pretended: Any) -> None:
+    calls = []
+
+    def dies(call: Any) -> None:
+        if call.place == Place(0, 1):
+            calls.append(call)
+            Note(7, -1 if len(calls) % 2 else len(calls)).write(call.note)
+            raise Died("gone")
+
+    make, folder = pretended
+    with pytest.raises(CacheError, match=r"shard-00001\.safetensors: 5 processes died making it"):
+        make(dies)
+    assert len(calls) == 5 and quarantine.read(folder) == {}
+    assert not list(folder.rglob("*.part"))
+
+
+def test_processes_that_die_before_they_are_ready_are_given_up(pretended: Any) -> None:
+    make, _ = pretended
+    with pytest.raises(CacheError, match="6 processes died before they were ready: no library"):
+        make(lambda call: None, answers=False)
+
+
 # ---- on three machines
 
 
@@ -243,6 +424,19 @@ def processes(hook: str) -> list[int]:
     return found
 
 
+@pytest.fixture
+def buried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The nodes of processes that died with a shard."""
+    found, real = [], cluster._Driver._bury
+
+    def bury(self: Any, slot: Any, error: Exception) -> None:
+        found.append(slot.answer.node if slot.answer else "")
+        real(self, slot, error)
+
+    monkeypatch.setattr(cluster._Driver, "_bury", bury)
+    return found
+
+
 def when_there_are(folder: Path, count: int, act: Callable[[], Any]) -> threading.Thread:
     """Acts in a thread, once there are so many shards."""
 
@@ -268,7 +462,7 @@ def same(folder: Path, expected: Path) -> None:
 @of_a_cluster
 @pytest.mark.slow
 def test_a_killed_process_costs_nothing_but_time(
-    machines: Any, slow: Any, tmp_path: Path, capfd: pytest.CaptureFixture
+    machines: Any, slow: Any, tmp_path: Path, buried: list[str]
 ) -> None:
     killed = []
 
@@ -276,20 +470,25 @@ def test_a_killed_process_costs_nothing_but_time(
         killed.extend(processes(machines.hook)[:1])
         os.kill(killed[0], signal.SIGKILL)
 
-    thread = when_there_are(tmp_path / "c", 1, kill)
-    found = on_three(slow[0], tmp_path / "c")
+    folder = tmp_path / "cuts" / "c"
+    thread = when_there_are(folder, 1, kill)
+    found = on_three(slow[0], folder)
     thread.join()
-    assert len(killed) == 1
+    assert len(killed) == 1 and len(buried) == 3
+    hook = Path(machines.hook)
+    assert (hook / "os.link").exists() and (hook / "os.remove").exists()
     assert (found.made, found.kept, found.bad) == (6, 0, [])
-    same(tmp_path / "c", slow[1])
-    assert quarantine.read(tmp_path / "c") == {}
-    found = on_three(slow[0], tmp_path / "c")  # starts nothing
+    same(folder, slow[1])
+    assert quarantine.read(folder) == {}
+    found = on_three(slow[0], folder)  # starts nothing
     assert (found.made, found.kept) == (0, 6)
 
 
 @of_a_cluster
 @pytest.mark.slow
-def test_a_lost_machine_costs_nothing_but_time(machines: Any, slow: Any, tmp_path: Path) -> None:
+def test_a_lost_machine_costs_nothing_but_time(
+    machines: Any, slow: Any, tmp_path: Path, buried: list[str]
+) -> None:
     lost = machines.worker_nodes.copy().pop()
     thread = when_there_are(
         tmp_path / "c", 1, lambda: machines.remove_node(lost, allow_graceful=False)
@@ -297,7 +496,7 @@ def test_a_lost_machine_costs_nothing_but_time(machines: Any, slow: Any, tmp_pat
     found = on_three(slow[0], tmp_path / "c")
     thread.join()
     machines.add_node(num_cpus=1, object_store_memory=80 << 20)
-    assert (found.made, found.bad) == (6, [])
+    assert (found.made, found.bad, buried) == (6, [], [lost.node_id])
     same(tmp_path / "c", slow[1])
     assert quarantine.read(tmp_path / "c") == {}
 
@@ -374,7 +573,10 @@ def test_what_cannot_go_on_is_an_error_that_says_why(
         on_three(bad, tmp_path / "bad")
     monkeypatch.setattr(cluster, "PATIENCE", 4.0)
     # more CPUs than any machine has
-    with pytest.raises(CacheError, match=r"6 shards wait; 1 processes for a place, .*: 64"):
+    with (
+        pytest.warns(UserWarning, match=r"run\.threads: 64 given"),
+        pytest.raises(CacheError, match=r"6 shards wait; 1 processes for a place, .*: 64"),
+    ):
         on_three(config(file, "run.threads=64"), tmp_path / "large", 1)
     # one that never ends
     hangs = config(file, *images(image_folder, tmp_path / "more", hangs=b""))

@@ -299,10 +299,15 @@ def begin(maker: Maker, folder: Path) -> None:
             )
         maker.plan.write(folder)
     check_plan(folder, maker.plan)
-    for part in folder.glob("*/.*.part"):  # of a process that was killed
-        part.unlink()
+    clear(folder)
     with replacing(folder / "config.yaml") as file:
         file.write_text(yaml.safe_dump(maker.config.model_dump(), sort_keys=False))
+
+
+def clear(folder: Path) -> None:
+    """Removes what processes that were killed had begun."""
+    for part in folder.glob("*/.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def check_plan(folder: Path, plan: Plan) -> None:

@@ -26,7 +26,7 @@ from ..._extras import require
 from ..config import Config, ConfigError
 from ..runtime import Runtime
 from . import quarantine
-from .build import Made, Maker, Options, begin, held, lacking
+from .build import Made, Maker, Options, begin, clear, held, lacking
 from .plan import CacheError, Place
 from .read import CachedTeacher
 from .worker import Answer, Note, Worker
@@ -39,7 +39,7 @@ _HOPELESS = 5  # of the processes that make a shard, of no image in particular
 
 
 def build(config: Config, folder: Path, options: Options, workers: int | None = None) -> Made:
-    """`build.build` by actors of the cluster at RAY_ADDRESS, or of one on this machine.
+    """`build.build` by actors of the cluster at RAY_ADDRESS; where it is not set, of this machine.
 
     Every machine must have the package, and see the images, the weights and the folder at the same
     paths.
@@ -65,7 +65,10 @@ def build(config: Config, folder: Path, options: Options, workers: int | None = 
         count = maker.plan.epochs * maker.plan.shards
         if todo:
             with _connected() as ray:
-                _Driver(ray, maker, folder, options, todo, workers).run()
+                try:
+                    _Driver(ray, maker, folder, options, todo, workers).run()
+                finally:
+                    clear(folder)
         for index, name in quarantine.read(folder).items():
             print(f"{name}: image {index} is left out, see {folder / quarantine.FILE}", flush=True)
         CachedTeacher(folder)  # complete
@@ -81,7 +84,15 @@ def _connected() -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    # a cluster that happens to run, or a killed command left, is not used unless it is named
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    own = {"include_dashboard": False, "object_store_memory": 80 << 20}  # the least; it stays empty
+    ray.init(
+        address,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        **(own if address == "local" else {}),
+    )
     try:
         yield ray
     finally:
@@ -215,7 +226,8 @@ class _Driver:
         note = Note.read(slot.note)
         slot.note.unlink()
         self.todo.appendleft(slot.place)
-        if note.steps and not getattr(error, "preempted", False):
+        known = note.image in self.left_out  # since after the shard was given
+        if note.steps and not known and not getattr(error, "preempted", False):
             self.deaths.append(_Death(slot.answer.node, slot.place, note.image))
             self._judge()
 
