@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -340,10 +341,13 @@ def test_ctrl_c_ends_with_130(image_folder: Path, tmp_path: Path, at: str) -> No
         for line in process.stdout:
             if line.startswith(at):
                 break
-        process.send_signal(signal.SIGINT)
-        process.stdout.read()
-        assert "Traceback" not in process.stderr.read()
-        assert process.wait() == 130
+        for _ in range(3):  # a library that catches everything may swallow one
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                _, printed = process.communicate(timeout=20)
+                break
+        assert "Traceback" not in printed
+        assert process.returncode == 130
 
 
 def test_what_is_printed_before_the_first_step(
