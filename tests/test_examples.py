@@ -44,7 +44,11 @@ def test_there_is_a_test_of_each_and_each_is_short() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["distil_own_loop.py"], ["distil_with_timm.py"], ["distil_with_timm.py", "--attention"]],
+    [
+        ["distil_own_loop.py"],
+        pytest.param(["distil_with_timm.py"], marks=pytest.mark.slow),
+        ["distil_with_timm.py", "--attention"],
+    ],
     ids=" ".join,
 )
 def test_distillation_learns(command: list[str]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from support.cache_tools import ROWS, config, contents, save_teacher
+from support.cache_tools import HOOK, ROWS, config, contents, save_teacher
 from support.process_tools import of_tests
 from vitkd_fast import _extras, cli
 from vitkd_fast.distill import sources
@@ -38,30 +38,6 @@ from vitkd_fast.images import DataError
 pytestmark = pytest.mark.usefixtures("one_thread")
 of_a_cluster = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray")
 
-# what the processes of the cluster import first: files that do something when they are opened,
-# a disk that is full, and deaths before and after a shard has its name
-HOOK = """
-import os, sys, time
-def hook(event, arguments):
-    if event == "open" and isinstance(arguments[0], str) and arguments[0].endswith(".png"):
-        if arguments[0].endswith("kills.png"):
-            os.kill(os.getpid(), 9)
-        if "/slow/" in arguments[0]:
-            time.sleep(0.05)
-        if arguments[0].endswith("hangs.png"):
-            time.sleep(1000)
-    if event == "os.link" and "/full/" in str(arguments[1]) and "epoch-00001" in str(arguments[1]):
-        raise OSError(28, "No space left on device")
-    dies = {"os.link": "cuts/c/epoch-00000/.shard-00001", "os.remove": "cuts/c/epoch-00001/.shard"}
-    for of, part in dies.items():
-        if event == of and part in str(arguments[0]) and "note" not in str(arguments[0]):
-            try:
-                os.mkdir(os.path.join(os.path.dirname(__file__), of))
-            except FileExistsError:
-                continue
-            os.kill(os.getpid(), 9)
-sys.addaudithook(hook)
-"""
 EPOCHS, TOPK = 2, 4
 
 

@@ -335,7 +335,7 @@ def test_the_schedule_warms_up_and_ends_low(tmp_path: Path) -> None:
     assert rates[-1] < 0.3 * max(rates)
 
 
-@pytest.mark.parametrize("attention", ["null", "{stride: 8}"])
+@pytest.mark.parametrize("attention", ["null", pytest.param("{stride: 8}", marks=pytest.mark.slow)])
 def test_a_compiled_student_learns_the_same(attention: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     short = [*PLAIN, f"losses.attention={attention}", "run.max_steps=2", "run.log_every=1"]

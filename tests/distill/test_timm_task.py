@@ -258,6 +258,7 @@ def test_train_script(kind: type, tmp_path: Path) -> None:
     assert not torch.equal(*logits)
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
     """The same as eager, also when calls with taps and without take turns."""
     eager, compiled = attention_task(), attention_task()
@@ -285,6 +286,7 @@ def ranks(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_process_with_both_halves(tmp_path: Path) -> None:
     command = [sys.executable, __file__]
     started = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]

@@ -38,6 +38,12 @@ ONE_OF_EACH = [
     "kd", "kd_topk", "dist", "attention_map", "relation", "at", "mse", "nst", "rkd", "sp", "pkt",
     "cc", "mmd", "wkd_feature", "sliced", "mlkd", "wkd_logit", "spearman",
 ]  # fmt: skip
+# compiled every day: an operation of each shape, of which some are written in Python
+COMPILED = ["kd", "kd_topk", "dist", "attention_map", "rkd", "mse", "mlkd", "spearman"]
+
+
+def marks(name: str) -> Any:
+    return () if name in COMPILED else pytest.mark.slow
 
 
 class Case:
@@ -344,7 +350,11 @@ def test_compile(
 @every_device
 @pytest.mark.parametrize(
     ("name", "dtype", "reduction"),
-    [path for path in PATHS if path[0] in ONE_OF_EACH and (path[2] or path[1] == FLOAT)],
+    [
+        pytest.param(*path, marks=marks(path[0]))
+        for path in PATHS
+        if path[0] in ONE_OF_EACH and (path[2] or path[1] == FLOAT)
+    ],
 )
 def test_compile_with_dynamic_shapes(
     name: str, dtype: torch.dtype, reduction: str | None, device: str, compiled: Callable
@@ -364,7 +374,7 @@ def test_compile_with_dynamic_shapes(
 
 
 @every_device
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=marks(x)) for x in ONE_OF_EACH])
 def test_compile_with_inductor(name: str, device: str, compiled: Callable) -> None:
     """Among other operations, which inductor fuses and ours does not disturb."""
     case = Case(name, FLOAT, None, device)

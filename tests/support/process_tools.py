@@ -14,7 +14,7 @@ ROOT = TESTS.parent
 
 # of the tests that are repeated on a slow path (Triton's interpreter, the reference, no vectors),
 # one in so many runs every day, always the same ones; `make test-all` runs all
-_SAMPLE = os.environ.get("VITKD_SAMPLE_SLOW_PATHS", "3")
+_SAMPLE = os.environ.get("VITKD_SAMPLE_SLOW_PATHS", "4")
 
 # other stems whose tests call the operations of one, too
 CALLERS = {"attention_map": ["relation"], "rkd": ["feature", "nst"]}
