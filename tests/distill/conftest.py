@@ -11,14 +11,14 @@ from PIL import Image
 
 from support.run_tools import INT8, arguments
 from vitkd_fast import cli
-from vitkd_fast.distill import sources
+from vitkd_fast.distill import datasets
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits as PNG files, in train/<class>/ and val/<class>/."""
     root = tmp_path_factory.mktemp("images")
-    digits = sources.Digits()
+    digits = datasets.Digits()
     for i in range(200):
         image, label = digits.read(i)
         folder = root / ("val" if i % 4 == 0 else "train") / digits.classes[label]

@@ -25,7 +25,7 @@ import torch
 from support.cache_tools import HOOK, ROWS, config, contents, save_teacher
 from support.process_tools import of_tests
 from vitkd_fast import _extras, cli
-from vitkd_fast.distill import sources
+from vitkd_fast.distill import datasets, sources
 from vitkd_fast.distill.cache import CacheError, Plan, cluster, plan, quarantine, shards
 from vitkd_fast.distill.cache.build import Maker, Options, build, verify
 from vitkd_fast.distill.cache.plan import Place
@@ -97,7 +97,7 @@ def test_what_a_process_takes_of_a_cluster() -> None:
 def test_a_note_names_the_image_that_is_being_read(tmp_path: Path) -> None:
     path, seen = tmp_path / "new" / "note", []
 
-    class Images(sources.Digits):
+    class Images(datasets.Digits):
         def read(self, index: int) -> Any:
             seen.append(Note.read(path))
             if index == 5:
@@ -109,7 +109,7 @@ def test_a_note_names_the_image_that_is_being_read(tmp_path: Path) -> None:
     assert Note.read(path) == (0, -1)
     noted.begin(path)
     assert Note.read(path) == (1, -1)
-    assert noted.read(3)[1] == sources.Digits().read(3)[1]
+    assert noted.read(3)[1] == datasets.Digits().read(3)[1]
     with pytest.raises(OSError, match="bad"):
         noted.read(5)
     assert seen == [(2, 3), (4, 5)] and Note.read(path) == (5, -1)
@@ -154,13 +154,13 @@ def test_what_is_in_quarantine_is_not_read(
     assert quarantine.add(folder, 70, name) == {70: name}
     assert quarantine.add(folder, 9, "x") == {9: "x", 70: name} == quarantine.read(folder)
     (folder / Place(0, 1).file).unlink()
-    real = sources.Part.read
+    real = datasets.Part.read
 
     def read(self: Any, index: int) -> Any:
         assert index not in (70, 9)
         return real(self, index)
 
-    monkeypatch.setattr(sources.Part, "read", read)
+    monkeypatch.setattr(datasets.Part, "read", read)
     build(whole, folder, Options(1, TOPK))  # without data.skip_bad
     (bad,) = np.nonzero(np.isnan(CachedTeacher(folder).rows(0, np.arange(135))["log_sum_exp"]))[:1]
     assert bad.tolist() == [70]

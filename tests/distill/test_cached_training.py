@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from support.cache_tools import config, losses, make, save_teacher, trainer
 from support.loop_tools import student
 from vitkd_fast import models
-from vitkd_fast.distill import data, identity, nonfinite, pack, preflight, probe, sources
+from vitkd_fast.distill import data, datasets, identity, nonfinite, pack, preflight, probe, sources
 from vitkd_fast.distill.cache import CacheError, Plan, shared
 from vitkd_fast.distill.cache.read import CachedTeacher
 from vitkd_fast.distill.config import Config, ConfigError, load
@@ -101,7 +101,7 @@ def test_logits_of_several_labels_are_kept_as_they_are(
 ) -> None:
     """A sigmoid is not invariant to a shift."""
     lines = ["file," + ",".join("0123456789")]
-    for i, (image, label) in enumerate(map(sources.Digits().read, range(48))):
+    for i, (image, label) in enumerate(map(datasets.Digits().read, range(48))):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png," + ",".join("1" if x in (label, 0) else "0" for x in range(10)))
     (tmp_path / "labels.csv").write_text("\n".join(lines))

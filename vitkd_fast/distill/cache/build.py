@@ -22,7 +22,7 @@ import yaml
 from torch import Tensor
 
 from ..._files import replacing
-from ...taps import TapOutputs, Taps
+from ...taps import TapOutputs, Taps, transformer_blocks
 from .. import augment, checkpoint, data, preflight, sources
 from .. import config as configuration
 from ..config import Config, ConfigError
@@ -69,7 +69,7 @@ class Maker:
         [model] = preflight.create_teachers(config, splits.classes)
         preflight.check_image("teacher", config, model)
         predictor = frozen(model, runtime)
-        blocks = sum(hasattr(module, "attn") for module in model.modules())
+        blocks = len(transformer_blocks(model))
         self.features = {_feature(name, blocks): name for name in options.features}
         tokens = [int(name[6:]) for name in self.features if name != "pooled"]
         self.taps = Taps(predictor[1], pooled="pooled" in self.features, tokens=tokens)
@@ -83,7 +83,8 @@ class Maker:
             raise ValueError(f"--topk: expected 1 to {classes} classes, got {topk}")
         own = kd.temperature if kd and isinstance(kd.temperature, (int, float)) else 1.0
         self.plan = Plan(
-            teacher={"name": config.teacher.model, **of_teacher(model)},
+            teacher={"name": config.teacher.model}
+            | {key: value for key, value in of_teacher(model).items() if value is not None},
             data=shared["data"],
             augmentation=shared["augmentation"],
             versions=shared["versions"],

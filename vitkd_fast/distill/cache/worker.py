@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import Config
+from ..datasets import Source
 from ..runtime import Runtime
-from ..sources import Source
 from . import shards
 from .build import Maker, Options, check_plan
 from .plan import CacheError, Place, Plan
