@@ -8,6 +8,7 @@ _BRINGS = {
     "torch": ("torch",),
     "distill": ("torch", "timm", "safetensors"),
     "ray": ("ray",),
+    "export-onnx": ("onnx",),
 }
 
 

@@ -15,6 +15,7 @@ import typer
 from ._files import home
 from .distill.cache.command import cache
 from .distill.pack_command import SkipBad, pack
+from .export.command import export
 
 app = typer.Typer(
     help="Distil vision transformers into MobileNets, and run them in int8.",
@@ -227,6 +228,9 @@ def quantize(
     bias_correction: Annotated[
         bool, typer.Option(help="Correct biases by the mean error of each layer.")
     ] = True,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Round as other runtimes do, for `vitkd export`.")
+    ] = False,
     count: Annotated[int, typer.Option(min=1, help="Images, evenly spread over DIR.")] = 500,
     skip_bad: SkipBad = False,
     image_size: ImageSize = None,
@@ -274,6 +278,7 @@ def quantize(
         std=pixels.std,
         calibration=calibration.value,
         bias_correction=bias_correction,
+        portable=portable,
         classes=loaded.classes,
         multilabel=models.Origin.of(loaded.model).multilabel,
         crop_pct=pixels.crop_pct,
@@ -282,6 +287,9 @@ def quantize(
     quantized.save(output)
     print(quantized.report())
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
+
+
+app.command()(export)
 
 
 @app.command()
