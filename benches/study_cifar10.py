@@ -34,8 +34,8 @@ from vitkd_fast.distill.preflight import create_teachers
 RESULTS = Path(__file__).parent / "results" / "study-cifar10.json"
 STUDENTS = ("mobilenetv3_small_100", "mobilenetv2_050")
 SEEDS = (0, 1, 2)
-EPOCHS = 4  # of 50,000 images
-CACHED = 4  # epochs of augmentations in a cache
+EPOCHS = 3  # of 50,000 images
+CACHED = 3  # epochs of augmentations in a cache
 LABELLED = 500  # of each class, in the setting "few"
 TEACHER = {
     "img_size": 64, "embed_dim": [32, 64, 160, 320], "depths": [2, 3, 4, 1], "stem_width": [16, 32],

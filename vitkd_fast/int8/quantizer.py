@@ -386,7 +386,7 @@ class _Quantizer:
         return _numpy(mean) * scale.scale
 
 
-def _steps(nodes: tuple[FloatNode, ...], fuses: bool) -> list[_Step]:
+def _steps(nodes: tuple[FloatNode, ...], fuses: bool = True) -> list[_Step]:
     """The nodes in order; with `fuses`, an addition joins a convolution before it if it can."""
     readers = Counter(source for node in nodes for source in node.inputs)
     taken: dict[int, int] = {}  # addition -> convolution
