@@ -34,8 +34,8 @@ from vitkd_fast.distill.preflight import create_teachers
 RESULTS = Path(__file__).parent / "results" / "study-cifar10.json"
 STUDENTS = ("mobilenetv3_small_100", "mobilenetv2_050")
 SEEDS = (0, 1, 2)
-EPOCHS = 3  # of 50,000 images
-CACHED = 3  # epochs of augmentations in a cache
+EPOCHS = 2  # of 50,000 images
+CACHED = 2  # epochs of augmentations in a cache
 LABELLED = 500  # of each class, in the setting "few"
 TEACHER = {
     "img_size": 64, "embed_dim": [32, 64, 160, 320], "depths": [2, 3, 4, 1], "stem_width": [16, 32],
@@ -132,17 +132,17 @@ def run(work: Path, setting: str, student: str, name: str, file: Path) -> None:
     given: dict[str, Any] = {
         "student.model": student,
         "losses": LOSSES[name],
-        "optimizer": {"lr": 3e-3},
+        "optimizer": {"lr": 6e-3},
         "augmentation.scale": [0.6, 1.0],
         "run": {
             "folder": str(folder), "epochs": EPOCHS * longer, "seeds": list(SEEDS), "threads": 1,
             "baseline": False, "precision": "float32", "eval_every": EPOCHS * longer,
         },
         "data.image_size": 32,
-        "data.batch_size": 256,
+        "data.batch_size": 128,
     }  # fmt: skip
     if longer > 1:
-        given["run"]["max_steps"] = EPOCHS * (50_000 // 256)
+        given["run"]["max_steps"] = EPOCHS * (50_000 // 128)
     if not alone:
         given["teacher"] = {"model": str(file), "image_size": 64}
         if "attention" not in name:  # which a cache does not hold

@@ -9,6 +9,7 @@ _BRINGS = {
     "distill": ("torch", "timm", "safetensors"),
     "ray": ("ray",),
     "export-onnx": ("onnx",),
+    "export-litert": ("ai_edge_litert", "flatbuffers"),
 }
 
 

@@ -22,6 +22,7 @@ from vitkd_fast.int8.graph import Array, Classifier, Graph
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
+litert = pytest.importorskip("ai_edge_litert.interpreter")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HALF = (0.5, 0.5, 0.5)
@@ -36,6 +37,21 @@ def in_onnxruntime(path: Path, images: Array) -> tuple[Array, Counter[str]]:
     logits = [session.run(None, {"images": part[None]})[0] for part in images]
     nodes = onnx.load(options.optimized_model_filepath).graph.node
     return np.concatenate(logits), Counter(node.op_type for node in nodes)
+
+
+def in_litert(path: Path, images: Array) -> tuple[Array, Counter[str]]:
+    """Logits, by XNNPACK, and the operations; DELEGATE is a part that XNNPACK runs."""
+    interpreter = litert.Interpreter(str(path), num_threads=1)
+    interpreter.resize_tensor_input(0, images.shape)  # the batch is free
+    interpreter.allocate_tensors()
+    [given], [made] = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.set_tensor(given["index"], images)
+    interpreter.invoke()
+    operations = Counter(x["op_name"] for x in interpreter._get_ops_details())
+    return interpreter.get_tensor(made["index"]), operations
+
+
+RUNTIMES: dict[str, Any] = {".onnx": in_onnxruntime, ".tflite": in_litert}
 
 
 def smooth(count: int, size: int) -> Array:
@@ -56,32 +72,37 @@ def plain() -> nn.Module:
     ).eval()  # fmt: skip
 
 
+@pytest.mark.parametrize("suffix", RUNTIMES)
 @pytest.mark.parametrize(("mean", "std"), [(HALF, HALF), (MEAN, STD)])
-def test_bytes_are_the_engines(mean: Any, std: Any, tmp_path: Path) -> None:
+def test_bytes_are_the_engines(mean: Any, std: Any, suffix: str, tmp_path: Path) -> None:
     """Also where each channel of the image is padded with another byte."""
     images = smooth(64, 32)
     graph = int8.quantize(plain(), images[:16], mean=mean, std=std).graph
     ours = int8.load(graph)(images)
-    export.write(graph, tmp_path / "a.onnx")
-    found, operations = in_onnxruntime(tmp_path / "a.onnx", images)
+    run = RUNTIMES[suffix]
+    export.write(graph, path := tmp_path / f"a{suffix}")
+    found, operations = run(path, images)
     # the last bytes are the same, of which logits are sums in another order
     np.testing.assert_allclose(found, ours, rtol=0, atol=1e-6 * np.abs(ours).max())
-    assert operations["QLinearConv"] == 4 and not operations["Conv"] + operations["FusedConv"]
+    assert not operations["Conv"] + operations["FusedConv"]
+    assert operations["QLinearConv"] == 4 or operations["CONV_2D"] == 3 + (mean is MEAN)
+    assert suffix == ".onnx" or operations["DELEGATE"] == 1  # XNNPACK runs all of it
     # without rounding it is as near as the network's bits allow
-    export.write(graph, tmp_path / "b.onnx", exact=True)
-    exact, operations = in_onnxruntime(tmp_path / "b.onnx", images)
-    assert sqnr(exact, ours) > 25 and not operations["QLinearConv"]
+    export.write(graph, path, exact=True)
+    exact, operations = run(path, images)
+    assert sqnr(exact, ours) > 25 and not operations["QLinearConv"] + operations["QUANTIZE"]
 
 
-def test_every_level_of_a_pixel_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", RUNTIMES)
+def test_every_level_of_a_pixel_counts(suffix: str, tmp_path: Path) -> None:
     """A runtime that scaled by 2 / 255 first would keep 215 of them, or 129."""
     builder = Builder()
     builder.conv(1, inputs=(-1,), weight=1, bias=0, multiplier=1 / 3, zero_point=0)
     builder.conv(2, cls=Classifier, weight=1, bias=0, multiplier=1.0)
     graph = Graph(nodes=tuple(builder.nodes), image_size=1, **FIELDS)
     levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(256, 1, 1, 3)
-    export.write(graph, tmp_path / "a.onnx")
-    found, _ = in_onnxruntime(tmp_path / "a.onnx", levels)
+    export.write(graph, path := tmp_path / f"a{suffix}")
+    found, _ = RUNTIMES[suffix](path, levels)
     assert len(np.unique(found[:, 0])) == 256
     np.testing.assert_array_equal(found, int8.load(graph)(levels))
 
@@ -105,6 +126,10 @@ def test_what_runs_in_int8(name: str, tmp_path: Path) -> None:
     assert operations["Conv"] + operations["FusedConv"] == FLOAT[name]
     convolutions = sum(node.op in ("conv", "depthwise") for node in graph.nodes)
     assert operations["QLinearConv"] == convolutions
+    export.write(graph, tmp_path / "a.tflite")
+    _, operations = in_litert(tmp_path / "a.tflite", images[:1])
+    # XNNPACK runs all of it, in one piece
+    assert operations["DELEGATE"] == 1
 
 
 class Added(nn.Module):
@@ -120,29 +145,33 @@ class Added(nn.Module):
         return self.fc((x + self.b(self.a(x).relu())).mean((2, 3)))
 
 
+@pytest.mark.parametrize("suffix", RUNTIMES)
 @pytest.mark.parametrize("portable", [False, True])
-def test_a_portable_files_additions_are_the_engines(portable: bool, tmp_path: Path) -> None:
+def test_a_portable_files_additions_are_the_engines(
+    portable: bool, suffix: str, tmp_path: Path
+) -> None:
     torch.manual_seed(3)
     images = smooth(64, 32)
     model = Added().eval()
     graph = int8.quantize(model, images[:16], mean=HALF, std=HALF, portable=portable).graph
     assert [node.op for node in graph.nodes].count("add") == portable
     ours = int8.load(graph)(images)
-    export.write(graph, tmp_path / "a.onnx")
-    found, operations = in_onnxruntime(tmp_path / "a.onnx", images)
-    assert operations["QLinearAdd"] == 1 and sqnr(ours, found) > 25
+    export.write(graph, path := tmp_path / f"a{suffix}")
+    found, operations = RUNTIMES[suffix](path, images)
+    assert operations["QLinearAdd"] + operations["ADD"] == 1 and sqnr(ours, found) > 25
     assert np.allclose(found, ours, rtol=0, atol=1e-6 * np.abs(ours).max()) == portable
 
 
-def test_hard_swish_and_additions_are_near(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", RUNTIMES)
+def test_hard_swish_and_additions_are_near(suffix: str, tmp_path: Path) -> None:
     """They are rounded once more: to what, the file says."""
     torch.manual_seed(0)
     images = smooth(64, 32)
     graph = int8.quantize(Block().eval(), images[:16], mean=HALF, std=HALF).graph
     ours = int8.load(graph)(images)
     for exact in (False, True):
-        export.write(graph, tmp_path / "a.onnx", exact=exact)
-        found, _ = in_onnxruntime(tmp_path / "a.onnx", images)
+        export.write(graph, path := tmp_path / f"a{suffix}", exact=exact)
+        found, _ = RUNTIMES[suffix](path, images)
         assert sqnr(ours, found) > 25, exact
 
 
@@ -186,14 +215,16 @@ def test_the_file_says_how_images_are_prepared(tmp_path: Path) -> None:
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph: Graph = int8.quantize(plain(), smooth(4, 32), mean=HALF, std=HALF).graph
-    with pytest.raises(ValueError, match=r"export: path: expected a name in \.onnx, got .*a\.pb"):
+    with pytest.raises(
+        ValueError, match=r"export: path: expected a name in \.onnx, \.tflite, got .*pb"
+    ):
         export.write(graph, tmp_path / "a.pb")
     with pytest.raises(int8.FileError):
         export.write(b"no file", tmp_path / "a.onnx")
-    monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setattr("vitkd_fast._extras.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'needs onnx, .*pip install "vitkd-fast\[export-onnx\]"'):
-        export.write(graph, tmp_path / "a.onnx")
+    for suffix, extra in ((".onnx", "export-onnx"), (".tflite", "export-litert")):
+        with pytest.raises(ImportError, match=rf'pip install "vitkd-fast\[{extra}\]"'):
+            export.write(graph, tmp_path / f"a{suffix}")
     assert not list(tmp_path.iterdir())
 
 
@@ -208,4 +239,4 @@ def test_the_command(
             cli.main()
         assert (stop.value.code or 0) == code
     out, err = capsys.readouterr()
-    assert "a.onnx: 0.0" in out and "expected a name in .onnx" in err
+    assert "a.onnx: 0.0" in out and "expected a name in .onnx, .tflite" in err

@@ -72,10 +72,25 @@ def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
     origin = models.Origin.of(student)
     if origin.classes and not identity.same_classes(origin, classes):
         student.reset_classifier(len(classes))
-        student.origin = dataclasses.replace(
+        origin = dataclasses.replace(
             origin, classes=None, new_head="new classifier: its classes are others"
         )
+        student.origin = origin
+    if not origin.trained:
+        _start_small(student)
     return student
+
+
+def _start_small(model: Any) -> None:
+    """Gives a random classifier torch's own initial weights where the model's are larger.
+
+    timm draws a MobileNet's within 1 / sqrt(classes): with 10 classes, logits that begin at 5 and a
+    loss that takes hundreds of steps to come down to that of guessing.
+    """
+    heads = model.get_classifier()
+    for layer in heads if isinstance(heads, tuple) else (heads,):
+        if isinstance(layer, nn.Linear) and layer.weight.std() > layer.in_features**-0.5:
+            layer.reset_parameters()
 
 
 def create_teachers(config: Config, classes: Sequence[str]) -> list[nn.Module]:
@@ -109,6 +124,8 @@ def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[
             config, section, classes if section.epochs else own, new_head=section.epochs > 0
         )
     if section.epochs:
+        if not models.Origin.of(teacher).trained:
+            _start_small(teacher)
         return teacher
     if config.data.unlabelled:
         teacher = models.headless(teacher)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..int8 import file
 from ..int8.graph import Graph
 
-SUFFIXES = (".onnx",)
+SUFFIXES = (".onnx", ".tflite")
 
 
 def write(source: Graph | str | Path | bytes, path: str | Path, *, exact: bool = False) -> None:
@@ -18,7 +18,7 @@ def write(source: Graph | str | Path | bytes, path: str | Path, *, exact: bool =
 
     Args:
         source: the graph, or the file.
-        path: what to write; its suffix names the format: .onnx.
+        path: what to write; its suffix names the format: .onnx or .tflite.
         exact: the same network in float32, without rounding: its weights are those of int8, and
             its maps are cut to the ranges that bytes cover.
 
@@ -32,6 +32,8 @@ def write(source: Graph | str | Path | bytes, path: str | Path, *, exact: bool =
     if path.suffix not in SUFFIXES:
         known = ", ".join(SUFFIXES)
         raise ValueError(f"export: path: expected a name in {known}, got {path}")
-    from . import onnx
-
-    onnx.write(graph, path, exact)
+    if path.suffix == ".onnx":
+        from .onnx import write as writer
+    else:
+        from .litert import write as writer
+    writer(graph, path, exact)
