@@ -26,6 +26,7 @@ from support.cache_tools import (
     trainer,
 )
 from support.cluster_tools import Died, of_a_cluster, pretend
+from support.gcs_tools import gcs_server, of_gcs
 from support.s3_tools import of_s3, s3_server
 from vitkd_fast import _cluster, _extras
 from vitkd_fast._cluster import Note
@@ -77,7 +78,7 @@ def upload(s3: Any, folder: Path, name: str) -> str:
 
 def there(s3: Any, name: str) -> dict[str, bytes]:
     """Of every file but the configuration."""
-    found = s3.cat(f"bucket/{name}", recursive=True)
+    found = {path: s3.cat_file(path) for path in s3.find(f"bucket/{name}")}
     kept = {path.removeprefix(f"bucket/{name}/"): x for path, x in found.items()}
     return {path: x for path, x in kept.items() if path != "config.yaml"}
 
@@ -108,7 +109,7 @@ def test_stores_without_a_conditional_put_are_refused_by_name(
         store.at(url)
     found = vitkd("cache", "verify", url)
     assert found.code == 1 and f"CacheError: {url}: expected a folder" in found.err
-    found = vitkd("cache", "digits", f"teacher.model={file}", "-o", url, "--epochs", 1)
+    found = vitkd("cache", "digits", f"teacher={{model: {file}}}", "-o", url, "--epochs", 1)
     assert found.code == 1 and f"CacheError: {url}: expected a folder" in found.err
 
 
@@ -331,6 +332,31 @@ def test_an_image_that_kills_its_process_is_found_without_shared_storage(
     sums = CachedTeacher("s3://bucket/dying").rows(0, np.arange(179))["log_sum_exp"]
     assert np.nonzero(np.isnan(sums[:, 0]))[0].tolist() == [70]
     assert verify("s3://bucket/dying", samples=100, seed=0).pixels == []
+
+
+@of_gcs
+def test_google_cloud_storage(
+    file: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gcs_server() as server:
+        url = "gs://bucket/a/cache"
+        build(config(file), url, Options(2, TOPK))
+        found = {name.removeprefix("a/cache/"): x for name, x in server.objects.items()}
+        found.pop("config.yaml")
+        assert found == contents(made)
+        assert server.writes.count(("multipart", "0")) == 2 * SHARDS + 2  # and one that replaces
+        assert server.writes.count(("multipart", None)) == 1 == len(server.writes) - 2 * SHARDS - 2
+        assert build(config(file), url, Options(2, TOPK)).kept == 2 * SHARDS
+        cached = config(file, "run.epochs=3", cache=url)
+        online = config(file, "run.epochs=3", cache=made)
+        assert torch.equal(*(losses(trainer(tmp_path, x), 4) for x in (cached, online)))
+        server.writes.clear()
+        monkeypatch.setattr(store, "_PART", 1 << 18)
+        bucket = store.at("gs://bucket/large")
+        assert bucket.create("a", b"1", bytes(600_000))
+        assert not bucket.create("a", b"2", bytes(600_000))
+        assert server.writes == [("resumable", "0")] * 2
+        assert bucket.read("a") == b"1" + bytes(600_000)
 
 
 @of_s3

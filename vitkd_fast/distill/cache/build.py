@@ -213,26 +213,28 @@ class Made(NamedTuple):
     bad: list[str]  # shards that were damaged, and what was wrong with each
 
 
-def build(config: Config, folder: Where, options: Options) -> Made:
+def build(config: Config, folder: Where, options: Options, thorough: bool = False) -> Made:
     """Makes what is missing of a cache, or damaged; under torchrun every process calls this.
 
     Args:
         folder: a path, or the URL of a store.
+        thorough: compare the checksums of shards that are in a bucket, too, whose every byte is
+            fetched for that.
 
     Raises:
         ConfigError, DataError, ValueError: as `Maker`.
         CacheError: the folder holds a cache of another plan, or is in use.
         OSError: such as a full disk; what is complete by then stays, and the next call goes on.
     """
-    runtime = Runtime.of(config)
+    store, runtime = at(folder), Runtime.of(config)
     try:
-        return _build(Maker(config, runtime, options), at(folder))
+        return _build(Maker(config, runtime, options), store, thorough)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _build(maker: Maker, folder: Store) -> Made:
+def _build(maker: Maker, folder: Store, thorough: bool) -> Made:
     plan, runtime = maker.plan, maker.runtime
     with held(folder, runtime):
         if runtime.rank == 0:
@@ -242,7 +244,7 @@ def _build(maker: Maker, folder: Store) -> Made:
         check_plan(folder, plan)
         mine = [x for i, x in enumerate(plan.places()) if i % runtime.ranks == runtime.rank]
         maker.left_out = quarantine.read(folder)
-        todo, bad = lacking(folder, plan, mine)
+        todo, bad = lacking(folder, plan, mine, thorough)
         start = said = time.monotonic()
         for i, (place, columns) in enumerate(maker.make(todo), 1):
             shards.commit(folder, plan, place, columns)
@@ -261,12 +263,13 @@ def _build(maker: Maker, folder: Store) -> Made:
     return Made(plan, len(mine) - len(todo), len(todo), bad)
 
 
-def lacking(folder: Where, plan: Plan, places: Iterable[Place]) -> tuple[list[Place], list[str]]:
+def lacking(
+    store: Store, plan: Plan, places: Iterable[Place], thorough: bool = False
+) -> tuple[list[Place], list[str]]:
     """Of these shards those to make, and what is wrong with the damaged ones among them."""
-    store = at(folder)
-    faults = shards.lengths(store, plan)
-    if store.shared:  # of a bucket's every byte would be fetched
-        faults |= {x: shards.fault(store, plan, x) for x in plan.places() if x not in faults}
+    places, faults = list(places), shards.lengths(store, plan)
+    if store.shared or thorough:
+        faults |= {x: shards.fault(store, plan, x) for x in places if x not in faults}
     todo = [place for place in places if faults.get(place)]
     bad = [f"{store.name(x.file)}: {faults[x]}" for x in todo if faults[x] != "is missing"]
     for line in bad:

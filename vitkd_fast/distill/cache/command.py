@@ -153,4 +153,4 @@ def _verify(arguments: list[str], samples: int, rebuild: bool) -> None:
         raise CacheError(f"{folder}: {len(found.bad)} bad shards; --rebuild makes them again")
     if found.bad:
         config, options = build.reopen(folder, overrides)
-        _say_made(build.build(config, folder, options), folder)
+        _say_made(build.build(config, folder, options, thorough=True), folder)
