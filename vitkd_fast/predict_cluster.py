@@ -33,15 +33,12 @@ class Chunk(NamedTuple):
     """Files that follow one another."""
 
     number: int
+    start: int  # the number of the first file
     files: tuple[str, ...]
 
     @property
     def name(self) -> str:
         return f"{self.number:07}.json"
-
-    @property
-    def start(self) -> int:
-        return self.number * _FILES
 
 
 class Worker:
@@ -145,7 +142,8 @@ def predict(
         files, parts, (model, about["model"], parts, os.getcwd(), form, skip_bad, threads)
     )
     chunks = [
-        Chunk(i, tuple(files[i * _FILES :][:_FILES])) for i in range(-(-len(files) // _FILES))
+        Chunk(i, start, tuple(files[start : start + _FILES]))
+        for i, start in enumerate(range(0, len(files), _FILES))
     ]
     with ExitStack() as stack:
         try:

@@ -20,9 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-of_gcs = pytest.mark.skipif(
-    find_spec("gcsfs") is None, reason="needs gcsfs: pip install 'gcsfs>=2026.9,<2027'"
-)
+of_gcs = pytest.mark.skipif(find_spec("gcsfs") is None, reason="needs gcsfs, of the extra store")
 
 
 class _Handler(BaseHTTPRequestHandler):

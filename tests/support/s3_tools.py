@@ -11,8 +11,7 @@ import pytest
 
 _MISSING = [name for name in ("s3fs", "moto", "flask") if not find_spec(name)]
 of_s3 = pytest.mark.skipif(
-    bool(_MISSING),
-    reason=f"needs {', '.join(_MISSING)}: pip install 's3fs==2026.9.*' 'moto[server]==5.2.*'",
+    bool(_MISSING), reason=f"needs {', '.join(_MISSING)}, of the extra dev-store"
 )
 
 
