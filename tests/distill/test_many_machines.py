@@ -6,11 +6,12 @@ to the other. They need root and iproute2; where there are none, the test is ski
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,15 +174,21 @@ def test_two_machines_are_one_machine_with_two_processes(
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             running.append(process)
-        said = [process.communicate(timeout=300)[0] for process in running]
+        try:
+            said = [process.communicate(timeout=600)[0] for process in running]
+        finally:
+            for process in running:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         assert [process.returncode for process in running] == [0, 0], "\n".join(said)
     del environment["GLOO_SOCKET_IFNAME"]
     for arguments in command("one"):
         subprocess.run(
             [*torchrun("--standalone", "--nproc-per-node=2"), *arguments],
-            cwd=tmp_path, env=environment, check=True, timeout=300, capture_output=True,
+            cwd=tmp_path, env=environment, check=True, timeout=600, capture_output=True,
         )  # fmt: skip
     assert contents(tmp_path / "one/cache") == contents(tmp_path / "two/cache")
     one, two = (
