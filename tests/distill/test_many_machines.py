@@ -116,6 +116,14 @@ def _ip(*command: str) -> None:
     subprocess.run(["ip", *command], check=True, capture_output=True, text=True)
 
 
+def _stop(machine: str) -> None:
+    """What a test that failed has left running there."""
+    found = subprocess.run(["ip", "netns", "pids", machine], capture_output=True, text=True)
+    for process in found.stdout.split():
+        with suppress(ProcessLookupError):
+            os.kill(int(process), signal.SIGKILL)
+
+
 @pytest.fixture
 def machines() -> Iterator[list[str]]:
     """Two network namespaces with addresses 10.213.7.1 and .2; their names."""
@@ -127,6 +135,7 @@ def machines() -> Iterator[list[str]]:
             for name in names:
                 _ip("netns", "add", name)
                 stack.callback(_ip, "netns", "del", name)
+                stack.callback(_stop, name)
             one, two = names
             _ip("-n", one, "link", "add", "wire", "type", "veth", "peer", "wire", "netns", two)
         except subprocess.CalledProcessError as error:
@@ -174,15 +183,9 @@ def test_two_machines_are_one_machine_with_two_processes(
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
             running.append(process)
-        try:
-            said = [process.communicate(timeout=600)[0] for process in running]
-        finally:
-            for process in running:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+        said = [process.communicate(timeout=600)[0] for process in running]
         assert [process.returncode for process in running] == [0, 0], "\n".join(said)
     del environment["GLOO_SOCKET_IFNAME"]
     for arguments in command("one"):
