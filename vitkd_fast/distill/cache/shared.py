@@ -15,7 +15,8 @@ from ... import models
 from ...images import DataError
 from .. import augment, sources
 from ..config import Config
-from .plan import CacheError, Plan
+from .plan import Plan
+from .store import CacheError
 
 # what makes the pixels of an augmented image
 LIBRARIES = ("torchvision", "timm", "Pillow")
