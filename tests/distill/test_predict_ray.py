@@ -28,7 +28,7 @@ from support.cluster_tools import (
 from support.process_tools import of_tests
 from vitkd_fast import _cluster, int8, models, predict_cluster
 from vitkd_fast._cluster import Note
-from vitkd_fast.distill import sources
+from vitkd_fast.distill import datasets
 from vitkd_fast.images import list_images
 from vitkd_fast.predict_command import Said
 
@@ -43,7 +43,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = models.create("mobilenetv2_035", num_classes=10).train()
     for _ in range(3):
         made(torch.rand(16, 3, 32, 32) * 4 - 2)
-    digits = np.stack([sources.Digits().read(i)[0] for i in range(16)])
+    digits = np.stack([datasets.Digits().read(i)[0] for i in range(16)])
     classes = tuple(f"digit {i}" for i in range(10))
     half = (0.5, 0.5, 0.5)
     quantized = int8.quantize(made.eval(), digits, mean=half, std=half, classes=classes)
