@@ -116,7 +116,7 @@ class _Writer:
         if of is not None:
             zero = of.zero_point - (128 if dtype == "INT8" else 0)
             quantization = schema.QuantizationParametersT(
-                scale=np.float32([of.scale]), zeroPoint=np.int64([zero])
+                scale=np.array([of.scale], np.float32), zeroPoint=np.array([zero], np.int64)
             )
         elif scale is not None:
             quantization = schema.QuantizationParametersT(
@@ -124,12 +124,12 @@ class _Writer:
             )
         self.tensors.append(
             schema.TensorT(
-                shape=np.int32(shape),
+                shape=np.array(shape, np.int32),
                 type=getattr(schema.TensorType, dtype),
                 buffer=0 if data is None else self._buffer(data),
                 name=name,
                 quantization=quantization,
-                shapeSignature=None if data is not None else np.int32((-1, *shape[1:])),
+                shapeSignature=None if data is not None else np.array((-1, *shape[1:]), np.int32),
             )
         )
         return len(self.tensors) - 1
@@ -184,7 +184,7 @@ class _Writer:
             if self.exact:
                 bound = self._constant(f"{name}.{op}", [real], np.float32)
             else:
-                data = np.int8([byte - 128])
+                data = np.array([byte - 128], np.int8)
                 bound = self._tensor(f"{name}.{op}", (1,), "INT8", of, data)
             x = self._run(op, [x, bound], self._map(f"{name}.{op.lower()}", size, of))
         return x
