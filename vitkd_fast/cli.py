@@ -227,6 +227,19 @@ def quantize(
     bias_correction: Annotated[
         bool, typer.Option(help="Correct biases by the mean error of each layer.")
     ] = True,
+    reconstruct: Annotated[
+        bool,
+        typer.Option(
+            "--reconstruct", help="Fit weights to the rounded maps; takes 2 to 3 times as long."
+        ),
+    ] = False,
+    mixed: Annotated[
+        bool,
+        typer.Option("--mixed", help="Nine bits for the channels that cost the logits most."),
+    ] = False,
+    budget: Annotated[
+        float, typer.Option(min=1, help="Multiply-adds with --mixed over those without.")
+    ] = 1.1,
     count: Annotated[int, typer.Option(min=1, help="Images, evenly spread over DIR.")] = 500,
     skip_bad: SkipBad = False,
     image_size: ImageSize = None,
@@ -274,6 +287,9 @@ def quantize(
         std=pixels.std,
         calibration=calibration.value,
         bias_correction=bias_correction,
+        reconstruct=reconstruct,
+        mixed="auto" if mixed else None,
+        budget=budget,
         classes=loaded.classes,
         multilabel=models.Origin.of(loaded.model).multilabel,
         crop_pct=pixels.crop_pct,
