@@ -81,7 +81,7 @@ class _Experiment(Prepared):
         trainer = Trainer(
             config,
             DistillationTask.create(config, student, teachers, self.runtime, cache),
-            self.splits,
+            self.splits if config.data.extra else sources.without_extra(self.splits),
             self.folder / name,
             seed=seed,
             save_model=functools.partial(
@@ -104,7 +104,11 @@ class _Experiment(Prepared):
     def _sources(self) -> dict[str, Any]:
         """The sections of the teachers, without training: what this run trained is a file."""
         found = [
-            Teacher(model=str(self._file(name).absolute()), weight=section.weight)
+            Teacher(
+                model=str(self._file(name).absolute()),
+                weight=section.weight,
+                image_size=section.image_size,
+            )
             if section.epochs
             else section
             for name, section in self.config.all_teachers().items()
@@ -140,7 +144,7 @@ class _Experiment(Prepared):
                 distilled = role == self.role
                 students.setdefault(role, {})[seed] = self._train(
                     f"{role}-{seed}",
-                    config if distilled else config.for_baseline(),
+                    config if distilled else self._baseline(),
                     student,
                     self.teachers if distilled else [],
                     seed,
@@ -260,6 +264,30 @@ class _Experiment(Prepared):
         free = checkpoint.free(self.folder)
         self.say(f"disk: {need / 1e6:,.0f} MB at most in {self.folder}, {free / 1e6:,.0f} MB free")
         return {}
+
+    def _baseline(self) -> Config:
+        """The student without its teacher: as many updates, of images with labels."""
+        config = self.config.for_baseline()
+        if not self.config.data.extra:
+            return config
+        together = config.data.batch_size * self.runtime.ranks * config.optimizer.accumulate
+        labelled = sources.without_extra(self.splits)
+        distilled, alone = (sources.count(x.train) // together for x in (self.splits, labelled))
+        steps = min(config.run.epochs * distilled, config.run.max_steps or 2**62)
+        epochs = -(-steps // max(alone, 1))
+        longer = epochs / config.run.epochs
+        run = {
+            "epochs": epochs,
+            "max_steps": steps,
+            "eval_every": round(config.run.eval_every * longer) or 1,
+        }
+        warmup = {"warmup_epochs": round(config.optimizer.warmup_epochs * longer)}
+        return config.model_copy(
+            update={
+                "run": config.run.model_copy(update=run),
+                "optimizer": config.optimizer.model_copy(update=warmup),
+            }
+        )
 
     def _roles(self) -> list[str]:
         """The students that each seed trains."""

@@ -47,6 +47,7 @@ def quantize(
     reconstruct: bool = False,
     mixed: Literal["auto"] | None = None,
     budget: float = 1.1,
+    portable: bool = False,
     classes: Sequence[str] | None = None,
     multilabel: bool = False,
     image_size: int | None = None,
@@ -72,6 +73,8 @@ def quantize(
         mixed: "auto" gives nine bits to the channels of maps whose rounding costs the logits most
             (twins.py), in the same format and engine; None: eight to all.
         budget: multiply-adds with mixed="auto" over those without, at most.
+        portable: rounds where other runtimes do, for `export`: an addition is a layer of its own,
+            between bytes. In the engine it costs a few percent of time, and some accuracy.
         classes: names of the logits.
         multilabel: classes are not exclusive, which the file says and `vitkd predict` shows.
         image_size: checked against the images.
@@ -127,8 +130,10 @@ def quantize(
         raise ValueError(
             f"quantize: classes: expected {logits} names, one per logit, got {len(graph.classes)}"
         )
-    budget = budget if mixed else 1.0
-    return _Quantizer(graph, nodes, batch, calibration, bias_correction, reconstruct, budget).run()
+    quantizer = _Quantizer(graph, nodes, batch, calibration, bias_correction)
+    quantizer.reconstruct, quantizer.portable = reconstruct, portable
+    quantizer.budget = budget if mixed else 1.0
+    return quantizer.run()
 
 
 _CHECK = (
@@ -157,10 +162,9 @@ class _Quantizer:
         images: Tensor,
         calibration: Calibration,
         bias_correction: bool,
-        reconstruct: bool,
-        budget: float,
     ) -> None:
-        self.reconstruct, self.budget = reconstruct, budget
+        self.reconstruct = self.portable = False
+        self.budget = 1.0
         self.twins: twins.Twins = {}
         self.positions: dict[int, int] = {}  # height times width of the float maps
         self.graph, self.float_nodes, self.images = graph, nodes, images
@@ -180,7 +184,7 @@ class _Quantizer:
         float_logits = self.observe()
         if self.reconstruct:
             self.floats = {-1: self.normalised(self.images[self.fitted])}
-        steps = _steps(self.float_nodes)
+        steps = _steps(self.float_nodes, fuses=not self.portable)
         if self.budget > 1:
             found = self.costs(steps).maps
             self.twins = twins.choose(steps, self.positions, found, self.budget)
@@ -501,15 +505,16 @@ class _Quantizer:
         return twins.with_twins(_numpy(twins.merged(mean, copied, 0)) * scale.scale, copied)
 
 
-def _steps(nodes: tuple[FloatNode, ...]) -> list[_Step]:
-    """The nodes in order; an addition becomes part of a convolution before it where it can."""
+def _steps(nodes: tuple[FloatNode, ...], fuses: bool = True) -> list[_Step]:
+    """The nodes in order; with `fuses`, an addition joins a convolution before it if it can."""
     readers = Counter(source for node in nodes for source in node.inputs)
     taken: dict[int, int] = {}  # addition -> convolution
     for index, node in enumerate(nodes):
         fit = [
             source
             for source in node.inputs
-            if node.op == "add"
+            if fuses
+            and node.op == "add"
             and nodes[source].op == "conv"
             and (nodes[source].groups, nodes[source].activation) == (1, None)
             and readers[source] == 1
