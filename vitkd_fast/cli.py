@@ -191,6 +191,19 @@ def quantize(
     bias_correction: Annotated[
         bool, typer.Option(help="Correct biases by the mean error of each layer.")
     ] = True,
+    reconstruct: Annotated[
+        bool,
+        typer.Option(
+            "--reconstruct", help="Fit weights to the rounded maps; takes 2 to 3 times as long."
+        ),
+    ] = False,
+    mixed: Annotated[
+        bool,
+        typer.Option("--mixed", help="Nine bits for the channels that cost the logits most."),
+    ] = False,
+    budget: Annotated[
+        float, typer.Option(min=1, help="Multiply-adds with --mixed over those without.")
+    ] = 1.1,
     portable: Annotated[
         bool, typer.Option("--portable", help="Round as other runtimes do, for `vitkd export`.")
     ] = False,
@@ -241,6 +254,9 @@ def quantize(
         std=pixels.std,
         calibration=calibration.value,
         bias_correction=bias_correction,
+        reconstruct=reconstruct,
+        mixed="auto" if mixed else None,
+        budget=budget,
         portable=portable,
         classes=loaded.classes,
         multilabel=models.Origin.of(loaded.model).multilabel,

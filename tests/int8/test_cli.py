@@ -196,6 +196,8 @@ def test_calibration_images_of_a_stream(tmp_path: Path) -> None:
         ([], {}, 32),
         (["--calibration", "minmax", "--no-bias-correction"],
          {"calibration": "minmax", "bias_correction": False}, 32),
+        (["--reconstruct", "--mixed", "--budget", "1.3"],
+         {"reconstruct": True, "mixed": "auto", "budget": 1.3}, 32),
         (["--image-size", "48"], {}, 48),
     ],
 )  # fmt: skip

@@ -38,6 +38,11 @@ class Scale:
         """What bytes 0 and 255 stand for."""
         return -self.zero_point * self.scale, (255 - self.zero_point) * self.scale
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """The values that the bytes of x stand for."""
+        q = (x / self.scale).round_().add_(self.zero_point).clamp_(0, 255)
+        return q.sub_(self.zero_point).mul_(self.scale)
+
     @classmethod
     def of(cls, lo: float, hi: float) -> Scale:
         """Of a range with 0 in it; an empty one gets scale 1."""

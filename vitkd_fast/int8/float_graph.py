@@ -60,11 +60,11 @@ def forward(nodes: tuple[FloatNode, ...], x: Tensor, observe: Observer | None = 
     last_use = {source: index for index, node in enumerate(nodes) for source in node.inputs}
     maps = {-1: x.to(torch.float32, memory_format=torch.channels_last)}
     for index, node in enumerate(nodes):
-        y = _compute(node, [maps[source] for source in node.inputs])
+        y = pre_activation(node, [maps[source] for source in node.inputs])
         for source in set(node.inputs):
             if last_use[source] == index:
                 del maps[source]
-        maps[index] = _ACTIVATIONS[node.activation](y, inplace=observe is None)
+        maps[index] = activated(y, node.activation, inplace=observe is None)
         if observe:
             observe(index, y, maps[index])
         del y
@@ -83,7 +83,12 @@ _ACTIVATIONS: dict[Activation | None, Callable[..., Tensor]] = {
 }
 
 
-def _compute(node: FloatNode, inputs: list[Tensor]) -> Tensor:
+def activated(x: Tensor, activation: Activation | None, inplace: bool = False) -> Tensor:
+    """The values after an activation, or x itself where there is none."""
+    return _ACTIVATIONS[activation](x, inplace=inplace)
+
+
+def pre_activation(node: FloatNode, inputs: list[Tensor]) -> Tensor:
     """The node before its activation."""
     x = inputs[0]
 

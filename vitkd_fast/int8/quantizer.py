@@ -10,18 +10,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import _preprocessing
-from . import file, simulate
+from . import _arguments, file, reconstruct, sensitivity, simulate, twins
 from .calibrate import CALIBRATIONS, Calibration, Histogram, Scale
-from .float_graph import FloatNode, forward
+from .float_graph import Activation, FloatNode, activated, forward, pre_activation
 from .graph import Add, Array, Classifier, Conv, Depthwise, Graph, Node, Pool, SqueezeExcite
 from .lower import checked, lower
 from .report import LayerReport, QuantizedModel, Report
@@ -32,6 +31,7 @@ _CHUNK = 16  # images computed at a time
 _COMPARED = 32  # images of which every map is compared with the float one
 _ROUNDS = 2  # in which a bias before an activation is settled
 _FEW = 100  # images: of a trained MobileNetV2 5 cost 2 dB of the logits' SQNR, 20 cost 1
+_FITTED = 128  # images that weights are fitted on
 _LARGEST = 2.0**20  # of a map; the file holds no larger constant
 
 
@@ -44,6 +44,9 @@ def quantize(
     std: Sequence[float] | None = None,
     calibration: Calibration = "mse",
     bias_correction: bool = True,
+    reconstruct: bool = False,
+    mixed: Literal["auto"] | None = None,
+    budget: float = 1.1,
     portable: bool = False,
     classes: Sequence[str] | None = None,
     multilabel: bool = False,
@@ -65,6 +68,11 @@ def quantize(
             "percentile" (99.99% of the values at either end) or "minmax".
         bias_correction: makes the mean of each convolution's output, before and after its
             activation, that of the float model, in order.
+        reconstruct: fits each layer's weights, on up to 128 images, to give the float model's
+            output from the rounded input, and rounds them by what they are multiplied with.
+        mixed: "auto" gives nine bits to the channels of maps whose rounding costs the logits most
+            (twins.py), in the same format and engine; None: eight to all.
+        budget: multiply-adds with mixed="auto" over those without, at most.
         portable: rounds where other runtimes do, for `export`: an addition is a layer of its own,
             between bytes. In the engine it costs a few percent of time, and some accuracy.
         classes: names of the logits.
@@ -82,15 +90,19 @@ def quantize(
     if calibration not in CALIBRATIONS:
         names = ", ".join(CALIBRATIONS)
         raise ValueError(f"quantize: calibration: expected one of {names}, got {calibration!r}")
+    if mixed not in (None, "auto"):
+        raise ValueError(f"quantize: mixed: expected 'auto' or None, got {mixed!r}")
+    if not 1 <= budget < math.inf:
+        raise ValueError(f"quantize: budget: expected 1 or more, got {budget!r}")
     model = checked(model)
     known = getattr(model, "pretrained_cfg", None) or {}
     known = known if isinstance(known, Mapping) else {}
-    given = {"mean": _three("mean", mean), "std": _three("std", std)}
-    batch = _batch(images, image_size)
+    given = {"mean": _arguments.three("mean", mean), "std": _arguments.three("std", std)}
+    batch = _arguments.batch(images, image_size)
     batch = batch.to(next(model.parameters(), torch.empty(0)).device)
     with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
         nodes = lower(model, batch.shape[2])
-    mean, std = _normalisation(nodes, given, known)
+    mean, std = _arguments.normalisation(nodes, given, known)
     if nodes[0].op == "normalize":  # the images are normalised once, by the graph's mean and std
         nodes = tuple(
             replace(node, inputs=tuple(max(source - 1, -1) for source in node.inputs))
@@ -118,10 +130,12 @@ def quantize(
         raise ValueError(
             f"quantize: classes: expected {logits} names, one per logit, got {len(graph.classes)}"
         )
-    return _Quantizer(graph, nodes, batch, calibration, bias_correction, portable).run()
+    quantizer = _Quantizer(graph, nodes, batch, calibration, bias_correction)
+    quantizer.reconstruct, quantizer.portable = reconstruct, portable
+    quantizer.budget = budget if mixed else 1.0
+    return quantizer.run()
 
 
-_Three = tuple[float, float, float]
 _CHECK = (
     "look at the weights and batch-norm statistics (running_mean, running_var, weight) up to this "
     "layer, and check the float model's accuracy"
@@ -135,7 +149,7 @@ class _Step:
     node: FloatNode
     inputs: tuple[int, ...]  # the float nodes that it reads
     output: int  # the float node whose output it makes
-    activation: str | None
+    activation: Activation | None
 
 
 class _Quantizer:
@@ -148,36 +162,51 @@ class _Quantizer:
         images: Tensor,
         calibration: Calibration,
         bias_correction: bool,
-        portable: bool,
     ) -> None:
+        self.reconstruct = self.portable = False
+        self.budget = 1.0
+        self.twins: twins.Twins = {}
+        self.positions: dict[int, int] = {}  # height times width of the float maps
         self.graph, self.float_nodes, self.images = graph, nodes, images
         self.calibration, self.bias_correction = calibration, bias_correction
-        self.portable = portable
         # means [C] of the float maps, before their activation and after it
         self.before: list[Any] = [0.0] * len(nodes)
         self.after: list[Any] = [0.0] * len(nodes)
         self.scales = {-1: Scale(1.0, 0)}
         self.maps = {-1: images}  # bytes [N, C, H, W]
         self.kept: dict[int, Tensor] = {}  # the maps of the first images
+        self.fitted = slice(None, None, -(-len(images) // _FITTED))
+        self.floats: dict[int, Tensor] = {}  # float maps of the images that weights are fitted on
+        self.lost: dict[int, Tensor] = {}  # by rounding the weights of the float nodes
+        self.targets = torch.empty(0)  # of the step at hand, before its activation
 
     def run(self) -> QuantizedModel:
         float_logits = self.observe()
+        if self.reconstruct:
+            self.floats = {-1: self.normalised(self.images[self.fitted])}
         steps = _steps(self.float_nodes, fuses=not self.portable)
+        if self.budget > 1:
+            found = self.costs(steps).maps
+            self.twins = twins.choose(steps, self.positions, found, self.budget)
         last_use = {source: step.output for step in steps for source in step.inputs}
         index = {-1: -1} | {step.output: position for position, step in enumerate(steps)}
         nodes: list[Node] = []
         logits = float_logits
         for step in steps:
             inputs = tuple(index[source] for source in step.inputs)
+            if self.reconstruct:
+                self.advance(step)
             nodes.append(self.quantized(step, {"name": step.node.name, "inputs": inputs}))
             output = torch.cat(list(self.simulated(nodes[-1], step)))
             for source in {source for source in step.inputs if last_use[source] == step.output}:
                 del self.maps[source]
+                self.floats.pop(source, None)
             if isinstance(nodes[-1], Classifier):
                 logits = output.flatten(1)
             else:
                 self.maps[step.output] = output
-                self.kept[step.output] = output[:_COMPARED].clone()
+                one = twins.merged(output[:_COMPARED], self.twins.get(step.output), 1)
+                self.kept[step.output] = one.clone()
         graph = replace(self.graph, nodes=tuple(nodes))
         try:
             file.validate(graph)
@@ -186,8 +215,11 @@ class _Quantizer:
         same = (float_logits.argmax(1) == logits.argmax(1)).double().mean()
         noise = (float_logits - logits).double()
         sqnr = _decibels(float_logits.double().square().sum(), noise.square().sum())
-        layers, warnings = self.layers(steps, nodes), self.warnings(float_logits)
-        return QuantizedModel(graph, Report(layers, float(same), sqnr, len(logits), warnings))
+        costs = self.costs(steps)
+        layers, warnings = self.layers(steps, nodes, costs), self.warnings(float_logits)
+        last = costs.weights[len(self.float_nodes) - 1] / (costs.total or 1.0)
+        report = Report(layers, float(same), sqnr, len(logits), last, warnings)
+        return QuantizedModel(graph, report)
 
     # the float model
 
@@ -205,6 +237,7 @@ class _Quantizer:
         def count(index: int, before: Tensor, output: Tensor) -> None:
             for means, value in ((self.before, before), (self.after, output)):
                 means[index] += value.mean((2, 3)).double().sum(0) / len(self.images)
+            self.positions[index] = output.shape[2] * output.shape[3]
             try:
                 histograms[index].add(output)
             except ValueError as error:
@@ -242,7 +275,19 @@ class _Quantizer:
             )
         return tuple(found)
 
-    def layers(self, steps: list[_Step], nodes: list[Node]) -> tuple[LayerReport, ...]:
+    def costs(self, steps: list[_Step]) -> sensitivity.Costs:
+        """What the rounding of each map and of each layer's weights costs, on the first images."""
+        scales = {step.output: self.scales[step.output] for step in steps[:-1]}
+        images = self.images[:_COMPARED].split(_CHUNK // 2)
+        batches = [self.normalised(chunk) for chunk in images]
+        found = sensitivity.costs(self.float_nodes, batches, scales, self.lost)
+        for output, copied in self.twins.items():
+            found.maps[output][copied] *= 1 - twins.SAVED
+        return found
+
+    def layers(
+        self, steps: list[_Step], nodes: list[Node], costs: sensitivity.Costs
+    ) -> tuple[LayerReport, ...]:
         """Compares maps with those of the float graph, which runs once more."""
         # signal, noise, values clipped, values
         sums = {output: np.zeros(4) for output in self.kept}
@@ -261,11 +306,15 @@ class _Quantizer:
         for chunk in self.images[:_COMPARED].split(_CHUNK):
             forward(self.float_nodes, self.normalised(chunk), compare)
             begin += len(chunk)
-        layers = []
+        layers, total = [], costs.total or 1.0
         for step, node in zip(steps[:-1], nodes[:-1], strict=True):
             signal, noise, clipped, count = sums[step.output]
             ends, sqnr = self.scales[step.output].ends, _decibels(signal, noise)
-            layers.append(LayerReport(node.name, node.op, *ends, sqnr, clipped / count))
+            shares = (
+                float(costs.maps[step.output].sum()) / total,
+                costs.weights.get(self.place(step), 0.0) / total,
+            )
+            layers.append(LayerReport(node.name, node.op, *ends, sqnr, clipped / count, *shares))
         return tuple(layers)
 
     # the quantised one
@@ -324,6 +373,10 @@ class _Quantizer:
         if source == -1:  # bytes, not normalised pixels; what pads them is rounded
             weight = weight / (255 * np.array(self.graph.std)[:, None, None])
             zero = 255 * np.array(self.graph.mean)[:, None, None]
+        if self.reconstruct:
+            halves = self.moments(step, weight * scale, bias)
+            flat = reconstruct.refit(reconstruct.flat(step.node, weight * scale), halves)
+            weight = flat.reshape(weight.shape) / scale
         unit = np.abs(weight).max((1, 2, 3)) * scale / 127
         unit = np.maximum(unit, np.maximum(np.abs(bias) / 2**29, out * 2.0**-40))
         if step.activation in ("relu", "relu6"):
@@ -334,7 +387,21 @@ class _Quantizer:
         else:
             multiplier = _significant(unit / out, 22)
         unit = multiplier.astype(np.float64) * out
-        q = np.rint(weight * scale / unit[:, None, None, None]).clip(-127, 127).astype(np.int8)
+        if self.reconstruct:
+            flat = reconstruct.flat(step.node, weight * scale)
+            q = reconstruct.rounded(flat, unit.reshape(flat.shape[:2]), halves[0] + halves[1])
+            q = q.reshape(weight.shape)
+        else:
+            q = np.rint(weight * scale / unit[:, None, None, None]).clip(-127, 127)
+        error = q * unit[:, None, None, None] / scale - weight
+        if source == -1:
+            error = error * (255 * np.array(self.graph.std)[:, None, None])
+        self.lost[self.place(step)] = torch.from_numpy(error).to(self.images.device)
+        mine, read = self.twins.get(step.output), self.twins.get(source)
+        q = twins.with_twins(q if step.node.groups > 1 else twins.split(q, read), mine)
+        q = q.astype(np.int8)
+        unit, multiplier = twins.with_twins(unit, mine), twins.with_twins(multiplier, mine)
+        bias = twins.with_twins(bias, mine)
         if cls is Conv:
             q = q.transpose(0, 2, 3, 1)
         elif cls is Depthwise:
@@ -347,15 +414,66 @@ class _Quantizer:
         if self.bias_correction:
             value = _numpy(simulate.sums(node, (self.mean_map(source) - pad)[None]).mean((0, 2, 3)))
             value = value + simulate.folded(node, pad.double().cpu().numpy()) - folded
-            bias = _numpy(self.before[step.output]) - value * unit
+            bias = twins.with_twins(_numpy(self.before[step.output]), mine) - value * unit
             for other in step.inputs[1:]:
                 bias = bias - self.mean_value(other)
         most = 2**31 - 1 - simulate.largest(node)
-        node = _biased(node, bias / unit - folded, most)
+        bias = bias / unit + twins.offsets(len(weight), mine) / multiplier
+        node = _biased(node, bias - folded, most)
         if self.bias_correction and step.activation:
             for _ in range(_ROUNDS):
-                node = _biased(node, node.bias + self.error_after(node, step) / unit, most)
+                error = twins.with_twins(self.error_after(node, step), mine)
+                node = _biased(node, node.bias + error / unit, most)
         return node
+
+    def advance(self, step: _Step) -> None:
+        """The step's float map, and its values before the activation where they are seen."""
+        maps, seen = [], []
+        for i in range(0, len(self.floats[step.inputs[0]]), _CHUNK):
+            inputs = [self.floats[source][i : i + _CHUNK] for source in step.inputs]
+            y = pre_activation(step.node, inputs)
+            if step.node.op == "conv" and len(inputs) == 2:
+                y = y + inputs[1]
+            if step.node.op == "conv":
+                seen.append(reconstruct.seen(y))
+            maps.append(activated(y, step.activation))
+        self.floats[step.output] = torch.cat(maps)
+        self.targets = torch.cat(seen) if seen else torch.empty(0)
+
+    def moments(
+        self, step: _Step, weight: Array, bias: Array
+    ) -> tuple[reconstruct.Moments, reconstruct.Moments]:
+        """Of what a convolution reads and of what its output lacks, on either half of the images.
+
+        weight: [C_out, C_in / groups, kh, kw], of centred bytes.
+        """
+        source, others = step.inputs[0], step.inputs[1:]
+        w = torch.from_numpy(reconstruct.flat(step.node, weight)).to(self.targets)
+        b = torch.from_numpy(bias).to(self.targets).view(-1, 1, 1)
+        first, second = (reconstruct.Moments.like(w) for _ in range(2))
+        for i in range(0, len(self.targets), _CHUNK):
+            some = slice(i, i + _CHUNK)
+            x = twins.merged(self.maps[source][self.fitted][some], self.twins.get(source), 1)
+            x = reconstruct.patches(step.node, x - self.padding(source), weight.shape[2:])
+            rest = b.expand_as(self.targets[some])
+            for other in others:
+                rest = rest + self.values(other, some)
+            y, rest = (reconstruct.grouped(step.node, v) for v in (self.targets[some], rest))
+            got = activated(x @ w.mT + rest, step.activation)
+            (first if i // _CHUNK % 2 else second).add(x, activated(y, step.activation) - got)
+        return first, second
+
+    def values(self, source: int, some: slice) -> Tensor:
+        """What a map's bytes stand for, where they are seen."""
+        scale = self.scales[source]
+        seen = reconstruct.seen(self.maps[source][self.fitted][some])
+        return (
+            twins.merged(seen, self.twins.get(source), 1).float() - scale.zero_point
+        ) * scale.scale
+
+    def place(self, step: _Step) -> int:
+        """The float node of a step."""
+        return next(i for i, node in enumerate(self.float_nodes) if node is step.node)
 
     def error_after(self, node: Any, step: _Step) -> Array:
         """[C]: what to add before the activation, so that the mean after it is the float one.
@@ -363,13 +481,14 @@ class _Quantizer:
         Where few values are between the flat parts of the activation it has little leverage, and
         is left small.
         """
-        scale = self.scales[step.output]
+        scale, copies = self.scales[step.output], self.twins.get(step.output)
         mean: Any = 0.0
         inside: Any = 0.0
         for output in self.simulated(node, step):
             between = (output > scale.zero_point) & (output < node.hi)
             mean += output.float().mean((2, 3)).double().sum(0) / len(self.images)
             inside += between.float().mean((2, 3)).double().sum(0) / len(self.images)
+        mean, inside = twins.merged(mean, copies, 0), twins.merged(inside, copies, 0)
         error = self.after[step.output] - (mean - scale.zero_point) * scale.scale
         return _numpy(error * inside / (inside**2 + 0.0025))
 
@@ -380,10 +499,10 @@ class _Quantizer:
         return total / len(self.images)
 
     def mean_value(self, source: int) -> Array:
-        """[C], of what the bytes stand for."""
-        scale = self.scales[source]
+        """[C], of what the bytes stand for; of a channel and its twin, the mean of both."""
+        scale, copied = self.scales[source], self.twins.get(source)
         mean = self.mean_map(source).mean((1, 2)) - scale.zero_point
-        return _numpy(mean) * scale.scale
+        return twins.with_twins(_numpy(twins.merged(mean, copied, 0)) * scale.scale, copied)
 
 
 def _steps(nodes: tuple[FloatNode, ...], fuses: bool = True) -> list[_Step]:
@@ -411,89 +530,6 @@ def _steps(nodes: tuple[FloatNode, ...], fuses: bool = True) -> list[_Step]:
         elif index not in taken.values():
             steps.append(_Step(node, node.inputs, index, node.activation))
     return steps
-
-
-def _batch(images: Iterable[Any], image_size: int | None) -> Tensor:
-    """All batches as one tensor of bytes, [N, 3, H, H] in channels-last memory."""
-    expected = "images: expected uint8 batches [N, H, H, 3] of one size, ndarrays or tensors"
-    batches: list[Array] = []
-    for batch in [images] if isinstance(images, np.ndarray | Tensor) else images:
-        if not isinstance(batch, np.ndarray | Tensor):
-            raise ValueError(
-                f"quantize: {expected}, got a {type(batch).__name__} as batch {len(batches)}"
-            )
-        shape = tuple(batch.shape)
-        given = f"{batch.dtype} {list(shape)} as batch {len(batches)}"
-        right = len(shape) == 4 and shape[3] == 3 and shape[1] == shape[2] > 0
-        if not right or batch.dtype not in (np.uint8, torch.uint8):
-            raise ValueError(f"quantize: {expected}, got {given}")
-        if batches and shape[1:] != batches[0].shape[1:]:
-            raise ValueError(f"quantize: {expected}, got {given} after {list(batches[0].shape)}")
-        if image_size is not None and shape[1] != image_size:
-            raise ValueError(f"quantize: images: expected image_size {image_size}, got {given}")
-        batches.append(batch.cpu().numpy() if isinstance(batch, Tensor) else batch)
-    if not sum(map(len, batches)):
-        shapes = ", ".join(str(list(batch.shape)) for batch in batches) or "no batches"
-        raise ValueError(f"quantize: {expected}, got no images ({shapes})")
-    # a copy, whatever the batches' strides, and whether they may be written to
-    return torch.from_numpy(np.ascontiguousarray(np.concatenate(batches))).permute(0, 3, 1, 2)
-
-
-def _three(name: str, value: Any) -> _Three | None:
-    """A number, or three, of any kind of sequence."""
-    if value is None:
-        return None
-    try:
-        numbers = np.asarray(value, np.float64).flatten()
-        numbers = np.repeat(numbers, 3) if numbers.size == 1 else numbers
-        red, green, blue = map(float, numbers)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"quantize: {name}: expected one number or three, for pixels in [0, 1], got {value!r}"
-        ) from None
-    return red, green, blue
-
-
-def _normalisation(
-    nodes: tuple[FloatNode, ...], given: Mapping[str, _Three | None], known: Mapping[str, Any]
-) -> tuple[_Three, _Three]:
-    """Mean and std of pixels in [0, 1]: the model's own, if it normalises, else as given."""
-    own = _own_normalisation(nodes[0]) if nodes[0].op == "normalize" else {}
-    values = []
-    for name, value in given.items():
-        if own and value and not np.allclose(value, own[name], atol=1e-4):
-            raise ValueError(
-                f"quantize: {name}: expected None or {own[name]}, with which the model normalises "
-                f"its input itself ({nodes[0].name}), got {value}"
-            )
-        value = value or own.get(name) or _three(name, known.get(name))
-        if value is None:
-            raise ValueError(
-                f"quantize: {name}: expected one number or three, for pixels in [0, 1], got None "
-                "and a model without pretrained_cfg"
-            )
-        values.append(value)
-    return values[0], values[1]
-
-
-def _own_normalisation(node: FloatNode) -> dict[str, _Three]:
-    """Of (pixel - mean) / std = pixel * weight + bias, for pixels in [0, 1] or in 0..255."""
-    weight, bias = _numpy(node.weight).flatten(), _numpy(node.bias)
-    if np.all(weight > 0):
-        for pixel in (1, 255):
-            mean, std = -bias / weight / pixel, 1 / weight / pixel
-            # a float32's digits: 0.5 of 0.49999997, 0 of -1e-9
-            found: dict[str, _Three] = {}
-            for name, x in (("mean", mean), ("std", std)):
-                red, green, blue = (round(float(f"{value:.6g}"), 8) + 0.0 for value in x)
-                found[name] = red, green, blue
-            with suppress(ValueError):
-                _preprocessing.check(found["mean"], found["std"], 1.0)
-                return found
-    raise ValueError(
-        f"quantize: {node.name}: expected (x - mean) / std, of pixels x in [0, 1] or in 0..255, "
-        f"got x * {weight.tolist()} + {bias.tolist()}"
-    )
 
 
 def _biased(node: Any, bias: Array, most: Array) -> Any:

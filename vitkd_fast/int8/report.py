@@ -19,6 +19,9 @@ class LayerReport:
     hi: float
     sqnr: float  # dB, of all errors up to here
     clipped: float  # share of the float values outside of lo..hi
+    # shares of the logits' squared error, estimated (sensitivity.py)
+    map_share: float  # of what rounding this map costs
+    weight_share: float  # of what rounding the layer's weights costs
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,17 @@ class Report:
     agreement: float  # share of images with the same top-1 class
     sqnr: float  # dB, of the logits
     images: int
+    classifier_share: float = 0.0  # of the logits' squared error, by the classifier's weights
     warnings: tuple[str, ...] = ()  # what is amiss with the calibration, a sentence each
 
     def __str__(self) -> str:
-        rows = [f"{'layer':44} {'op':14} {'range':>20} {'SQNR dB':>8} {'clipped':>8}"]
+        head = f"{'layer':44} {'op':14} {'range':>20} {'SQNR dB':>8} {'clipped':>8}"
+        rows = [f"{head} {'map':>6} {'weights':>8}  of the loss"]
         for layer in self.layers:
             span = f"{layer.lo:.3g} to {layer.hi:.3g}"
             rows.append(
-                f"{layer.name:44} {layer.op:14} {span:>20} {layer.sqnr:8.1f} {layer.clipped:8.2%}"
+                f"{layer.name:44} {layer.op:14} {span:>20} {layer.sqnr:8.1f} {layer.clipped:8.2%} "
+                f"{layer.map_share:6.1%} {layer.weight_share:8.1%}"
             )
         rows.append(
             f"top-1 agreement with the float model {self.agreement:.2%} of {self.images} "
