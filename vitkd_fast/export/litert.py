@@ -48,7 +48,7 @@ def write(graph: Graph, path: Path, exact: bool = False) -> None:
 
 class _Writer:
     def __init__(self, graph: Graph, exact: bool) -> None:
-        from ai_edge_litert import schema_py_generated as schema
+        from ai_edge_litert import schema_py_generated as schema  # type: ignore[import-untyped]
 
         self.schema: Any = schema
         self.graph, self.exact = graph, exact
@@ -61,7 +61,7 @@ class _Writer:
         self.outputs: dict[int, tuple[int, tuple[int, int, int]]] = {}
 
     def model(self) -> bytes:
-        import flatbuffers
+        import flatbuffers  # type: ignore[import-untyped]
 
         schema, graph, size = self.schema, self.graph, self.graph.image_size
         images = self._tensor("images", (1, size, size, 3), "UINT8", self._input(-1))
