@@ -174,26 +174,34 @@ NAMES = ["mobilenetv2_035", "mobilenetv3_small_050", "mobilenetv4_conv_small_035
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("live", [False, True])
 def test_gradients_are_those_of_the_float_model(name: str, live: bool) -> None:
-    """Of every parameter, where nothing is rounded or cut off; those of steps are 0 then."""
+    """Of every parameter, where nothing is rounded or cut off; and the running statistics."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias, 0, 0.3)
-    images = nchw(random_images(3, (8, 64, 64, 3)))
-    predict = models.predictor(model)
+    images = nchw(random_images(3, (8, 32, 32, 3)))
+    pixels = {"mean": (0.4,) * 3, "std": (0.25,) * 3}  # a mean that is a byte: the border is exact
+    predict = nn.Sequential(models.Normalize(**pixels), model)
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0  # once, for statistics that are the batch's
     with torch.no_grad():
-        predict.train()(images)  # statistics that are not far from the batch's
+        predict.train()(images)
+    for norm in norms:
+        norm.momentum = 0.1
     twin = copy.deepcopy(predict)
     start = quantize(model.eval(), [images.permute(0, 2, 3, 1)], bias_correction=False,
-                     calibration="minmax", **PIXELS)  # fmt: skip
+                     calibration="minmax", **pixels)  # fmt: skip
     module = QuantizationAware(model, start)
-    with torch.no_grad():
-        module.ranges.map_step *= 2  # nothing is near the ends
-        module.ranges.most.fill_(torch.inf)
-        module.ranges.weight_step *= 2
-        module.ranges.correction.zero_()
+    ranges = module.ranges
+    with torch.no_grad():  # nothing but a ReLU6 cuts off
+        capped = ranges.most.isfinite()
+        ranges.map_step.copy_(ranges.most.where(capped, 2 * ranges.map_step))
+        ranges.most.fill_(torch.inf)
+        ranges.weight_step *= 2
+        ranges.correction.zero_()
     module.train().freeze_batch_norm(not live)
     twin.train(live)
     target = torch.randn(8, 5)
@@ -202,10 +210,12 @@ def test_gradients_are_those_of_the_float_model(name: str, live: bool) -> None:
     for x in (logits, expected):
         (x * target).sum().backward()
     others = dict(twin[1].named_parameters())
-    largest = max(p.grad.abs().max() for p in others.values())
+    largest = max(p.grad.norm() for p in others.values())
     for key, p in model.named_parameters():
-        error = (p.grad - others[key].grad).abs().max()
-        assert error < 2e-3 * others[key].grad.abs().max() + 1e-5 * largest, key
+        error = (p.grad - others[key].grad).norm()
+        # statistics of a batch make more of the last digits, at ReLUs' corners
+        own, all_ = (0.05, 1e-4) if live else (1e-3, 1e-6)
+        assert error < own * others[key].grad.norm() + all_ * largest, key
     state, wanted = model.state_dict(), twin[1].state_dict()
     for key in state:
         assert torch.allclose(state[key], wanted[key], rtol=1e-3, atol=1e-4), key
@@ -228,9 +238,8 @@ def test_a_convolutions_gradients(live: bool, kind: str, groups: int) -> None:
     span, shape = Range(-3.0, 2.5), Shape((2, 2), (1, 1), groups)
     eps = torch.rand(4, dtype=torch.float64) if live else None
 
-    def convolution(
-        x: Tensor, weight: Tensor, multiplier: Tensor, bias: Tensor, *more: Tensor
-    ) -> Tensor:
+    def convolution(*tensors: Tensor) -> Tensor:
+        main, more = tensors[:4], tensors[4:]
         tail: Any = (None, None, None, 0.0)
         if kind == "hardswish":
             tail = (more[0], None, None, 0.0)

@@ -89,13 +89,14 @@ class Layer:
             given = {name: getattr(self.norm, name) for name in ("mean", "var", "weight", "bias")}
             found |= {name: tensor(model, path) for name, path in given.items() if path}
         elif origin.folds:
-            scale, shift = (x.to(one.device) for x in origin.folds[0])  # type: ignore[misc]
+            fold: Any = origin.folds[0]
+            scale, shift = (x.to(one.device) for x in fold)
             found |= {"weight": scale.expand(self.channels), "bias": shift.expand(self.channels)}
         return found
 
     def gates(self, model: nn.Module) -> list[tuple[Tensor, ...]]:
         """Of a squeeze-excite's linear layers weight and q [in, out], q's scale [out], and bias."""
-        found = []
+        found: list[tuple[Tensor, ...]] = []
         for origin in self.origins:
             weight = tensor(model, origin.weight).flatten(1).T
             double = weight.detach().double()
@@ -127,6 +128,15 @@ class Ranges(nn.Module):
     map_zero: Tensor
     weight_step: Tensor  # [channels of all layers]
     correction: Tensor  # of biases, likewise
+    # made again by the constructor
+    reads: Tensor
+    makes: Tensor
+    on_grid: Tensor
+    most: Tensor
+    residual: Tensor
+    eps: Tensor
+    map_gain: Tensor
+    weight_gain: Tensor
 
     def __init__(
         self, start: QuantizedModel, layers: list[Layer], sizes: list[int], learned: bool
@@ -187,6 +197,8 @@ class Ranges(nn.Module):
             nn.Parameter(torch.zeros(count), requires_grad=learned)
             for count in (last, last, sum(counts))
         )
+        # what no output depends on has no gradient to share
+        self.map_shift.requires_grad_(learned and any(self.asymmetric))
 
     def maps(self) -> tuple[Tensor, Tensor]:
         """Steps and zero points, [maps] float64; no ReLU6 has a level above 6."""
