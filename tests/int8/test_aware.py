@@ -276,7 +276,7 @@ def test_lsq() -> None:
     v = weight / rows.detach()
     slope = torch.where(v.abs() < 127.5, v.round() - v, 127 * v.sign())
     assert (v.abs() > 127.5).any()
-    assert torch.allclose(step_.grad, (grad * slope).sum((1, 2, 3)), rtol=1e-5)
+    assert torch.allclose(step_.grad, (grad * slope).sum((1, 2, 3)), rtol=0, atol=1e-3)
     # a map, and its zero point as in LSQ+
     x = torch.randn(3, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     s, zero = (torch.tensor(value, dtype=torch.float64).requires_grad_() for value in (0.01, 140.0))
