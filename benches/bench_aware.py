@@ -1,9 +1,9 @@
-"""A step of quantisation-aware training beside a float step of the same model: CPU time, one thread.
+"""A step of quantisation-aware training beside a float step of the same model, in CPU time.
 
-Float: the model in training mode, its normalisation, cross-entropy, AdamW. Aware: the same through
-`int8.QuantizationAware`, with batch norms over the batch ("live") and frozen. They take turns, and
-the ratio is the median of those of the turns. A module whose logits are not the engine's is not
-timed.
+One thread. Float: the model in training mode, its normalisation, cross-entropy, AdamW. Aware: the
+same through `int8.QuantizationAware`, with batch norms over the batch ("live") and frozen. They
+take turns, and the ratio is the median of those of the turns. A module whose logits are not the
+engine's is not timed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
+
+import timm
 
 from vitkd_fast import int8, models
 

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 RUN = [
     "student.model=mobilenetv2_035", "data.batch_size=16", "run.epochs=5", "run.max_steps=6",
-    "run.log_every=1", "run.precision=float32", "optimizer.ema_decay=0.9",
+    "run.log_every=1", "run.precision=float32", "run.threads=1",
+    "optimizer.ema_decay=0.9",
     "int8.aware={start: 0.5, freeze_bn: 0.8}", "losses.kd={ce_weight: 0.3}",
 ]  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 A step never synchronises with the device: losses are added up there, and read at the log interval,
 with copies of the weights, from which the steps up to one that fails are taken again.
-Exceptions are float16's loss scale, and timm's mixing by pair or element.
+Exceptions are float16's loss scale, timm's mixing by pair or element, and what a student that is
+trained for int8 reads of its ranges.
 Every random number is a function of (seed, step, rank), so a resumed run gives the same weights.
 """
 

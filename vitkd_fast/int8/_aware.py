@@ -192,6 +192,7 @@ class Ranges(nn.Module):
         }
         for name, value in fixed.items():
             self.register_buffer(name, value, persistent=False)
+        self.added = [made for _, made in residual]
         self.asymmetric = [zero > 0 for zero in zeros]
         self.map_log, self.map_shift, self.weight_log = (
             nn.Parameter(torch.zeros(count), requires_grad=learned)

@@ -221,7 +221,6 @@ class QuantizationAware(nn.Module):
             )
             found = ranges.split(*(x.float() for x in several), own)
         host = torch.cat([zeros.detach(), ratios.detach().double()]).tolist()
-        places = ranges.residual[1].tolist()
         return Constants(
             steps=steps.unbind(),
             zeros=[
@@ -232,7 +231,7 @@ class QuantizationAware(nn.Module):
             ratios={
                 place: (ratio, value)
                 for place, ratio, value in zip(
-                    places, ratios.unbind(), host[len(steps) :], strict=True
+                    ranges.added, ratios.unbind(), host[len(steps) :], strict=True
                 )
             },
             weights=weights,
