@@ -140,7 +140,10 @@ def test_what_cannot_be_trained_for_int8() -> None:
     for more, why in (
         (["int8.aware={start: 0}"], "int8.aware.start: expected more than 0, or the weights"),
         (["int8.enabled=false"], "int8.enabled: expected true with int8.aware, got false"),
-        (["data.unlabelled=true", "losses={features: {}}"], "int8.aware: needs a student with a"),
+        (
+            ["data.unlabelled=true", "losses={features: {}}", "teacher.epochs=0"],
+            "int8.aware: needs a student with a",
+        ),
     ):
         with pytest.raises(ConfigError, match=why):
             config(*more)
