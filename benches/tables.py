@@ -15,7 +15,7 @@ MARK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 SETS = {"avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI",
         "amx_int8": "AMX"}  # fmt: skip
 # values of a bench that is no race, and how they are shown
-FIGURES = {"resident_mb": "{:.0f} MB", "fidelity": "{:.3g}", "counts": "{:.3g}"}
+FIGURES = {"resident_mb": "{:.0f} MB", "fidelity": "{:.3g}", "counts": "{:.3g}", "study": "{:.3g}"}
 
 
 def machine(results: dict, benches: list[dict]) -> str:

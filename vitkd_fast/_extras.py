@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 _BRINGS = {
     "torch": ("torch",),
     "distill": ("torch", "timm", "safetensors"),
     "ray": ("ray",),
+    "export-onnx": ("onnx",),
+    "export-litert": ("ai_edge_litert", "flatbuffers"),
+    "store": ("fsspec", "s3fs", "gcsfs"),
 }
 
 
-def require(extra: str, what: str) -> None:
+def require(extra: str, what: str, modules: Sequence[str] = ()) -> None:
     """Checks that an extra's modules are there, before the first of them is imported.
 
     Args:
-        extra: torch, distill or ray.
+        extra: torch, distill, ray or store.
         what: needs them; it names itself.
+        modules: those of them that are needed; (): all.
 
     Raises:
         ImportError: names the first missing module, and the extra to install.
     """
-    for name in _BRINGS[extra]:
+    for name in modules or _BRINGS[extra]:
         if find_spec(name) is None:
             raise ImportError(
                 f"{what} needs {name}, which is not installed: "

@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
 from ._files import home
+from ._opened import Opened, is_int8, open_model
+from ._opened import load as load_model
 from .distill.cache.command import cache
 from .distill.pack_command import SkipBad, pack
+from .export.command import export
+from .predict_command import MODEL, MODEL_OR_INT8, Threads, predict
 
 app = typer.Typer(
     help="Distil vision transformers into MobileNets, and run them in int8.",
@@ -24,12 +28,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-MODEL = "A .safetensors file of `vitkd distill`, or the name of a timm model."
-MODEL_OR_INT8 = MODEL[:-1] + ", or a file of `vitkd quantize`."
-Threads = Annotated[
-    int | None,
-    typer.Option(min=1, max=256, help="CPU threads; the default of an int8 file is 1."),
-]
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Side of the images; the default is the model's.")
 ]
@@ -161,7 +159,7 @@ def evaluate(
     from ._files import finite
     from .distill import identity, sources
 
-    opened = _open(model, threads, accelerated=True)
+    opened = open_model(model, threads, accelerated=True)
     notes: list[str] = []
     source: Any
     if opened.multilabel:
@@ -170,7 +168,7 @@ def evaluate(
         known = identity.class_indices(model, opened.classes, sources.class_folders(folder))
         source, bad, notes, _ = sources.open_folder(folder, known, skip_bad)
     # an int8 file is evaluated on NumPy, with fewer metrics, where there is no `distill` extra
-    complete = not _is_int8(model) or find_spec("torchmetrics") is not None
+    complete = not is_int8(model) or find_spec("torchmetrics") is not None
     if not complete and opened.multilabel:
         raise ImportError('the metrics of several labels need pip install "vitkd-fast[distill]"')
     if not complete:
@@ -193,41 +191,7 @@ def evaluate(
         print(f"{name:15} {value:.4f}")
 
 
-@app.command()
-def predict(
-    model: Annotated[str, typer.Argument(help=MODEL_OR_INT8)],
-    images: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
-    top: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 3,
-    threshold: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Of a model of several labels: the least probability."),
-    ] = 0.5,
-    threads: Threads = None,
-) -> None:
-    """Print the most probable classes of images, or all their labels, by a model or an int8 file.
-
-    Example: vitkd predict runs/first/distilled-0/best.safetensors cat.jpg dog.jpg
-    """
-    import numpy as np
-
-    from .images import DataError, list_images, read
-
-    files: list[str | Path] = []
-    for given in images:
-        if "://" in given and not Path(given).exists():
-            raise DataError(f"{given} is a URL; download it, and name the file")
-        files += list_images(given) if Path(given).is_dir() else [given]
-    logits, pixels, names, _, multilabel = _open(model, threads)
-    for file in files:
-        answers = np.asarray(logits(read(file, pixels)[None]), np.float64)[0]
-        if multilabel:
-            odds = 1 / (1 + np.exp(-answers))
-            found = [i for i in np.argsort(-odds, kind="stable") if odds[i] >= threshold]
-            print(f"{file}: " + (", ".join(f"{names[i]} {odds[i]:.1%}" for i in found) or "none"))
-            continue
-        odds = np.exp(answers - answers.max())
-        best = np.argsort(-odds, kind="stable")[:top]
-        print(f"{file}: " + ", ".join(f"{names[i]} {odds[i] / odds.sum():.1%}" for i in best))
+app.command()(predict)
 
 
 app.command()(pack)
@@ -246,6 +210,9 @@ def quantize(
     bias_correction: Annotated[
         bool, typer.Option(help="Correct biases by the mean error of each layer.")
     ] = True,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Round as other runtimes do, for `vitkd export`.")
+    ] = False,
     count: Annotated[int, typer.Option(min=1, help="Images, evenly spread over DIR.")] = 500,
     skip_bad: SkipBad = False,
     image_size: ImageSize = None,
@@ -263,7 +230,7 @@ def quantize(
         raise typer.BadParameter(f"-o: expected a name in .safetensors, got {output}")
     if not output.parent.is_dir():
         raise typer.BadParameter(f"-o: {output.parent} is no folder")
-    if _is_int8(model):
+    if is_int8(model):
         raise typer.BadParameter(f"MODEL: {model} is int8 already")
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise typer.BadParameter(f"-o: {output} is the model itself")
@@ -273,7 +240,7 @@ def quantize(
     from .images import DataError, list_images, read
 
     files = list_images(images)
-    loaded = _load(model)
+    loaded = load_model(model)
     pixels = replace(loaded.pixels, image_size=image_size or loaded.pixels.image_size)
     chosen, bad = [], 0
     for i in sources.spread(len(files), count):
@@ -293,6 +260,7 @@ def quantize(
         std=pixels.std,
         calibration=calibration.value,
         bias_correction=bias_correction,
+        portable=portable,
         classes=loaded.classes,
         multilabel=models.Origin.of(loaded.model).multilabel,
         crop_pct=pixels.crop_pct,
@@ -301,6 +269,9 @@ def quantize(
     quantized.save(output)
     print(quantized.report())
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
+
+
+app.command()(export)
 
 
 @app.command()
@@ -410,45 +381,7 @@ def demo() -> None:
     _run(config.load("digits", ["run.folder=runs/demo"]), resume=False)
 
 
-class _Opened(NamedTuple):
-    logits: Any  # a function of uint8 images [N, H, W, 3]
-    pixels: Any  # image_size, crop_pct and interpolation
-    classes: tuple[str, ...]
-    device: str = "cpu"
-    multilabel: bool = False  # classes are not exclusive
-
-
-def _open(model: str, threads: int | None, accelerated: bool = False) -> _Opened:
-    """An int8 file, which needs no torch, or a model, `accelerated` by a GPU if there is one."""
-    if _is_int8(model):
-        from . import int8
-
-        session = int8.load(model, threads=threads or 1)
-        return _Opened(session, session, session.classes, multilabel=session.multilabel)
-    try:
-        from . import models
-    except ImportError as error:
-        raise ImportError(f"{model} is no int8 file, and {error}") from error
-    import torch
-
-    from ._timing import warn_of_threads
-
-    if threads:
-        warn_of_threads("--threads", threads)
-        torch.set_num_threads(threads)
-    loaded = _load(model)
-    device = "cuda" if accelerated and torch.cuda.is_available() else "cpu"
-    predictor = models.predictor(loaded.model, loaded.pixels).to(device)
-
-    @torch.inference_mode()
-    def logits(images: Any) -> torch.Tensor:
-        return predictor(torch.as_tensor(images).permute(0, 3, 1, 2)).float()
-
-    multilabel = models.Origin.of(loaded.model).multilabel
-    return _Opened(logits, loaded.pixels, loaded.classes, device, multilabel)
-
-
-def _per_class(opened: _Opened) -> Any:
+def _per_class(opened: Opened) -> Any:
     """What makes a table of each class of a confusion."""
     from ._metrics import per_class
 
@@ -459,20 +392,7 @@ def _per_class(opened: _Opened) -> Any:
     return per_class
 
 
-def _load(model: str) -> Any:
-    """A model with a classifier."""
-    from . import models
-
-    loaded = models.load(model)
-    if not loaded.classes:
-        raise ValueError(
-            f"{model} has no classifier: it returns features; with data.probe, `vitkd distill` "
-            "leaves classifier.safetensors beside it"
-        )
-    return loaded
-
-
-def _evaluate(opened: _Opened, source: Any, section: Any) -> tuple[dict[str, float], Any, int]:
+def _evaluate(opened: Opened, source: Any, section: Any) -> tuple[dict[str, float], Any, int]:
     """Every metric, the confusion of classes, and how many images could not be read."""
     from .distill import config, data, evaluate, multilabel
 
@@ -490,7 +410,7 @@ def _evaluate(opened: _Opened, source: Any, section: Any) -> tuple[dict[str, flo
 
 
 def _evaluate_without_torch(
-    opened: _Opened, source: Any, section: Any
+    opened: Opened, source: Any, section: Any
 ) -> tuple[dict[str, float], Any, int]:
     """`_evaluate` with top1, top5 and nll alone, and one worker."""
     from ._metrics import evaluate
@@ -515,17 +435,6 @@ def _evaluate_without_torch(
     size, classes = section["batch_size"], len(opened.classes)
     metrics, confusion = evaluate(opened.logits, images(), classes=classes, batch_size=size)
     return metrics, confusion, unread
-
-
-def _is_int8(model: str) -> bool:
-    """Whether this is a file of the int8 engine, which its header says, not its name."""
-    try:
-        with open(model, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, 1 << 23)))
-        return "vitkd_fast.int8" in header["__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 def _config(arguments: list[str] | None) -> Any:

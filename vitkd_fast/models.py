@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data.config import resolve_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models import clean_state_dict
@@ -70,17 +71,22 @@ def input_size(model: nn.Module) -> tuple[int, int]:
 class Normalize(nn.Module):
     """(x / 255 - mean) / std, as one multiply-add per pixel: x / (255 std) - mean / std.
 
-    Of pixels in [0, 1], per channel. The arithmetic is float32, the output `dtype`.
+    Of pixels in [0, 1], per channel. The arithmetic is float32, the output `dtype`. Images of
+    another side than `size`, where one is given, are resized first: bicubic, antialiased.
     """
 
     scale: Tensor  # [1, C, 1, 1]
     shift: Tensor  # [1, C, 1, 1]
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        size: int | None = None,
     ) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.size = dtype, size
         scale = torch.tensor([1 / (255 * s) for s in std])
         shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
         self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
@@ -91,7 +97,11 @@ class Normalize(nn.Module):
         channels = self.scale.numel()
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"Normalize: x: expected [B, {channels}, H, W], got {list(x.shape)}")
-        return torch.addcmul(self.shift, x.float(), self.scale).to(self.dtype)
+        x = x.float()
+        if self.size is not None and x.shape[2:] != (self.size, self.size):
+            side = (self.size, self.size)
+            x = F.interpolate(x, side, mode="bicubic", antialias=True).clamp(0, 255)
+        return torch.addcmul(self.shift, x, self.scale).to(self.dtype)
 
 
 def predictor(
@@ -105,7 +115,8 @@ def predictor(
         dtype: of the model's parameters.
     """
     pixels = pixels or Pixels.of(model)
-    return nn.Sequential(Normalize(pixels.mean, pixels.std, dtype), model)
+    resized = Origin.of(model).resized
+    return nn.Sequential(Normalize(pixels.mean, pixels.std, dtype, resized), model)
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,7 @@ class Origin:
     pixels: Pixels | None = None
     note: str = ""  # what of the file was left out
     multilabel: bool = False  # classes are not exclusive: a sigmoid of each logit
+    resized: int | None = None  # the side to which `predictor` resizes images; None: it does not
     # what `create` added to the options; `save` keeps them
     options: Mapping[str, Any] = field(default_factory=dict)
 

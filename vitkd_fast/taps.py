@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
-from timm.models import beit, eva, swin_transformer, swin_transformer_v2
+from timm.models import beit, eva, maxxvit, swin_transformer, swin_transformer_v2, visformer
 from torch import Tensor, nn
 
 # those whose forward _queries_and_keys repeats; elsewhere the same names may mean something else
 _ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, beit.Attention,
-               swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)  # fmt: skip
+               swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention,
+               visformer.Attention, maxxvit.Attention2d)  # fmt: skip
 
 
 class TopLogits(NamedTuple):
@@ -71,7 +72,7 @@ class TapOutputs:
 def _queries_and_keys(
     attn: Any, x: Tensor, rope: Tensor | None, outputs: Mapping[nn.Module, Any]
 ) -> tuple[Tensor, Tensor]:
-    """q and k [B, heads, N, dim] of an attention that has returned from x [B, N, C].
+    """q and k [B, heads, N, dim] of an attention that has returned from x [B, N, C], or a map.
 
     `outputs` are its projections': by then with the bias that some attentions add in place.
     """
@@ -79,7 +80,11 @@ def _queries_and_keys(
     if qkv is None:
         q, k = outputs[attn.q_proj], outputs[attn.k_proj]
     elif qkv in outputs:
-        q, k, _ = outputs[qkv].chunk(3, dim=-1)
+        y = outputs[qkv]
+        y = y if y.dim() == 3 else y.flatten(2).transpose(1, 2)  # a hybrid's is a convolution
+        if getattr(attn, "head_first", False):  # CoAtNet's: the three of one head, of the next, ...
+            y = y.unflatten(-1, (attn.num_heads, 3, -1)).transpose(-2, -3).flatten(-3)
+        q, k, _ = y.chunk(3, dim=-1)
     else:  # BEiT, EVA and SwinV2 may use the layer's weight without calling the layer
         bias = torch.cat((attn.q_bias, attn.k_bias))
         q, k = F.linear(x, qkv.weight[: bias.numel()], bias).chunk(2, dim=-1)
@@ -95,6 +100,11 @@ def _queries_and_keys(
         scale = attn.logit_scale.clamp(max=math.log(100)).exp()
         q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
     return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
+def transformer_blocks(model: nn.Module) -> list[Any]:
+    """Those with attention, in order; a hybrid's convolutional blocks have none."""
+    return [m for m in model.modules() if getattr(m, "attn", None) is not None]
 
 
 class Taps:
@@ -113,9 +123,11 @@ class Taps:
     Attributes:
         classifier: of the model; of two heads, the class head.
         prefix_tokens: class, distillation and register tokens, in front of the patches.
-        grid: rows and columns of patches; None for convnets and Swin.
+        grid: rows and columns of patches; None for convnets, Swin and hybrids.
+        grids: by tapped block, those that its attention saw: `grid`, or of a hybrid's stage, known
+            after a call.
         scales: by tapped block, the factor of q k^T in the softmax; 1 for SwinV2, whose scales
-            per head are in the queries. The bias that BEiT and Swin add to it is not tapped.
+            per head are in the queries. The bias that BEiT, CoAtNet and Swin add is not tapped.
 
     Raises:
         ValueError: there is no such stride or block, or its attention is of an unknown kind.
@@ -142,7 +154,7 @@ class Taps:
         self._head = head if pooled else None
         # in the order of the network, so that the last of a stride stays
         strides = {entry["reduction"]: entry["module"] for entry in self.model.feature_info}
-        blocks: list[Any] = [m for m in model.modules() if hasattr(m, "attn")]
+        blocks = transformer_blocks(model)
         all_ = range(-len(blocks), len(blocks))
         given = ("maps", maps, strides), ("tokens", tokens, all_), ("attention", attention, all_)
         for name, indices, known in given:
@@ -158,6 +170,7 @@ class Taps:
             if type(attn) not in _ATTENTIONS:
                 kinds = ", ".join(f"{c.__module__}.{c.__name__}" for c in _ATTENTIONS)
                 raise ValueError(f"Taps: attention {i}: expected one of {kinds}, got {type(attn)}")
+        self.grids = dict.fromkeys(attention, self.grid)
         self.scales = {i: float(getattr(a, "scale", 1)) for i, a in self._attention.items()}
         taps = (*self._maps.values(), *self._tokens.values(), *self._attention.values())
         parts = [getattr(a, p, None) for a in taps for p in ("qkv", "q_proj", "k_proj")]
@@ -195,6 +208,10 @@ class Taps:
                 hooks.enter_context(module.register_forward_hook(keep, with_kwargs=True))
             logits = self.model(x)
         pairs = {i: _queries_and_keys(a, *inputs[a], outputs) for i, a in self._attention.items()}
+        for i, attn in self._attention.items():
+            seen = inputs[attn][0]
+            if seen.dim() == 4 and len(seen) == len(x):  # and no window of MaxViT
+                self.grids[i] = seen.shape[2], seen.shape[3]
         return TapOutputs(
             logits=logits[0] if isinstance(logits, (tuple, list)) else logits,
             logits_dist=None if self._head_dist is None else outputs[self._head_dist],

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from support.cluster_tools import three_machines
 from support.run_tools import INT8, arguments
 from vitkd_fast import cli
-from vitkd_fast.distill import sources
+from vitkd_fast.distill import datasets
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits as PNG files, in train/<class>/ and val/<class>/."""
     root = tmp_path_factory.mktemp("images")
-    digits = sources.Digits()
+    digits = datasets.Digits()
     for i in range(200):
         image, label = digits.read(i)
         folder = root / ("val" if i % 4 == 0 else "train") / digits.classes[label]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Ray cluster, to which this process is connected."""
+    with three_machines(tmp_path_factory.mktemp("hook")) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def test_a_branch_goes_on_and_resumes(tmp_path: Path) -> None:
     chosen = config()
     plain = begin(tmp_path / "float", chosen, student(), branch=0.5)
     plain.run()
-    branch = tmp_path / "float" / aware.BRANCH
+    branch = tmp_path / "float" / loop.BRANCH
     first = branched(tmp_path / "first", branch, chosen)
     aware.take_state(first, branch)
     assert first.step == 3

@@ -5,40 +5,46 @@ What needs a cluster is skipped where Ray is not installed (the extra `ray`).
 
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from support.cache_tools import HOOK, ROWS, config, contents, save_teacher
+from support.cache_tools import ROWS, config, contents, copied, save_teacher
+from support.cluster_tools import (
+    Died,
+    Pretended,
+    of_a_cluster,
+    pretend,
+    processes,
+    watch_burials,
+    when_there_are,
+)
 from support.process_tools import of_tests
-from vitkd_fast import _extras, cli
-from vitkd_fast.distill import sources
+from vitkd_fast import _cluster, _extras, cli
+from vitkd_fast._cluster import ClusterError, Note
+from vitkd_fast.distill import datasets, sources
 from vitkd_fast.distill.cache import CacheError, Plan, cluster, plan, quarantine, shards
 from vitkd_fast.distill.cache.build import Maker, Options, build, verify
 from vitkd_fast.distill.cache.plan import Place
 from vitkd_fast.distill.cache.read import CachedTeacher
-from vitkd_fast.distill.cache.worker import Answer, Note, Noted, Worker
+from vitkd_fast.distill.cache.worker import Noted
 from vitkd_fast.distill.config import Config
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.images import DataError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-of_a_cluster = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray")
 
 EPOCHS, TOPK = 2, 4
+SHARDS = "epoch-*/shard-*"
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +55,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_SHARD_ROWS", ROWS)
-
-
-def images(folder: Path, to: Path, **changed: bytes) -> list[str]:
-    """A copy, with the first image of a class under another name or with other contents."""
-    shutil.copytree(folder / "train", to)
-    for i, (name, found) in enumerate(changed.items()):
-        first = sorted((to / str(i)).iterdir())[0]
-        first.write_bytes(found or first.read_bytes())
-        first.rename(first.with_name(f"{name}.png"))
-    return ["data.dataset=''", f"data.train={to}", "data.holdout=0.1"]
 
 
 # ---- without a cluster
@@ -90,14 +86,14 @@ def test_what_a_process_takes_of_a_cluster() -> None:
     assert cluster.share("cuda", 1, None, gpus) == (4, {"num_cpus": 1, "num_gpus": 1.0})
     assert cluster.share("cuda", 1, 16, gpus) == (16, {"num_cpus": 1, "num_gpus": 0.25})
     assert cluster.share("cuda", 1, 2, gpus) == (2, {"num_cpus": 1, "num_gpus": 1.0})
-    with pytest.raises(CacheError, match="has no GPU"):
+    with pytest.raises(ClusterError, match="has no GPU"):
         cluster.share("cuda", 1, None, cpu)
 
 
 def test_a_note_names_the_image_that_is_being_read(tmp_path: Path) -> None:
     path, seen = tmp_path / "new" / "note", []
 
-    class Images(sources.Digits):
+    class Images(datasets.Digits):
         def read(self, index: int) -> Any:
             seen.append(Note.read(path))
             if index == 5:
@@ -107,13 +103,13 @@ def test_a_note_names_the_image_that_is_being_read(tmp_path: Path) -> None:
     noted = Noted(Images())
     Note().write(path)
     assert Note.read(path) == (0, -1)
-    noted.begin(path)
+    noted.notes.begin(path)
     assert Note.read(path) == (1, -1)
-    assert noted.read(3)[1] == sources.Digits().read(3)[1]
+    assert noted.read(3)[1] == datasets.Digits().read(3)[1]
     with pytest.raises(OSError, match="bad"):
         noted.read(5)
     assert seen == [(2, 3), (4, 5)] and Note.read(path) == (5, -1)
-    noted.end()
+    noted.notes.end()
     noted.read(4)  # without a note, nothing is lost but the note
     assert path.stat().st_size == 16
 
@@ -144,7 +140,7 @@ def test_two_that_make_one_shard_at_once_leave_it_whole(file: Path, tmp_path: Pa
 def test_what_is_in_quarantine_is_not_read(
     file: Path, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = images(image_folder, tmp_path / "images")
+    given = copied(image_folder, tmp_path / "images")
     whole = config(file, *given)
     source = Maker(whole, Runtime.of(whole), Options(1)).source
     name = source.name(70)
@@ -154,13 +150,13 @@ def test_what_is_in_quarantine_is_not_read(
     assert quarantine.add(folder, 70, name) == {70: name}
     assert quarantine.add(folder, 9, "x") == {9: "x", 70: name} == quarantine.read(folder)
     (folder / Place(0, 1).file).unlink()
-    real = sources.Part.read
+    real = datasets.Part.read
 
     def read(self: Any, index: int) -> Any:
         assert index not in (70, 9)
         return real(self, index)
 
-    monkeypatch.setattr(sources.Part, "read", read)
+    monkeypatch.setattr(datasets.Part, "read", read)
     build(whole, folder, Options(1, TOPK))  # without data.skip_bad
     (bad,) = np.nonzero(np.isnan(CachedTeacher(folder).rows(0, np.arange(135))["log_sum_exp"]))[:1]
     assert bad.tolist() == [70]
@@ -173,81 +169,13 @@ def test_what_is_in_quarantine_is_not_read(
         build(whole, folder, Options(1, TOPK))
 
 
-class Died(Exception):
-    preempted = False
-
-
-class Pretended:
-    """Ray with actors of this process, each on a machine of its own; `dies` says which do."""
-
-    exceptions = SimpleNamespace(
-        RayActorError=Died,
-        NodeDiedError=Died,
-        WorkerCrashedError=Died,
-        OutOfMemoryError=Died,
-        ObjectLostError=Died,
-    )
-
-    def __init__(self, dies: Callable[[Any], None], answers: bool = True) -> None:
-        self.dies, self.answers = dies, answers
-        self.actors: list[Any] = []
-        self.lost: set[str] = set()
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 3.0}
-
-    def remote(self, **takes: Any) -> Any:
-        assert takes == {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
-        return lambda made: SimpleNamespace(remote=lambda *given: self._create(made(*given)))
-
-    def _create(self, worker: Worker) -> Any:
-        actor = SimpleNamespace(node=str(len(self.actors)), killed=False)
-
-        def answer() -> Answer:
-            if not self.answers:
-                raise Died("no library")
-            return Answer(actor.node, 0, 1, worker.refused)
-
-        def make(place: Place, left_out: Any, note: Path) -> Any:
-            assert not actor.killed and Note.read(note) == (0, -1)
-            self.dies(
-                SimpleNamespace(place=place, left_out=left_out, note=note, actor=actor, ray=self)
-            )
-            return worker.make(place, left_out, note)
-
-        actor.answer = SimpleNamespace(remote=lambda: answer)
-        actor.make = SimpleNamespace(remote=lambda *given: lambda: make(*given))
-        self.actors.append(actor)
-        return actor
-
-    def wait(self, references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
-        return references[:1], references[1:]
-
-    def get(self, reference: Any) -> Any:
-        return reference()
-
-    def kill(self, actor: Any) -> None:
-        actor.killed = True
-
-    def nodes(self) -> list[dict[str, Any]]:
-        names = [actor.node for actor in self.actors]
-        return [{"NodeID": name, "Alive": name not in self.lost} for name in names]
-
-
 @pytest.fixture
 def pretended(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes a cache of 179 digits so; and the folder."""
 
     def make(dies: Callable[[Any], None], answers: bool = True) -> Pretended:
-        made = Pretended(dies, answers)
-
-        @contextmanager
-        def connected() -> Iterator[Any]:
-            yield made
-
-        monkeypatch.setattr(cluster, "_connected", connected)
-        monkeypatch.setattr(cluster, "require", lambda *given: None)
-        cluster.build(config(file), tmp_path / "c", Options(EPOCHS, TOPK))
+        with pretend(monkeypatch, dies, answers) as made:
+            cluster.build(config(file), tmp_path / "c", Options(EPOCHS, TOPK))
         return made
 
     return make, tmp_path / "c"
@@ -258,7 +186,7 @@ def of_image(image: int, more: Callable[[Any, Died], None] = lambda call, error:
 
     def dies(call: Any) -> None:
         plan_of = Plan.read(call.note.parents[1])
-        if image in plan_of.rows_of(call.place) and image not in call.left_out:
+        if image in plan_of.rows_of(call.piece) and image not in call.left_out:
             Note(7, image).write(call.note)
             call.note.with_name(".half.part").write_bytes(b"half a shard")
             error = Died("gone")
@@ -295,7 +223,7 @@ def test_lost_machines_count_against_no_image(
     deaths = []
 
     def more(call: Any, error: Died) -> None:
-        deaths.append(call.place)
+        deaths.append(call.piece)
         error.preempted = why == "preempted"
         if why == "lost" and len(deaths) != 2:  # of one it is known later
             call.ray.lost.update(actor.node for actor in call.ray.actors[: len(deaths)])
@@ -312,7 +240,7 @@ def test_a_process_that_had_not_begun_counts_against_no_shard(pretended: Any) ->
     deaths = []
 
     def dies(call: Any) -> None:
-        if call.place == Place(0, 1) and len(deaths) < 9:
+        if call.piece == Place(0, 1) and len(deaths) < 9:
             deaths.append(call.actor)
             raise Died("gone")
 
@@ -326,13 +254,13 @@ def test_a_shard_of_which_every_process_dies_is_given_up(pretended: Any) -> None
     calls = []
 
     def dies(call: Any) -> None:
-        if call.place == Place(0, 1):
+        if call.piece == Place(0, 1):
             calls.append(call)
             Note(7, -1 if len(calls) % 2 else len(calls)).write(call.note)
             raise Died("gone")
 
     make, folder = pretended
-    with pytest.raises(CacheError, match=r"shard-00001\.safetensors: 5 processes died making it"):
+    with pytest.raises(ClusterError, match=r"shard-00001\.safetensors: 5 processes died making it"):
         make(dies)
     assert len(calls) == 5 and quarantine.read(folder) == {}
     assert not list(folder.rglob("*.part"))
@@ -340,7 +268,7 @@ def test_a_shard_of_which_every_process_dies_is_given_up(pretended: Any) -> None
 
 def test_processes_that_die_before_they_are_ready_are_given_up(pretended: Any) -> None:
     make, _ = pretended
-    with pytest.raises(CacheError, match="6 processes died before they were ready: no library"):
+    with pytest.raises(ClusterError, match="6 processes died before they were ready: no library"):
         make(lambda call: None, answers=False)
 
 
@@ -348,32 +276,10 @@ def test_processes_that_die_before_they_are_ready_are_given_up(pretended: Any) -
 
 
 @pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Of one CPU each; this process is connected to the first."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-    from ray.cluster_utils import Cluster
-
-    hook = tmp_path_factory.mktemp("hook")
-    (hook / "sitecustomize.py").write_text(HOOK)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(hook))
-        patch.delenv("RAY_ADDRESS", raising=False)
-        made = Cluster()
-        for _ in range(3):
-            made.add_node(num_cpus=1, object_store_memory=80 << 20, include_dashboard=False)
-        ray.init(address=made.address, log_to_driver=False)
-        made.hook = str(hook)
-        yield made
-        ray.shutdown()
-        made.shutdown()
-
-
-@pytest.fixture(scope="module")
 def slow(file: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Images that take a while to read on the cluster, and the cache of one process."""
     root = tmp_path_factory.mktemp("slow")
-    whole = config(file, *images(image_folder, root / "slow"))
+    whole = config(file, *copied(image_folder, root / "slow"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -387,46 +293,6 @@ def on_three(whole: Config, folder: Path, workers: int | None = 3) -> Any:
     return cluster.build(whole, folder, Options(EPOCHS, TOPK), workers)
 
 
-def processes(hook: str) -> list[int]:
-    """Of this cluster, that are making a shard."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            title, around = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
-        except OSError:
-            continue
-        if title.startswith(b"ray::Worker.make") and hook.encode() in around:
-            found.append(int(path.name))
-    return found
-
-
-@pytest.fixture
-def buried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The nodes of processes that died with a shard."""
-    found, real = [], cluster._Driver._bury
-
-    def bury(self: Any, slot: Any, error: Exception) -> None:
-        found.append(slot.answer.node if slot.answer else "")
-        real(self, slot, error)
-
-    monkeypatch.setattr(cluster._Driver, "_bury", bury)
-    return found
-
-
-def when_there_are(folder: Path, count: int, act: Callable[[], Any]) -> threading.Thread:
-    """Acts in a thread, once there are so many shards."""
-
-    def wait() -> None:
-        end = time.monotonic() + 120
-        while len(list(folder.glob("epoch-*/shard-*"))) < count and time.monotonic() < end:
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
 def same(folder: Path, expected: Path) -> None:
     ours, theirs = contents(folder), contents(expected)
     for one in (ours, theirs):
@@ -438,7 +304,7 @@ def same(folder: Path, expected: Path) -> None:
 @of_a_cluster
 @pytest.mark.slow
 def test_a_killed_process_costs_nothing_but_time(
-    machines: Any, slow: Any, tmp_path: Path, buried: list[str]
+    machines: Any, slow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = []
 
@@ -447,7 +313,8 @@ def test_a_killed_process_costs_nothing_but_time(
         os.kill(killed[0], signal.SIGKILL)
 
     folder = tmp_path / "cuts" / "c"
-    thread = when_there_are(folder, 1, kill)
+    buried = watch_burials(monkeypatch)
+    thread = when_there_are(lambda: folder.glob(SHARDS), 1, kill)
     found = on_three(slow[0], folder)
     thread.join()
     assert len(killed) == 1 and len(buried) == 3
@@ -463,11 +330,14 @@ def test_a_killed_process_costs_nothing_but_time(
 @of_a_cluster
 @pytest.mark.slow
 def test_a_lost_machine_costs_nothing_but_time(
-    machines: Any, slow: Any, tmp_path: Path, buried: list[str]
+    machines: Any, slow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    buried = watch_burials(monkeypatch)
     lost = machines.worker_nodes.copy().pop()
     thread = when_there_are(
-        tmp_path / "c", 1, lambda: machines.remove_node(lost, allow_graceful=False)
+        lambda: (tmp_path / "c").glob(SHARDS),
+        1,
+        lambda: machines.remove_node(lost, allow_graceful=False),
     )
     found = on_three(slow[0], tmp_path / "c")
     thread.join()
@@ -485,10 +355,10 @@ def test_a_killed_driver_is_resumed(machines: Any, slow: Any, file: Path, tmp_pa
         [sys.executable, __file__, *arguments],
         env=of_tests() | {"RAY_ADDRESS": machines.address},
     )
-    thread = when_there_are(tmp_path / "c", 2, driver.kill)
+    thread = when_there_are(lambda: (tmp_path / "c").glob(SHARDS), 2, driver.kill)
     assert driver.wait(120) == -signal.SIGKILL
     thread.join()
-    there = len(list((tmp_path / "c").glob("epoch-*/shard-*")))
+    there = len(list((tmp_path / "c").glob(SHARDS)))
     assert 2 <= there < 6
     found = on_three(slow[0], tmp_path / "c")
     assert found.kept >= there and found.made + found.kept == 6 and not found.bad
@@ -501,7 +371,7 @@ def test_a_killed_driver_is_resumed(machines: Any, slow: Any, file: Path, tmp_pa
 def test_an_image_that_kills_its_process_is_left_out(
     machines: Any, file: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    given = images(image_folder, tmp_path / "images", kills=b"")
+    given = copied(image_folder, tmp_path / "images", kills=b"")
     whole = config(file, *given)
     names = [sources.open_data(whole.data).train.name(i) for i in range(135)]
     [index] = [i for i, name in enumerate(names) if name.endswith("kills.png")]
@@ -544,20 +414,20 @@ def test_what_cannot_go_on_is_an_error_that_says_why(
     with pytest.raises(CacheError, match=r"record\.topk: 4 there, 3 here"):
         cluster.build(config(file), full / "c", Options(EPOCHS, 3))
     # an image that cannot be read
-    bad = config(file, *images(image_folder, tmp_path / "images", bad=b"no image"))
+    bad = config(file, *copied(image_folder, tmp_path / "images", bad=b"no image"))
     with pytest.raises(DataError, match=r"bad\.png cannot be read: .*process"):
         on_three(bad, tmp_path / "bad")
-    monkeypatch.setattr(cluster, "PATIENCE", 4.0)
+    monkeypatch.setattr(_cluster, "PATIENCE", 4.0)
     # more CPUs than any machine has
     with (
         pytest.warns(UserWarning, match=r"run\.threads: 64 given"),
-        pytest.raises(CacheError, match=r"6 shards wait; 1 processes for a place, .*: 64"),
+        pytest.raises(ClusterError, match=r"6 shards wait; 1 processes for a place, .*: 64"),
     ):
         on_three(config(file, "run.threads=64"), tmp_path / "large", 1)
     # one that never ends
-    hangs = config(file, *images(image_folder, tmp_path / "more", hangs=b""))
-    monkeypatch.setattr(cluster, "PATIENCE", 15.0)
-    with pytest.raises(CacheError, match=r"nothing has moved for 15 s.*reading .*hangs\.png"):
+    hangs = config(file, *copied(image_folder, tmp_path / "more", hangs=b""))
+    monkeypatch.setattr(_cluster, "PATIENCE", 15.0)
+    with pytest.raises(ClusterError, match=r"nothing has moved for 15 s.*reading .*hangs\.png"):
         on_three(hangs, tmp_path / "hangs", 1)
 
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from support.cache_tools import config, losses, make, save_teacher, trainer
+from support.cache_tools import config, good_teacher, losses, make, save_teacher, trainer
 from support.loop_tools import student
 from vitkd_fast import models
-from vitkd_fast.distill import data, identity, nonfinite, pack, preflight, probe, sources
+from vitkd_fast.distill import datasets, identity, nonfinite, pack, preflight, sources
 from vitkd_fast.distill.cache import CacheError, Plan, shared
 from vitkd_fast.distill.cache.read import CachedTeacher
-from vitkd_fast.distill.config import Config, ConfigError, load
+from vitkd_fast.distill.config import ConfigError, load
 from vitkd_fast.distill.experiment import distill
 from vitkd_fast.distill.loop import NonFiniteError, Trainer
 from vitkd_fast.distill.losses import KD, StepOutputs
@@ -101,7 +101,7 @@ def test_logits_of_several_labels_are_kept_as_they_are(
 ) -> None:
     """A sigmoid is not invariant to a shift."""
     lines = ["file," + ",".join("0123456789")]
-    for i, (image, label) in enumerate(map(sources.Digits().read, range(48))):
+    for i, (image, label) in enumerate(map(datasets.Digits().read, range(48))):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png," + ",".join("1" if x in (label, 0) else "0" for x in range(10)))
     (tmp_path / "labels.csv").write_text("\n".join(lines))
@@ -314,23 +314,6 @@ def test_costs_of_classes_need_the_teachers_classifier(file: Path, caches: dict[
     cache, _ = preflight.open_cache(cached, splits)
     with pytest.raises(ConfigError, match="losses: wkd_logit: teacher: expected a classifier"):
         preflight.check_losses(cached, student(), [], cache)
-
-
-def good_teacher(path: Path, whole: Config) -> Path:
-    """A random transformer with a fitted classifier."""
-    torch.manual_seed(1)
-    options = {"patch_size": 4, "embed_dim": 48, "depth": 1, "num_heads": 2}
-    body = models.headless(
-        models.create("vit_tiny_patch16_224", num_classes=10, image_size=32, options=options)
-    ).eval()
-    loader = data.whole_loader(whole, sources.open_data(whole.data).train)
-    found = probe.features(models.predictor(body), loader.epoch(), "cpu")
-    fitted = models.with_classifier(body, *probe.fit(found, 10))
-    models.save(
-        path, fitted, name="vit_tiny_patch16_224", options=options, num_classes=10,
-        pixels=models.Pixels.of(fitted), classes=tuple("0123456789"),
-    )  # fmt: skip
-    return path
 
 
 def test_a_run_with_a_cache(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
 from vitkd_fast import models
-from vitkd_fast.distill import identity, sources
-from vitkd_fast.distill.config import Data
+from vitkd_fast.distill import identity, preflight, sources
+from vitkd_fast.distill.config import Data, load
 from vitkd_fast.images import DataError
 
 ANIMALS = ["ant", "bee", "cat"]
@@ -121,3 +123,15 @@ def test_a_run_does_not_go_on_with_others(tmp_path: Path) -> None:
 )
 def test_what_can_be_no_teacher(right: int, images: int, classes: int, refused: bool) -> None:
     assert identity.is_no_teacher(right, images, classes) == refused
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_a_new_classifier_starts_near_guessing(classes: int) -> None:
+    """timm's own of ten classes starts with a loss of about 5."""
+    names = [str(i) for i in range(classes)]
+    given = ["student.model=mobilenetv2_050", "data.train=images", "data.image_size=32"]
+    torch.manual_seed(0)
+    student = preflight.create_student(load(None, given), names).train()
+    images = torch.randn(32, 3, 32, 32)
+    loss = torch.nn.functional.cross_entropy(student(images), torch.arange(32) % classes)
+    assert loss < math.log(classes) + 0.5

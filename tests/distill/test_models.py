@@ -33,6 +33,10 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "beit": ("beit_base_patch16_224", VIT),
     "swin": ("swin_tiny_patch4_window7_224", SWIN),
     "swinv2": ("swinv2_tiny_window8_256", SWIN),
+    # 4 x 4 and 2 x 2 positions, behind stages of convolutions
+    "visformer": ("visformer_tiny", {"embed_dim": 96, "depth": (1, 2, 1)}),
+    "coatnet": ("coatnet_nano_rw_224", {"embed_dim": (16, 32, 64, 96), "depths": (1, 1, 2, 1),
+                                        "stem_width": (8, 16)}),
 }  # fmt: skip
 STUDENTS = [
     "mobilenetv1_100",
@@ -69,7 +73,7 @@ def x() -> Tensor:
 
 
 def attentions(model: nn.Module) -> list[Any]:
-    return [m.attn for m in model.modules() if hasattr(m, "attn")]
+    return [m.attn for m in model.modules() if getattr(m, "attn", None) is not None]
 
 
 def own_map(model: nn.Module, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,6 +88,8 @@ def own_map(model: nn.Module, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
     added = torch.zeros(())
     if getattr(attn, "relative_position_bias_table", None) is not None:
         added = attn._get_rel_pos_bias()
+    elif getattr(attn, "rel_pos", None) is not None:
+        added = attn.rel_pos.get_bias()
     elif hasattr(attn, "cpb_mlp"):
         table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
         area = attn.window_size[0] * attn.window_size[1]
@@ -132,9 +138,9 @@ def test_teacher_taps_are_timms_and_leave_the_model_alone(kind: str, x: Tensor) 
     else:
         assert tapped.pooled.equal(model.forward_head(features, pre_logits=True))
         assert tapped.logits_dist is None
-    if "swin" in kind:
-        outputs = model.forward_intermediates(x, indices=[3], intermediates_only=True, norm=False)
-        assert taps.prefix_tokens == 0 and taps.grid is None
+    if taps.grid is None:  # several stages
+        outputs = model.forward_intermediates(x, indices=[-1], intermediates_only=True, norm=False)
+        assert taps.prefix_tokens == 0 and kind in ("swin", "swinv2", "visformer", "coatnet")
         assert tapped.tokens[-1].equal(outputs[-1].flatten(2).transpose(1, 2))
     else:
         last = model.forward_intermediates(

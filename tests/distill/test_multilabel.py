@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
 
 from vitkd_fast import int8, models
-from vitkd_fast.distill import data, multilabel, report, sources
+from vitkd_fast.distill import data, datasets, multilabel, report, sources
 from vitkd_fast.distill.config import ConfigError, Data, load
 from vitkd_fast.images import DataError
 from vitkd_fast.int8 import file as int8_file
@@ -37,7 +37,7 @@ def names_of(digit: int) -> list[str]:
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits as PNG files below train/ and val/, with labels.csv and labels.json in each."""
     root = tmp_path_factory.mktemp("labelled")
-    digits = sources.Digits()
+    digits = datasets.Digits()
     for part, first in (("train", 0), ("val", 160)):
         rows = {}
         for i in range(first, first + (160 if part == "train" else 48)):
@@ -60,7 +60,7 @@ def test_a_folder_with_a_file_of_labels(labelled: Path, file: str) -> None:
     splits = sources.open_data(Data(**section))
     assert splits.classes == CLASSES
     assert (len(splits.train), len(splits.val)) == (160, 48)
-    digits = sources.Digits()
+    digits = datasets.Digits()
     for i in (0, 1, 8):
         want = [float(name in names_of(digits.labels[i])) for name in CLASSES]
         assert splits.train.read(i)[1].tolist() == want
@@ -96,7 +96,7 @@ def test_a_folder_with_a_file_of_labels(labelled: Path, file: str) -> None:
     ],
 )
 def test_files_that_are_not_right(tmp_path: Path, file: str, text: str, message: str) -> None:
-    Image.fromarray(sources.Digits().read(0)[0]).save(tmp_path / "b.png")
+    Image.fromarray(datasets.Digits().read(0)[0]).save(tmp_path / "b.png")
     if not file.startswith("none"):
         (tmp_path / file).write_text(text)
     with pytest.raises(DataError, match=f"^data.train: .*{message}"):
@@ -104,7 +104,7 @@ def test_files_that_are_not_right(tmp_path: Path, file: str, text: str, message:
 
 
 def test_classes_of_validation_are_trainings(labelled: Path, tmp_path: Path) -> None:
-    Image.fromarray(sources.Digits().read(0)[0]).save(tmp_path / "b.png")
+    Image.fromarray(datasets.Digits().read(0)[0]).save(tmp_path / "b.png")
     (tmp_path / "labels.csv").write_text("file,even,odd\nb.png,1,0\n")
     with pytest.raises(DataError, match=r"data.val: .* has a class 'odd' that is not known"):
         sources.open_data(Data(train=f"{labelled}/train", val=str(tmp_path), labels="labels.csv"))

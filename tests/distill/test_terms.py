@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vitkd_fast import models
-from vitkd_fast.distill import sources
+from vitkd_fast.distill import datasets
 from vitkd_fast.distill.config import ConfigError, load
 from vitkd_fast.distill.losses import BCE, BinaryKD, ClassCosts, StepOutputs
 from vitkd_fast.distill.runtime import Runtime
@@ -90,7 +90,7 @@ def task(losses: str, **teacher: Any) -> DistillationTask:
 
 @functools.cache
 def batch() -> tuple[Tensor, Tensor]:
-    digits = sources.Digits()
+    digits = datasets.Digits()
     small = torch.as_tensor(digits.images[:32])[:, None].expand(-1, 3, -1, -1)
     return interpolate(small, 32), torch.as_tensor(digits.labels[:32])
 

@@ -20,7 +20,7 @@ from timm.data.transforms_factory import create_transform
 
 from support.pillow_tools import rows_first
 from vitkd_fast import cli, int8, models
-from vitkd_fast.distill import config, sources
+from vitkd_fast.distill import config, datasets, sources
 from vitkd_fast.distill import quantized as quantized_run
 from vitkd_fast.images import DataError, list_images, prepare, read
 
@@ -35,7 +35,7 @@ PIXELS = models.Pixels(32, HALF, (0.25, 0.5, 0.3), "bicubic", 0.875)
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty digits as PNG files, in a folder for each class, two of three sizes."""
     root = tmp_path_factory.mktemp("images")
-    digits = sources.Digits()
+    digits = datasets.Digits()
     for i in range(60):
         image, label = digits.read(i)
         folder = root / digits.classes[label]

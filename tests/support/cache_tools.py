@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitkd_fast import models
-from vitkd_fast.distill import preflight, sources
+from vitkd_fast.distill import data, preflight, probe, sources
 from vitkd_fast.distill.cache import plan
 from vitkd_fast.distill.cache.build import Made, Options, build
 from vitkd_fast.distill.config import Config, load
@@ -42,6 +43,23 @@ def save_teacher(path: Path, **changes: Any) -> Path:
     return path
 
 
+def good_teacher(path: Path, whole: Config) -> Path:
+    """A random transformer with a fitted classifier."""
+    torch.manual_seed(1)
+    options = {"patch_size": 4, "embed_dim": 48, "depth": 1, "num_heads": 2}
+    body = models.headless(
+        models.create("vit_tiny_patch16_224", num_classes=10, image_size=32, options=options)
+    ).eval()
+    loader = data.whole_loader(whole, sources.open_data(whole.data).train)
+    found = probe.features(models.predictor(body), loader.epoch(), "cpu")
+    fitted = models.with_classifier(body, *probe.fit(found, 10))
+    models.save(
+        path, fitted, name="vit_tiny_patch16_224", options=options, num_classes=10,
+        pixels=models.Pixels.of(fitted), classes=tuple("0123456789"),
+    )  # fmt: skip
+    return path
+
+
 def config(file: Path, *overrides: str, cache: Path | None = None) -> Config:
     named = f", cache: {cache}" if cache else ""
     return load("digits", [*DATA, f"teacher={{model: {file}{named}}}", *overrides])
@@ -52,6 +70,16 @@ def make(
 ) -> Made:
     monkeypatch.setattr(plan, "_SHARD_ROWS", ROWS)
     return build(config(file, *overrides), folder, Options(epochs, **options))
+
+
+def copied(folder: Path, to: Path, **changed: bytes) -> list[str]:
+    """A copy, with the first image of a class under another name or with other contents."""
+    shutil.copytree(folder / "train", to)
+    for i, (name, found) in enumerate(changed.items()):
+        first = sorted((to / str(i)).iterdir())[0]
+        first.write_bytes(found or first.read_bytes())
+        first.rename(first.with_name(f"{name}.png"))
+    return ["data.dataset=''", f"data.train={to}", "data.holdout=0.1"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ images, losses and learning rates go on in the engine's arithmetic, in a folder 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import int8, models
-from . import checkpoint, optim, quantized
-from .config import Config
+from . import checkpoint, data, optim, preflight, quantized
+from .config import Config, Model
 from .loop import BRANCH, Trainer
+from .prepared import Prepared
 from .runtime import Runtime
+from .task import DistillationTask
 
 
 def module(
@@ -77,4 +80,65 @@ def save(path: Path, trained: nn.Module, **about: Any) -> None:
         trained.save(path.with_suffix(".int8.safetensors"))
 
 
-__all__ = ["BRANCH", "module", "save", "take_state", "take_weights"]
+class ForInt8(Prepared):
+    """What a run's students for int8 are made by."""
+
+    def train_aware(self, seed: int, final: nn.Module) -> int8.QuantizationAware:
+        """Trains a seed's student for int8, from its branch; given is the float run's end."""
+        config, section = self.config, self.config.int8.aware
+        assert section
+        data.seed_all(seed)
+        student = preflight.create_student(config, self.classes)
+        branch = self.folder / f"{self.role}-{seed}" / BRANCH
+        if section.start:
+            take_weights(student, branch)
+        about = self.about_model(config.student, student)
+        made = module(
+            config, student, self.calibration_images(), self.runtime, **self.quantize_as(student)
+        )
+        compiled = config.run.model_copy(update={"compile": False})
+        config = config.model_copy(update={"run": compiled})
+        teachers, cache = self.teachers, self.cache
+        if section.teacher == "float":
+            teachers, cache = [final], None
+        trainer = Trainer(
+            config,
+            DistillationTask.create(config, made, teachers, self.runtime, cache),
+            self.splits,
+            self.folder / f"int8-aware-{seed}",
+            seed=seed,
+            save_model=functools.partial(save, **about),
+        )
+        if self.resume and trainer.path.exists():
+            trainer.restore()
+        elif section.start:
+            take_state(trainer, branch)
+        trained: Any = trainer.run()
+        self.skipped |= trainer.skipped
+        return trained.eval()
+
+    def about_model(self, section: Model, model: nn.Module) -> dict[str, Any]:
+        """What `models.save` is told."""
+        return {
+            "name": section.model,
+            "options": section.options,
+            "num_classes": len(self.classes),
+            "pixels": preflight.pixels(self.config, model),
+            "classes": tuple(self.classes),
+            "multilabel": bool(self.config.data.labels),
+        }
+
+    def quantize_as(self, model: nn.Module) -> dict[str, Any]:
+        """What `quantized.quantize` is told."""
+        return {
+            "pixels": preflight.pixels(self.config, model),
+            "classes": self.scored.classes,
+            "multilabel": bool(self.config.data.labels),
+            "calibration": self.config.int8.calibration,
+        }
+
+    def calibration_images(self) -> Tensor | None:
+        """On the first rank."""
+        if self.runtime.rank:
+            return None
+        return quantized.calibration_images(self.config, self.splits.train, self.runtime.ranks)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from .._files import home
 from ..int8.calibrate import Calibration
-from .losses import Losses, Section
+from .losses import Losses, Section, Term
 
 PathText = Annotated[str, AfterValidator(home)]
 _RENAMED = {"run.alone": "run.baseline", "int8.pictures": "int8.calibration_images"}  # in 0.2
@@ -37,6 +37,9 @@ class Data(Section):
     root: PathText = ""  # folder of a named dataset; train and val are then its splits
     train: PathText = ""  # a folder of class folders, or a file of `vitkd pack`
     val: PathText = ""  # another; without it, see holdout
+    # further training images, which have no labels, wherever they lie in a folder, or in a file of
+    # `vitkd pack`: the teacher's outputs count there, and losses of labels leave them out
+    extra: PathText = ""
     # no classes: train and val are folders with images, or a data set whose labels are not read
     unlabelled: bool = False
     # with unlabelled: "digits" or a folder of class folders, small, on which k-NN and a linear
@@ -87,6 +90,9 @@ class Teacher(Model):
     """
 
     weight: float = Field(1.0, gt=0)  # among several teachers; they are divided by their sum
+    # side of the square that it reads, to which the student's images are resized (bicubic);
+    # data.image_size, unless given
+    image_size: int | None = Field(None, ge=8)
     epochs: int = Field(0, ge=0)  # of training the teacher; 0: it is trained already
     # a folder of `vitkd cache`: what this teacher said of the images, which is not asked again;
     # augmentation is then the cache's, and its epochs come again after the last
@@ -175,8 +181,9 @@ class Config(Section):
     run: Run = Run()
 
     def for_baseline(self) -> Config:
-        """The student's training without its teacher."""
-        return self.model_copy(update={"losses": self.losses.baseline()})
+        """The student's training without its teacher, on the labels."""
+        data = self.data.model_copy(update={"extra": ""})
+        return self.model_copy(update={"losses": self.losses.baseline(), "data": data})
 
     def all_teachers(self) -> dict[str, Teacher]:
         """By name: "teacher", or of several "teacher-0" and so on."""
@@ -268,6 +275,8 @@ class Config(Section):
             )
         if any(teacher.cache for teacher in teachers.values()) and (why := self.why_uncached()):
             raise ConfigError(f"teacher.cache: {why}")
+        if self.data.extra:
+            self._check_extra(terms)
         if self.data.unlabelled:
             if self.data.labels:
                 raise ConfigError("data.labels: expected none with data.unlabelled=true")
@@ -341,6 +350,16 @@ class Config(Section):
                 "int8.aware.teacher: expected teacher without losses that compare with one, got "
                 "float"
             )
+
+    def _check_extra(self, terms: dict[str, Term]) -> None:
+        for name in ("unlabelled", "labels"):
+            if getattr(self.data, name):
+                raise ConfigError(f"data.extra: expected none with data.{name}")
+        for name, term in terms.items():
+            if why := term.why_labels():
+                raise ConfigError(f"losses.{name}: {why}, and the images of data.extra have none")
+        if not any(term.distils for term in terms.values()):
+            raise ConfigError("data.extra: nothing learns from images without labels but a teacher")
 
 
 class _Loader(yaml.SafeLoader):

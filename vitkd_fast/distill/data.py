@@ -24,7 +24,8 @@ from ..functional import Labels
 from ..images import UNREADABLE, DataError, prepare, to_rgb, unreadable
 from .augment import Augment, draw
 from .config import Augmentation, Config, Data
-from .sources import Part, Source, Splits, count, spread
+from .datasets import Part, Source
+from .sources import Splits, count, spread
 
 
 def seed_all(*key: int) -> None:

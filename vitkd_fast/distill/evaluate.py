@@ -29,6 +29,7 @@ from .._metrics import per_class as per_class
 from .._timing import measure
 from ..functional import kd_loss
 from ..int8 import Session
+from ..models import Origin
 
 # uint8 images [B, 3, H, W] on the device -> logits [B, classes], a Tensor or an ndarray
 Predictor: TypeAlias = Callable[[Tensor], Any]
@@ -253,6 +254,7 @@ class Cost:
 
 def count_macs(model: nn.Module, image_size: int) -> int:
     """MACs (flops / 2) of one image: convolutions, matrix products, attention."""
+    image_size = Origin.of(model).resized or image_size
     # a copy without storage: nothing is computed, and the model's mode and statistics stay
     meta = copy.deepcopy(model).to("meta", torch.float32).eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:

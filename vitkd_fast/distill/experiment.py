@@ -34,7 +34,6 @@ from . import (
 from .cache.read import CachedTeacher
 from .config import Config, Model, Teacher
 from .loop import Trainer
-from .prepared import Prepared
 from .runtime import Runtime
 from .task import Average, DistillationTask, Ensemble
 
@@ -65,7 +64,7 @@ def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> d
             dist.destroy_process_group()
 
 
-class _Experiment(Prepared):
+class _Experiment(aware.ForInt8):
     def _train(
         self,
         name: str,
@@ -83,10 +82,10 @@ class _Experiment(Prepared):
         trainer = Trainer(
             config,
             DistillationTask.create(config, student, teachers, self.runtime, cache),
-            self.splits,
+            self.splits if config.data.extra else sources.without_extra(self.splits),
             self.folder / name,
             seed=seed,
-            save_model=functools.partial(models.save, **self._about_model(section, student)),
+            save_model=functools.partial(models.save, **self.about_model(section, student)),
             rebuild=rebuild,
             branch=branches.start if branches else None,
         )
@@ -96,70 +95,14 @@ class _Experiment(Prepared):
         self.skipped |= trainer.skipped
         return trained
 
-    def _train_aware(self, seed: int, final: nn.Module) -> int8.QuantizationAware:
-        """Trains a seed's student for int8, from its branch; given is the float run's end."""
-        config, section = self.config, self.config.int8.aware
-        assert section
-        data.seed_all(seed)
-        student = preflight.create_student(config, self.classes)
-        branch = self.folder / f"{self.role}-{seed}" / aware.BRANCH
-        if section.start:
-            aware.take_weights(student, branch)
-        about = self._about_model(config.student, student)
-        module = aware.module(
-            config, student, self._calibration_images(), self.runtime, **self._quantize_as(student)
-        )
-        compiled = config.run.model_copy(update={"compile": False})
-        config = config.model_copy(update={"run": compiled})
-        teachers, cache = self.teachers, self.cache
-        if section.teacher == "float":
-            teachers, cache = [final], None
-        trainer = Trainer(
-            config,
-            DistillationTask.create(config, module, teachers, self.runtime, cache),
-            self.splits,
-            self.folder / f"int8-aware-{seed}",
-            seed=seed,
-            save_model=functools.partial(aware.save, **about),
-        )
-        if self.resume and trainer.path.exists():
-            trainer.restore()
-        elif section.start:
-            aware.take_state(trainer, branch)
-        trained: Any = trainer.run()
-        self.skipped |= trainer.skipped
-        return trained.eval()
-
-    def _about_model(self, section: Model, model: nn.Module) -> dict[str, Any]:
-        """What `models.save` is told."""
-        return {
-            "name": section.model,
-            "options": section.options,
-            "num_classes": len(self.classes),
-            "pixels": preflight.pixels(self.config, model),
-            "classes": tuple(self.classes),
-            "multilabel": bool(self.config.data.labels),
-        }
-
-    def _quantize_as(self, model: nn.Module) -> dict[str, Any]:
-        """What `quantized.quantize` is told."""
-        return {
-            "pixels": preflight.pixels(self.config, model),
-            "classes": self.scored.classes,
-            "multilabel": bool(self.config.data.labels),
-            "calibration": self.config.int8.calibration,
-        }
-
-    def _calibration_images(self) -> Tensor | None:
-        """On the first rank."""
-        if self.runtime.rank:
-            return None
-        return quantized.calibration_images(self.config, self.splits.train, self.runtime.ranks)
-
     def _sources(self) -> dict[str, Any]:
         """The sections of the teachers, without training: what this run trained is a file."""
         found = [
-            Teacher(model=str(self._file(name).absolute()), weight=section.weight)
+            Teacher(
+                model=str(self._file(name).absolute()),
+                weight=section.weight,
+                image_size=section.image_size,
+            )
             if section.epochs
             else section
             for name, section in self.config.all_teachers().items()
@@ -198,7 +141,7 @@ class _Experiment(Prepared):
                 if not given:
                     student = self._train(
                         f"{role}-{seed}",
-                        config if distilled else config.for_baseline(),
+                        config if distilled else self._baseline(),
                         student,
                         self.teachers if distilled else [],
                         seed,
@@ -206,7 +149,7 @@ class _Experiment(Prepared):
                     )
                 students.setdefault(role, {})[seed] = student
             if config.int8.aware:
-                trained[seed] = self._train_aware(seed, students[self.role][seed])
+                trained[seed] = self.train_aware(seed, students[self.role][seed])
         if given:
             self.notes.append("int8.aware.start is 0: the float student is the given one.")
         if self.cache and (teacher := preflight.teacher_at_hand(config, self.classes)):
@@ -329,6 +272,30 @@ class _Experiment(Prepared):
         self.say(f"disk: {need / 1e6:,.0f} MB at most in {self.folder}, {free / 1e6:,.0f} MB free")
         return {}
 
+    def _baseline(self) -> Config:
+        """The student without its teacher: as many updates, of images with labels."""
+        config = self.config.for_baseline()
+        if not self.config.data.extra:
+            return config
+        together = config.data.batch_size * self.runtime.ranks * config.optimizer.accumulate
+        labelled = sources.without_extra(self.splits)
+        distilled, alone = (sources.count(x.train) // together for x in (self.splits, labelled))
+        steps = min(config.run.epochs * distilled, config.run.max_steps or 2**62)
+        epochs = -(-steps // max(alone, 1))
+        longer = epochs / config.run.epochs
+        run = {
+            "epochs": epochs,
+            "max_steps": steps,
+            "eval_every": round(config.run.eval_every * longer) or 1,
+        }
+        warmup = {"warmup_epochs": round(config.optimizer.warmup_epochs * longer)}
+        return config.model_copy(
+            update={
+                "run": config.run.model_copy(update=run),
+                "optimizer": config.optimizer.model_copy(update=warmup),
+            }
+        )
+
     def _roles(self) -> list[str]:
         """The students that each seed trains."""
         distils = self.role == "distilled" and not self.config.data.unlabelled
@@ -341,12 +308,12 @@ class _Experiment(Prepared):
         files: list[bytes] = []
         if self.runtime.rank == 0:
             try:
-                images = self._calibration_images()
+                images = self.calibration_images()
                 assert images is not None
                 for seed, model in trained.items():
                     file = self._int8_file(seed)
                     file.parent.mkdir(exist_ok=True)
-                    files.append(quantized.save(file, model, images, **self._quantize_as(model)))
+                    files.append(quantized.save(file, model, images, **self.quantize_as(model)))
             except ValueError as error:  # the engine lacks an operation, or an image is bad
                 files, why = [], " ".join(str(error).split())
                 self.notes.append(f"No int8 row: {why}")

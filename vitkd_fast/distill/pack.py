@@ -59,7 +59,7 @@ def is_packed(path: str) -> bool:
 
 
 class Pack:
-    """The images of a packed file, as a `sources.Source`.
+    """The images of a packed file, as a `datasets.Source`.
 
     Args:
         path: of the file.

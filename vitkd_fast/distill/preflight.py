@@ -24,7 +24,7 @@ from .task import Average, DistillationTask
 
 # keys that may change when a run is resumed: paths and how things are computed
 _MAY_CHANGE = {
-    *("data.root", "data.train", "data.val", "data.workers", "data.skip_bad"),
+    *("data.root", "data.train", "data.val", "data.extra", "data.workers", "data.skip_bad"),
     *("data.probe", "data.probe_val"),
     *("teacher.checkpoint", "teacher.cache"),
     *("int8.enabled", "int8.calibration", "int8.calibration_images"),
@@ -58,9 +58,8 @@ def holds_run(config: Config, resume: bool) -> bool:
 def pixels(config: Config, model: nn.Module) -> models.Pixels:
     """The model's own mean and std, and this run's size, crop and interpolation."""
     own, section = models.Pixels.of(model), config.data
-    return models.Pixels(
-        section.image_size, own.mean, own.std, section.interpolation, section.crop_pct
-    )
+    size = models.Origin.of(model).resized or section.image_size
+    return models.Pixels(size, own.mean, own.std, section.interpolation, section.crop_pct)
 
 
 def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
@@ -74,10 +73,25 @@ def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
     origin = models.Origin.of(student)
     if origin.classes and not identity.same_classes(origin, classes):
         student.reset_classifier(len(classes))
-        student.origin = dataclasses.replace(
+        origin = dataclasses.replace(
             origin, classes=None, new_head="new classifier: its classes are others"
         )
+        student.origin = origin
+    if not origin.trained:
+        _start_small(student)
     return student
+
+
+def _start_small(model: Any) -> None:
+    """Gives a random classifier torch's own initial weights where the model's are larger.
+
+    timm draws a MobileNet's within 1 / sqrt(classes): with 10 classes, logits that begin at 5 and a
+    loss that takes hundreds of steps to come down to that of guessing.
+    """
+    heads = model.get_classifier()
+    for layer in heads if isinstance(heads, tuple) else (heads,):
+        if isinstance(layer, nn.Linear) and layer.weight.std() > layer.in_features**-0.5:
+            layer.reset_parameters()
 
 
 def create_teachers(config: Config, classes: Sequence[str]) -> list[nn.Module]:
@@ -86,7 +100,14 @@ def create_teachers(config: Config, classes: Sequence[str]) -> list[nn.Module]:
     Raises:
         ConfigError, DataError: the weights of one are random, or of other classes.
     """
-    return [_create_teacher(key, config, x, classes) for key, x in config.all_teachers().items()]
+    teachers = []
+    for key, section in config.all_teachers().items():
+        teacher: Any = _create_teacher(key, config, section, classes)
+        if section.image_size:
+            origin = models.Origin.of(teacher)
+            teacher.origin = dataclasses.replace(origin, resized=section.image_size)
+        teachers.append(teacher)
+    return teachers
 
 
 def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[str]) -> nn.Module:
@@ -104,6 +125,8 @@ def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[
             config, section, classes if section.epochs else own, new_head=section.epochs > 0
         )
     if section.epochs:
+        if not models.Origin.of(teacher).trained:
+            _start_small(teacher)
         return teacher
     if config.data.unlabelled:
         teacher = models.headless(teacher)
@@ -185,6 +208,11 @@ def rebuilding(section: Model, model: nn.Module) -> Model:
     )
 
 
+def _image_size(config: Config, section: Model) -> int:
+    own = section.image_size if isinstance(section, Teacher) else None
+    return own or config.data.image_size
+
+
 def _create(
     config: Config, section: Model, num_classes: int | None, *, new_head: bool
 ) -> nn.Module:
@@ -195,7 +223,7 @@ def _create(
         pretrained=section.pretrained,
         checkpoint=section.checkpoint,
         new_head=new_head,
-        image_size=None if "img_size" in options else config.data.image_size,
+        image_size=None if "img_size" in options else _image_size(config, section),
         options=options,
     )
 
@@ -207,9 +235,13 @@ def check_image(name: str, config: Config, model: nn.Module) -> None:
             models.predictor(model).eval()(_image(config))
     except (AssertionError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())
-        raise ConfigError(
-            f"{name}.model: cannot read images of data.image_size {config.data.image_size}: {why}"
-        ) from error
+        resized = models.Origin.of(model).resized
+        size = (
+            f"{name}.image_size {resized}"
+            if resized
+            else f"data.image_size {config.data.image_size}"
+        )
+        raise ConfigError(f"{name}.model: cannot read images of {size}: {why}") from error
 
 
 def check_aware(config: Config, student: nn.Module) -> None:

@@ -153,7 +153,8 @@ class Prepared:
         if known is None:
             self.say(line)
             return
-        chosen = np.array(sources.spread(plan.images, identity.SCORED_IMAGES))
+        # those with labels are the first
+        chosen = np.array(sources.spread(len(known), identity.SCORED_IMAGES))
         right = int((cache.choices(chosen) == np.array(known)[chosen]).sum())
         self.say(f"{line}; top-1 {right / len(chosen):.1%} of {len(chosen)} training images")
         if identity.is_no_teacher(right, len(chosen), len(self.classes)):

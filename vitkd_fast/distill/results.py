@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import int8
-from . import evaluate, logger, sources
+from . import datasets, evaluate, logger
 from .runtime import Runtime, cpu_capabilities
 
 _THUMBNAILS = 24
@@ -101,7 +101,7 @@ def curves(folders: dict[str, Path]) -> dict[str, Any]:
 
 
 def disagreements(
-    result: evaluate.Evaluation, source: sources.Source, indices: Tensor
+    result: evaluate.Evaluation, source: datasets.Source, indices: Tensor
 ) -> dict[str, Any] | None:
     """Images on which student and teacher disagree, the most confident student first.
 

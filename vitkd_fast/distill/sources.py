@@ -1,4 +1,4 @@
-"""Data sets before any transform: folders, digits, and timm's torch/..., hfds/... and wds/...
+"""Opens what a configuration names: folders, digits, and timm's torch/..., hfds/... and wds/...
 
 Folders need no torch, which `vitkd eval` of an int8 file goes without.
 """
@@ -11,24 +11,11 @@ import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-
-from .._preprocessing import Array
-from ..images import (
-    EXTENSIONS,
-    ending,
-    find,
-    is_above,
-    is_image,
-    is_ours,
-    natural_key,
-    open_pixels,
-    to_rgb,
-)
+from ..images import EXTENSIONS, ending, find, is_above, is_image, is_ours, natural_key
 from ..images import DataError as DataError
+from .datasets import NO_LABEL, Digits, Folder, Joined, Labelled, Part, Timm, Unlabelled
 from .pack import Pack, is_packed, open_pack, unknown_class
 
 if TYPE_CHECKING:
@@ -36,142 +23,6 @@ if TYPE_CHECKING:
 
 # folders of splits: the given folder is above a data set
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}
-
-
-class Source(Protocol):
-    """A dataset before any transform."""
-
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-    def read(self, index: int) -> tuple[Array, Any]: ...  # uint8 [H, W, 3]; [classes] of several
-    def name(self, index: int) -> str: ...
-
-
-class Digits:
-    """scikit-learn's 1,797 scans of 8x8 pixels, which need no network."""
-
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        self.images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-        self.labels = digits.target
-        self.classes = [str(name) for name in digits.target_names]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> tuple[Array, int]:
-        return np.repeat(self.images[index][..., None], 3, axis=2), int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return f"digits/{index}"
-
-
-class Folder:
-    """Images in the folders of their classes: the first level below a root, as in torchvision."""
-
-    def __init__(self, files: list[str], labels: list[int], classes: list[str]) -> None:
-        self.files = files
-        self.labels = labels
-        self.classes = classes
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> tuple[Array, int]:
-        return open_pixels(self.files[index]), self.labels[index]
-
-    def name(self, index: int) -> str:
-        return self.files[index]
-
-
-class Labelled:
-    """Images with several labels each, or none: multi-hot, float32 [classes]."""
-
-    def __init__(self, files: list[str], labels: list[list[int]], classes: list[str]) -> None:
-        self.files = files
-        self.labels = labels  # indices of classes
-        self.classes = classes
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, index: int) -> tuple[Array, Any]:
-        return open_pixels(self.files[index]), self.target(index)
-
-    def target(self, index: int) -> Any:
-        target = np.zeros(len(self.classes), np.float32)
-        target[self.labels[index]] = 1
-        return target
-
-    def name(self, index: int) -> str:
-        return self.files[index]
-
-
-class Timm:
-    """One of timm's datasets whose images have an index: torch/... and hfds/..."""
-
-    def __init__(self, dataset: Any, classes: list[str]) -> None:
-        self.dataset = dataset
-        self.classes = classes
-        if hasattr(dataset, "loader"):  # torchvision's folders
-            dataset.loader = open_pixels
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def read(self, index: int) -> tuple[Array, int]:
-        # past timm's ImageDataset, which replaces what it cannot read without a word of which
-        image, label = getattr(self.dataset, "reader", self.dataset)[index]
-        if isinstance(image, Image.Image):
-            return np.asarray(to_rgb(image)), int(label)
-        if isinstance(image, np.ndarray):
-            return image, int(label)
-        with image:
-            return open_pixels(image), int(label)
-
-    def name(self, index: int) -> str:
-        if hasattr(self.dataset, "samples"):  # torchvision's folders
-            return str(self.dataset.samples[index][0])
-        reader = getattr(self.dataset, "reader", None)
-        return reader.filename(index, absolute=True) if reader else f"image {index}"
-
-
-class Unlabelled:
-    """A source whose labels are not read: there are no classes, and -1 stands for each label."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.classes: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, index: int) -> tuple[Array, int]:
-        return self.source.read(index)[0], -1
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-
-class Part:
-    """Some of a source's images."""
-
-    def __init__(self, source: Source, index: list[int]) -> None:
-        self.source = source
-        self.index = index
-        self.classes = source.classes
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def read(self, index: int) -> tuple[Array, int]:
-        return self.source.read(self.index[index])
-
-    def name(self, index: int) -> str:
-        return self.source.name(self.index[index])
 
 
 class Splits(NamedTuple):
@@ -197,6 +48,11 @@ def open_data(config: Data, classes: int | None = None) -> Splits:
     """
     if config.unlabelled:
         return _open_unlabelled(config)
+    splits = _open_classes(config, classes)
+    return _with_extra(splits, config) if config.extra else splits
+
+
+def _open_classes(config: Data, classes: int | None) -> Splits:
     if config.dataset == "digits":
         return _hold_out(Digits(), config, [], [])
     if config.dataset:
@@ -243,27 +99,58 @@ def _open_unlabelled(config: Data) -> Splits:
             part if streams(part) else Unlabelled(part) for part in (labelled.train, labelled.val)
         )
         return Splits(train, val, [], labelled.skipped, [])
-    opened: list[tuple[Folder | Pack, Iterable[str]]] = []
     notes: list[str] = []
-    for key in ("train", "val") if config.val else ("train",):
-        path = getattr(config, key)
-        if is_packed(path):
-            packed = Pack(path, f"data.{key}")
-            opened.append((packed.labelled([-1] * len(packed), []), _real(packed)))
-            continue
-        if not os.path.isdir(path):
-            raise DataError(f"data.{key}: {path} is no folder")
-        found = find(path)
-        if not found.files:
-            raise DataError(f"data.{key}: {path} holds no images ({', '.join(EXTENSIONS)})")
-        notes += _ignored(f"data.{key}", found.ignored)
-        files = list(found.files.values())
-        opened.append((Folder(files, [-1] * len(files), []), found.files))
+    keys = ("train", "val") if config.val else ("train",)
+    opened = [_images(getattr(config, key), f"data.{key}", notes) for key in keys]
     train, *others = opened
     if not others:
-        return _hold_out(train[0], config, [], notes)
-    _check_apart(train[1], others[0][1])
-    return Splits(train[0], others[0][0], [], [], notes)
+        return _hold_out(train, config, [], notes)
+    _check_apart(_real(train), _real(others[0]))
+    return Splits(train, others[0], [], [], notes)
+
+
+def _images(path: str, key: str, notes: list[str]) -> Folder | Pack:
+    """The images of a folder, wherever they lie in it, or of a packed file, without labels."""
+    if is_packed(path):
+        packed = Pack(path, key)
+        return packed.labelled([-1] * len(packed), [])
+    if not os.path.isdir(path):
+        raise DataError(f"{key}: {path} is no folder")
+    found = find(path)
+    if not found.files:
+        raise DataError(f"{key}: {path} holds no images ({', '.join(EXTENSIONS)})")
+    notes += _ignored(key, found.ignored)
+    files = list(found.files.values())
+    return Folder(files, [-1] * len(files), [])
+
+
+def _with_extra(splits: Splits, config: Data) -> Splits:
+    """With `data.extra`, which may hold training images again, but none of validation."""
+    if streams(splits.train):
+        raise DataError(f"data.extra: {config.dataset} streams, and extra images have an index")
+    notes = list(splits.notes)
+    extra = _images(config.extra, "data.extra", notes)
+    every = list(_real(extra))
+    known, scored = (set(_paths(part)) for part in (splits.train, splits.val))
+    if both := scored & set(every):
+        raise DataError(
+            f"data.extra: {len(both)} of its {len(every)} images are validation images, such as "
+            f"{min(both)}"
+        )
+    new = [i for i, path in enumerate(every) if path not in known]
+    if not new:
+        raise DataError(f"data.extra: {config.extra} holds no image that data.train does not")
+    notes.append(f"data.extra: {len(new):,} images without labels join the training images")
+    train = Joined(splits.train, labels(splits.train) or [], Part(extra, new))
+    return splits._replace(train=train, notes=notes)
+
+
+def _paths(source: Any) -> Iterable[str]:
+    """The real path of each image that is a file."""
+    if isinstance(source, Part):
+        every = list(_paths(source.source))
+        return [every[i] for i in source.index] if every else []
+    return _real(source) if isinstance(source, (Folder, Labelled, Pack)) else []
 
 
 def open_probe(config: Data) -> Splits | None:
@@ -570,7 +457,14 @@ def labels(source: Any) -> list[int] | None:
         known = getattr(source, "labels", None)
     if known is None:
         return None
-    return [int(x) for label in known for x in (label if isinstance(label, list) else [label])]
+    every = [int(x) for label in known for x in (label if isinstance(label, list) else [label])]
+    return [label for label in every if label != NO_LABEL]
+
+
+def without_extra(splits: Splits) -> Splits:
+    """The labelled images alone."""
+    train = splits.train
+    return splits._replace(train=train.labelled) if isinstance(train, Joined) else splits
 
 
 def streams(source: Any) -> bool:

@@ -44,6 +44,7 @@ def quantize(
     std: Sequence[float] | None = None,
     calibration: Calibration = "mse",
     bias_correction: bool = True,
+    portable: bool = False,
     classes: Sequence[str] | None = None,
     multilabel: bool = False,
     image_size: int | None = None,
@@ -64,6 +65,8 @@ def quantize(
             "percentile" (99.99% of the values at either end) or "minmax".
         bias_correction: makes the mean of each convolution's output, before and after its
             activation, that of the float model, in order.
+        portable: rounds where other runtimes do, for `export`: an addition is a layer of its own,
+            between bytes. In the engine it costs a few percent of time, and some accuracy.
         classes: names of the logits.
         multilabel: classes are not exclusive, which the file says and `vitkd predict` shows.
         image_size: checked against the images.
@@ -115,7 +118,7 @@ def quantize(
         raise ValueError(
             f"quantize: classes: expected {logits} names, one per logit, got {len(graph.classes)}"
         )
-    return _Quantizer(graph, nodes, batch, calibration, bias_correction).run()
+    return _Quantizer(graph, nodes, batch, calibration, bias_correction, portable).run()
 
 
 _Three = tuple[float, float, float]
@@ -145,9 +148,11 @@ class _Quantizer:
         images: Tensor,
         calibration: Calibration,
         bias_correction: bool,
+        portable: bool,
     ) -> None:
         self.graph, self.float_nodes, self.images = graph, nodes, images
         self.calibration, self.bias_correction = calibration, bias_correction
+        self.portable = portable
         # means [C] of the float maps, before their activation and after it
         self.before: list[Any] = [0.0] * len(nodes)
         self.after: list[Any] = [0.0] * len(nodes)
@@ -157,7 +162,7 @@ class _Quantizer:
 
     def run(self) -> QuantizedModel:
         float_logits = self.observe()
-        steps = _steps(self.float_nodes)
+        steps = _steps(self.float_nodes, fuses=not self.portable)
         last_use = {source: step.output for step in steps for source in step.inputs}
         index = {-1: -1} | {step.output: position for position, step in enumerate(steps)}
         nodes: list[Node] = []
@@ -381,15 +386,16 @@ class _Quantizer:
         return _numpy(mean) * scale.scale
 
 
-def _steps(nodes: tuple[FloatNode, ...]) -> list[_Step]:
-    """The nodes in order; an addition becomes part of a convolution before it where it can."""
+def _steps(nodes: tuple[FloatNode, ...], fuses: bool = True) -> list[_Step]:
+    """The nodes in order; with `fuses`, an addition joins a convolution before it if it can."""
     readers = Counter(source for node in nodes for source in node.inputs)
     taken: dict[int, int] = {}  # addition -> convolution
     for index, node in enumerate(nodes):
         fit = [
             source
             for source in node.inputs
-            if node.op == "add"
+            if fuses
+            and node.op == "add"
             and nodes[source].op == "conv"
             and (nodes[source].groups, nodes[source].activation) == (1, None)
             and readers[source] == 1

@@ -101,7 +101,7 @@ class AttentionMapProjection(nn.Module):
             heads: the teacher's, unless given.
             options: of the module, but for what `taps` says.
         """
-        if taps.grid is None:
+        if taps.grids[block] is None:
             raise ValueError("attention: the teacher's patches have no grid of their own")
         _, own, _, dim = queries.shape
         split = heads not in (None, own) and options.get("teacher_heads", "split") == "split"
@@ -110,7 +110,7 @@ class AttentionMapProjection(nn.Module):
             own * dim,
             heads or own,
             prefix_tokens=taps.prefix_tokens,
-            grid=taps.grid,
+            grid=taps.grids[block],
             # other heads have another dim, and with it another scale
             scale_t=None if split else taps.scales[block],
             **options,

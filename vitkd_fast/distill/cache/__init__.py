@@ -1,4 +1,4 @@
 """What a teacher said of every augmented image, in files, for students that never wait for it."""
 
-from .plan import CacheError as CacheError
 from .plan import Plan as Plan
+from .store import CacheError as CacheError

@@ -6,13 +6,11 @@ not depend on ranks, workers, or on where an interrupted run went on. What is th
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import random
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,17 +19,17 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from ..._files import replacing
-from ...taps import TapOutputs, Taps
-from .. import augment, checkpoint, data, preflight, sources
+from ...taps import TapOutputs, Taps, transformer_blocks
+from .. import augment, data, preflight, sources
 from .. import config as configuration
 from ..config import Config, ConfigError
 from ..runtime import Runtime
 from ..task import frozen
 from . import quarantine, shards
-from .plan import FILE, CacheError, Place, Plan
+from .plan import FILE, Place, Plan
 from .read import CachedTeacher, checksum
 from .shared import of_teacher, sections
+from .store import CacheError, Store, Where, at
 
 _SAY_EVERY = 10.0  # seconds
 _F16 = 65504.0
@@ -69,7 +67,7 @@ class Maker:
         [model] = preflight.create_teachers(config, splits.classes)
         preflight.check_image("teacher", config, model)
         predictor = frozen(model, runtime)
-        blocks = sum(hasattr(module, "attn") for module in model.modules())
+        blocks = len(transformer_blocks(model))
         self.features = {_feature(name, blocks): name for name in options.features}
         tokens = [int(name[6:]) for name in self.features if name != "pooled"]
         self.taps = Taps(predictor[1], pooled="pooled" in self.features, tokens=tokens)
@@ -83,7 +81,8 @@ class Maker:
             raise ValueError(f"--topk: expected 1 to {classes} classes, got {topk}")
         own = kd.temperature if kd and isinstance(kd.temperature, (int, float)) else 1.0
         self.plan = Plan(
-            teacher={"name": config.teacher.model, **of_teacher(model)},
+            teacher={"name": config.teacher.model}
+            | {key: value for key, value in of_teacher(model).items() if value is not None},
             data=shared["data"],
             augmentation=shared["augmentation"],
             versions=shared["versions"],
@@ -215,23 +214,28 @@ class Made(NamedTuple):
     bad: list[str]  # shards that were damaged, and what was wrong with each
 
 
-def build(config: Config, folder: Path, options: Options) -> Made:
+def build(config: Config, folder: Where, options: Options, thorough: bool = False) -> Made:
     """Makes what is missing of a cache, or damaged; under torchrun every process calls this.
+
+    Args:
+        folder: a path, or the URL of a store.
+        thorough: compare the checksums of shards that are in a bucket, too, whose every byte is
+            fetched for that.
 
     Raises:
         ConfigError, DataError, ValueError: as `Maker`.
         CacheError: the folder holds a cache of another plan, or is in use.
         OSError: such as a full disk; what is complete by then stays, and the next call goes on.
     """
-    runtime = Runtime.of(config)
+    store, runtime = at(folder), Runtime.of(config)
     try:
-        return _build(Maker(config, runtime, options), folder)
+        return _build(Maker(config, runtime, options), store, thorough)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _build(maker: Maker, folder: Path) -> Made:
+def _build(maker: Maker, folder: Store, thorough: bool) -> Made:
     plan, runtime = maker.plan, maker.runtime
     with held(folder, runtime):
         if runtime.rank == 0:
@@ -241,7 +245,7 @@ def _build(maker: Maker, folder: Path) -> Made:
         check_plan(folder, plan)
         mine = [x for i, x in enumerate(plan.places()) if i % runtime.ranks == runtime.rank]
         maker.left_out = quarantine.read(folder)
-        todo, bad = lacking(folder, plan, mine)
+        todo, bad = lacking(folder, plan, mine, thorough)
         start = said = time.monotonic()
         for i, (place, columns) in enumerate(maker.make(todo), 1):
             shards.commit(folder, plan, place, columns)
@@ -260,57 +264,50 @@ def _build(maker: Maker, folder: Path) -> Made:
     return Made(plan, len(mine) - len(todo), len(todo), bad)
 
 
-def lacking(folder: Path, plan: Plan, places: Iterable[Place]) -> tuple[list[Place], list[str]]:
+def lacking(
+    store: Store, plan: Plan, places: Iterable[Place], thorough: bool = False
+) -> tuple[list[Place], list[str]]:
     """Of these shards those to make, and what is wrong with the damaged ones among them."""
-    faults = {place: shards.fault(folder, plan, place) for place in places}
-    bad = [f"{folder / x.file}: {why}" for x, why in faults.items() if why not in _GONE]
+    places, faults = list(places), shards.lengths(store, plan)
+    if store.shared or thorough:
+        faults |= {x: shards.fault(store, plan, x) for x in places if x not in faults}
+    todo = [place for place in places if faults.get(place)]
+    bad = [f"{store.name(x.file)}: {faults[x]}" for x in todo if faults[x] != "is missing"]
     for line in bad:
         print(f"{line}; it is made again", flush=True)
-    return [place for place, why in faults.items() if why], bad
-
-
-_GONE = ("", "is missing")
+    return todo, bad
 
 
 @contextmanager
-def held(folder: Path, runtime: Runtime) -> Iterator[None]:
-    """Keeps other runs out of the folder."""
-    if runtime.rank != 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CacheError(f"-o: {folder} is in use by another process") from None
+def held(store: Store, runtime: Runtime) -> Iterator[None]:
+    """Keeps other runs out of a folder."""
+    with store.locked() if runtime.rank == 0 else nullcontext():
         yield
 
 
-def begin(maker: Maker, folder: Path) -> None:
+def begin(maker: Maker, store: Store) -> None:
     """Writes the plan where there is none, and the configuration, whose paths may have moved."""
-    if not (folder / FILE).exists():
-        if others := [x.name for x in folder.iterdir() if not x.name.startswith(".")]:
-            raise CacheError(f"-o: {folder} is no cache, and holds {others[0]}")
-        if (free := checkpoint.free(folder)) < maker.plan.bytes:
+    if FILE not in (there := store.sizes()):
+        if there:
+            raise CacheError(f"-o: {store} is no cache, and holds {next(iter(there))}")
+        if (free := store.free()) is not None and free < maker.plan.bytes:
             raise CacheError(
-                f"-o: {folder} has {free >> 20:,} MiB left, and the cache takes "
+                f"-o: {store} has {free >> 20:,} MiB left, and the cache takes "
                 f"{maker.plan.bytes >> 20:,} MiB"
             )
-        maker.plan.write(folder)
-    check_plan(folder, maker.plan)
-    clear(folder)
-    with replacing(folder / "config.yaml") as file:
-        file.write_text(yaml.safe_dump(maker.config.model_dump(), sort_keys=False))
+        maker.plan.write(store)
+    check_plan(store, maker.plan)
+    if store.create(FILE, store.read(FILE)):
+        raise CacheError(
+            f"-o: {store}: its server replaces a file that a put should only create: it does not "
+            "know If-None-Match or ifGenerationMatch, and two processes could mix their shards"
+        )
+    store.clear()
+    text = yaml.safe_dump(maker.config.model_dump(), sort_keys=False)
+    store.replace("config.yaml", text.encode())
 
 
-def clear(folder: Path) -> None:
-    """Removes what processes that were killed had begun."""
-    for part in folder.glob("*/.*.part"):
-        part.unlink(missing_ok=True)
-
-
-def check_plan(folder: Path, plan: Plan) -> None:
+def check_plan(folder: Where, plan: Plan) -> None:
     """Raises CacheError, naming each key, unless the folder's cache has this plan."""
     begun = Plan.read(folder)
     if begun.fingerprint != plan.fingerprint:
@@ -329,10 +326,12 @@ class Findings(NamedTuple):
     allowed: float
 
 
-def reopen(folder: Path, overrides: Sequence[str] = ()) -> tuple[Config, Options]:
+def reopen(folder: Where, overrides: Sequence[str] = ()) -> tuple[Config, Options]:
     """Of what a cache was made, with `key=value` put over it, such as data that moved."""
-    plan = Plan.read(folder)
-    config = configuration.load(folder / "config.yaml", overrides)
+    store = at(folder)
+    plan = Plan.read(store)
+    with store.local("config.yaml") as path:
+        config = configuration.load(path, overrides)
     record = plan.record
     names = [name.replace(".", ":") for name in record["features"]]
     return config, Options(
@@ -341,16 +340,17 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> tuple[Config, Options
 
 
 def verify(
-    folder: Path, overrides: Sequence[str] = (), samples: int = 64, seed: int | None = None
+    folder: Where, overrides: Sequence[str] = (), samples: int = 64, seed: int | None = None
 ) -> Findings:
     """Compares the checksum of every shard, and asks the teacher about random images again.
 
     Raises:
         CacheError: there is no cache, or the teacher, the images or the libraries are others.
     """
+    folder = at(folder)
     plan = Plan.read(folder)
     faults = {place: shards.fault(folder, plan, place) for place in plan.places()}
-    bad = [f"{folder / place.file}: {why}" for place, why in faults.items() if why]
+    bad = [f"{folder.name(place.file)}: {why}" for place, why in faults.items() if why]
     config, options = reopen(folder, overrides)
     maker = Maker(config, Runtime.of(config), options)
     check_plan(folder, maker.plan)

@@ -2,12 +2,11 @@
 
 import os
 from enum import Enum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .plan import CacheError
+from .store import CacheError
 
 
 class Engine(str, Enum):
@@ -34,7 +33,10 @@ def cache(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The cache to make.")
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR|URL", help="The cache to make: a folder, s3://, gs://."
+        ),
     ] = None,
     epochs: Annotated[
         int | None,
@@ -113,7 +115,7 @@ def cache(
         _say_made(build.build(loaded, output, options), output)
 
 
-def _say_made(made: Any, folder: Path) -> None:
+def _say_made(made: Any, folder: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     plan = made.plan
@@ -130,7 +132,7 @@ def _verify(arguments: list[str], samples: int, rebuild: bool) -> None:
 
     if not arguments:
         raise typer.BadParameter("verify: expected the folder of a cache")
-    folder, overrides = Path(arguments[0]), arguments[1:]
+    folder, overrides = arguments[0], arguments[1:]
     found = build.verify(folder, overrides, samples)
     count = found.plan.epochs * found.plan.shards
     print(f"{count - len(found.bad)} of {count} shards are sound")
@@ -151,4 +153,4 @@ def _verify(arguments: list[str], samples: int, rebuild: bool) -> None:
         raise CacheError(f"{folder}: {len(found.bad)} bad shards; --rebuild makes them again")
     if found.bad:
         config, options = build.reopen(folder, overrides)
-        _say_made(build.build(config, folder, options), folder)
+        _say_made(build.build(config, folder, options, thorough=True), folder)

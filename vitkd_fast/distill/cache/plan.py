@@ -17,25 +17,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..._files import replacing
+from .store import CacheError, Where, at
 
 VERSION = 1
 FILE = "plan.json"
 _SHARD_BYTES = 2**25  # about, at most
 _SHARD_ROWS = 2**14
-
-
-class CacheError(ValueError):
-    """A cache that cannot be used; the message names it."""
 
 
 class Column(NamedTuple):
@@ -150,17 +144,18 @@ class Plan:
         return self.stride * self.images * self.epochs
 
     @classmethod
-    def read(cls, folder: Path) -> Plan:
+    def read(cls, folder: Where) -> Plan:
         """The plan of a cache.
 
         Raises:
             CacheError: there is none, or it is damaged, or of another version.
         """
-        path = folder / FILE
+        store = at(folder)
+        path = store.name(FILE)
         try:
-            tree = json.loads(path.read_text())
+            tree = json.loads(store.read(FILE))
         except FileNotFoundError:
-            raise CacheError(f"{folder}: holds no cache; `vitkd cache ... -o` makes one") from None
+            raise CacheError(f"{store}: holds no cache; `vitkd cache ... -o` makes one") from None
         except (OSError, ValueError) as error:
             raise CacheError(f"{path}: cannot be read: {error}") from error
         if not isinstance(tree, dict) or tree.get("version") != VERSION:
@@ -174,12 +169,10 @@ class Plan:
             raise CacheError(f"{path}: is damaged: its SHA-256 is another")
         return plan
 
-    def write(self, folder: Path) -> None:
-        """Into a folder without one."""
-        with replacing(folder / FILE) as part:
-            tree = asdict(self) | {"sha256": self.fingerprint}
-            part.write_text(json.dumps(tree, indent=1) + "\n")
-        sync(folder)
+    def write(self, folder: Where) -> None:
+        """Where there is none; what is there stays."""
+        tree = asdict(self) | {"sha256": self.fingerprint}
+        at(folder).create(FILE, (json.dumps(tree, indent=1) + "\n").encode())
 
     def differences(self, other: Plan) -> list[str]:
         """Each key in which another plan differs, with both values."""
@@ -204,12 +197,3 @@ def _differences(prefix: str, ours: Any, theirs: Any) -> list[str]:
 def _short(value: Any) -> str:
     text = str(value)
     return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text
-
-
-def sync(folder: Path) -> None:
-    """Makes the names in a folder outlive a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,34 +7,30 @@ plan. A row of such an image is one of an image that could not be read, and nobo
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-from ..._files import replacing
-from .plan import CacheError, sync
+from .store import CacheError, Where, at
 
 FILE = "quarantine.json"
 
 
-def read(folder: Path) -> dict[int, str]:
+def read(folder: Where) -> dict[int, str]:
     """The names of the images of a cache that are left out, by index.
 
     Raises:
         CacheError: the list is damaged.
     """
-    path = folder / FILE
+    store = at(folder)
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(store.read(FILE))
         return {int(index): str(name) for index, name in tree.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError) as error:
-        raise CacheError(f"{path}: cannot be read: {error}") from error
+        raise CacheError(f"{store.name(FILE)}: cannot be read: {error}") from error
 
 
-def add(folder: Path, index: int, name: str) -> dict[int, str]:
+def add(folder: Where, index: int, name: str) -> dict[int, str]:
     """Puts an image on the list, which outlives a crash; returns the list."""
     found = dict(sorted({**read(folder), index: name}.items()))
-    with replacing(folder / FILE) as part:
-        part.write_text(json.dumps(found, indent=1) + "\n")
-    sync(folder)
+    at(folder).replace(FILE, (json.dumps(found, indent=1) + "\n").encode())
     return found

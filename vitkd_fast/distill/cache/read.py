@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from torch import Tensor
 from ...taps import TapOutputs, TopLogits
 from ..data import Batch, Drawn
 from . import shards
-from .plan import CacheError, Place, Plan
+from .plan import Place, Plan
+from .store import CacheError, Where, at
 
 _ALWAYS = ("log_sum_exp", "pixels", "values", "indices")
 
@@ -34,20 +34,15 @@ class CachedTeacher:
         CacheError: naming a shard that is missing or cut.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Where) -> None:
+        self.folder = at(folder)
         self.plan = plan = Plan.read(self.folder)
         self.drawn = Drawn(plan.seed, plan.epochs)
-        bad = [
-            (place, why)
-            for place in plan.places()
-            if (why := shards.fault(self.folder, plan, place, contents=False))
-        ]
-        if bad:
-            (place, why), count = bad[0], plan.shards * plan.epochs
+        if bad := shards.lengths(self.folder, plan):
+            (place, why), count = next(iter(bad.items())), plan.shards * plan.epochs
             raise CacheError(
-                f"teacher.cache: {self.folder / place.file} {why}: {len(bad)} of {count} shards "
-                f"are not there; `vitkd cache verify --rebuild {self.folder}` makes them"
+                f"teacher.cache: {self.folder.name(place.file)} {why}: {len(bad)} of {count} "
+                f"shards are not there; `vitkd cache verify --rebuild {self.folder}` makes them"
             )
         self.columns = list(plan.columns)
         self._checked: set[Place] = set()

@@ -1,25 +1,20 @@
 """A shard: a safetensors file whose header holds plan, place and checksum, written atomically.
 
 The bytes are a function of the plan, the place and the columns: the header is made here, and is
-compared as a whole. A shard is there entirely or not at all: it is written beside its name, synced,
-and linked to it.
+compared as a whole. A shard is there entirely or not at all, see `store`.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import mmap
-import os
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .plan import CacheError, Place, Plan, sync
+from .plan import Place, Plan
+from .store import CacheError, Where, at
 
 METADATA = "vitkd_fast.cache"
 _SAFETENSORS = {"<f4": "F32", "<u4": "U32", "<i4": "I32", "<f2": "F16", "<u2": "U16", "|i1": "I8"}
@@ -44,7 +39,7 @@ def header(plan: Plan, place: Place, digest: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def commit(folder: Path, plan: Plan, place: Place, columns: Columns) -> bool:
+def commit(folder: Where, plan: Plan, place: Place, columns: Columns) -> bool:
     """Writes a shard under its name, atomically; False if the same bytes were there.
 
     A damaged shard is replaced.
@@ -53,7 +48,7 @@ def commit(folder: Path, plan: Plan, place: Place, columns: Columns) -> bool:
         CacheError: a sound shard with other contents is there.
         OSError: such as a full disk; then the name is as it was.
     """
-    rows = len(plan.rows_of(place))
+    store, rows = at(folder), len(plan.rows_of(place))
     parts = []
     for name, column in plan.columns.items():
         x = np.ascontiguousarray(columns[name], column.dtype)
@@ -65,76 +60,75 @@ def commit(folder: Path, plan: Plan, place: Place, columns: Columns) -> bool:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
-    path = folder / place.file
-    path.parent.mkdir(exist_ok=True)
-    # of this call alone: another process may make the same shard
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(header(plan, place, digest.hexdigest()))
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(beside, path)
-        except OSError as error:
-            if error.errno != errno.EEXIST:
-                raise
-            if path.read_bytes() == beside.read_bytes():
-                return False
-            if not fault(folder, plan, place):
-                raise CacheError(
-                    f"{path}: holds other outputs of the teacher than this process computed for "
-                    "the same plan; another machine or thread count may round differently"
-                ) from None
-            os.replace(beside, path)
-        sync(path.parent)
-        sync(folder)
-    finally:
-        beside.unlink(missing_ok=True)
+    parts.insert(0, header(plan, place, digest.hexdigest()))
+    if store.create(place.file, *parts):
+        return True
+    there = store.read(place.file)
+    if there == b"".join(parts):
+        return False
+    if not _fault(there, plan, place):
+        raise CacheError(
+            f"{store.name(place.file)}: holds other outputs of the teacher than this process "
+            "computed for the same plan; another machine or thread count may round differently"
+        )
+    store.replace(place.file, *parts)
     return True
 
 
-def fault(folder: Path, plan: Plan, place: Place, contents: bool = True) -> str:
-    """What is wrong with a shard: "is missing", "is cut", "is damaged"; "" for nothing.
+def _length(plan: Plan, place: Place) -> int:
+    return len(header(plan, place, "0" * 64)) + plan.stride * len(plan.rows_of(place))
 
-    Without `contents`, only name and length are looked at.
-    """
-    path = folder / place.file
-    try:
-        length = path.stat().st_size
-    except FileNotFoundError:
-        return "is missing"
-    head = len(header(plan, place, "0" * 64))
-    expected = head + plan.stride * len(plan.rows_of(place))
-    if length != expected:
-        return f"is cut: {length} bytes, not {expected}"
-    if not contents:
-        return ""
-    try:
-        opened(folder, plan, place)
-    except CacheError as error:
-        return str(error).split(": ", 1)[1]
+
+def _fault(there: bytes | memoryview, plan: Plan, place: Place) -> str:
+    """What is wrong with the bytes of a shard: "is cut", "is damaged"; "" for nothing."""
+    if len(there) != (expected := _length(plan, place)):
+        return f"is cut: {len(there)} bytes, not {expected}"
+    start = len(header(plan, place, "0" * 64))
+    digest = hashlib.sha256(memoryview(there)[start:]).hexdigest()
+    if there[:start] != header(plan, place, digest):
+        return "is damaged: its checksum or its header is another"
     return ""
 
 
-def opened(folder: Path, plan: Plan, place: Place, checked: bool = False) -> Columns:
+def fault(folder: Where, plan: Plan, place: Place) -> str:
+    """What is wrong with a shard: "is missing", "is cut", "is damaged"; "" for nothing."""
+    try:
+        return _fault(at(folder).memory(place.file, 0), plan, place)
+    except FileNotFoundError:
+        return "is missing"
+
+
+def lengths(folder: Where, plan: Plan) -> dict[Place, str]:
+    """Each shard that is missing or cut, by a look at names and lengths alone."""
+    sizes, found = at(folder).sizes(), {}
+    for place in plan.places():
+        size, expected = sizes.get(place.file), _length(plan, place)
+        if size is None:
+            found[place] = "is missing"
+        elif size != expected:
+            found[place] = f"is cut: {size} bytes, not {expected}"
+    return found
+
+
+def opened(folder: Where, plan: Plan, place: Place, checked: bool = False) -> Columns:
     """The columns of a shard, memory-mapped; unless `checked` before, its checksum is compared.
 
     Raises:
         CacheError: naming the file, and what is wrong with it.
     """
-    path = folder / place.file
-    if why := fault(folder, plan, place, contents=False):
-        raise CacheError(f"{path}: {why}")
-    with open(path, "rb") as file:
-        memory = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
-    start = len(header(plan, place, "0" * 64))
-    if not checked:
-        digest = hashlib.sha256(memory[start:]).hexdigest()
-        if memory[:start] != header(plan, place, digest):
-            raise CacheError(f"{path}: is damaged: its checksum or its header is another")
-    found, rows = {}, len(plan.rows_of(place))
+    store, size, group = at(folder), _length(plan, place), plan.fingerprint
+    try:
+        memory = store.memory(place.file, size, group)
+        why = "" if checked and len(memory) == size else _fault(memory, plan, place)
+        if why and store.forget(place.file, group):
+            memory = store.memory(place.file, size, group)
+            why = _fault(memory, plan, place)
+    except FileNotFoundError:
+        why = "is missing"
+    if why:
+        raise CacheError(f"{store.name(place.file)}: {why}")
+    start, found = len(header(plan, place, "0" * 64)), {}
+    rows = len(plan.rows_of(place))
     for name, column in plan.columns.items():
         count = rows * int(np.prod(column.shape, dtype=np.int64))
         x = np.frombuffer(memory, column.dtype, count, start)

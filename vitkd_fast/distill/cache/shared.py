@@ -15,7 +15,8 @@ from ... import models
 from ...images import DataError
 from .. import augment, sources
 from ..config import Config
-from .plan import CacheError, Plan
+from .plan import Plan
+from .store import CacheError
 
 # what makes the pixels of an augmented image
 LIBRARIES = ("torchvision", "timm", "Pillow")
@@ -69,7 +70,12 @@ def weights(model: nn.Module) -> str:
 def of_teacher(model: nn.Module) -> dict[str, Any]:
     """What of `Plan.teacher` depends on the model, not on its name."""
     pixels = models.Pixels.of(model)
-    return {"weights": weights(model), "mean": list(pixels.mean), "std": list(pixels.std)}
+    return {
+        "weights": weights(model),
+        "mean": list(pixels.mean),
+        "std": list(pixels.std),
+        "image_size": models.Origin.of(model).resized,  # None: that of the data
+    }
 
 
 def check(
@@ -80,7 +86,8 @@ def check(
     Without a `teacher`, whose weights are elsewhere, its name counts.
     """
     [section] = config.all_teachers().values()
-    of = of_teacher(teacher) if teacher is not None else {"name": section.model}
+    elsewhere = {"name": section.model, "image_size": section.image_size}
+    of = of_teacher(teacher) if teacher is not None else elsewhere
     found = plan.unlike(sections(config, splits))
     found += [
         line

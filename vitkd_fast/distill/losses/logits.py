@@ -34,6 +34,7 @@ from ...nn import (
     entropy_temperature,
 )
 from ...taps import TapOutputs, Taps
+from ..datasets import NO_LABEL
 from .features import (
     PooledTerm,
 )
@@ -80,6 +81,10 @@ class RowTerm(Term):
     ce_weight: Schedule = ZERO  # factor of the cross-entropy
     label_smoothing: float = Field(0.0, ge=0, le=1)  # of the cross-entropy
 
+    def why_labels(self) -> str:
+        weights = self.ce_weight.start, self.ce_weight.end
+        return "expected ce_weight 0, with losses.ce instead" if any(weights) else ""
+
     def learned_alone(self) -> nn.Module | None:
         if self.temperature == "learned":
             return LearnableTemperature()
@@ -96,10 +101,13 @@ class RowTerm(Term):
             temperature = learned()
         elif temperature == "entropy":
             temperature = entropy_temperature(teacher)
+        ce_weight = self.ce_weight.at(x)
+        # without the cross-entropy, an image without a label counts like the others
+        labels = outputs.labels if ce_weight else None
         return {
             "student": student, "teacher": teacher, "temperature": temperature,
-            "labels": outputs.labels, "kd_weight": self.weight.at(x),
-            "ce_weight": self.ce_weight.at(x), "label_smoothing": self.label_smoothing,
+            "labels": labels, "kd_weight": self.weight.at(x),
+            "ce_weight": ce_weight, "label_smoothing": self.label_smoothing,
         }  # fmt: skip
 
 
@@ -171,7 +179,8 @@ class DKD(RowTerm):
     """weight * T^2 * (alpha KL of the label and the rest + beta KL of the rest) + ce_weight * CE.
 
     Zhao et al., 2022, arXiv:2203.08679; `functional.dkd_loss`. Mixed labels have the losses of
-    both, each with its share. The paper's warm-up is weight: {start: 0, end: 1, until: ...}.
+    both, each with its share. Of an image without a label, the teacher's choice stands for it. The
+    paper's warm-up is weight: {start: 0, end: 1, until: ...}.
     """
 
     temperature: Temperature = 4.0
@@ -182,10 +191,17 @@ class DKD(RowTerm):
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         options = self.options(outputs, x, learned)
         options |= {"alpha": self.alpha, "beta": self.beta, "standardize": self.standardize}
+        choice = options["teacher"].argmax(1)
+
+        def chosen(ids: Tensor) -> Tensor:
+            return torch.where(ids == NO_LABEL, choice, ids)
+
         if isinstance(outputs.labels, Tensor):
-            return dkd_loss(**options)
+            return dkd_loss(**options | {"labels": chosen(outputs.labels)})
         a, b, lam = outputs.labels
-        of_a, of_b = (dkd_loss(**options | {"labels": ids, "reduction": "none"}) for ids in (a, b))
+        of_a, of_b = (
+            dkd_loss(**options | {"labels": chosen(ids), "reduction": "none"}) for ids in (a, b)
+        )
         return (lam * of_a + (1 - lam) * of_b).mean()
 
 
@@ -200,6 +216,9 @@ class DeitHard(Term):
 
     alpha: float = Field(0.5, ge=0, le=1)  # the teacher's share
     label_smoothing: float = Field(0.0, ge=0, le=1)  # of the labels' term
+
+    def why_labels(self) -> str:
+        return "needs a label of each image"
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.teacher is not None
@@ -229,6 +248,9 @@ class Token(Term):
     alpha: float = Field(0.5, ge=0, le=1)  # the teacher's share
     temperature: float = Field(1.0, gt=0)  # of soft
     label_smoothing: float = Field(0.0, ge=0, le=1)  # of the labels' term
+
+    def why_labels(self) -> str:
+        return "needs a label of each image"
 
     def taps(self) -> tuple[TapSpec, TapSpec]:
         return {"pooled": True}, {"pooled": True}
@@ -283,6 +305,9 @@ class OFA(Term):
     strides: list[Annotated[int, Field(ge=1)]] = Field([4, 8, 16, 32])
     temperature: float = Field(1.0, gt=0)  # divides all logits; there is no factor T^2
     eps: float = Field(1.0, gt=0)  # above 1: more weight to a label of which the teacher is sure
+
+    def why_labels(self) -> str:
+        return "needs a label of each image"
 
     def taps(self) -> tuple[TapSpec, TapSpec]:
         return {"maps": tuple(self.strides), "pooled": True}, {"pooled": True}
@@ -448,6 +473,9 @@ class WKDLogit(PooledTerm):
     sharpness: float = Field(2.0, gt=0)  # of the costs
     target_weight: float = Field(1.0, ge=0)  # of the label's own probability
     transport_weight: float = Field(1.0, ge=0)  # of the other classes
+
+    def why_labels(self) -> str:
+        return "needs a label of each image"
 
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         weight = getattr(taps.classifier, "weight", None)

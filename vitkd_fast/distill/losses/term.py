@@ -93,6 +93,10 @@ class Term(Section):
         reads = self.distils and (self.classifies or not self.taps()[1])
         return "needs the logits of all classes" if reads else ""
 
+    def why_labels(self) -> str:
+        """Why every image must have a label; "" if the term does without, or leaves them out."""
+        return ""
+
     def learned(self, student: TapOutputs, teacher: TapOutputs, taps: Taps) -> nn.Module | None:
         """The module that is trained with the student, from one output of the taps, or None."""
         return None
