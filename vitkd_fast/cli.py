@@ -71,6 +71,14 @@ def distill(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in run.folder.")] = False,
+    student: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="A student of `vitkd distill`, to train for int8: int8.aware={start: 0}.",
+        ),
+    ] = "",
     skip_bad: SkipBad = False,
     dry_run: Annotated[
         bool,
@@ -88,10 +96,21 @@ def distill(
     teacher.model=vit_small_patch16_224 teacher.checkpoint=teacher.safetensors
     student.model=mobilenetv4_conv_small losses.kd.temperature=4
 
+    A student for int8, in one more epoch: vitkd distill digits run.epochs=1
+    run.folder=runs/int8 --from runs/first/distilled-0/last.safetensors
+
     Several GPUs: torchrun --no-python --nproc-per-node=8 vitkd distill imagenet-mobilenetv2
     data.train=imagenet/train data.val=imagenet/val
     """
     more = ["data.skip_bad=true"] if skip_bad else []
+    if student:
+        from . import models
+
+        name, options = models.saved_as(student)
+        more += [
+            f"student={json.dumps({'model': name, 'options': options, 'checkpoint': student})}"
+        ]
+        more += [] if any("int8.aware" in x for x in arguments or ()) else ["int8.aware={start: 0}"]
     _run(_config([*(arguments or ()), *more]), resume, dry_run)
 
 

@@ -510,6 +510,21 @@ def load(source: str | Path, *, options: Mapping[str, Any] | None = None) -> Loa
     return Loaded(model.eval(), about.pixels, about.classes)
 
 
+def saved_as(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """timm's name and options of the model in a file by `save`.
+
+    Raises:
+        ValueError: the file is damaged, or not by `save`.
+        FileNotFoundError: it does not exist.
+    """
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"models.saved_as: source {source} is not a file")
+    about = _about(weights.read(Path(source)))
+    if about is None:
+        raise ValueError(f"models.saved_as: source {source} is not by models.save")
+    return about.name, dict(about.options)
+
+
 def class_names(classes: Sequence[str]) -> list[list[str]]:
     """What the classes may be called in a folder's name: their own names, and WordNet's ids."""
     subset = infer_imagenet_subset({"num_classes": len(classes)})

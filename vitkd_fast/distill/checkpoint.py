@@ -90,6 +90,17 @@ def restore(
     return header["info"]
 
 
+def tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin with the prefix.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another version.
+    """
+    read_header(path)
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """What is not a tensor, `info` among it.
 

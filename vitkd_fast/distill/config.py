@@ -121,6 +121,21 @@ class Augmentation(Section):
         return self.mixup > 0 or self.cutmix > 0
 
 
+class Aware(Section):
+    """Quantisation-aware training: a copy of the student that goes on in the engine's arithmetic.
+
+    It branches off the float student's run, which goes on to its end, and sees the same images.
+    """
+
+    # the share of the run from which on it trains so; 0: from student.checkpoint's weights on, and
+    # there is no float training
+    start: float = Field(0.7, ge=0, lt=1)
+    learn_ranges: bool = True  # train the steps of maps and weights, and zero points
+    freeze_bn: float = Field(0.85, ge=0, le=1)  # share from which on batch norms keep statistics
+    # who teaches it: the run's teachers, or the float student of the end of its run
+    teacher: Literal["teacher", "float"] = "teacher"
+
+
 class Int8(Section):
     """The student for the int8 engine: last.int8.safetensors in each seed's folder, and a row."""
 
@@ -129,6 +144,7 @@ class Int8(Section):
     calibration_images: int = Field(
         256, ge=1
     )  # of training, without augmentation, for the maps' ranges
+    aware: Aware | None = None  # also a student trained for int8, and its row
 
 
 class Run(Section):
@@ -302,6 +318,8 @@ class Config(Section):
                     f"{name}.model: {teacher.model} is a file, with which pretrained, checkpoint, "
                     "options and epochs have no meaning"
                 )
+        if self.int8.aware:
+            self._check_aware(self.int8.aware)
         if self.data.probe_val and not self.data.probe:
             raise ConfigError("data.probe: missing, and data.probe_val is the other part of it")
         if len(set(self.run.seeds)) < len(self.run.seeds):
@@ -314,6 +332,24 @@ class Config(Section):
                 f"data.batch_size: {self.data.batch_size} is odd, and mixing pairs the images"
             )
         return self
+
+    def _check_aware(self, aware: Aware) -> None:
+        if not self.int8.enabled:
+            raise ConfigError("int8.enabled: expected true with int8.aware, got false")
+        if self.data.unlabelled:
+            raise ConfigError(
+                "int8.aware: needs a student with a classifier, which data.unlabelled=true has not"
+            )
+        if not aware.start and not (self.student.checkpoint or self.student.pretrained):
+            raise ConfigError(
+                "int8.aware.start: expected more than 0, or the weights of a trained student in "
+                "student.checkpoint, got 0 and none"
+            )
+        if aware.teacher == "float" and not self.all_teachers():
+            raise ConfigError(
+                "int8.aware.teacher: expected teacher without losses that compare with one, got "
+                "float"
+            )
 
     def _check_extra(self, terms: dict[str, Term]) -> None:
         for name in ("unlabelled", "labels"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import int8, models
 from .._files import replacing
 from . import (
+    aware,
     checkpoint,
     data,
     evaluate,
@@ -33,7 +34,6 @@ from . import (
 from .cache.read import CachedTeacher
 from .config import Config, Model, Teacher
 from .loop import Trainer
-from .prepared import Prepared
 from .runtime import Runtime
 from .task import Average, DistillationTask, Ensemble
 
@@ -64,7 +64,7 @@ def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> d
             dist.destroy_process_group()
 
 
-class _Experiment(Prepared):
+class _Experiment(aware.ForInt8):
     def _train(
         self,
         name: str,
@@ -76,6 +76,7 @@ class _Experiment(Prepared):
     ) -> nn.Module:
         """Trains one model, which may be a teacher, in the folder of this name."""
         section = config.all_teachers().get(name, config.student)
+        branches = self.config.int8.aware if name.startswith(f"{self.role}-") else None
         rebuild: dict[str, Any] = {"student": preflight.rebuilding(section, student).model_dump()}
         rebuild |= self._sources() if teachers or cache else {"teacher": {}, "teachers": []}
         trainer = Trainer(
@@ -84,16 +85,9 @@ class _Experiment(Prepared):
             self.splits if config.data.extra else sources.without_extra(self.splits),
             self.folder / name,
             seed=seed,
-            save_model=functools.partial(
-                models.save,
-                name=section.model,
-                options=section.options,
-                num_classes=len(self.classes),
-                pixels=preflight.pixels(config, student),
-                classes=tuple(self.classes),
-                multilabel=bool(config.data.labels),
-            ),
+            save_model=functools.partial(models.save, **self.about_model(section, student)),
             rebuild=rebuild,
+            branch=branches.start if branches else None,
         )
         if self.resume:
             trainer.restore()
@@ -137,19 +131,27 @@ class _Experiment(Prepared):
                 self.teachers[i] = self._train(name, config.for_teacher(section), model, [], 0)
         self.score_teachers(trained=True)
         students: dict[str, dict[int, nn.Module]] = {}
+        trained: dict[int, int8.QuantizationAware] = {}  # for int8
+        given = config.int8.aware and not config.int8.aware.start  # a float student that is trained
         for seed in config.run.seeds:
             for role in self._roles():
                 data.seed_all(seed)
                 student = preflight.create_student(config, self.classes)
                 distilled = role == self.role
-                students.setdefault(role, {})[seed] = self._train(
-                    f"{role}-{seed}",
-                    config if distilled else self._baseline(),
-                    student,
-                    self.teachers if distilled else [],
-                    seed,
-                    self.cache if distilled else None,
-                )
+                if not given:
+                    student = self._train(
+                        f"{role}-{seed}",
+                        config if distilled else self._baseline(),
+                        student,
+                        self.teachers if distilled else [],
+                        seed,
+                        self.cache if distilled else None,
+                    )
+                students.setdefault(role, {})[seed] = student
+            if config.int8.aware:
+                trained[seed] = self.train_aware(seed, students[self.role][seed])
+        if given:
+            self.notes.append("int8.aware.start is 0: the float student is the given one.")
         if self.cache and (teacher := preflight.teacher_at_hand(config, self.classes)):
             self.teachers = [teacher]  # has a row
         found: dict[str, Any]
@@ -166,8 +168,8 @@ class _Experiment(Prepared):
         if len(self.teachers) > 1:
             for (name, _), one in self.named_teachers():
                 evaluations[name] = [self._evaluate(self.predictor(one), together)]
-        for role, trained in students.items():
-            predictors = map(self.predictor, trained.values())
+        for role, of_seeds in students.items():
+            predictors = map(self.predictor, of_seeds.values())
             evaluations[role] = [self._evaluate(predictor, together) for predictor in predictors]
         engines = self._engines(students[self.role]) if config.int8.enabled else []
         if engines:
@@ -175,10 +177,15 @@ class _Experiment(Prepared):
                 self._evaluate(evaluate.engine(engine), together, exact)
                 for engine, exact in zip(engines, evaluations[self.role], strict=True)
             ]
+        if trained:
+            evaluations["int8-aware"] = [
+                self._evaluate(evaluate.engine(int8.load(module.graph())), together, exact)
+                for module, exact in zip(trained.values(), evaluations[self.role], strict=True)
+            ]
         for role, values in measured.items():
             for result, more in zip(evaluations[role], values, strict=True):
                 result.fidelity |= more
-        return self._written(self._results(students, engines, evaluations))
+        return self._written(self._results(students, engines, evaluations, trained))
 
     def _written(self, found: dict[str, Any]) -> dict[str, Any]:
         """What the first rank found, once the report is written; {} on the others."""
@@ -292,7 +299,8 @@ class _Experiment(Prepared):
     def _roles(self) -> list[str]:
         """The students that each seed trains."""
         distils = self.role == "distilled" and not self.config.data.unlabelled
-        compared = self.config.run.baseline and distils
+        given = self.config.int8.aware and not self.config.int8.aware.start
+        compared = self.config.run.baseline and distils and not given
         return ["baseline", self.role] if compared else [self.role]
 
     def _engines(self, trained: dict[int, nn.Module]) -> list[int8.Session]:
@@ -300,21 +308,12 @@ class _Experiment(Prepared):
         files: list[bytes] = []
         if self.runtime.rank == 0:
             try:
-                images = quantized.calibration_images(
-                    self.config, self.splits.train, self.runtime.ranks
-                )
-                files = [
-                    quantized.save(
-                        self._int8_file(seed),
-                        model,
-                        images,
-                        pixels=preflight.pixels(self.config, model),
-                        classes=self.scored.classes,
-                        multilabel=bool(self.config.data.labels),
-                        calibration=self.config.int8.calibration,
-                    )
-                    for seed, model in trained.items()
-                ]
+                images = self.calibration_images()
+                assert images is not None
+                for seed, model in trained.items():
+                    file = self._int8_file(seed)
+                    file.parent.mkdir(exist_ok=True)
+                    files.append(quantized.save(file, model, images, **self.quantize_as(model)))
             except ValueError as error:  # the engine lacks an operation, or an image is bad
                 files, why = [], " ".join(str(error).split())
                 self.notes.append(f"No int8 row: {why}")
@@ -333,7 +332,9 @@ class _Experiment(Prepared):
         students: dict[str, dict[int, nn.Module]],
         engines: list[int8.Session],
         evaluations: dict[str, list[evaluate.Evaluation]],
+        trained: dict[int, int8.QuantizationAware],
     ) -> dict[str, Any]:
+        """Of float students, of them in the engine, and of those trained for it."""
         config, seeds = self.config, self.config.run.seeds
         classes = self.scored.classes
         rows = []
@@ -344,16 +345,29 @@ class _Experiment(Prepared):
             names = " + ".join(section.model for section in config.all_teachers().values())
             scored = evaluations["teacher"]
             rows.append(self._row("teacher", Model(model=names), together, None, scored, [0]))
-        for role, trained in students.items():
+        for role, of_seeds in students.items():
             name = "classifier.safetensors" if config.data.unlabelled else "last.safetensors"
             file = self.folder / f"{role}-{seeds[0]}" / name
-            model, scored = trained[seeds[0]], evaluations[role]
+            model, scored = of_seeds[seeds[0]], evaluations[role]
             rows.append(self._row(role, config.student, model, file, scored, seeds))
         if engines:
             model, file = students[self.role][seeds[0]], self._int8_file(seeds[0])
             scored, engine = evaluations["int8"], engines[0]
             rows.append(self._row("int8", config.student, model, file, scored, seeds, engine))
-        comparison = results.compare(evaluations)
+        if trained:
+            file = self.folder / f"int8-aware-{seeds[0]}" / "last.int8.safetensors"
+            model, engine = trained[seeds[0]], int8.load(trained[seeds[0]].graph())
+            scored = evaluations["int8-aware"]
+            rows.append(
+                self._row("int8-aware", config.student, model.model, file, scored, seeds, engine)
+            )
+        comparison = results.compare(evaluations, "distilled", "baseline")
+        others = {
+            other: results.compare(evaluations, "int8-aware", other)
+            for other in (self.role, "int8")
+        }
+        if trained:
+            self.notes += [results.sentence("int8-aware", *item) for item in others.items()]
         first, val = evaluations[self.role][0], self.scored.val
         several = bool(config.data.labels)
         # each rank saw its own images
@@ -368,6 +382,7 @@ class _Experiment(Prepared):
             },
             "models": rows,
             "comparison": comparison,
+            "int8_comparisons": others if trained else {},
             "verdict": results.verdict_without_labels(rows)
             if config.data.unlabelled
             else results.verdict(comparison, config.run.baseline and self.role == "distilled"),
@@ -510,6 +525,7 @@ class _Experiment(Prepared):
 
     def _curve_folders(self, roles: list[str]) -> dict[str, Path]:
         """By title; the teacher's too, where the run trains it."""
+        roles = [*roles, "int8-aware"] if self.config.int8.aware else roles
         names = {
             f"{role}, seed {i}": f"{role}-{i}" for role in roles for i in self.config.run.seeds
         }

@@ -2,7 +2,8 @@
 
 A step never synchronises with the device: losses are added up there, and read at the log interval,
 with copies of the weights, from which the steps up to one that fails are taken again.
-Exceptions are float16's loss scale, and timm's mixing by pair or element.
+Exceptions are float16's loss scale, timm's mixing by pair or element, and what a student that is
+trained for int8 reads of its ranges.
 Every random number is a function of (seed, step, rank), so a resumed run gives the same weights.
 """
 
@@ -27,6 +28,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from .. import models
+from ..int8.aware import QuantizationAware
 from ..taps import TapOutputs
 from . import checkpoint, data, evaluate, multilabel, nonfinite, optim, sources
 from .config import Config
@@ -34,6 +36,7 @@ from .logger import Meter, MetricLogger
 from .task import DistillationTask
 from .threads import Threads
 
+BRANCH = "branch.safetensors"  # the state of training where another run goes on from it
 _CALIBRATION_IMAGES = 1024  # for the statistics of teachers' features
 
 
@@ -90,6 +93,7 @@ class Trainer:
         save_model: writes a model's weights to a path, so that `models.load` reads them.
         rebuild: sections `student`, `teacher` and `teachers` of a configuration that makes the
             task's models, but for the student's weights; the configuration's, unless given.
+        branch: the share of the run after which its state is also written to branch.safetensors.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -106,6 +110,7 @@ class Trainer:
         seed: int,
         save_model: Callable[[Path, nn.Module], None],
         rebuild: Mapping[str, Any] | None = None,
+        branch: float | None = None,
     ) -> None:
         run, optimizer, runtime = config.run, config.optimizer, task.runtime
         self.task, self.runtime, self.seed, self.folder = task, runtime, seed, folder
@@ -119,6 +124,7 @@ class Trainer:
         self.mixer = data.Mixer(config.augmentation) if config.augmentation.mixes else None
         self.steps_per_epoch = self.loader.batches // optimizer.accumulate
         self.total = min(run.epochs * self.steps_per_epoch, run.max_steps or 2**62)
+        self.branch = None if branch is None else max(round(branch * self.total), 1)
 
         self.model, self.learned = task.student, task.trainable_module.learned
         self.parameters = [*self.model.parameters(), *self.learned.parameters()]
@@ -230,6 +236,8 @@ class Trainer:
                     with self.threads:
                         self.update(batches)
                     logger.advance(self.step)
+                    if self.step == self.branch:
+                        self._save(self.folder / BRANCH)
                     if self.step % run.log_every == 0:
                         self._log(logger)
                     if run.save_every and self.step % run.save_every == 0:
@@ -348,7 +356,8 @@ class Trainer:
         Returns:
             The file, and that step; None where none of them is bad this time.
         """
-        if not self._kept:
+        # `vitkd replay` makes no QuantizationAware
+        if not self._kept or isinstance(self.model, QuantizationAware):
             return None, self.step
         end, kept = self.step, self._kept
         self.model.load_state_dict(kept.modules["student"])
@@ -423,8 +432,9 @@ class Trainer:
     def _scores(self) -> dict[str, float]:
         """Of the trained weights, on the validation images."""
         judge = multilabel.evaluate if self.config["data"]["labels"] else evaluate.evaluate
+        aware = isinstance(self.trained, QuantizationAware)  # which takes images as they are
         result = judge(
-            models.predictor(self.trained).to(self.runtime.device),
+            self.trained if aware else models.predictor(self.trained).to(self.runtime.device),
             ((batch.images, batch.labels) for batch in self.val_loader.epoch()),
             classes=len(self.classes),
             device=self.runtime.device,
@@ -459,7 +469,7 @@ class Trainer:
         scores = {"loss": sum(means.values()), **means}
         return scores | ({"similarity": similarity} if similarity else {})
 
-    def _save(self) -> None:
+    def _save(self, path: Path | None = None) -> None:
         """Writes the state of training, unless a loss or a weight in it is NaN or Inf."""
         self._check()
         self._share_buffers()
@@ -472,7 +482,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "meter": meter,
             }
-            checkpoint.save(self.path, self._modules(), self.optimizer, info)
+            checkpoint.save(path or self.path, self._modules(), self.optimizer, info)
 
 
 def _few(names: set[str]) -> str:

@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from .. import models
+from ..int8.lower import lower
 from . import config as configuration
 from . import data, identity, sources
 from .cache import shared
@@ -241,6 +242,16 @@ def check_image(name: str, config: Config, model: nn.Module) -> None:
             else f"data.image_size {config.data.image_size}"
         )
         raise ConfigError(f"{name}.model: cannot read images of {size}: {why}") from error
+
+
+def check_aware(config: Config, student: nn.Module) -> None:
+    """ConfigError where the student cannot be trained for int8."""
+    try:
+        lower(copy.deepcopy(student).eval(), config.data.image_size)
+    except ValueError as error:
+        raise ConfigError(
+            f"int8.aware: {config.student.model} cannot run in int8: {error}"
+        ) from error
 
 
 def check_batch(name: str, config: Config, model: nn.Module) -> list[str]:

@@ -48,6 +48,8 @@ class Prepared:
         self.student = models.Origin.of(student)
         preflight.check_image("student", config, student)
         self.warnings += preflight.check_batch("student", config, student)
+        if config.int8.aware:
+            preflight.check_aware(config, student)
         optim.create_optimizer(student, config.optimizer)
         preflight.check_losses(config, student, self.teachers, self.cache)
         data.loaders(config, self.splits, 0, config.optimizer.accumulate)

@@ -31,8 +31,7 @@ def calibration_images(config: Config, train: Any, ranks: int = 1) -> Tensor:
     return torch.cat(batches)[:wanted]
 
 
-def save(
-    file: Path,
+def quantize(
     model: nn.Module,
     images: Tensor,
     *,
@@ -40,14 +39,13 @@ def save(
     classes: list[str],
     multilabel: bool,
     calibration: Calibration,
-) -> bytes:
-    """Quantises a student, writes its file, prints its SQNR, and returns the file's bytes.
+) -> int8.QuantizedModel:
+    """Quantises a student, which is in evaluation mode afterwards.
 
     Raises:
         UnsupportedError: the model holds an operation that the engine lacks; names it.
     """
-    began = time.monotonic()
-    made = int8.quantize(
+    return int8.quantize(
         model.eval(),
         images,
         mean=pixels.mean,
@@ -58,6 +56,15 @@ def save(
         crop_pct=pixels.crop_pct,
         interpolation=pixels.interpolation,
     )
+
+
+def save(file: Path, model: nn.Module, images: Tensor, **options: Any) -> bytes:
+    """Quantises a student, writes its file, prints its SQNR, and returns the file's bytes.
+
+    Options and errors are those of `quantize`.
+    """
+    began = time.monotonic()
+    made = quantize(model, images, **options)
     made.save(file)
     found, seconds = made.report(), time.monotonic() - began
     print(

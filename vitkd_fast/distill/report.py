@@ -37,7 +37,8 @@ _WEAKEST = 20  # classes that are shown where there are more
 _INK = "#1c2024"  # becomes the page's text colour
 _ACCENT = (11, 95, 165)
 _NAMES = {"baseline": "baseline (no teacher)"}
-_COLOURS = {"teacher": "#7a828c", "baseline": "#d98200", "distilled": "#1a73c0", "int8": "#00937a"}
+_COLOURS = {"teacher": "#7a828c", "baseline": "#d98200", "distilled": "#1a73c0", "int8": "#00937a",
+            "int8-aware": "#7b4fc9"}  # fmt: skip
 _STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"), _INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
@@ -203,12 +204,13 @@ def _commands(results: dict) -> list[tuple[str, str]]:
     train, val = (data.get(key) or f"{key.upper()}_IMAGES" for key in keys)
     folder = Path(run["folder"]) / f"{role}-{seeds[0]}"
     model = str(folder / ("classifier.safetensors" if fitted else "last.safetensors"))
-    small = str(folder / "last.int8.safetensors")
+    aware = Path(run["folder"]) / f"int8-aware-{seeds[0]}"
+    small = str((aware if "int8-aware" in roles else folder) / "last.int8.safetensors")
     found = [
         ("Classify images", ["vitkd", "predict", model, "IMAGE.jpg"]),
         ("Each class's figures", ["vitkd", "eval", model, val, "--json"]),
     ]
-    if "int8" in roles:
+    if {"int8", "int8-aware"} & roles:
         found.append(("The same in int8", ["vitkd", "eval", small, val, "--json"]))
         found.append(("Time each layer in int8", ["vitkd", "profile", small]))
     else:

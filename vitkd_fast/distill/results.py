@@ -19,16 +19,29 @@ _THUMBNAILS = 24
 _SIGNIFICANT = 0.05
 
 
-def compare(evaluations: dict[str, list[evaluate.Evaluation]]) -> dict[str, Any] | None:
-    """The paired test of both ways of training; None where there are not two seeds of each."""
-    if not {"baseline", "distilled"} <= evaluations.keys() or len(evaluations["baseline"]) < 2:
+def compare(
+    evaluations: dict[str, list[evaluate.Evaluation]], first: str, second: str
+) -> dict[str, Any] | None:
+    """The paired test of two roles; None where there are not two seeds of each."""
+    if not {first, second} <= evaluations.keys() or len(evaluations[second]) < 2:
         return None
-    key = evaluate.headline(evaluations["baseline"][0].metrics)
-    scores = {
-        role: [result.metrics[key] for result in evaluations[role]]
-        for role in ("distilled", "baseline")
-    }
-    return {"metric": key, **evaluate.paired_test(scores["distilled"], scores["baseline"])}
+    key = evaluate.headline(evaluations[second][0].metrics)
+    scores = [[result.metrics[key] for result in evaluations[role]] for role in (first, second)]
+    return {"metric": key, **evaluate.paired_test(*scores)}
+
+
+def sentence(first: str, second: str, comparison: dict[str, Any] | None) -> str:
+    """What the paired test of two roles found."""
+    if comparison is None:
+        return f"{first} and {second}: it takes two seeds of both to compare them."
+    return f"{first} less {second}: {_difference(comparison)}."
+
+
+def _difference(comparison: dict[str, Any]) -> str:
+    text = f"{100 * comparison['difference']:+.1f} points"
+    if (errors := comparison["standard_errors"]) is not None:
+        text += f", {errors:+.1f} standard errors"
+    return f"{text}, p = {comparison['p']:.2g}, over {comparison['seeds']} seeds"
 
 
 def verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
@@ -37,12 +50,8 @@ def verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
         if not compared:
             return "One way of training only: run.baseline=true and a teacher compare two."
         return "One seed says nothing about chance: run.seeds=[0,1,2] compares three."
-    points, errors, seeds = (comparison[key] for key in ("difference", "standard_errors", "seeds"))
-    points *= 100
-    size = f"{points:+.1f} points"
-    if errors is not None:
-        size += f", {errors:+.1f} standard errors"
-    size += f", p = {comparison['p']:.2g}, over {seeds} seeds"
+    points, seeds = comparison["difference"], comparison["seeds"]
+    size = _difference(comparison)
     # equal differences in every seed have no standard error, and p is 0 or 1
     clear = seeds >= 3 and comparison["p"] < _SIGNIFICANT
     size += f"; it takes p below {_SIGNIFICANT} over 3 seeds or more"

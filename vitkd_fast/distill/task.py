@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import models
 from ..functional import average_logits
+from ..int8.aware import QuantizationAware
 from ..nn import PHIStandardize
 from ..taps import TapOutputs, Taps
 from .cache.read import CachedTeacher
@@ -74,6 +75,8 @@ class DistillationTask(TrainingTask):
 
     Attributes:
         student: the model that is trained, without its normalisation.
+        freeze_bn: the share of the run from which on the batch norms of a `QuantizationAware`
+            student keep their statistics.
         teachers: the teachers' predictors.
         trainable_module: the student and the modules that its losses train.
 
@@ -92,7 +95,7 @@ class DistillationTask(TrainingTask):
         cache: CachedTeacher | None = None,
     ) -> None:
         super().__init__(device=runtime.device, verbose=False)
-        self.runtime, self.cache = runtime, cache
+        self.runtime, self.cache, self.freeze_bn = runtime, cache, 1.0
         self.student: nn.Module = student[1]
         average = average or Average((1 / max(len(teachers), 1),) * len(teachers))
         terms = dict(losses.terms())
@@ -140,13 +143,18 @@ class DistillationTask(TrainingTask):
     ) -> DistillationTask:
         """The task of a run: the student itself and frozen copies of teachers, on the device."""
         student = student.to(memory_format=runtime.memory_format)
-        predictor = models.predictor(student).to(runtime.device)
+        if isinstance(student, QuantizationAware):  # takes images as they are
+            predictor = nn.Sequential(nn.Identity(), student)
+        else:
+            predictor = models.predictor(student).to(runtime.device)
         if isinstance(teachers, nn.Module):
             teachers = [teachers]
         copies = [frozen(teacher, runtime) for teacher in teachers or ()]
         average = Average.of(config) if len(copies) > 1 else None
         size = config.data.image_size
-        return cls(config.losses, predictor, copies, runtime, size, average, cache)
+        task = cls(config.losses, predictor, copies, runtime, size, average, cache)
+        task.freeze_bn = config.int8.aware.freeze_bn if config.int8.aware else 1.0
+        return task
 
     @property
     def drawn(self) -> Drawn | None:
@@ -232,6 +240,8 @@ class DistillationTask(TrainingTask):
             loss, output (the student's logits) and terms, [terms], whose sum the loss is.
         """
         teachers = self.teacher_outputs(input) if teachers is None else teachers
+        if isinstance(self.student, QuantizationAware):
+            self.student.freeze_batch_norm(done >= self.freeze_bn)
         output, terms = self.trainable_module(input, teachers, target, done)
         return {"loss": terms.sum(), "output": output, "terms": terms}
 

@@ -1,6 +1,6 @@
 """The int8 engine: a MobileNet quantised once runs on uint8 images, the same bytes everywhere.
 
-`quantize` needs torch; everything else here never imports it.
+`quantize` and `QuantizationAware` need torch; everything else here never imports it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from .file import FileError
 from .session import LayerProfile, Profile, Session, load
 
 if TYPE_CHECKING:
+    from .aware import QuantizationAware
     from .quantizer import quantize
     from .report import QuantizedModel
 
-__all__ = ["FileError", "LayerProfile", "Profile", "QuantizedModel", "Session", "isa", "load",
-           "quantize"]  # fmt: skip
+__all__ = ["FileError", "LayerProfile", "Profile", "QuantizationAware", "QuantizedModel",
+           "Session", "isa", "load", "quantize"]  # fmt: skip
 
 
 def isa() -> list[str]:
@@ -34,13 +35,14 @@ def isa() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("quantize", "QuantizedModel"):
+    if name in ("QuantizationAware", "quantize", "QuantizedModel"):
         import importlib
 
         from .._extras import require
 
         require("torch", f"{__name__}.{name}")
-        module = importlib.import_module(".quantizer", __name__)
-        globals().update(quantize=module.quantize, QuantizedModel=module.QuantizedModel)
+        stem = "aware" if name == "QuantizationAware" else "quantizer"
+        module = importlib.import_module(f".{stem}", __name__)
+        globals()[name] = getattr(module, name)
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

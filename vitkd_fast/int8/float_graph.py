@@ -20,6 +20,40 @@ Observer = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchNorm:
+    """A batch norm, by the names of its tensors in the model."""
+
+    mean: str
+    var: str
+    weight: str | None
+    bias: str | None
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What weights and biases of a node were made of: tensors of the model, by name.
+
+    None where they were computed, and cannot be traced to one.
+    """
+
+    weight: str | None
+    bias: str | None  # None: there is none
+    # what was folded in, in order: batch norms, and x * scale + shift, float64 [1] or [C]
+    folds: tuple[BatchNorm | tuple[Tensor, Tensor], ...] = ()
+
+
+def batch_norm(
+    mean: Tensor, var: Tensor, eps: float | Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift of (x - mean) / sqrt(var + eps) * weight + bias."""
+    scale = (var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+@dataclass(frozen=True, kw_only=True)
 class FloatNode:
     """One operation on float maps; inputs are indices of earlier nodes, -1 is the image.
 
@@ -29,6 +63,8 @@ class FloatNode:
     op: Literal["normalize", "conv", "add", "squeeze_excite", "pool"]
     name: str  # of the module that it came from
     inputs: tuple[int, ...]
+    modules: tuple[str, ...] = ()  # paths of those whose output it makes
+    origins: tuple[Origin, ...] = ()  # of weight and bias; of a squeeze-excite of both pairs
     # conv: linear layers are 1x1 convolutions of a 1x1 map; the last node is the classifier
     # float64 [C_out, C_in / groups, kh, kw], batch norm folded in; of a normalize [3, 1, 1, 1]
     weight: Tensor | None = None

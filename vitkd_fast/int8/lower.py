@@ -33,7 +33,7 @@ from ._aten import (
     simplify,
     variable,
 )
-from .float_graph import FloatNode
+from .float_graph import BatchNorm, FloatNode, Origin, batch_norm
 from .graph import Padding
 
 
@@ -143,6 +143,7 @@ class _Lowering:
         self.structure = program.call_spec.out_spec  # of what the model returns
         self.nodes: list[FloatNode] = []
         self.constants: dict[Node, Tensor] = {}
+        self.names: dict[Node, str] = {}  # of the constants that are tensors of the model
         # what a map is: the node that makes it, and the zeros (top, left, bottom, right) around it
         self.maps: dict[Node, tuple[int, tuple[int, ...]]] = {}
         for node, spec in zip(
@@ -155,7 +156,7 @@ class _Lowering:
             elif spec.kind != InputKind.CUSTOM_OBJ and spec.target is not None:
                 value = program.state_dict.get(spec.target, program.constants.get(spec.target))
                 if isinstance(value, Tensor):
-                    self.constants[node] = value
+                    self.constants[node], self.names[node] = value, spec.target
         self.gates: dict[Node, tuple[Node, ...]] = {}  # of squeeze-excites, by their products
         self.lowerings: dict[str, Callable[[Node, dict[str, Any]], None]] = {
             "conv2d": self._conv,
@@ -204,6 +205,7 @@ class _Lowering:
             if node in inside:
                 continue
             self.lowerings[op(node)](node, arguments(node))
+        self._name_outputs(calls)
         last = self.nodes[-1] if self.nodes else None
         ends = self.maps.get(logits) == (len(self.nodes) - 1, (0, 0, 0, 0))
         if last is None or not ends or not _is_classifier(last) or len(returned) != 2:
@@ -217,6 +219,18 @@ class _Lowering:
                 "both"
             )
         return tuple(self.nodes)
+
+    def _name_outputs(self, calls: list[Node]) -> None:
+        """Notes which modules' outputs the nodes make."""
+        last = {self.maps[call][0]: call for call in calls if call in self.maps}
+        ends: dict[str, Node] = {}  # the last call inside of each module
+        for call in calls:
+            for path, _ in call.meta.get("nn_module_stack", {}).values():
+                ends[path] = call
+        for index, call in last.items():
+            paths = tuple(path for path, end in ends.items() if end is call and path)
+            if not any(self.maps[call][1]):
+                self.nodes[index] = replace(self.nodes[index], modules=paths)
 
     def _logits(self, output: Node) -> tuple[int, ...]:
         """Makes the logits the only output; their shape."""
@@ -276,6 +290,21 @@ class _Lowering:
             return weight, weight.new_zeros(weight.shape[0])
         return weight, self._constant(node, args["bias"])
 
+    def _origin(self, args: dict[str, Any]) -> Origin:
+        """Of weight and bias of a convolution or a linear layer."""
+        weight, bias = (self.names.get(args[name]) for name in ("weight", "bias"))
+        return Origin(weight=None if args["bias"] and not bias else weight, bias=bias)
+
+    def _fold(self, node: Node, args: dict[str, Any]) -> BatchNorm | tuple[Tensor, Tensor]:
+        """What `_scale_and_shift` is of."""
+        if op(node) != "batch_norm":
+            return self._scale_and_shift(node, args)
+        keys = {"mean": "running_mean", "var": "running_var", "weight": "weight", "bias": "bias"}
+        names: dict[str, Any] = {own: self.names.get(args[key]) for own, key in keys.items()}
+        if any(names[own] is None and args[key] is not None for own, key in keys.items()):
+            return self._scale_and_shift(node, args)
+        return BatchNorm(eps=args["eps"], **names)
+
     def _padded(self, node: Node, value: Any) -> tuple[int, tuple[int, ...]]:
         if value not in self.maps:
             raise _unsupported(node, "an input is a constant")
@@ -323,17 +352,24 @@ class _Lowering:
         if module(node)[1] != _SAME_MODULE and args["padding"] != "same":
             rows, columns = (0, 0) if args["padding"] == "valid" else pair(args["padding"])
             padding = (rows, columns, rows, columns)
-        stride = pair(args["stride"])
         self._weigh(
-            node, args["input"], padding, weight=weight, bias=bias, stride=stride, groups=groups
+            node,
+            args["input"],
+            padding,
+            weight=weight,
+            bias=bias,
+            stride=pair(args["stride"]),
+            groups=groups,
+            origins=(self._origin(args),),
         )
 
     def _linear(self, node: Node, args: dict[str, Any]) -> None:
         if shape(node)[2:] or not is_vector(args["input"]):
             raise _unsupported(node, f"expected [N, C], got {shape(args['input'])}")
         weight, bias = self._affine(node, args)
-        weight = weight[:, :, None, None]
-        self._weigh(node, args["input"], (0, 0, 0, 0), weight=weight, bias=bias)
+        fields = {"weight": weight[:, :, None, None], "bias": bias}
+        origins = (self._origin(args),)
+        self._weigh(node, args["input"], (0, 0, 0, 0), **fields, origins=origins)
 
     def _average(self, node: Node, args: dict[str, Any]) -> None:
         kernel, (rows, columns) = pair(args["kernel_size"]), pair(args["padding"])
@@ -374,8 +410,10 @@ class _Lowering:
         conv = self.nodes[index]
         if conv.weight is None or conv.bias is None:
             raise _unsupported(node, "expected after a convolution")
-        weight = conv.weight * scale.view(-1, 1, 1, 1)
-        self.nodes[index] = replace(conv, weight=weight, bias=conv.bias * scale + shift)
+        weight, bias = conv.weight * scale.view(-1, 1, 1, 1), conv.bias * scale + shift
+        fold = self._fold(node, args)
+        origins = tuple(replace(origin, folds=(*origin.folds, fold)) for origin in conv.origins)
+        self.nodes[index] = replace(conv, weight=weight, bias=bias, origins=origins)
 
     def _scale_and_shift(self, node: Node, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Of x * scale + shift, float64 [1] or [C]."""
@@ -388,10 +426,10 @@ class _Lowering:
             if args["training"]:
                 why = "it uses the statistics of the batch: training, or none kept"
                 raise _unsupported(node, why)
-            scale = (constant("running_var") + args["eps"]).rsqrt()
-            scale = scale if args["weight"] is None else scale * constant("weight")
-            shift = -constant("running_mean") * scale
-            return scale, shift if args["bias"] is None else shift + constant("bias")
+            weight, bias = (args[key] and constant(key) for key in ("weight", "bias"))
+            return batch_norm(
+                constant("running_mean"), constant("running_var"), args["eps"], weight, bias
+            )
         x = variable(node, self.constants)
         if name == "addcmul":
             factor = "tensor2" if args["tensor1"] is x else "tensor1"
@@ -476,6 +514,7 @@ class _Lowering:
 
     def _squeeze_excite(self, node: Node) -> None:
         fields: dict[str, Any] = {}
+        origins: list[Origin] = []
         number = "0"
         mean, *chain, _ = reversed(self.gates[node])
         for part in chain:
@@ -485,13 +524,17 @@ class _Lowering:
                 if (*weight.shape[1:], 1, 1)[:3] != (shape(part.args[0])[1], 1, 1):
                     raise _unsupported(part, "expected in a squeeze-excite: a 1x1 kernel, 1 group")
                 fields["w" + number] = weight.flatten(1)
+                origins.append(self._origin(arguments(part)))
             elif op(part) in ("relu", "hardswish"):
                 fields["hidden"] = op(part)
             else:
                 scale, shift = self._scale_and_shift(part, arguments(part))
                 fields["w" + number] = fields["w" + number] * scale[:, None]
                 fields["b" + number] = fields["b" + number] * scale + shift
-        self._append(node, op="squeeze_excite", inputs=(self._map(node, mean.args[0]),), **fields)
+                fold = self._fold(part, arguments(part))
+                origins[-1] = replace(origins[-1], folds=(*origins[-1].folds, fold))
+        fields |= {"inputs": (self._map(node, mean.args[0]),), "origins": tuple(origins)}
+        self._append(node, op="squeeze_excite", **fields)
 
 
 def _is_classifier(node: FloatNode) -> bool:

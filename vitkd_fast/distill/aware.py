@@ -1,0 +1,144 @@
+"""A student trained for int8: branches off a float student's run, through `QuantizationAware`.
+
+The float run leaves branch.safetensors at the step `int8.aware.start` of it; from there the same
+images, losses and learning rates go on in the engine's arithmetic, in a folder of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import int8, models
+from . import checkpoint, data, optim, preflight, quantized
+from .config import Config, Model
+from .loop import BRANCH, Trainer
+from .prepared import Prepared
+from .runtime import Runtime
+from .task import DistillationTask
+
+
+def module(
+    config: Config, student: nn.Module, images: Tensor | None, runtime: Runtime, **options: Any
+) -> int8.QuantizationAware:
+    """A student, quantised by the first rank on its images, as all ranks train it.
+
+    Raises:
+        UnsupportedError: the model holds an operation that the engine lacks; names it.
+    """
+    section = config.int8.aware
+    assert section
+    box: list[Any] = [None]
+    student = student.to(runtime.device).to(memory_format=runtime.memory_format)
+    if runtime.rank == 0:
+        assert images is not None
+        box[0] = quantized.quantize(student, images, **options)
+    if runtime.ranks > 1:
+        dist.broadcast_object_list(box)
+    return int8.QuantizationAware(student, box[0], learn_ranges=section.learn_ranges)
+
+
+def take_weights(student: nn.Module, branch: Path) -> None:
+    """Gives a student the weights of the branch."""
+    prefix = "student."
+    tensors = checkpoint.tensors(branch, prefix)
+    student.load_state_dict({key.removeprefix(prefix): x for key, x in tensors.items()})
+
+
+def take_state(trainer: Trainer, branch: Path) -> None:
+    """Gives a trainer the branch's step, its average and the optimiser's state of all weights.
+
+    Raises:
+        CheckpointError: the branch is of another run.
+    """
+    student: Any = trainer.model
+    options, learned = trainer.options, trainer.learned
+    # as the float run's, of the same parameters
+    optimizer = optim.create_optimizer(student.model, options, learned.parameters())
+    modules: dict[str, nn.Module] = {"student": student.model, "losses": learned}
+    if trainer.ema:
+        average: Any = trainer.ema.module
+        modules["ema"] = average.model
+    trainer.step = checkpoint.restore(branch, modules, optimizer)["step"]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if state := optimizer.state.get(parameter):
+                trainer.optimizer.state[parameter] = state
+    trainer.scheduler.step_update(trainer.step)
+
+
+def save(path: Path, trained: nn.Module, **about: Any) -> None:
+    """Writes the weights for `models.load`, and beside them the engine's file."""
+    assert isinstance(trained, int8.QuantizationAware)
+    models.save(path, trained.model, **about)
+    with torch.no_grad():
+        trained.save(path.with_suffix(".int8.safetensors"))
+
+
+class ForInt8(Prepared):
+    """What a run's students for int8 are made by."""
+
+    def train_aware(self, seed: int, final: nn.Module) -> int8.QuantizationAware:
+        """Trains a seed's student for int8, from its branch; given is the float run's end."""
+        config, section = self.config, self.config.int8.aware
+        assert section
+        data.seed_all(seed)
+        student = preflight.create_student(config, self.classes)
+        branch = self.folder / f"{self.role}-{seed}" / BRANCH
+        if section.start:
+            take_weights(student, branch)
+        about = self.about_model(config.student, student)
+        made = module(
+            config, student, self.calibration_images(), self.runtime, **self.quantize_as(student)
+        )
+        compiled = config.run.model_copy(update={"compile": False})
+        config = config.model_copy(update={"run": compiled})
+        teachers, cache = self.teachers, self.cache
+        if section.teacher == "float":
+            teachers, cache = [final], None
+        trainer = Trainer(
+            config,
+            DistillationTask.create(config, made, teachers, self.runtime, cache),
+            self.splits,
+            self.folder / f"int8-aware-{seed}",
+            seed=seed,
+            save_model=functools.partial(save, **about),
+        )
+        if self.resume and trainer.path.exists():
+            trainer.restore()
+        elif section.start:
+            take_state(trainer, branch)
+        trained: Any = trainer.run()
+        self.skipped |= trainer.skipped
+        return trained.eval()
+
+    def about_model(self, section: Model, model: nn.Module) -> dict[str, Any]:
+        """What `models.save` is told."""
+        return {
+            "name": section.model,
+            "options": section.options,
+            "num_classes": len(self.classes),
+            "pixels": preflight.pixels(self.config, model),
+            "classes": tuple(self.classes),
+            "multilabel": bool(self.config.data.labels),
+        }
+
+    def quantize_as(self, model: nn.Module) -> dict[str, Any]:
+        """What `quantized.quantize` is told."""
+        return {
+            "pixels": preflight.pixels(self.config, model),
+            "classes": self.scored.classes,
+            "multilabel": bool(self.config.data.labels),
+            "calibration": self.config.int8.calibration,
+        }
+
+    def calibration_images(self) -> Tensor | None:
+        """On the first rank."""
+        if self.runtime.rank:
+            return None
+        return quantized.calibration_images(self.config, self.splits.train, self.runtime.ranks)
