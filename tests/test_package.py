@@ -1,6 +1,7 @@
 """The package around the operations: lazy imports, instruction sets, show, command line, build."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -291,3 +292,13 @@ def test_makefile_installs_what_the_build_requires() -> None:
 def test_package_data_is_installed() -> None:
     assert resources.files("vitkd_fast").joinpath("py.typed").is_file()
     assert resources.files("vitkd_fast.kernels").joinpath("__init__.py").is_file()
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    """An editable installation would not miss one."""
+    listed = set(
+        re.findall(r'^    "(vitkd_fast[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.M)
+    )
+    folders = {file.parent.relative_to(ROOT) for file in ROOT.glob("vitkd_fast/**/__init__.py")}
+    found = {".".join(folder.parts) for folder in folders}
+    assert listed == found | {"vitkd_fast.kernels"}

@@ -288,8 +288,8 @@ def test_a_student_learns_where_its_teacher_looks(tmp_path: Path) -> None:
         for block in constant.blocks:
             block.attn.qkv.weight *= 8  # fresh weights look everywhere alike
     alone = ["losses={ce: {weight: 0.1}, attention: {stride: 8}}", *PLAIN[:3]]
-    alone += ["optimizer={lr: 3e-3}", "run.epochs=50"]
-    run = trainer(tmp_path, [*alone, "run.max_steps=200", "run.log_every=20"], teacher=constant)
+    alone += ["optimizer={lr: 3e-3}", "run.epochs=100"]
+    run = trainer(tmp_path, [*alone, "run.max_steps=350", "run.log_every=50"], teacher=constant)
     images = next(run.loader.epoch(0)).images
     [answers] = run.task.teacher_outputs(images)
     queries, keys = (x[-1][:, :, 1:].float() for x in (answers.queries, answers.keys))
