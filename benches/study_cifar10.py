@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import threading
@@ -24,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cpuinfo  # type: ignore[import-untyped]
 import torch
 
 from vitkd_fast import models
@@ -126,6 +126,7 @@ def run(work: Path, setting: str, student: str, name: str, file: Path) -> None:
     folder = work / f"{setting}-{student}-{name}"
     if (folder / "report.json").exists():
         return
+    begun = folder.exists()
     alone = name == "baseline"
     # as many updates of the labelled images
     longer = 10 if alone and setting == "few" else 1
@@ -149,8 +150,9 @@ def run(work: Path, setting: str, student: str, name: str, file: Path) -> None:
             given["teacher"]["cache"] = str(cache(work, setting, file))
     command = ["vitkd", "distill", *images(work, setting, labelled_only=alone)]
     command += [key(k, v) for k, v in given.items()]
-    seconds = shell(command, work / f"{folder.name}.log")
-    (folder / "cpu.json").write_text(json.dumps({"cpu_s": seconds / len(SEEDS)}))
+    seconds = shell([*command, *(["--resume"] if begun else [])], work / f"{folder.name}.log")
+    if not begun:
+        (folder / "cpu.json").write_text(json.dumps({"cpu_s": seconds / len(SEEDS)}))
     print(f"{folder.name}: {seconds:.0f} s", flush=True)
 
 
@@ -220,19 +222,26 @@ def figures(work: Path, file: Path) -> dict[str, Any]:
                     "s.e. of that": error(gains),
                     "agreement %": 100 * statistics.mean(agree),
                     "int8 top-1 %": statistics.mean(of_int8),
-                    "CPU s a run": json.loads((folder / "cpu.json").read_text())["cpu_s"],
+                    "CPU s a run": cpu_seconds(folder),
                     "each": {"top1": scores[name], "int8": of_int8, "agreement": agree},
                 }
             if rows:
-                info = {"study": rows, "teacher_top1": top1, "device": f"cpu, {len(labels)} images"}
+                info = {"study": rows, "teacher_top1": top1, "device": "cpu, 1 thread(s)"}
                 info |= {"torch": torch.__version__}
                 benches.append({"name": f"study_{setting}[{student}]", "extra_info": info})
+    cpu = cpuinfo.get_cpu_info()  # as pytest-benchmark does
     spent = {f.stem: json.loads(f.read_text())["cpu_s"] for f in sorted(work.glob("*.json"))}
     return {
-        "machine_info": {"cpu": {"brand_raw": platform.processor() or platform.machine()}},
+        "machine_info": {"cpu": {key: cpu[key] for key in ("brand_raw", "flags")}},
         "cpu_s": spent,
         "benchmarks": benches,
     }
+
+
+def cpu_seconds(folder: Path) -> float | None:
+    """Of a seed; None of a run that was interrupted."""
+    file = folder / "cpu.json"
+    return json.loads(file.read_text())["cpu_s"] if file.exists() else None
 
 
 def error(values: list[float]) -> float:

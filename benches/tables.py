@@ -62,7 +62,10 @@ def figures(info: dict) -> list[list[str]]:
     name, shown = next((name, shown) for name, shown in FIGURES.items() if name in info)
     found = {k: v if isinstance(v, dict) else {name: v} for k, v in info[name].items()}
     columns = [k for k, v in next(iter(found.values())).items() if isinstance(v, (int, float))]
-    cells = [[k, *(shown.format(v[c]) for c in columns)] for k, v in found.items()]
+    cells = [
+        [k, *("" if v[c] is None else shown.format(v[c]) for c in columns)]
+        for k, v in found.items()
+    ]
     return [["", *(c.replace("_mb", "") for c in columns)], *cells]
 
 
