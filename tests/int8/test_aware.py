@@ -110,6 +110,18 @@ def test_the_engines_bytes(name: str) -> None:
     assert module.ranges.map_log.abs().max() > 0.01 < module.ranges.weight_log.abs().max()
 
 
+def test_a_portable_start_stays_one() -> None:
+    torch.manual_seed(0)
+    model = create("mobilenetv2_035")
+    start = quantize(model, [random_images(0, (8, 32, 32, 3))], **PIXELS, portable=True)
+    module = QuantizationAware(model, start)
+    assert_engines_bytes(module.eval())
+    step(module.train(), 2)
+    assert_engines_bytes(module.eval())
+    kinds = [[node.op for node in graph.nodes] for graph in (start.graph, module.graph())]
+    assert kinds[0] == kinds[1] and "add" in kinds[0]
+
+
 @pytest.fixture
 def block() -> QuantizationAware:
     """Every kind of node but a squeeze-excite; no batch norms."""

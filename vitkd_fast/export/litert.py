@@ -71,12 +71,9 @@ class _Writer:
         subgraph = schema.SubGraphT(
             self.tensors, [images], [self.logits], self.operators, "vitkd_fast"
         )
-        about = {
-            "classes": list(graph.classes), "mean": graph.mean, "std": graph.std,
-            "crop_pct": graph.crop_pct, "interpolation": graph.interpolation,
-            "multilabel": graph.multilabel,
-        }  # fmt: skip
-        place = self._buffer(np.frombuffer(json.dumps(about).encode(), np.uint8))
+        place = self._buffer(
+            np.frombuffer(json.dumps(scales.preparation(graph)).encode(), np.uint8)
+        )
         made = schema.ModelT(
             version=3,
             operatorCodes=[self._code(name) for name in self.codes],

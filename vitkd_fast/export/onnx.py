@@ -73,11 +73,7 @@ class _Writer:
             ir_version=10,
             producer_name="vitkd_fast",
         )
-        about = {
-            "classes": list(graph.classes), "mean": graph.mean, "std": graph.std,
-            "crop_pct": graph.crop_pct, "interpolation": graph.interpolation,
-            "multilabel": graph.multilabel,
-        }  # fmt: skip
+        about = scales.preparation(graph)
         helper.set_model_props(model, {key: json.dumps(value) for key, value in about.items()})
         assert isinstance(model, onnx.ModelProto)
         return model

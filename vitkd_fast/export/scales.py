@@ -8,6 +8,7 @@ have any scale: no result depends on it, and it gets 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,12 @@ class Map:
         least, largest = min(least, 0.0), max(largest, 0.0)
         scale = float(np.float32((largest - least) / 255)) or 1.0
         return cls(scale, round(-least / scale))
+
+
+def preparation(graph: Graph) -> dict[str, Any]:
+    """What a model's metadata say of its images and classes."""
+    names = ("classes", "mean", "std", "crop_pct", "interpolation", "multilabel")
+    return {name: getattr(graph, name) for name in names}
 
 
 def of_maps(graph: Graph) -> list[Map | None]:

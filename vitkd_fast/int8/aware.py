@@ -95,6 +95,8 @@ class QuantizationAware(nn.Module):
         self.model, self.start, self.frozen = model, start.graph, False
         nodes = _lowered(model, start.graph.image_size)
         steps = _steps(nodes)
+        if len(steps) != len(start.graph.nodes):
+            steps = _steps(nodes, fuses=False)  # of a portable file
         if [step.node.name for step in steps] != [node.name for node in start.graph.nodes]:
             raise ValueError(
                 f"QuantizationAware: start: expected the graph of this {type(model).__name__}, got "
