@@ -16,6 +16,9 @@ from .report import QuantizedModel
 from .straight_through import Range, replaced, scale_gradient, significant
 
 LEVELS, WEIGHT_LEVELS = 255, 127
+# Of what is learned of ranges. An adaptive optimiser moves every parameter by about its learning
+# rate, whatever the gradient: fine for weights, but in some hundred steps it takes ranges anywhere.
+_PACE = 0.01
 
 
 @dataclass
@@ -121,7 +124,8 @@ def tensor(model: nn.Module, name: str | None) -> Any:
 class Ranges(nn.Module):
     """Steps and zero points of maps, steps of weights, and what calibration added to biases.
 
-    Steps are float64, as multiples exp(log) of those of the start; `log` and `shift` are learned.
+    Steps are float64, as multiples exp(0.01 log) of those of the start, and zero points those of
+    the start and 2.55 shift; `log` and `shift` are learned.
     """
 
     map_step: Tensor  # [maps], at the start
@@ -203,10 +207,11 @@ class Ranges(nn.Module):
 
     def maps(self) -> tuple[Tensor, Tensor]:
         """Steps and zero points, [maps] float64; no ReLU6 has a level above 6."""
-        step = self.map_step * self.map_log.detach().double().exp()
-        gain = self.map_gain / step.square()
-        learned = self.map_step * scale_gradient(self.map_log.double(), gain).exp()
-        zero = self.map_zero + LEVELS * scale_gradient(self.map_shift.double(), gain / LEVELS**2)
+        step = self.map_step * (_PACE * self.map_log.detach().double()).exp()
+        gain = self.map_gain / step.square() / _PACE
+        learned = self.map_step * (_PACE * scale_gradient(self.map_log.double(), gain)).exp()
+        shift = scale_gradient(self.map_shift.double(), gain / LEVELS**2)
+        zero = self.map_zero + _PACE * LEVELS * shift
         return (
             replaced(learned, step.minimum(self.most)),
             replaced(zero, zero.detach().round().clamp(0, LEVELS)),
@@ -214,9 +219,9 @@ class Ranges(nn.Module):
 
     def weights(self) -> Tensor:
         """Steps, [channels]."""
-        step = self.weight_step * self.weight_log.detach().double().exp()
-        gain = self.weight_gain / step.square()
-        return self.weight_step * scale_gradient(self.weight_log.double(), gain).exp()
+        step = self.weight_step * (_PACE * self.weight_log.detach().double()).exp()
+        gain = self.weight_gain / step.square() / _PACE
+        return self.weight_step * (_PACE * scale_gradient(self.weight_log.double(), gain)).exp()
 
     def split(self, *of_channels: Tensor) -> list[tuple[Tensor, ...]]:
         """By layer."""
