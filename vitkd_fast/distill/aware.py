@@ -97,7 +97,8 @@ class ForInt8(Prepared):
             config, student, self.calibration_images(), self.runtime, **self.quantize_as(student)
         )
         compiled = config.run.model_copy(update={"compile": False})
-        config = config.model_copy(update={"run": compiled})
+        unwatched = config.int8.model_copy(update={"watch": 0})  # it is in int8 all the time
+        config = config.model_copy(update={"run": compiled, "int8": unwatched})
         teachers, cache = self.teachers, self.cache
         if section.teacher == "float":
             teachers, cache = [final], None
@@ -141,4 +142,5 @@ class ForInt8(Prepared):
         """On the first rank."""
         if self.runtime.rank:
             return None
-        return quantized.calibration_images(self.config, self.splits.train, self.runtime.ranks)
+        count = self.config.int8.calibration_images
+        return quantized.images(self.config, self.splits.train, count, self.runtime.ranks)

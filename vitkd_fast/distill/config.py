@@ -145,6 +145,10 @@ class Int8(Section):
         256, ge=1
     )  # of training, without augmentation, for the maps' ranges
     aware: Aware | None = None  # also a student trained for int8, and its row
+    # every so many epochs the student is quantized as it is, and its agreement with itself in
+    # float32 and the SQNR of its logits are logged; 0: never
+    watch: int = Field(0, ge=0)
+    watch_images: int = Field(64, ge=1)  # of training to calibrate on, of validation to judge by
 
 
 class Run(Section):
@@ -220,6 +224,7 @@ class Config(Section):
         return self.for_baseline().model_copy(
             update={
                 "optimizer": teacher.optimizer or self.optimizer,
+                "int8": self.int8.model_copy(update={"watch": 0}),
                 "run": self.run.model_copy(update=epochs),
             }
         )
@@ -320,6 +325,10 @@ class Config(Section):
                 )
         if self.int8.aware:
             self._check_aware(self.int8.aware)
+        if self.int8.watch and self.data.unlabelled:
+            raise ConfigError(
+                "int8.watch: needs a student with a classifier, which data.unlabelled=true has not"
+            )
         if self.data.probe_val and not self.data.probe:
             raise ConfigError("data.probe: missing, and data.probe_val is the other part of it")
         if len(set(self.run.seeds)) < len(self.run.seeds):

@@ -434,6 +434,7 @@ class _Experiment(aware.ForInt8):
 
     def _about(self, students: dict[str, dict[int, nn.Module]]) -> dict[str, Any]:
         """What the results of every run begin with: how they were found."""
+        curves = results.curves(self._curve_folders(list(students)))
         return {
             "version": report.VERSION,
             "title": self.folder.name,
@@ -444,8 +445,8 @@ class _Experiment(aware.ForInt8):
                 "timm": version("timm"),
                 "device": results.device_name(self.runtime),
             },
-            "curves": results.curves(self._curve_folders(list(students))),
-            "notes": self._notes(),
+            "curves": curves,
+            "notes": [*self._notes(), *results.unquantised(curves)],
         }
 
     def _ensemble(self) -> nn.Module | None:

@@ -28,6 +28,7 @@ _MAY_CHANGE = {
     *("data.probe", "data.probe_val"),
     *("teacher.checkpoint", "teacher.cache"),
     *("int8.enabled", "int8.calibration", "int8.calibration_images"),
+    *("int8.watch", "int8.watch_images"),
     *("run.folder", "run.device", "run.precision", "run.channels_last", "run.compile"),
     *("run.threads", "run.log_every", "run.eval_every", "run.save_every"),
     *("run.seeds", "run.baseline"),

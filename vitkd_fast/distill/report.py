@@ -228,6 +228,8 @@ def render(results: dict) -> str:
             "scatter": _scatter(results["models"]),
             "loss": _curves(curves, "train", "loss", 1, "training loss"),
             "top1": _curves(curves, "val", key, 100, f"validation {called}, %"),
+            "sqnr": _curves(curves, "int8", "sqnr", 1, "SQNR of the logits, dB"),
+            "agreement": _curves(curves, "int8", "agreement", 100, "agreement with float32, %"),
         }
     source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     template = Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -95,8 +95,21 @@ def curves(folders: dict[str, Path]) -> dict[str, Any]:
     for name, folder in folders.items():
         rows = logger.read(folder)
         found[name] = {
-            kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "val")
+            kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "val", "int8")
         }
+    return found
+
+
+def unquantised(curves: dict[str, Any]) -> list[str]:
+    """A sentence for each run whose student could not be quantised when `int8.watch` looked."""
+    found = []
+    for title, curve in curves.items():
+        failed = [row for row in curve["int8"] if "error" in row]
+        if failed:
+            found.append(
+                f"int8.watch: {title}: not quantised at {len(failed)} of {len(curve['int8'])} "
+                f"looks, first after epoch {failed[0]['epoch']:g}: {failed[0]['error']}"
+            )
     return found
 
 
