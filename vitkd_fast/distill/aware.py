@@ -98,7 +98,8 @@ class ForInt8(Prepared):
         )
         compiled = config.run.model_copy(update={"compile": False})
         unwatched = config.int8.model_copy(update={"watch": 0})  # it is in int8 all the time
-        config = config.model_copy(update={"run": compiled, "int8": unwatched})
+        update = {"run": compiled, "int8": unwatched, "losses": config.losses.without("kure")}
+        config = config.model_copy(update=update)
         teachers, cache = self.teachers, self.cache
         if section.teacher == "float":
             teachers, cache = [final], None

@@ -221,8 +221,10 @@ class Config(Section):
     def for_teacher(self, teacher: Teacher) -> Config:
         """A teacher's own training, on the labels, with its optimizer and epochs."""
         epochs = {"epochs": teacher.epochs}
-        return self.for_baseline().model_copy(
+        alone = self.for_baseline()
+        return alone.model_copy(
             update={
+                "losses": alone.losses.without("kure"),
                 "optimizer": teacher.optimizer or self.optimizer,
                 "int8": self.int8.model_copy(update={"watch": 0}),
                 "run": self.run.model_copy(update=epochs),
@@ -301,7 +303,7 @@ class Config(Section):
             raise ConfigError("data.probe: has no meaning without data.unlabelled=true")
         elif not any(term.classifies for term in terms.values()):
             raise ConfigError(
-                f"losses.{distil[0]}: trains no classifier; add losses.kd or losses.ce"
+                f"losses.{next(iter(terms))}: trains no classifier; add losses.kd or losses.ce"
             )
         for name, term in terms.items():
             if term.classifies and term.independent != bool(self.data.labels):
