@@ -204,6 +204,8 @@ def _commands(results: dict) -> list[tuple[str, str]]:
     train, val = (data.get(key) or f"{key.upper()}_IMAGES" for key in keys)
     folder = Path(run["folder"]) / f"{role}-{seeds[0]}"
     model = str(folder / ("classifier.safetensors" if fitted else "last.safetensors"))
+    if ((config.get("int8") or {}).get("aware") or {}).get("start") == 0:  # the float one is given
+        model = config["student"]["checkpoint"] or config["student"]["model"]
     aware = Path(run["folder"]) / f"int8-aware-{seeds[0]}"
     small = str((aware if "int8-aware" in roles else folder) / "last.int8.safetensors")
     found = [
