@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 pytest.importorskip("timm")
 
@@ -23,21 +24,33 @@ from vitkd_fast.distill.task import DistillationTask
 from vitkd_fast.distill.watch import Watch
 
 RUN = [
-    "student={model: mobilenetv2_035, checkpoint: a}", "run.epochs=1", "run.max_steps=4",
+    "student={model: mobilenetv2_035, checkpoint: a}", "run.epochs=1", "run.max_steps=3",
     "run.log_every=1", "run.precision=float32", "run.threads=1", "losses={kd: {}}",
-    "optimizer={name: sgd, lr: 0.01}", "int8.aware={start: 0, freeze_bn: 0}",
+    "optimizer={lr: 1e-4, options: {eps: 1e-3}}", "int8.aware={start: 0, freeze_bn: 0}",
 ]  # fmt: skip
 WATCHED = ["optimizer.accumulate=1", "run.max_steps=1", "int8.watch=1", "int8.watch_images=10"]
+
+
+def begin() -> nn.Module:
+    """A student with statistics of images, as a trained one has."""
+    made = student()
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean of all batches
+    images = torch.from_numpy(random_images(1, (64, 32, 32, 3))).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        models.predictor(made.train())(images)
+    return made.eval()
 
 
 def train(folder: Path, batch: int) -> int8.QuantizationAware:
     """As an experiment does, with batch norms that are frozen from the start."""
     chosen: Config = load("digits", [*RUN, f"data.batch_size={batch}"])
-    runtime, made = Runtime.of(chosen), student()
-    images = torch.from_numpy(random_images(0, (16, 32, 32, 3))) if not runtime.rank else None
+    runtime, made = Runtime.of(chosen), begin()
+    images = torch.from_numpy(random_images(0, (16, 32, 32, 3)))
     options = {"pixels": models.Pixels.of(made), "classes": list("0123456789"),
                "multilabel": False, "calibration": "mse"}  # fmt: skip
-    module = aware.module(chosen, made, images, runtime, **options)
+    module = aware.module(chosen, made, images if not runtime.rank else None, runtime, **options)
     task = DistillationTask.create(chosen, module, teacher(), runtime)
     run = loop.Trainer(chosen, task, splits(), folder, seed=0, save_model=lambda *_: None)
     trained = run.run()
@@ -59,16 +72,18 @@ def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> Non
         subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=of_tests())
         for rank in (0, 1)
     ]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    assert [rank.wait(600) for rank in ranks] == [0, 0]
     train(tmp_path / "one", 16)
     one, two = (
         [row["loss"] for row in logger.read(tmp_path / name) if row["kind"] == "train"]
         for name in ("one", "two")
     )
-    assert len({*one}) == len(one) == 4
+    assert len({*one}) == len(one) == 3
     # a sum that is rounded otherwise may move a weight by a level of 127
     assert two[0] == pytest.approx(one[0], rel=1e-6)
-    assert two == pytest.approx(one, rel=1e-2)
+    assert two[1] == pytest.approx(one[1], rel=1e-4)
+    assert two[2] == pytest.approx(one[2], rel=2e-2)
+    assert abs(one[1] / one[0] - 1) > 1e-2  # by the first update
     # what either rank would run is the same, to the byte
     files = [(tmp_path / f"{rank}.int8.safetensors").read_bytes() for rank in (0, 1)]
     assert files[0] == files[1]
@@ -76,7 +91,8 @@ def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> Non
     [found] = [row for row in logger.read(tmp_path / "watched") if row["kind"] == "int8"]
     watch = Watch(load("digits", WATCHED), splits())
     again = watch(models.load(tmp_path / "watched" / "last.safetensors").model.eval())
-    assert {name: found[name] for name in ("agreement", "sqnr")} == again
+    assert found["agreement"] == again["agreement"]
+    assert found["sqnr"] == pytest.approx(again["sqnr"], abs=0.01)  # of another memory format
 
 
 if __name__ == "__main__":

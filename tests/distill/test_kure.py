@@ -65,7 +65,7 @@ def test_the_term_is_its_formula() -> None:
         maps = Taps(made.student, norms=True)(predict[0](IMAGES)).norms
     assert len(maps) == len(norms) == 52
     layers = [m for m in made.student.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    of_weights = [(float(weight_kurtosis(m.weight)) - 1.8) ** 2 for m in layers]
+    of_weights = [(float(weight_kurtosis(m.weight.detach())) - 1.8) ** 2 for m in layers]
     of_maps = [math.log(float(map_kurtosis(y)) / 1.8) ** 2 for y in maps]
     of_ranges = [math.log(float(relative_range(y))) for y in maps]
     expected = 0.5 * (
