@@ -182,7 +182,8 @@ def test_calibration_images_of_a_stream(tmp_path: Path) -> None:
     )
     whole = configured(dataset="wds/x", root=str(tmp_path))
     train = sources.open_data(whole.data, 2).train
-    values = quantized_run.images(whole, train, whole.int8.calibration_images).float().mean((1, 2, 3)).tolist()
+    images = quantized_run.images(whole, train, whole.int8.calibration_images)
+    values = images.float().mean((1, 2, 3)).tolist()
     assert len(values) == len(set(values)) == 7
     assert set(values) <= set(map(float, range(10)))
 
