@@ -102,16 +102,8 @@ def distill(
     Several GPUs: torchrun --no-python --nproc-per-node=8 vitkd distill imagenet-mobilenetv2
     data.train=imagenet/train data.val=imagenet/val
     """
-    more = ["data.skip_bad=true"] if skip_bad else []
-    if student:
-        from . import models
-
-        name, options = models.saved_as(student)
-        more += [
-            f"student={json.dumps({'model': name, 'options': options, 'checkpoint': student})}"
-        ]
-        more += [] if any("int8.aware" in x for x in arguments or ()) else ["int8.aware={start: 0}"]
-    _run(_config([*(arguments or ()), *more]), resume, dry_run)
+    given = [*(arguments or ()), *(["data.skip_bad=true"] if skip_bad else [])]
+    _run(_config(given, student), resume, dry_run)
 
 
 app.command()(cache)
@@ -453,12 +445,26 @@ def _evaluate_without_torch(
     return metrics, confusion, unread
 
 
-def _config(arguments: list[str] | None) -> Any:
-    """Of a recipe or a file, where the first argument names one, and keys that override."""
+def _config(arguments: list[str] | None, student: str = "") -> Any:
+    """Of a recipe or a file, where the first argument names one, and keys that override.
+
+    A student's file says what it is and which images it takes; the run trains it for int8.
+    """
     from .distill import config
 
     overrides = list(arguments or ())
     source = overrides.pop(0) if overrides and "=" not in overrides[0] else None
+    if student:
+        from . import models
+
+        name, options = models.saved_as(student)
+        pixels = models.load(student).pixels
+        keys = ("image_size", "crop_pct", "interpolation")
+        of_file = [f"data.{key}={getattr(pixels, key)}" for key in keys]
+        section = json.dumps({"model": name, "options": options, "checkpoint": student})
+        begins = any(x.startswith("int8.aware") and "start" in x for x in overrides)
+        start = [] if begins else ["int8.aware.start=0"]
+        overrides = [*of_file, *overrides, f"student={section}", *start]
     return config.load(source, overrides)
 
 

@@ -60,6 +60,8 @@ class TapOutputs:
     tokens: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, heads, N, dim]
     keys: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, heads, N, dim]
+    # of every batch norm, with the activation that is a part of it, [B, C, H, W]
+    norms: list[Tensor] = field(default_factory=list)
     prefix_tokens: int = 0  # as of the `Taps`
     grid: tuple[int, int] | None = None  # likewise
     top: TopLogits | None = None
@@ -119,6 +121,7 @@ class Taps:
         maps: strides to tap. A ViT gives the patch tokens of its last block.
         tokens: blocks to tap; negative numbers count from the end.
         attention: blocks whose queries and keys to tap.
+        norms: tap the output of every batch norm.
 
     Attributes:
         classifier: of the model; of two heads, the class head.
@@ -130,7 +133,8 @@ class Taps:
             per head are in the queries. The bias that BEiT, CoAtNet and Swin add is not tapped.
 
     Raises:
-        ValueError: there is no such stride or block, or its attention is of an unknown kind.
+        ValueError: there is no such stride, block or batch norm, or its attention is of an unknown
+            kind.
     """
 
     def __init__(
@@ -141,6 +145,7 @@ class Taps:
         maps: Sequence[int] = (),
         tokens: Sequence[int] = (),
         attention: Sequence[int] = (),
+        norms: bool = False,
     ) -> None:
         self.model = cast(Any, model)
         self.prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)
@@ -172,9 +177,13 @@ class Taps:
                 raise ValueError(f"Taps: attention {i}: expected one of {kinds}, got {type(attn)}")
         self.grids = dict.fromkeys(attention, self.grid)
         self.scales = {i: float(getattr(a, "scale", 1)) for i, a in self._attention.items()}
+        kinds_of_norms = nn.modules.batchnorm._BatchNorm
+        self._norms = [m for m in model.modules() if norms and isinstance(m, kinds_of_norms)]
+        if norms and not self._norms:
+            raise ValueError(f"Taps: norms: expected batch norms, {type(model).__name__} has none")
         taps = (*self._maps.values(), *self._tokens.values(), *self._attention.values())
         parts = [getattr(a, p, None) for a in taps for p in ("qkv", "q_proj", "k_proj")]
-        self._watched = {*taps, *parts, self._head, self._head_dist} - {None}
+        self._watched = {*taps, *parts, *self._norms, self._head, self._head_dist} - {None}
 
     def compile(self, **options: Any) -> None:
         """Compiles what a call runs, by torch.compile with these options."""
@@ -220,6 +229,7 @@ class Taps:
             tokens={i: self._as_tokens(outputs[m]) for i, m in self._tokens.items()},
             queries={i: q for i, (q, _) in pairs.items()},
             keys={i: k for i, (_, k) in pairs.items()},
+            norms=[outputs[m] for m in self._norms],
             prefix_tokens=self.prefix_tokens,
             grid=self.grid,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from support.int8_graphs import random_images
 from support.loop_tools import splits, student, teacher
 from support.run_tools import arguments
 from vitkd_fast import cli, int8, models
-from vitkd_fast.distill import aware, loop
+from vitkd_fast.distill import aware, logger, loop, preflight
 from vitkd_fast.distill.config import Config, ConfigError, load
+from vitkd_fast.distill.experiment import distill
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
+from vitkd_fast.functional import kd_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +42,13 @@ def begin(folder: Path, chosen: Config, made: Any, **options: Any) -> loop.Train
     task = DistillationTask.create(chosen, made, teacher(), Runtime.of(chosen))
     save = options.pop("save_model", lambda *_: None)
     return loop.Trainer(chosen, task, splits(), folder, seed=0, save_model=save, **options)
+
+
+def branched_module(made: Any) -> int8.QuantizationAware:
+    images = torch.from_numpy(random_images(0, (16, 32, 32, 3)))
+    pixels = models.Pixels.of(made)
+    start = int8.quantize(made.eval(), images, mean=pixels.mean, std=pixels.std)
+    return int8.QuantizationAware(made, start)
 
 
 def branched(folder: Path, branch: Path, chosen: Config) -> loop.Trainer:
@@ -136,7 +146,97 @@ def test_a_run_and_one_more_epoch(
     assert (more / "int8-aware-0" / "metrics.jsonl").exists()
 
 
-def test_what_cannot_be_trained_for_int8() -> None:
+@pytest.fixture(scope="module")
+def trained_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student's file, as a run leaves it."""
+    made, file = student(), tmp_path_factory.mktemp("student") / "last.safetensors"
+    pixels = models.Pixels(32, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), "bilinear", 0.9)
+    names = tuple(f"digit {i}" for i in range(10))
+    about: dict[str, Any] = {"options": {}, "num_classes": 10, "pixels": pixels, "classes": names}
+    models.save(file, made, name="mobilenetv2_035", **about)
+    return file
+
+
+def test_from_a_file_without_any_label(
+    image_folder: Path, trained_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The float student teaches; no image has a class, and the file says what the student is."""
+    images, folder = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    for file in sorted((image_folder / "train").rglob("*.png"))[:72]:
+        shutil.copy(file, images)
+    small = ["data.batch_size=16", "data.workers=0", "int8.calibration_images=16", "run.threads=1",
+             "run.precision=float32", "run.log_every=1", f"run.folder={folder}"]  # fmt: skip
+    given = ["distill", "int8-unlabelled", f"data.train={images}", *small, "--from"]
+    assert not vitkd(monkeypatch, *given, str(trained_file))
+    found = json.loads((folder / "report.json").read_text())
+    section = found["config"]["data"]
+    assert [section[key] for key in ("image_size", "crop_pct", "interpolation")] == [
+        32, 0.9, "bilinear",
+    ]  # fmt: skip
+    rows = {row["role"]: row for row in found["models"]}
+    assert list(rows) == ["distilled", "int8", "int8-aware"]
+    assert not rows["distilled"]["mean"]
+    for role in ("int8", "int8-aware"):
+        mean = rows[role]["mean"]
+        assert mean.keys() == {"agreement", "kl", "correlation", "unchanged"}
+        assert 0 <= mean["unchanged"] == mean["agreement"] <= 1
+    assert found["verdict"].startswith("Trained for int8, the student agrees with itself")
+    # 65 images to train on, 4 updates; they have no other loss
+    train = [row for row in logger.read(folder / "int8-aware-0") if row["kind"] == "train"]
+    assert [row["step"] for row in train] == [1, 2, 3, 4]
+    assert all(row["loss"] == row["kd"] > 0 for row in train)
+    [val] = [row for row in logger.read(folder / "int8-aware-0") if row["kind"] == "val"]
+    assert val["loss"] > 0 and "top1" not in val
+    # weights that moved, with the file's classes
+    before, after = (
+        models.load(x) for x in (trained_file, folder / "int8-aware-0" / "last.safetensors")
+    )
+    assert before.classes == after.classes and before.pixels == after.pixels
+    weights = after.model.state_dict()
+    assert any(not torch.equal(x, weights[key]) for key, x in before.model.state_dict().items())
+    session = int8.load(folder / "int8-aware-0" / "last.int8.safetensors")
+    assert session.classes == before.classes
+    assert not vitkd(monkeypatch, *given[:-1], "--resume", "--from", str(trained_file))
+
+
+def test_who_teaches() -> None:
+    """The run's teacher, the float student, or the mean of both."""
+    torch.manual_seed(0)
+    final, other = student(), teacher()
+    images, labels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4)
+    predictions = {
+        name: models.predictor(x.eval())(images).detach()
+        for name, x in (("float", final), ("teacher", other))
+    }
+    mean = sum(x.softmax(1) for x in predictions.values()) / 2
+    made = branched_module(student())
+    for by, expected in (
+        ("teacher", predictions["teacher"]), ("float", predictions["float"]), ("both", mean.log()),
+    ):  # fmt: skip
+        chosen = config(f"int8.aware={{start: 0.5, teacher: {by}}}", "losses={kd: {}}")
+        lesson, teachers = preflight.aware_lesson(chosen, [other], final)
+        task = DistillationTask.create(lesson, made, teachers, Runtime.of(chosen)).eval()
+        with torch.no_grad():
+            result = task(images, labels)
+        torch.testing.assert_close(result["loss"], kd_loss(result["output"], expected))
+
+
+def test_teachers_that_do_not_fit(image_folder: Path, tmp_path: Path) -> None:
+    """They are refused before any training."""
+    keys = [*arguments(image_folder, tmp_path), "int8.enabled=true", "run.seeds=[0]"]
+    for losses, by, why in (
+        ("{kd: {}, attention: {stride: 8}}", "both", "both: losses: .*attention"),
+        ("{kd: {}, feature: {features: pooled}}", "float", "the losses learn layers beside the"),
+    ):
+        chosen = load(None, [*keys, f"losses={losses}", f"int8.aware={{teacher: {by}}}"])
+        with pytest.raises(ConfigError, match=rf"int8\.aware\.teacher: .*{why}"):
+            distill(chosen, dry_run=True)
+
+
+def test_what_cannot_be_trained_for_int8(trained_file: Path) -> None:
+    file = f"student.checkpoint={trained_file}"
+    given = ["int8.aware={start: 0, teacher: float}", "data.unlabelled=true", file, "teacher={}"]
     for more, why in (
         (["int8.aware={start: 0}"], "int8.aware.start: expected more than 0, or the weights"),
         (["int8.enabled=false"], "int8.enabled: expected true with int8.aware, got false"),
@@ -144,6 +244,18 @@ def test_what_cannot_be_trained_for_int8() -> None:
             ["data.unlabelled=true", "losses={features: {}}", "teacher.epochs=0"],
             "int8.aware: needs a student with a",
         ),
+        (
+            ["losses={ce: {}}", "teacher={}", "int8.aware.teacher=both"],
+            "int8.aware.teacher: expected teacher without losses",
+        ),
+        (["teacher={}", "int8.aware.teacher=both", file], "teacher.model: missing, and losses.kd"),
+        (
+            ["int8.aware.teacher=both", "teacher={model: a, cache: b}"],
+            "expected teacher or float with teacher.cache, got both",
+        ),
+        (given, "losses.kd: expected ce_weight 0, with losses.ce instead, and data.unlabelled has"),
+        ([*given, "losses={kd: {}, ce: {}}"], "losses.ce: is of labels, and data.unlabelled has"),
+        ([*given, "losses={kd: {}}", "data.probe=digits"], "data.probe: expected none with int8"),
     ):
         with pytest.raises(ConfigError, match=why):
             config(*more)

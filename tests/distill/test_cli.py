@@ -139,6 +139,7 @@ def test_a_student_that_the_engine_lacks_has_no_row(
         *INT8,
         "run.seeds=[0]",
         "run.baseline=false",
+        "int8.watch=1",
     ]
     result = vitkd("distill", *given, "student.model=ghostnet_100")
     assert result.code == 0, result.err
@@ -147,7 +148,10 @@ def test_a_student_that_the_engine_lacks_has_no_row(
     lines = [line for line in result.out.splitlines() if line.startswith("int8: no row: ")]
     assert len(lines) == 1
     assert "GhostModule): aten.cat.default" in lines[0]
-    assert results["notes"][-1] == lines[0].replace("int8: no", "No int8", 1)
+    said, watched = results["notes"][-2:]
+    assert said == lines[0].replace("int8: no", "No int8", 1)
+    assert watched.startswith("int8.watch: distilled, seed 0: not quantised at 1 of 1 looks, ")
+    assert "aten.cat.default" in watched
 
 
 def test_distill_refuses_a_folder_with_a_run(image_folder: Path, run_folder: Path, vitkd) -> None:

@@ -20,7 +20,7 @@ def changed(*overrides: str) -> Config:
 
 @pytest.mark.parametrize("name", config.recipes())
 def test_recipe(name: str) -> None:
-    given = ["data.train=a", "data.val=b", "teacher.checkpoint=c"]
+    given = ["data.train=a", "data.val=b", "teacher.checkpoint=c", "student.checkpoint=d"]
     whole = load(name, given)
     assert whole.student.model and list(whole.losses.terms())
     text = yaml.safe_dump(whole.model_dump())

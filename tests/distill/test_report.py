@@ -135,6 +135,16 @@ def test_numbers(results: dict) -> None:
     assert max(map(len, rows)) < 120
 
 
+def test_students_that_were_watched(results: dict) -> None:
+    assert "quantized as they were" not in report.render(results)
+    rows = [{"epoch": 1, "agreement": 0.9, "sqnr": 20.0}, {"epoch": 2, "error": "NaN"},
+            {"epoch": 3, "agreement": 0.7, "sqnr": float("inf")}]  # fmt: skip
+    results["curves"]["distilled, seed 0"]["int8"] = rows
+    text = words(report.render(results), "curves")
+    for word in ("SQNR of the logits, dB", "agreement with float32, %", "quantized as they were"):
+        assert word in text
+
+
 def test_latency_has_quantiles_cpu_time_and_conditions(results: dict) -> None:
     text = words(report.render(results), "cost")
     assert "Latency p50, ms 14.2 2.10 2.10 0.612 p90, ms 15.7 2.31 2.31 0.674" in text

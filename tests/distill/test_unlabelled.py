@@ -16,7 +16,7 @@ from torch import nn
 from support.loop_tools import TINY, student, teacher
 from support.process_tools import of_tests
 from vitkd_fast import int8, models
-from vitkd_fast.distill import identity, logger, report, sources
+from vitkd_fast.distill import datasets, identity, logger, report, sources
 from vitkd_fast.distill.config import ConfigError, load
 from vitkd_fast.distill.loop import Trainer
 from vitkd_fast.distill.runtime import Runtime
@@ -96,7 +96,7 @@ def test_images_of_a_folder_have_no_classes(loose_folder: Path, tmp_path: Path) 
     assert splits.notes == ["data.train: files that are no images, ignored: 1 (1 .txt)"]
     names = [part.name(i) for part in splits[:2] for i in range(len(part))]
     assert len(set(names)) == 150 and any("more/deep" in name for name in names)
-    assert {splits.val.read(i)[1] for i in range(30)} == {-1}
+    assert {splits.val.read(i)[1] for i in range(30)} == {datasets.NO_LABEL}
     shutil.copytree(loose_folder / "more", tmp_path / "val")
     both = config.data.model_copy(update={"val": str(tmp_path / "val")})
     assert [len(part) for part in sources.open_data(both)[:2]] == [150, 50]
@@ -113,7 +113,7 @@ def test_a_data_set_keeps_its_parts_and_loses_its_labels() -> None:
     for i in (0, 1):
         assert splits[i].name(3) == labelled[i].name(3) and len(splits[i]) == len(labelled[i])
         image, label = splits[i].read(3)
-        assert label == -1 and image.tobytes() == labelled[i].read(3)[0].tobytes()
+        assert label == datasets.NO_LABEL and image.tobytes() == labelled[i].read(3)[0].tobytes()
     probed = sources.open_probe(config.model_copy(update={"unlabelled": True, "probe": "digits"}))
     assert probed is not None and probed.val.name(3) == splits.val.name(3)
     assert sources.labels(probed.val) == sources.labels(labelled.val)

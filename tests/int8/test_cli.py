@@ -164,7 +164,7 @@ def configured(**section: object) -> config.Config:
 def test_calibration_images_are_evenly_spread_and_not_augmented() -> None:
     whole = configured(dataset="digits")
     train = sources.open_data(whole.data).train
-    images = quantized_run.calibration_images(whole, train)
+    images = quantized_run.images(whole, train, whole.int8.calibration_images)
     assert (images.dtype, images.shape) == (torch.uint8, (7, 32, 32, 3))
     for image, i in zip(images, sources.spread(len(train), 7), strict=True):
         pixels = models.Pixels(32, HALF, HALF, "bicubic", 0.875)
@@ -182,7 +182,8 @@ def test_calibration_images_of_a_stream(tmp_path: Path) -> None:
     )
     whole = configured(dataset="wds/x", root=str(tmp_path))
     train = sources.open_data(whole.data, 2).train
-    values = quantized_run.calibration_images(whole, train).float().mean((1, 2, 3)).tolist()
+    images = quantized_run.images(whole, train, whole.int8.calibration_images)
+    values = images.float().mean((1, 2, 3)).tolist()
     assert len(values) == len(set(values)) == 7
     assert set(values) <= set(map(float, range(10)))
 

@@ -85,25 +85,18 @@ class ForInt8(Prepared):
 
     def train_aware(self, seed: int, final: nn.Module) -> int8.QuantizationAware:
         """Trains a seed's student for int8, from its branch; given is the float run's end."""
-        config, section = self.config, self.config.int8.aware
+        section = self.config.int8.aware
         assert section
         data.seed_all(seed)
-        student = preflight.create_student(config, self.classes)
+        student = preflight.create_student(self.config, self.classes)
         branch = self.folder / f"{self.role}-{seed}" / BRANCH
         if section.start:
             take_weights(student, branch)
-        about = self.about_model(config.student, student)
-        made = module(
-            config, student, self.calibration_images(), self.runtime, **self.quantize_as(student)
-        )
-        compiled = config.run.model_copy(update={"compile": False})
-        config = config.model_copy(update={"run": compiled})
-        teachers, cache = self.teachers, self.cache
-        if section.teacher == "float":
-            teachers, cache = [final], None
+        about = self.about_model(self.config.student, student)
+        config, task = self.aware_task(student, final)
         trainer = Trainer(
             config,
-            DistillationTask.create(config, made, teachers, self.runtime, cache),
+            task,
             self.splits,
             self.folder / f"int8-aware-{seed}",
             seed=seed,
@@ -116,6 +109,19 @@ class ForInt8(Prepared):
         trained: Any = trainer.run()
         self.skipped |= trainer.skipped
         return trained.eval()
+
+    def aware_task(self, student: nn.Module, final: nn.Module) -> tuple[Config, DistillationTask]:
+        """Of a student that is trained for int8, and of who teaches it: `final` is the float one.
+
+        Raises:
+            UnsupportedError: the model holds an operation that the engine lacks; names it.
+        """
+        images, options = self.calibration_images(), self.quantize_as(student)
+        made = module(self.config, student, images, self.runtime, **options)
+        config, teachers = preflight.aware_lesson(self.config, self.teachers, final)
+        section = config.int8.aware
+        cache = self.cache if section and section.teacher == "teacher" else None
+        return config, DistillationTask.create(config, made, teachers, self.runtime, cache)
 
     def about_model(self, section: Model, model: nn.Module) -> dict[str, Any]:
         """What `models.save` is told."""
@@ -141,4 +147,5 @@ class ForInt8(Prepared):
         """On the first rank."""
         if self.runtime.rank:
             return None
-        return quantized.calibration_images(self.config, self.splits.train, self.runtime.ranks)
+        count = self.config.int8.calibration_images
+        return quantized.images(self.config, self.splits.train, count, self.runtime.ranks)

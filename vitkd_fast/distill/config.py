@@ -132,8 +132,9 @@ class Aware(Section):
     start: float = Field(0.7, ge=0, lt=1)
     learn_ranges: bool = True  # train the steps of maps and weights, and zero points
     freeze_bn: float = Field(0.85, ge=0, le=1)  # share from which on batch norms keep statistics
-    # who teaches it: the run's teachers, or the float student of the end of its run
-    teacher: Literal["teacher", "float"] = "teacher"
+    # who teaches it: the run's teachers, the float student of the end of its run, or both, of which
+    # the float student is one more teacher of weight 1
+    teacher: Literal["teacher", "float", "both"] = "teacher"
 
 
 class Int8(Section):
@@ -145,6 +146,10 @@ class Int8(Section):
         256, ge=1
     )  # of training, without augmentation, for the maps' ranges
     aware: Aware | None = None  # also a student trained for int8, and its row
+    # every so many epochs the student is quantized as it is, and its agreement with itself in
+    # float32 and the SQNR of its logits are logged; 0: never
+    watch: int = Field(0, ge=0)
+    watch_images: int = Field(64, ge=1)  # of training to calibrate on, of validation to judge by
 
 
 class Run(Section):
@@ -179,6 +184,16 @@ class Config(Section):
     augmentation: Augmentation = Augmentation()
     int8: Int8 = Int8()
     run: Run = Run()
+
+    @property
+    def given(self) -> bool:
+        """Whether the float student is a given one, which this run trains for int8 alone."""
+        return self.int8.aware is not None and not self.int8.aware.start
+
+    @property
+    def headless(self) -> bool:
+        """Whether no model has a classifier: there are no labels, and no student that has one."""
+        return self.data.unlabelled and not self.given
 
     def for_baseline(self) -> Config:
         """The student's training without its teacher, on the labels."""
@@ -217,9 +232,12 @@ class Config(Section):
     def for_teacher(self, teacher: Teacher) -> Config:
         """A teacher's own training, on the labels, with its optimizer and epochs."""
         epochs = {"epochs": teacher.epochs}
-        return self.for_baseline().model_copy(
+        alone = self.for_baseline()
+        return alone.model_copy(
             update={
+                "losses": alone.losses.without("kure"),
                 "optimizer": teacher.optimizer or self.optimizer,
+                "int8": self.int8.model_copy(update={"watch": 0}),
                 "run": self.run.model_copy(update=epochs),
             }
         )
@@ -239,8 +257,10 @@ class Config(Section):
             return tree
         teacher = tree["teacher"] if "teacher" in tree else None
         distilled = (isinstance(teacher, dict) and teacher.get("model")) or tree.get("teachers")
-        data = tree.get("data")
-        if isinstance(data, dict) and data.get("unlabelled"):
+        data, aware = tree.get("data"), (tree.get("int8") or {}).get("aware") or {}
+        if aware.get("start") == 0:
+            distilled = distilled or aware.get("teacher") == "float"
+        elif isinstance(data, dict) and data.get("unlabelled"):
             return {**tree, "losses": {"features": {}}}
         if isinstance(data, dict) and data.get("labels"):
             return {
@@ -265,7 +285,9 @@ class Config(Section):
         for i, teacher in enumerate(self.teachers):
             if not teacher.model:
                 raise ConfigError(f"teachers.{i}.model: missing")
-        if bool(distil) != bool(teachers):
+        # a given student teaches itself
+        float_ = self.given and self.int8.aware and self.int8.aware.teacher == "float"
+        if bool(distil) != bool(teachers or float_):
             names = " and ".join(teacher.model for teacher in teachers.values())
             raise ConfigError(
                 f"teacher.model: missing, and losses.{distil[0]} needs a teacher"
@@ -278,25 +300,12 @@ class Config(Section):
         if self.data.extra:
             self._check_extra(terms)
         if self.data.unlabelled:
-            if self.data.labels:
-                raise ConfigError("data.labels: expected none with data.unlabelled=true")
-            for name, term in terms.items():
-                if term.classifies:
-                    raise ConfigError(
-                        f"losses.{name}: is of classes, and data.unlabelled has none; use "
-                        "losses.features or another loss of features"
-                    )
-            for name, teacher in teachers.items():
-                if teacher.epochs:
-                    raise ConfigError(
-                        f"{name}.epochs: expected 0, as data.unlabelled has no labels to train on, "
-                        f"got {teacher.epochs}"
-                    )
+            self._check_unlabelled(terms)
         elif self.data.probe:
             raise ConfigError("data.probe: has no meaning without data.unlabelled=true")
         elif not any(term.classifies for term in terms.values()):
             raise ConfigError(
-                f"losses.{distil[0]}: trains no classifier; add losses.kd or losses.ce"
+                f"losses.{next(iter(terms))}: trains no classifier; add losses.kd or losses.ce"
             )
         for name, term in terms.items():
             if term.classifies and term.independent != bool(self.data.labels):
@@ -320,6 +329,10 @@ class Config(Section):
                 )
         if self.int8.aware:
             self._check_aware(self.int8.aware)
+        if self.int8.watch and self.headless:
+            raise ConfigError(
+                "int8.watch: needs a student with a classifier, which data.unlabelled=true has not"
+            )
         if self.data.probe_val and not self.data.probe:
             raise ConfigError("data.probe: missing, and data.probe_val is the other part of it")
         if len(set(self.run.seeds)) < len(self.run.seeds):
@@ -336,19 +349,47 @@ class Config(Section):
     def _check_aware(self, aware: Aware) -> None:
         if not self.int8.enabled:
             raise ConfigError("int8.enabled: expected true with int8.aware, got false")
-        if self.data.unlabelled:
+        if self.data.unlabelled and aware.start:
             raise ConfigError(
-                "int8.aware: needs a student with a classifier, which data.unlabelled=true has not"
+                "int8.aware: needs a student with a classifier: expected start 0, and the weights "
+                f"of one, with data.unlabelled=true, got start {aware.start:g}"
             )
         if not aware.start and not (self.student.checkpoint or self.student.pretrained):
             raise ConfigError(
                 "int8.aware.start: expected more than 0, or the weights of a trained student in "
                 "student.checkpoint, got 0 and none"
             )
-        if aware.teacher == "float" and not self.all_teachers():
+        if aware.teacher != "teacher" and not any(term.distils for _, term in self.losses.terms()):
             raise ConfigError(
                 "int8.aware.teacher: expected teacher without losses that compare with one, got "
-                "float"
+                f"{aware.teacher}"
+            )
+        if aware.teacher == "both" and any(x.cache for x in self.all_teachers().values()):
+            raise ConfigError(
+                "int8.aware.teacher: expected teacher or float with teacher.cache, got both"
+            )
+
+    def _check_unlabelled(self, terms: dict[str, Term]) -> None:
+        if self.data.labels:
+            raise ConfigError("data.labels: expected none with data.unlabelled=true")
+        for name, term in terms.items():
+            of_labels = "is of labels" if term.classifies and not term.distils else ""
+            if self.given and (why := term.why_labels() or of_labels):
+                raise ConfigError(f"losses.{name}: {why}, and data.unlabelled has none")
+            if term.classifies and not self.given:
+                raise ConfigError(
+                    f"losses.{name}: is of classes, and data.unlabelled has none; use "
+                    "losses.features or another loss of features"
+                )
+        for name, teacher in self.all_teachers().items():
+            if teacher.epochs:
+                raise ConfigError(
+                    f"{name}.epochs: expected 0, as data.unlabelled has no labels to train on, "
+                    f"got {teacher.epochs}"
+                )
+        if self.given and self.data.probe:
+            raise ConfigError(
+                "data.probe: expected none with int8.aware.start=0, whose student has a classifier"
             )
 
     def _check_extra(self, terms: dict[str, Term]) -> None:
@@ -404,8 +445,9 @@ def recipes() -> list[str]:
 def about(recipe: str) -> str:
     """A recipe's teacher, student, losses and length, in a line."""
     tree = _read(recipe)
+    teacher = tree["teacher"]["model"] if "teacher" in tree else "a trained student"
     return (
-        f"{tree['teacher']['model']} -> {tree['student']['model']}; losses: "
+        f"{teacher} -> {tree['student']['model']}; losses: "
         f"{', '.join(tree['losses'])}; {tree['run']['epochs']} epochs"
     )
 

@@ -115,7 +115,7 @@ class Timm:
 
 
 class Unlabelled:
-    """A source whose labels are not read: there are no classes, and -1 stands for each label."""
+    """A source whose labels are not read: there are no classes, and each has `NO_LABEL`."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -125,7 +125,7 @@ class Unlabelled:
         return len(self.source)
 
     def read(self, index: int) -> tuple[Array, int]:
-        return self.source.read(index)[0], -1
+        return self.source.read(index)[0], NO_LABEL
 
     def name(self, index: int) -> str:
         return self.source.name(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +132,19 @@ class MetricLogger:
         if self.folder is not None and not self._bar.disable:
             self._bar.update(self._task, completed=step)
 
-    def write(self, kind: str, step: int, row: dict[str, float]) -> None:
+    def write(self, kind: str, step: int, row: Mapping[str, float | str]) -> None:
         """Writes the row {kind, step, ...} to file, TensorBoard and terminal."""
         if self.folder is None:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
         self._file.flush()
         for name, value in row.items():
-            self._scalars.add_scalar(f"{kind}/{name}", value, step)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+            add: Any = (
+                self._scalars.add_text if isinstance(value, str) else self._scalars.add_scalar
+            )
+            add(f"{kind}/{name}", value, step)
+        shown = {k: x if isinstance(x, str) else f"{x:.4g}" for k, x in row.items()}
+        text = "  ".join(f"{name} {value}" for name, value in shown.items() if name != "epoch")
         if self._bar.disable:
             began, first = self.start
             left = (time.monotonic() - began) / max(step - first, 1) * (self.total - step)
@@ -147,7 +152,7 @@ class MetricLogger:
         elif kind == "train":
             self._bar.update(self._task, text=text)
         else:
-            self.say(f"step {step}  {text}")
+            self.say(f"{kind} step {step}  {text}")
 
     def say(self, text: str) -> None:
         """Prints a line."""

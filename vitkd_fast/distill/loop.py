@@ -35,6 +35,7 @@ from .config import Config
 from .logger import Meter, MetricLogger
 from .task import DistillationTask
 from .threads import Threads
+from .watch import Watch
 
 BRANCH = "branch.safetensors"  # the state of training where another run goes on from it
 _CALIBRATION_IMAGES = 1024  # for the statistics of teachers' features
@@ -137,6 +138,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
         self.meter = Meter(list(task.trainable_module.terms), runtime.device)
         self.threads = Threads(runtime.threads)
+        self.watch, self.watch_every = Watch(config, splits, runtime.ranks), config.int8.watch
         self.step, self.evaluated, self.best = 0, 0, -math.inf
         self._rates: dict[int, float] = {}  # by step, since the last log
         self._since = time.monotonic(), 0
@@ -224,7 +226,7 @@ class Trainer:
             self._keep()
             while self.step < self.total or self._is_due():
                 if self._is_due():
-                    self._evaluate(logger)
+                    self._look(logger)
                     self._save()
                     self._obey(signals)
                     continue
@@ -271,10 +273,14 @@ class Trainer:
             yield batch.images.to(self.runtime.device) if cached is None else cached
 
     def _is_due(self) -> bool:
-        """Whether an evaluation is due at this step, and not done yet."""
-        epochs, inside = divmod(self.step, self.steps_per_epoch)
-        ended = self.step == self.total or not (inside or epochs % self.run_section.eval_every)
-        return ended and self.step > self.evaluated
+        """Whether an evaluation, or a look at int8, is due at this step, and not done yet."""
+        due = self._ends(self.run_section.eval_every) or self._ends(self.watch_every)
+        return due and self.step > self.evaluated
+
+    def _ends(self, epochs: int) -> bool:
+        """Whether so many epochs end here, or all; never of 0."""
+        done, inside = divmod(self.step, self.steps_per_epoch)
+        return epochs > 0 and (self.step == self.total or not (inside or done % epochs))
 
     def _obey(self, signals: Signals) -> None:
         """Saves and ends the run where any rank was told to."""
@@ -414,10 +420,20 @@ class Trainer:
             dist.all_reduce(rank, dist.ReduceOp.MIN, self._control)
         return int(rank) % self.runtime.ranks
 
-    def _evaluate(self, logger: MetricLogger) -> None:
+    def _look(self, logger: MetricLogger) -> None:
+        """What is due at this step, on the trained weights."""
         self._check()
         self._share_buffers()
         self.trained.eval()
+        if self._ends(self.run_section.eval_every):
+            self._evaluate(logger)
+        if self._ends(self.watch_every) and self.runtime.rank == 0:
+            epoch = self.step / self.steps_per_epoch
+            logger.write("int8", self.step, {"epoch": epoch, **self.watch(self.trained)})
+        self.evaluated = self.step
+        self._since = time.monotonic(), self.step
+
+    def _evaluate(self, logger: MetricLogger) -> None:
         scores = {"epoch": self.step / self.steps_per_epoch}
         scores |= self._losses() if self.config["data"]["unlabelled"] else self._scores()
         logger.write("val", self.step, scores)
@@ -426,8 +442,7 @@ class Trainer:
             self.save_model(self.folder / "last.safetensors", self.trained)
             if best > self.best:
                 self.save_model(self.folder / "best.safetensors", self.trained)
-        self.best, self.evaluated = max(self.best, best), self.step
-        self._since = time.monotonic(), self.step
+        self.best = max(self.best, best)
 
     def _scores(self) -> dict[str, float]:
         """Of the trained weights, on the validation images."""

@@ -28,6 +28,7 @@ _MAY_CHANGE = {
     *("data.probe", "data.probe_val"),
     *("teacher.checkpoint", "teacher.cache"),
     *("int8.enabled", "int8.calibration", "int8.calibration_images"),
+    *("int8.watch", "int8.watch_images"),
     *("run.folder", "run.device", "run.precision", "run.channels_last", "run.compile"),
     *("run.threads", "run.log_every", "run.eval_every", "run.save_every"),
     *("run.seeds", "run.baseline"),
@@ -67,7 +68,7 @@ def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
 
     Without labels it has none.
     """
-    if config.data.unlabelled:
+    if config.headless:
         return models.headless(_create(config, config.student, 1, new_head=True))
     student: Any = _create(config, config.student, len(classes), new_head=True)
     origin = models.Origin.of(student)
@@ -80,6 +81,32 @@ def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
     if not origin.trained:
         _start_small(student)
     return student
+
+
+def own_classes(config: Config) -> list[str]:
+    """The classes of a student that is trained already.
+
+    Raises:
+        ConfigError: it does not name them, or has several labels for an image.
+    """
+    student: Any
+    if config.student.checkpoint:
+        try:
+            student = models.load(config.student.checkpoint).model
+        except ValueError as error:
+            raise ConfigError(
+                "student.checkpoint: expected a file of `vitkd distill`, which names its classes, "
+                f"with data.unlabelled=true: {error}"
+            ) from error
+    else:
+        student = _create(config, config.student, None, new_head=False)
+    origin = models.Origin.of(student)
+    if origin.multilabel:
+        raise ConfigError(
+            f"student.checkpoint: {origin} was trained on several labels for each image, and "
+            "data.unlabelled=true is of students with one class for each"
+        )
+    return list(origin.classes or map(str, range(student.num_classes)))
 
 
 def _start_small(model: Any) -> None:
@@ -115,7 +142,7 @@ def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[
     data.seed_all(0)
     if Path(section.model).is_file():
         teacher = models.load(section.model).model
-    elif config.data.unlabelled:
+    elif config.headless:
         # of any classes, or without a classifier, as self-supervised teachers are
         teacher = _create(config, section, 1, new_head=True)
     else:
@@ -128,7 +155,7 @@ def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[
         if not models.Origin.of(teacher).trained:
             _start_small(teacher)
         return teacher
-    if config.data.unlabelled:
+    if config.headless:
         teacher = models.headless(teacher)
     origin = models.Origin.of(teacher)
     if not origin.trained:
@@ -137,7 +164,7 @@ def _create_teacher(key: str, config: Config, section: Teacher, names: Sequence[
             "name its weights by teacher.checkpoint or teacher.pretrained=true, or train "
             "it first by teacher.epochs"
         )
-    if config.data.unlabelled:
+    if config.headless:
         return teacher
     if (found := getattr(teacher, "num_classes", classes)) != classes:
         raise ConfigError(
@@ -244,14 +271,58 @@ def check_image(name: str, config: Config, model: nn.Module) -> None:
         raise ConfigError(f"{name}.model: cannot read images of {size}: {why}") from error
 
 
-def check_aware(config: Config, student: nn.Module) -> None:
-    """ConfigError where the student cannot be trained for int8."""
+def check_aware(
+    config: Config,
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    cache: CachedTeacher | None,
+    learned: dict[str, torch.Size],
+) -> None:
+    """ConfigError where the student cannot be trained for int8, or not by who is to teach it.
+
+    learned is of `check_losses`, of the float student's training.
+    """
+    assert config.int8.aware
     try:
         lower(copy.deepcopy(student).eval(), config.data.image_size)
     except ValueError as error:
         raise ConfigError(
             f"int8.aware: {config.student.model} cannot run in int8: {error}"
         ) from error
+    by = config.int8.aware.teacher
+    lesson, everyone = aware_lesson(config, teachers, copy.deepcopy(student))
+    try:
+        found = check_losses(lesson, student, everyone, cache if by == "teacher" else None)
+    except ConfigError as error:
+        raise ConfigError(f"int8.aware.teacher: {by}: {error}") from error
+    if config.int8.aware.start and found != learned:
+        # the branch has those of other teachers
+        raise ConfigError(
+            "int8.aware.teacher: expected teacher, as the losses learn layers beside the student "
+            f"that depend on who teaches, got {by}"
+        )
+
+
+def aware_lesson(
+    config: Config, teachers: Sequence[nn.Module], student: nn.Module
+) -> tuple[Config, list[nn.Module]]:
+    """Configuration and teachers of a student that is trained for int8.
+
+    teachers are the run's, student is the float one, of which `int8.aware.teacher` chooses.
+    """
+    assert config.int8.aware
+    by, sections = config.int8.aware.teacher, list(config.all_teachers().values())
+    update: dict[str, Any] = {
+        "losses": config.losses.without("kure"),  # what rounding costs is in the loss already
+        "run": config.run.model_copy(update={"compile": False}),
+        "int8": config.int8.model_copy(update={"watch": 0}),
+    }
+    if by == "teacher":
+        return config.model_copy(update=update), list(teachers)
+    sections = [*(sections if by == "both" else []), Teacher(model=config.student.model)]
+    everyone = [*(teachers if by == "both" else []), student]
+    update |= {"teacher": Teacher(), "teachers": sections}
+    return config.model_copy(update=update), everyone
 
 
 def check_batch(name: str, config: Config, model: nn.Module) -> list[str]:
@@ -279,8 +350,12 @@ def check_losses(
     student: nn.Module,
     teachers: Sequence[nn.Module],
     cache: CachedTeacher | None = None,
-) -> None:
-    """ConfigError where the losses need what student or a teacher do not have."""
+) -> dict[str, torch.Size]:
+    """The shapes of what the losses learn beside the student.
+
+    Raises:
+        ConfigError: the losses need what student or a teacher do not have.
+    """
     predictors = [models.predictor(teacher).eval() for teacher in teachers]
     cpu = Runtime(torch.device("cpu"))
     try:
@@ -300,6 +375,8 @@ def check_losses(
             task(_image(config), labels, teachers=[cache.example()] if cache else None)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"losses: {error}") from error
+    learned: nn.Module = task.trainable_module.learned
+    return {name: x.shape for name, x in learned.state_dict().items()}
 
 
 def _image(config: Config) -> torch.Tensor:

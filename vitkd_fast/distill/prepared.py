@@ -28,7 +28,9 @@ class Prepared:
         self.warnings: list[str] = []
         resumes = preflight.holds_run(config, resume)
         self.splits = sources.open_data(config.data, config.student.options.get("num_classes"))
-        self.classes = self.splits.classes  # none without labels
+        if config.data.unlabelled and config.given:
+            self.splits = self.splits._replace(classes=preflight.own_classes(config))
+        self.classes = self.splits.classes  # none without labels and a student that has them
         self.probe = sources.open_probe(config.data)
         self.scored = self.probe or self.splits  # what models are scored on
         self.fingerprint = identity.fingerprint(self.splits)
@@ -48,14 +50,17 @@ class Prepared:
         self.student = models.Origin.of(student)
         preflight.check_image("student", config, student)
         self.warnings += preflight.check_batch("student", config, student)
-        if config.int8.aware:
-            preflight.check_aware(config, student)
         optim.create_optimizer(student, config.optimizer)
-        preflight.check_losses(config, student, self.teachers, self.cache)
+        learned = {}
+        if not config.given:
+            learned = preflight.check_losses(config, student, self.teachers, self.cache)
+        if config.int8.aware:
+            preflight.check_aware(config, student, self.teachers, self.cache, learned)
         data.loaders(config, self.splits, 0, config.optimizer.accumulate)
         self.skipped = set(self.splits.skipped)
         # whose weights become int8, and whose predictions the report shows
-        self.role = "distilled" if config.all_teachers() else "baseline"
+        distils = any(term.distils for _, term in config.losses.terms())
+        self.role = "distilled" if distils else "baseline"
         self.notes = [*notes, *self.splits.notes, *(self.probe.notes if self.probe else ())]
         self.notes += identity.probed_in_training(self.splits, self.probe)
 
@@ -84,7 +89,7 @@ class Prepared:
         """Prints data, classes, student and warnings before any training."""
         splits = self.splits
         train, val = sources.count(splits.train), sources.count(splits.val)
-        classes = "no" if self.config.data.unlabelled else len(self.classes)
+        classes = len(self.classes) or "no"
         self.say(f"data: {train} training images, {val} for validation, {classes} classes")
         if self.probe:
             sizes = [sources.count(x) for x in (self.probe.train, self.probe.val)]

@@ -16,19 +16,18 @@ from . import data
 from .config import Config
 
 
-def calibration_images(config: Config, train: Any, ranks: int = 1) -> Tensor:
-    """Images of training, evenly spread, prepared as in validation: uint8 [N, H, W, 3].
+def images(config: Config, source: Any, count: int, ranks: int = 1) -> Tensor:
+    """Images of a source, evenly spread, prepared as in validation: uint8 [N, H, W, 3].
 
     Raises:
         DataError: naming a file that cannot be read.
     """
-    wanted = config.int8.calibration_images
     # a copy: the worker reuses its memory
     batches = [
         batch.images.permute(0, 2, 3, 1).clone()
-        for batch in data.sample(config, train, wanted, ranks)
+        for batch in data.sample(config, source, count, ranks)
     ]
-    return torch.cat(batches)[:wanted]
+    return torch.cat(batches)[:count]
 
 
 def quantize(

@@ -204,6 +204,8 @@ def _commands(results: dict) -> list[tuple[str, str]]:
     train, val = (data.get(key) or f"{key.upper()}_IMAGES" for key in keys)
     folder = Path(run["folder"]) / f"{role}-{seeds[0]}"
     model = str(folder / ("classifier.safetensors" if fitted else "last.safetensors"))
+    if ((config.get("int8") or {}).get("aware") or {}).get("start") == 0:  # the float one is given
+        model = config["student"]["checkpoint"] or config["student"]["model"]
     aware = Path(run["folder"]) / f"int8-aware-{seeds[0]}"
     small = str((aware if "int8-aware" in roles else folder) / "last.int8.safetensors")
     found = [
@@ -228,6 +230,8 @@ def render(results: dict) -> str:
             "scatter": _scatter(results["models"]),
             "loss": _curves(curves, "train", "loss", 1, "training loss"),
             "top1": _curves(curves, "val", key, 100, f"validation {called}, %"),
+            "sqnr": _curves(curves, "int8", "sqnr", 1, "SQNR of the logits, dB"),
+            "agreement": _curves(curves, "int8", "agreement", 100, "agreement with float32, %"),
         }
     source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     template = Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -68,6 +68,18 @@ def verdict(comparison: dict[str, Any] | None, compared: bool) -> str:
     )
 
 
+def verdict_of_int8(rows: list[dict[str, Any]]) -> str:
+    """One sentence on a given student in int8, trained for it and not, of the report's rows."""
+    aware, after = (
+        next(row for row in rows if row["role"] == role)["mean"] for role in ("int8-aware", "int8")
+    )
+    return (
+        f"Trained for int8, the student agrees with itself in float32 on {aware['unchanged']:.1%} "
+        f"of the validation images; quantized as it was, on {after['unchanged']:.1%}. Without "
+        "labels there is no accuracy: vitkd eval finds it on labelled images."
+    )
+
+
 def verdict_without_labels(rows: list[dict[str, Any]]) -> str:
     """One sentence on a student's features beside its teacher's, of the rows of the report."""
     student = next(row for row in rows if row["role"] == "distilled")["mean"]
@@ -95,8 +107,21 @@ def curves(folders: dict[str, Path]) -> dict[str, Any]:
     for name, folder in folders.items():
         rows = logger.read(folder)
         found[name] = {
-            kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "val")
+            kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "val", "int8")
         }
+    return found
+
+
+def unquantised(curves: dict[str, Any]) -> list[str]:
+    """A sentence for each run whose student could not be quantised when `int8.watch` looked."""
+    found = []
+    for title, curve in curves.items():
+        failed = [row for row in curve["int8"] if "error" in row]
+        if failed:
+            found.append(
+                f"int8.watch: {title}: not quantised at {len(failed)} of {len(curve['int8'])} "
+                f"looks, first after epoch {failed[0]['epoch']:g}: {failed[0]['error']}"
+            )
     return found
 
 

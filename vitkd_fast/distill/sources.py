@@ -113,7 +113,7 @@ def _images(path: str, key: str, notes: list[str]) -> Folder | Pack:
     """The images of a folder, wherever they lie in it, or of a packed file, without labels."""
     if is_packed(path):
         packed = Pack(path, key)
-        return packed.labelled([-1] * len(packed), [])
+        return packed.labelled([NO_LABEL] * len(packed), [])
     if not os.path.isdir(path):
         raise DataError(f"{key}: {path} is no folder")
     found = find(path)
@@ -121,7 +121,7 @@ def _images(path: str, key: str, notes: list[str]) -> Folder | Pack:
         raise DataError(f"{key}: {path} holds no images ({', '.join(EXTENSIONS)})")
     notes += _ignored(key, found.ignored)
     files = list(found.files.values())
-    return Folder(files, [-1] * len(files), [])
+    return Folder(files, [NO_LABEL] * len(files), [])
 
 
 def _with_extra(splits: Splits, config: Data) -> Splits:

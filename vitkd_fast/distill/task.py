@@ -320,7 +320,8 @@ class _Trainable(nn.Module):
         for i, teacher in enumerate(teachers or [None]):
             place = _place(name, i, len(teachers))
             learned = self.learned[place] if place in self.learned else None
-            losses.append(term(StepOutputs(student, teacher, labels), done, learned))
+            outputs = StepOutputs(student, teacher, labels, self.predict)
+            losses.append(term(outputs, done, learned))
         if len(losses) == 1:
             return losses[0]
         return torch.stack([w * x for w, x in zip(self.average.weights, losses, strict=True)]).sum()

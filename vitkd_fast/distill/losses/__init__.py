@@ -33,6 +33,7 @@ from .logits import RowTerm as RowTerm
 from .logits import Spearman as Spearman
 from .logits import Token as Token
 from .logits import WKDLogit as WKDLogit
+from .quantizable import KURE as KURE
 from .relations import CC as CC
 from .relations import PKT as PKT
 from .relations import RKD as RKD
@@ -81,6 +82,7 @@ class Losses(Section):
     wkd_logit: WKDLogit | None = None
     binary_kd: BinaryKD | None = None
     bce: BCE | None = None
+    kure: KURE | None = None
 
     def terms(self) -> Iterator[tuple[str, Term]]:
         """The terms that were named, with their names."""
@@ -94,9 +96,13 @@ class Losses(Section):
         return any(term.independent for _, term in self.terms())
 
     def baseline(self) -> Losses:
-        """Without a teacher: the cross-entropy, with the same label smoothing."""
+        """Without a teacher: the cross-entropy, with the same label smoothing, and kure."""
         if self.independent:
-            return Losses(bce=BCE())
+            return Losses(bce=BCE(), kure=self.kure)
         terms = (term for term in (self.kd, self.ce) if term)
         smoothing = max((term.label_smoothing for term in terms), default=0.0)
-        return Losses(ce=CE(label_smoothing=smoothing))
+        return Losses(ce=CE(label_smoothing=smoothing), kure=self.kure)
+
+    def without(self, name: str) -> Losses:
+        """All terms but one."""
+        return self.model_copy(update={name: None})

@@ -22,11 +22,12 @@ _Part = TypeVar("_Part", bound=nn.Module)
 
 
 class StepOutputs(NamedTuple):
-    """Outputs of student and teacher for a batch, and its labels."""
+    """Outputs of student and teacher for a batch, its labels, and the student itself."""
 
     student: TapOutputs
     teacher: TapOutputs | None
     labels: Labels
+    model: nn.Module | None = None
 
 
 class Section(BaseModel):
