@@ -103,33 +103,33 @@ class QNN(Writer):
         assert of is not None
         x, scale = self._wide(x, *of.range, f"{name}.wide")
         y = self._of_words(x, layer, scale, f"{name}.product")
-        bounds = _bounds(layer, of.range)
-        y, _ = self._wide(y, *bounds, f"{name}.logits")
-        y, _ = self._wide(self.add("Flatten", [y], f"{name}.flat"), *bounds, "logits")
+        range_ = bounds(layer, of.range)
+        y, _ = self._wide(y, *range_, f"{name}.logits")
+        y, _ = self._wide(self.add("Flatten", [y], f"{name}.flat"), *range_, "logits")
         self.nodes[-1].output[0] = "logits"
         return "logits"
 
     def gate(self, node: SqueezeExcite, name: str) -> str:
         x, of = self.read(node.inputs[0], f"{name}.gate")
         y = self.again(self.mean(x, f"{name}.mean"), Map(of.scale, of.zero_point), f"{name}.means")
-        bounds = of.range
-        y, scale = self._wide(y, *bounds, f"{name}.wide")
+        range_ = of.range
+        y, scale = self._wide(y, *range_, f"{name}.wide")
         first, second = self.gate_layers(node)
         y = self._of_words(y, first, scale, f"{name}.fc1")
-        bounds = _bounds(first, bounds)
+        range_ = bounds(first, range_)
         if node.hidden_hardswish:
-            y, _ = self._wide(y, *bounds, f"{name}.linear")
-            y, bounds = self.hard_swish(y, f"{name}.hardswish"), (-0.375, bounds[1])
+            y, _ = self._wide(y, *range_, f"{name}.linear")
+            y, range_ = self.hard_swish(y, f"{name}.hardswish"), (-0.375, range_[1])
         else:
-            bounds = (0.0, bounds[1])  # cut there
-        y, scale = self._wide(y, *bounds, f"{name}.hidden")
+            range_ = 0.0, range_[1]  # cut there
+        y, scale = self._wide(y, *range_, f"{name}.hidden")
         y = self._of_words(y, second, scale, f"{name}.fc2")
         y, _ = self._wide(y, -3.0, 3.0, f"{name}.before")  # a hard-sigmoid sees no more
         y, _ = self._wide(self.hard_sigmoid(y, f"{name}.hardsigmoid"), 0.0, 1.0, f"{name}.gates")
         return self.again(y, GATE, f"{name}.gate")
 
 
-def _bounds(layer: Layer, reads: tuple[float, float]) -> tuple[float, float]:
+def bounds(layer: Layer, reads: tuple[float, float]) -> tuple[float, float]:
     """What a product with the weights [out, in] can be, of inputs in a range."""
     ends = np.multiply.outer(np.array(reads), layer.real_weight.astype(np.float64))
     bias = layer.real_bias
