@@ -21,7 +21,7 @@ from support.int8_models import MEAN, STD, Block, randomised, sqnr
 from vitkd_fast import cli, export, int8
 from vitkd_fast.export import scales
 from vitkd_fast.int8 import file
-from vitkd_fast.int8.graph import Classifier, Graph
+from vitkd_fast.int8.graph import Classifier, Conv, Depthwise, Graph
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -142,6 +142,30 @@ def test_scales_multiply_to_the_multipliers() -> None:
         elif node.op in ("squeeze_excite", "pool"):
             np.testing.assert_allclose(source.scale / of.scale, node.ratio, rtol=1e-6)
     assert kinds == {"conv", "depthwise", "squeeze_excite", "pool", "classifier"}
+
+
+def test_runtimes_form_the_engines_multipliers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """s_in s_w / s_out in float32, to the last bit, where a sum may be a tie: 99 of 100."""
+    torch.manual_seed(0)
+    model = randomised(timm.create_model("mobilenetv2_050", num_classes=10))
+    graph = int8.quantize(model, smooth(8, 64), mean=HALF, std=HALF, portable=True).graph
+
+    def missed() -> float:
+        maps: Any = scales.of_maps(graph)
+        found = []
+        for node, of in zip(graph.nodes, maps, strict=True):
+            if isinstance(node, Conv | Depthwise) and node.inputs[0] >= 0:
+                source = maps[node.inputs[0]]
+                weight = scales.of_weights(node, source, of)
+                formed = np.float32(source.scale) * weight / np.float32(of.scale)
+                # of at most 16 bits
+                short = np.ldexp(np.frexp(node.multiplier)[0], 16) % 1 == 0
+                found.append((formed != node.multiplier)[short])
+        return float(np.concatenate(found).mean())
+
+    chosen = missed()
+    monkeypatch.setattr(scales, "_unit", lambda *_: 1.0)
+    assert chosen < 0.015 and missed() > 2 * chosen
 
 
 def test_the_file_says_how_images_are_prepared(tmp_path: Path) -> None:

@@ -45,10 +45,8 @@ class Layer:
     @property
     def real_weight(self) -> Array:
         """Float32."""
-        shape = (-1, *[1] * (self.weight.ndim - 1))
-        real: Array = (self.weight * self.scale.astype(np.float64).reshape(shape)).astype(
-            np.float32
-        )
+        scale = self.scale.astype(np.float64).reshape(-1, *[1] * (self.weight.ndim - 1))
+        real: Array = (self.weight * scale).astype(np.float32)
         return real
 
     @property
@@ -167,7 +165,7 @@ class Walk(ABC):
         x, _ = self.read(node.inputs[0], name)
         size = self._outputs[node.inputs[0]][1]
         if isinstance(node, Add):
-            y = self.sum(x, self.read(node.inputs[1], name)[0], f"{name}.sum")
+            y = self.sum(x, self.read(node.inputs[1], f"{name}.other")[0], f"{name}.sum")
         elif isinstance(node, Pool):
             y, size = self.mean(x, f"{name}.mean"), (1, 1)
         else:
@@ -202,7 +200,7 @@ class Walk(ABC):
             y = self.again(y, scales.before_activation(output), f"{name}.linear")
             y = self.hard_swish(y, f"{name}.hardswish")
         elif isinstance(node, Conv) and node.residual_multiplier is not None:
-            other, of = self.read(node.inputs[1], name)
+            other, of = self.read(node.inputs[1], f"{name}.other")
             y = self.again(y, scales.before_residual(output, of), f"{name}.linear")
             y = self.sum(y, other, f"{name}.sum")
         return self._rounded(y, output, name), (rows, columns)
@@ -216,11 +214,8 @@ class Walk(ABC):
 
     def image_map(self) -> Map:
         """Of the image's bytes: zeros pad where all channels are padded alike."""
-        return Map(1.0, self._zero())
-
-    def _zero(self) -> int:
         bytes_ = self.graph.padding_bytes
-        return bytes_[0] if len(set(bytes_)) == 1 else 0
+        return Map(1.0, bytes_[0] if len(set(bytes_)) == 1 else 0)
 
     def rounded_image(self, x: Any, of: Map) -> Any:
         """Real numbers of the image's bytes, as those of a map."""
@@ -239,6 +234,7 @@ class Walk(ABC):
         return first, Layer(np.ascontiguousarray(node.q2.T), node.s2, node.b2)
 
     def gate(self, node: SqueezeExcite, name: str) -> Any:
+        """What a squeeze-excite multiplies its input with, [N, C, 1, 1], in real numbers."""
         y = self.mean(self.read(node.inputs[0], f"{name}.gate")[0], f"{name}.mean")
         first, second = self.gate_layers(node)
         y = self.linear(y, first, f"{name}.fc1")
