@@ -20,6 +20,7 @@ from support.int8_builder import FIELDS, Builder
 from support.int8_models import MEAN, STD, Block, randomised, sqnr
 from vitkd_fast import cli, export, int8
 from vitkd_fast.export import scales
+from vitkd_fast.export.command import Runtime
 from vitkd_fast.int8 import file
 from vitkd_fast.int8.graph import Classifier, Conv, Depthwise, Graph
 
@@ -307,6 +308,7 @@ def test_the_command(
         assert (stop.value.code or 0) == code
         out, err = capsys.readouterr()
         assert says in " ".join((out + err).split())
+    assert [x.value for x in Runtime] == list(export.PROFILES)
     kinds = {x.data_type for x in onnx.load(tmp_path / "b.onnx").graph.initializer}
     assert onnx.TensorProto.UINT8 not in kinds
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def write(graph: Graph, path: Path, exact: bool = False) -> None:
         beside = Path(folder) / path.name
         made.save(str(beside))
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(Path(folder) / "before")
         beside.rename(path)
 
 
