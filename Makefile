@@ -36,8 +36,8 @@ CXX_SOURCES = $(shell find csrc cmake examples tests -name '*.h' -o -name '*.c' 
 # Debian's, for the targets that end in -arm
 ARM_TOOLS := g++-aarch64-linux-gnu qemu-user
 
-.PHONY: help install demo test test-all test-arm test-oldest test-triton fuzz wheel wheel-arm bench bench-arm \
-  arm-tools gpu gpu-test gpu-bench gpu-sanitize docs lint format clean
+.PHONY: help install demo test test-all test-arm test-executorch test-oldest test-triton fuzz wheel wheel-arm \
+  bench bench-arm arm-tools gpu gpu-test gpu-bench gpu-sanitize docs lint format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -72,6 +72,11 @@ test-oldest: wheel $(OLDEST)/ready  ## the wheel, built with the newest torch, i
 	$(OLDEST)/bin/pip check
 	cd $(OLDEST) && bin/vitkd show
 	cd $(OLDEST) && bin/pytest -m "not slow" -c ../pyproject.toml $(addprefix ../,$(wildcard tests/ops/test_kd*.py))
+
+# ExecuTorch is built for one torch, and brings much else
+test-executorch: wheel .venv-executorch/ready  ## exported programs, by XNNPACK in ExecuTorch
+	.venv-executorch/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	cd .venv-executorch && bin/pytest -c ../pyproject.toml ../tests/int8/test_export_executorch.py
 
 test-triton: $(TRITONS:%=test-triton-%)  ## the Triton tests with every Triton from 3.6 to 3.9
 
@@ -181,6 +186,11 @@ endif
 $(OLDEST)/ready:
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet "torch==2.11.*" numpy pillow typer pytest
+	@touch $@
+
+.venv-executorch/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet "executorch==1.5.*" "torch>=2.14" numpy pillow typer timm pytest
 	@touch $@
 
 .venv-triton-%/ready: | $(STAMP)

@@ -11,6 +11,8 @@ _BRINGS = {
     "ray": ("ray",),
     "export-onnx": ("onnx",),
     "export-litert": ("ai_edge_litert", "flatbuffers"),
+    "export-executorch": ("torch", "executorch"),
+    "export-coreml": ("coremltools",),
     "store": ("fsspec", "s3fs", "gcsfs"),
 }
 

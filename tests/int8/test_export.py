@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
-from collections import Counter
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,64 +13,23 @@ import numpy as np
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from safetensors.torch import save_file
 
+from support.export_tools import HALF, Added, in_litert, in_onnxruntime, plain, smooth
 from support.int8_builder import FIELDS, Builder
 from support.int8_models import MEAN, STD, Block, randomised, sqnr
 from vitkd_fast import cli, export, int8
 from vitkd_fast.export import scales
-from vitkd_fast.int8.graph import Array, Classifier, Graph
+from vitkd_fast.export.command import Runtime
+from vitkd_fast.int8 import file
+from vitkd_fast.int8.graph import Classifier, Conv, Depthwise, Graph
 
 onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-litert = pytest.importorskip("ai_edge_litert.interpreter")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("ai_edge_litert.interpreter")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HALF = (0.5, 0.5, 0.5)
-
-
-def in_onnxruntime(path: Path, images: Array) -> tuple[Array, Counter[str]]:
-    """Logits, and the operations that it runs, after its optimisations."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    options.optimized_model_filepath = str(path.with_suffix(".optimised"))
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    logits = [session.run(None, {"images": part[None]})[0] for part in images]
-    nodes = onnx.load(options.optimized_model_filepath).graph.node
-    return np.concatenate(logits), Counter(node.op_type for node in nodes)
-
-
-def in_litert(path: Path, images: Array) -> tuple[Array, Counter[str]]:
-    """Logits, by XNNPACK, and the operations; DELEGATE is a part that XNNPACK runs."""
-    interpreter = litert.Interpreter(str(path), num_threads=1)
-    interpreter.resize_tensor_input(0, images.shape)  # the batch is free
-    interpreter.allocate_tensors()
-    [given], [made] = interpreter.get_input_details(), interpreter.get_output_details()
-    interpreter.set_tensor(given["index"], images)
-    interpreter.invoke()
-    operations = Counter(x["op_name"] for x in interpreter._get_ops_details())
-    return interpreter.get_tensor(made["index"]), operations
-
-
 RUNTIMES: dict[str, Any] = {".onnx": in_onnxruntime, ".tflite": in_litert}
-
-
-def smooth(count: int, size: int) -> Array:
-    torch.manual_seed(0)
-    coarse = torch.rand(count, 3, 4, 4) * 255
-    large = nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 255)
-    return large.to(torch.uint8).permute(0, 2, 3, 1).numpy().copy()
-
-
-def plain() -> nn.Module:
-    """Layers that the engine and the runtimes round alike: no hard-swish, no addition."""
-    torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU6(),
-        nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.ReLU(),
-        nn.Conv2d(8, 16, 1), nn.Conv2d(16, 12, 3, 2, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 7),
-    ).eval()  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", RUNTIMES)
@@ -132,19 +92,6 @@ def test_what_runs_in_int8(name: str, tmp_path: Path) -> None:
     assert operations["DELEGATE"] == 1
 
 
-class Added(nn.Module):
-    """Convolutions whose results are added."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).relu()
-        return self.fc((x + self.b(self.a(x).relu())).mean((2, 3)))
-
-
 @pytest.mark.parametrize("suffix", RUNTIMES)
 @pytest.mark.parametrize("portable", [False, True])
 def test_a_portable_files_additions_are_the_engines(
@@ -198,6 +145,30 @@ def test_scales_multiply_to_the_multipliers() -> None:
     assert kinds == {"conv", "depthwise", "squeeze_excite", "pool", "classifier"}
 
 
+def test_runtimes_form_the_engines_multipliers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """s_in s_w / s_out in float32, to the last bit, where a sum may be a tie: 99 of 100."""
+    torch.manual_seed(0)
+    model = randomised(timm.create_model("mobilenetv2_050", num_classes=10))
+    graph = int8.quantize(model, smooth(8, 64), mean=HALF, std=HALF, portable=True).graph
+
+    def missed() -> float:
+        maps: Any = scales.of_maps(graph)
+        found = []
+        for node, of in zip(graph.nodes, maps, strict=True):
+            if isinstance(node, Conv | Depthwise) and node.inputs[0] >= 0:
+                source = maps[node.inputs[0]]
+                weight = scales.of_weights(node, source, of)
+                formed = np.float32(source.scale) * weight / np.float32(of.scale)
+                # of at most 16 bits
+                short = np.ldexp(np.frexp(node.multiplier)[0], 16) % 1 == 0
+                found.append((formed != node.multiplier)[short])
+        return float(np.concatenate(found).mean())
+
+    chosen = missed()
+    monkeypatch.setattr(scales, "_unit", lambda *_: 1.0)
+    assert chosen < 0.015 and missed() > 2 * chosen
+
+
 def test_the_file_says_how_images_are_prepared(tmp_path: Path) -> None:
     classes = [f"class {i}" for i in range(7)]
     graph = int8.quantize(
@@ -213,16 +184,103 @@ def test_the_file_says_how_images_are_prepared(tmp_path: Path) -> None:
     assert [size.dim_param or size.dim_value for size in sizes] == ["N", 32, 32, 3]
 
 
+def test_tensorflows_metadata_have_the_labels(tmp_path: Path) -> None:
+    """As metadata_schema.fbs of tensorflow/tflite-support numbers its tables' fields."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+    from flatbuffers.number_types import Float32Flags, Int8Flags, Uint8Flags, Uint32Flags
+
+    classes = ["tench", "wörld cup", "a, b"] + [f"class {i}" for i in range(4)]
+    graph = int8.quantize(plain(), smooth(4, 32), mean=HALF, std=HALF, classes=classes).graph
+    export.write(graph, path := tmp_path / "a.tflite")
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["labels.txt"] and archive.testzip() is None
+        assert archive.read("labels.txt").decode().splitlines() == classes
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes(), 0))
+    [place] = [x.buffer for x in model.metadata if x.name == b"TFLITE_METADATA"]
+    data = bytes(bytearray(model.buffers[place].data))
+    assert data[4:8] == b"M001"
+
+    def at(table: Any, field: int) -> int:
+        """Where a field's value is."""
+        offset = table.Offset(4 + 2 * field)
+        assert offset, "the field is not there"
+        return int(table.Pos + offset)
+
+    def child(table: Any, field: int) -> Any:
+        return flatbuffers.Table(data, table.Indirect(at(table, field)))
+
+    def only(table: Any, field: int) -> Any:
+        vector = table.Vector(table.Offset(4 + 2 * field))
+        assert table.VectorLen(table.Offset(4 + 2 * field)) == 1
+        return flatbuffers.Table(data, table.Indirect(vector))
+
+    def number(table: Any, field: int, kind: Any) -> Any:
+        return table.Get(kind, at(table, field))
+
+    def real(table: Any, field: int) -> Any:
+        return table.Get(Float32Flags, table.Vector(table.Offset(4 + 2 * field)))
+
+    root = flatbuffers.Table(data, int.from_bytes(data[:4], "little"))
+    subgraph = only(root, 3)
+    image, logits = only(subgraph, 2), only(subgraph, 3)
+    assert root.String(at(root, 7)) == b"1.0.0" and image.String(at(image, 0)) == b"images"
+    content = child(image, 3)
+    assert number(content, 0, Uint8Flags) == 2  # ImageProperties
+    properties = child(content, 1)
+    assert number(properties, 0, Int8Flags) == 1  # RGB
+    size = child(properties, 1)
+    assert [number(size, i, Uint32Flags) for i in (0, 1)] == [32, 32]
+    unit = only(image, 4)
+    assert number(unit, 0, Uint8Flags) == 1  # NormalizationOptions
+    tensor = model.subgraphs[0].tensors[model.subgraphs[0].inputs[0]].quantization
+    # less the mean, over the deviation, over the scale, and the zero point: the same byte
+    assert real(child(unit, 1), 0) == tensor.zeroPoint[0] and real(child(unit, 1), 1) == 1
+    assert tensor.scale[0] == 1 and real(child(image, 5), 0) == 255
+    labels = only(logits, 6)
+    assert labels.String(at(labels, 0)) == b"labels.txt"
+    assert number(labels, 2, Int8Flags) == 2  # TENSOR_AXIS_LABELS
+
+    # a runtime reads the model in front of the archive, and without classes there is none
+    assert len(in_litert(path, smooth(1, 32))[0]) == 1
+    export.write(dataclasses.replace(graph, classes=()), path)
+    assert not zipfile.is_zipfile(path)
+    with pytest.raises(ValueError, match=r"classes: expected names of one line, got 'a\\nb'"):
+        export.write(dataclasses.replace(graph, classes=("a\nb", *classes[1:])), path)
+
+
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph: Graph = int8.quantize(plain(), smooth(4, 32), mean=HALF, std=HALF).graph
     with pytest.raises(
-        ValueError, match=r"export: path: expected a name in \.onnx, \.tflite, got .*pb"
+        ValueError,
+        match=r"export: path: expected a name in \.onnx, \.tflite, \.pte, \.mlpackage, got .*pb",
     ):
         export.write(graph, tmp_path / "a.pb")
     with pytest.raises(int8.FileError):
         export.write(b"no file", tmp_path / "a.onnx")
+    newer = file.dump(graph).replace(b'\\"format\\": 1', b'\\"format\\": 2')
+    with pytest.raises(int8.FileError, match="format: expected 1, which this version reads, got 2"):
+        export.write(newer, tmp_path / "a.onnx")
+    names: Any = ("qdq", "nnapi")
+    for profile, suffix, exact, message in (
+        (names[1], "onnx", False, "profile: expected qdq, qoperator, tensorrt, qnn, got 'nnapi'"),
+        ("qnn", "tflite", False, r"profile qnn: expected int8 in a \.onnx file, got .*a\.tflite"),
+        (
+            "qnn",
+            "onnx",
+            True,
+            r"profile qnn: expected int8 in a \.onnx file, got a network",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"export: {message}"):
+            export.write(graph, tmp_path / f"a.{suffix}", exact=exact, profile=profile)
     monkeypatch.setattr("vitkd_fast._extras.find_spec", lambda name: None)
-    for suffix, extra in ((".onnx", "export-onnx"), (".tflite", "export-litert")):
+    for suffix, extra in (
+        (".onnx", "export-onnx"),
+        (".tflite", "export-litert"),
+        (".pte", "export-executorch"),
+        (".mlpackage", "export-coreml"),
+    ):
         with pytest.raises(ImportError, match=rf'pip install "vitkd-fast\[{extra}\]"'):
             export.write(graph, tmp_path / f"a{suffix}")
     assert not list(tmp_path.iterdir())
@@ -231,12 +289,31 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "a.int8.safetensors"
-    int8.quantize(plain(), smooth(4, 32), mean=HALF, std=HALF).save(file)
-    for arguments, code in ((["-o", f"{tmp_path}/a.onnx"], 0), (["-o", f"{tmp_path}/a.pt"], 2)):
-        monkeypatch.setattr(sys, "argv", ["vitkd", "export", str(file), *arguments])
+    source = tmp_path / "a.int8.safetensors"
+    int8.quantize(plain(), smooth(4, 32), mean=HALF, std=HALF).save(source)
+    for arguments, code, says in (
+        (["-o", f"{tmp_path}/a.onnx"], 0, "a.onnx: 0.0"),
+        (["-o", f"{tmp_path}/b.onnx", "--profile", "tensorrt"], 0, "b.onnx: 0.0"),
+        (["-o", f"{tmp_path}/a.pt"], 2, "expected a name in .onnx, .tflite, .pte, .mlpackage"),
+        (
+            ["-o", f"{tmp_path}/a.tflite", "--profile", "qnn"],
+            2,
+            "profile qnn: expected -o *.onnx",
+        ),
+        (["-o", f"{tmp_path}/no/a.onnx"], 2, "no is no folder"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["vitkd", "export", str(source), *arguments])
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert (stop.value.code or 0) == code
-    out, err = capsys.readouterr()
-    assert "a.onnx: 0.0" in out and "expected a name in .onnx, .tflite" in err
+        out, err = capsys.readouterr()
+        assert says in " ".join((out + err).split())
+    assert [x.value for x in Runtime] == list(export.PROFILES)
+    kinds = {x.data_type for x in onnx.load(tmp_path / "b.onnx").graph.initializer}
+    assert onnx.TensorProto.UINT8 not in kinds
+
+
+def test_a_float_student_is_sent_to_quantize(tmp_path: Path) -> None:
+    save_file(plain().state_dict(), tmp_path / "student.safetensors")
+    with pytest.raises(int8.FileError, match=r"student.safetensors: .*vitkd quantize"):
+        export.write(tmp_path / "student.safetensors", tmp_path / "a.onnx")

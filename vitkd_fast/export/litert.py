@@ -27,7 +27,7 @@ from ..int8.graph import (
     SqueezeExcite,
     padding_of,
 )
-from . import scales
+from . import scales, tflite_metadata
 from .scales import Map
 
 _VERSIONS = {  # the first of each operator that takes int8
@@ -41,7 +41,7 @@ _SAME, _VALID = 0, 1  # Padding
 def write(graph: Graph, path: Path, exact: bool = False) -> None:
     """Writes the file, entirely or not at all; `exact`: float32, without rounding."""
     require("export-litert", "export: a .tflite file")
-    model = _Writer(graph, exact).model()
+    model = tflite_metadata.with_labels(_Writer(graph, exact).model(), graph)
     with replacing(path) as beside:
         beside.write_bytes(model)
 
@@ -71,16 +71,20 @@ class _Writer:
         subgraph = schema.SubGraphT(
             self.tensors, [images], [self.logits], self.operators, "vitkd_fast"
         )
-        place = self._buffer(
-            np.frombuffer(json.dumps(scales.preparation(graph)).encode(), np.uint8)
-        )
+        metadata = {
+            tflite_metadata.NAME: tflite_metadata.metadata(graph, self._input(-1).zero_point),
+            "vitkd_fast": json.dumps(scales.preparation(graph)).encode(),
+        }
         made = schema.ModelT(
             version=3,
             operatorCodes=[self._code(name) for name in self.codes],
             subgraphs=[subgraph],
             description="vitkd_fast",
+            metadata=[
+                schema.MetadataT(name, self._buffer(np.frombuffer(data, np.uint8)))
+                for name, data in metadata.items()
+            ],
             buffers=self.buffers,
-            metadata=[schema.MetadataT("vitkd_fast", place)],
         )
         builder = flatbuffers.Builder(1 << 20)
         builder.Finish(made.Pack(builder), b"TFL3")

@@ -93,20 +93,68 @@ def _related(graph: Graph) -> dict[int, float]:
         if i in scales:
             continue
         scales[i] = known.get(i, 1.0)
-        waiting = [i]
+        waiting, found = [i], [i]
         while waiting:
             a = waiting.pop()
             for b, ratio in edges[a]:
                 if b not in scales:
                     scales[b] = known.get(b, scales[a] * ratio)
                     waiting.append(b)
+                    found.append(b)
+        if i not in known and len(found) > 1:
+            unit = _unit(graph, {j: scales[j] for j in found})
+            scales.update({j: unit * scales[j] for j in found})
     return scales
 
 
+def _unit(graph: Graph, scales: dict[int, float]) -> float:
+    """What to multiply these scales with, so that runtimes form the multipliers that read them.
+
+    Those of few bits, whose sums are ties now and then, have to be right to the last bit. What
+    reads such a map has an output of scale 1: its weights' scale is the multiplier over the map's,
+    and not every product of two float32 numbers is the number that was divided.
+    """
+    readers = [
+        (node, scales[node.inputs[0]])
+        for i, node in enumerate(graph.nodes)
+        if isinstance(node, Conv | Depthwise) and node.inputs[0] in scales and i not in scales
+    ]
+
+    def wrong(unit: float) -> int:
+        count = 0
+        for node, scale in readers:
+            short = np.ldexp(np.frexp(node.multiplier)[0], 16) % 1 == 0
+            reads = Map(float(np.float32(unit * scale)), 0)
+            count += int((_off(node, _near(node, reads, 1.0), reads, 1.0) != 0)[short].sum())
+        return count
+
+    return min((1 + k / 2048 for k in range(2048)), key=wrong) if readers else 1.0
+
+
 def of_weights(node: Conv | Depthwise | Classifier, inputs: Map, output: Map | None) -> Array:
-    """Float32 [C_out], of a convolution whose sums, times s_in s_w, are real numbers."""
-    before = 1.0 if output is None or _has_hardswish(node) else output.scale
-    return (node.multiplier.astype(np.float64) * before / inputs.scale).astype(np.float32)
+    """Float32 [C_out], of a convolution whose sums, times s_in s_w, are real numbers.
+
+    ONNX Runtime and XNNPACK form s_in s_w / s_out in float32: of the numbers beside a quotient, the
+    one whose product is the engine's multiplier, or nearest to it. Else some sums that are almost
+    ties would be rounded to the other side.
+    """
+    return _near(node, inputs, 1.0 if output is None or _has_hardswish(node) else output.scale)
+
+
+def _near(node: Conv | Depthwise | Classifier, inputs: Map, output: float) -> Array:
+    """Of the float32 numbers beside m s_out / s_in, the one whose product is nearest to m."""
+    exact = (node.multiplier.astype(np.float64) * output / inputs.scale).astype(np.float32)
+    below, above = (np.nextafter(exact, np.float32(end)) for end in (0, np.inf))
+    found = np.stack([exact, below, above])
+    nearest = np.abs(_off(node, found, inputs, output)).argmin(0)
+    scale: Array = np.take_along_axis(found, nearest[None], 0)[0]
+    return scale
+
+
+def _off(node: Conv | Depthwise | Classifier, scale: Array, inputs: Map, output: float) -> Array:
+    """By how much the multiplier is missed in float32."""
+    missed: Array = np.float32(inputs.scale) * scale / np.float32(output) - node.multiplier
+    return missed
 
 
 def _has_hardswish(node: Conv | Depthwise | Classifier) -> bool:
