@@ -120,33 +120,41 @@ class _Writer:
     def _image(self, pads: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]], int]:
         """The image as [N, 3, H, W], what a convolution still has to pad, and the zero point.
 
-        Zeros pad what is less its zero point, so bytes that pad all channels alike are that;
-        others are put around the image before.
+        Its bytes are put around the image before: OpenVINO would run a convolution in float that
+        pads with a zero point.
         """
         x = self._add("Transpose", ["images"], "planes", perm=[0, 3, 1, 2])
         bytes_ = self.graph.padding_bytes
         zero = bytes_[0] if len(set(bytes_)) == 1 else 0
-        if len(set(bytes_)) > 1 and any(map(any, pads)):
+        if any(map(any, pads)):
             (top, bottom), (left, right) = pads
             around = self._constant("pads", [0, 0, top, left, 0, 0, bottom, right], np.int64)
-            from onnx import helper
-
-            channels = [f"planes.{i}" for i in range(3)]
-            self.nodes.append(
-                helper.make_node("Split", [x], channels, name="split", axis=1, num_outputs=3)
-            )
-            padded = [
-                self._add(
-                    "Pad",
-                    [channel, around, self._constant(f"{channel}.byte", byte, np.uint8)],
-                    f"{channel}.padded",
-                )
-                for channel, byte in zip(channels, bytes_, strict=True)
-            ]
-            x, pads = self._add("Concat", padded, "padded", axis=1), [(0, 0), (0, 0)]
+            x, pads = self._padded(x, around), [(0, 0), (0, 0)]
         one = self._constant("planes.scale", 1.0, np.float32)
         of = self._constant("planes.zero_point", zero, np.uint8)
         return self._add("DequantizeLinear", [x, one, of], "pixels"), pads, zero
+
+    def _padded(self, x: str, around: str) -> str:
+        """With one byte, or each channel with its own."""
+        from onnx import helper
+
+        bytes_ = self.graph.padding_bytes
+        if len(set(bytes_)) == 1:
+            byte = self._constant("planes.byte", bytes_[0], np.uint8)
+            return self._add("Pad", [x, around, byte], "padded")
+        channels = [f"planes.{i}" for i in range(3)]
+        self.nodes.append(
+            helper.make_node("Split", [x], channels, name="split", axis=1, num_outputs=3)
+        )
+        padded = [
+            self._add(
+                "Pad",
+                [channel, around, self._constant(f"{channel}.byte", byte, np.uint8)],
+                f"{channel}.padded",
+            )
+            for channel, byte in zip(channels, bytes_, strict=True)
+        ]
+        return self._add("Concat", padded, "padded", axis=1)
 
     def _node(self, index: int, node: Node) -> None:
         name = f"{index}.{node.name}"
