@@ -11,6 +11,7 @@ _BRINGS = {
     "ray": ("ray",),
     "export-onnx": ("onnx",),
     "export-litert": ("ai_edge_litert", "flatbuffers"),
+    "compare": ("jinja2", "onnxruntime", "ai_edge_litert"),
     "store": ("fsspec", "s3fs", "gcsfs"),
 }
 
