@@ -219,7 +219,9 @@ class _Writer:
             ),
         ]
         if isinstance(node, Classifier):
-            inputs[0] = self._add("Flatten", [x], f"{name}.flat")
+            flat = self._add("Flatten", [x], f"{name}.flat")
+            # the same bytes again: ONNX Runtime looks for them right before a product
+            inputs[0] = flat if self.exact else self._rounded(flat, f"{name}.input", of)
             self._add("Gemm", inputs, "logits", transB=1)
             return
         (top, bottom), (left, right) = kept
