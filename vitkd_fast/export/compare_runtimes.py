@@ -195,7 +195,7 @@ def _open_litert(path: Path, threads: int) -> Model:
 
 
 def _litert_metadata(path: Path) -> dict[str, Any]:
-    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert import schema_py_generated as schema  # type: ignore[import-untyped]
 
     model = schema.Model.GetRootAs(path.read_bytes(), 0)
     for i in range(model.MetadataLength()):
