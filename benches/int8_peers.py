@@ -397,6 +397,62 @@ def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
     return Peer(np.ascontiguousarray, run, layers)
 
 
+def litert_torch_int8(network: Network) -> Path:
+    """litert-torch's float model of images [1, H, W, 3], in ai-edge-quantizer's static int8."""
+
+    def make(path: Path) -> None:
+        import litert_torch
+        import torch
+        from ai_edge_litert.interpreter import Interpreter
+        from ai_edge_quantizer import quantizer, recipe
+
+        class Rows(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.network = network.module
+
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                return self.network(images.permute(0, 3, 1, 2))
+
+        floats = network.pixels.floats(network.images).transpose(0, 2, 3, 1)
+        converted = litert_torch.convert(Rows().eval(), (torch.from_numpy(floats[:1].copy()),))
+        converted.export(str(source := path.with_name(f"float-{path.name}")))
+        ((signature, named),) = Interpreter(str(source)).get_signature_list().items()
+        maker = quantizer.Quantizer(str(source))
+        maker.load_quantization_recipe(recipe.static_wi8_ai8())
+        # it calibrates by a moving average from the first image on
+        found = maker.calibrate(
+            {signature: [{named["inputs"][0]: np.ascontiguousarray(x[None])} for x in floats]}
+        )
+        maker.quantize(found).export_model(str(path), overwrite=True)
+        source.unlink()
+
+    return _cached(network, "torch litert-torch ai-edge-quantizer", "-own.tflite", make)
+
+
+def open_litert_torch(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
+    """Of int8 in and out: an image is rounded once, when it is prepared."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=threads)
+    source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+    interpreter.resize_tensor_input(source["index"], [batch, pixels.size, pixels.size, 3])
+    interpreter.allocate_tensors()
+    (scale, zero_point), (out_scale, out_zero) = source["quantization"], target["quantization"]
+
+    def prepare(images: Array) -> Array:
+        scaled = pixels.floats(images).transpose(0, 2, 3, 1) / scale + zero_point
+        return np.rint(scaled).clip(-128, 127).astype(np.int8)
+
+    def run(images: Array) -> Array:
+        interpreter.set_tensor(source["index"], images)
+        interpreter.invoke()
+        logits = interpreter.get_tensor(target["index"])
+        return (logits.astype(np.float32) - out_zero) * np.float32(out_scale)
+
+    return Peer(prepare, run, Counter)
+
+
 def torchao_int8(network: Network) -> Path:
     """PT2E with the x86 quantizer, exported at batch 1 and 8; it compiles when it is opened."""
 
@@ -474,6 +530,9 @@ PEERS = {
     "onnxruntime int8 prepared": Engine(_ORT, _PREPARED, open_onnxruntime),
     "onnxruntime fp32": Engine(_ORT, float_onnx, open_onnxruntime),
     "litert int8": Engine(("ai_edge_litert",), litert_int8, open_litert),
+    "litert-torch": Engine(
+        ("litert_torch", "ai_edge_quantizer"), litert_torch_int8, open_litert_torch
+    ),
     "torchao int8": Engine(("torchao",), torchao_int8, open_torchao),
 }
 

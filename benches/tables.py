@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/quickstart/compare.md")
 MARK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SETS = {"avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI",
         "amx_int8": "AMX"}  # fmt: skip
@@ -69,11 +69,32 @@ def figures(info: dict) -> list[list[str]]:
     return [["", *(c.replace("_mb", "") for c in columns)], *cells]
 
 
+def exports(benches: list[dict]) -> list[list[str]]:
+    """A row per exported model and runtime, of bench_export.py."""
+    rows = [["student", "weights", "runtime", "top-1 as the engine's", "largest difference, steps",
+             "in float", "time, engine's = 1", "its own quantiser's, export's = 1"]]  # fmt: skip
+    for info in (bench["extra_info"] for bench in benches):
+        for name, row in info["exports"].items():
+            counts = row["operators"]["float"].items()
+            floats = ", ".join(f"{n} {op}" for op, n in counts) or "nothing"
+            own = f"{row['own_over_ours']:.2f}" if "own_over_ours" in row else ""
+            rows.append([
+                info["family"], f"{info['weights']}, {info['image_size']} px",
+                f"{name} {row['version']}", f"{100 * row['agreement']:.1f}%",
+                f"{row['largest_steps']:.2f}", floats, f"{row['times_engine']:.2f}", own,
+            ])  # fmt: skip
+    return rows
+
+
 def table(results: dict, group: str) -> str:
     """The machine, and a table in Markdown."""
     benches = [b for b in results["benchmarks"] if b["name"].startswith(group)]
-    raced = "race" in benches[0]["extra_info"]
-    rows = races(benches) if raced else figures(benches[0]["extra_info"])
+    first = benches[0]["extra_info"]
+    raced = "race" in first and "exports" not in first
+    if "exports" in first:
+        rows = exports(benches)
+    else:
+        rows = races(benches) if raced else figures(first)
     rows.insert(1, ["---"] * len(rows[0]))
     note = machine(results, benches) + ("; time of each over ours" if raced else "")
     return f"{note}.\n\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows)

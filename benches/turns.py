@@ -23,6 +23,7 @@ import numpy as np
 from int8_peers import PEERS, Pixels
 
 Array = np.ndarray
+EXPORT = "export "  # before a runtime's name: a file of `vitkd export` in it
 # by what every contender is held to; ONNX Runtime and LiteRT know no such limit
 LIMITS = {
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "VITKD_FAST_ISA": "avx2"},
@@ -35,7 +36,8 @@ class Contender:
     """An open engine: `contender()` are its logits of the images, uint8 [N, H, W, 3].
 
     Args:
-        name: a key of PEERS, "vitkd_fast", or "numpy", which has no engine.
+        name: a key of PEERS, "vitkd_fast", `EXPORT` and a runtime of `vitkd compare`, or "numpy",
+            which has no engine.
         file: the engine's.
         images: of every call.
         threads: of a call.
@@ -118,6 +120,14 @@ def main(name: str, file: str, threads: int) -> None:
 
     elif name == "numpy":
         call = int
+    elif name.startswith(EXPORT):
+        from vitkd_fast.export.compare_runtimes import RUNTIMES
+
+        model = RUNTIMES[name.removeprefix(EXPORT)].open(Path(file), threads)
+
+        def call() -> Any:
+            return model.run(images)
+
     else:
         peer = PEERS[name].open(Path(file), Pixels(), len(images), threads)
         prepared, layers = peer.prepare(images), peer.layers

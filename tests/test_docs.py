@@ -53,7 +53,7 @@ def test_readme_is_short_and_its_first_block_runs() -> None:
     assert names["student"].grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/quickstart/compare.md"])
 def test_tables_are_the_results(page: str) -> None:
     text = (ROOT / page).read_text()
     assert "<!-- table: " in text

@@ -236,7 +236,14 @@ def test_wheel_with_torch(tmp_path: Path) -> None:
     folders = {name.split("/")[0] for name in names}
     assert folders == {"vitkd_fast", f"vitkd_fast-{metadata.version('vitkd-fast')}.dist-info"}
     kernels = {f"vitkd_fast/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
-    data = {"py.typed", "_int8.pyi", "recipes/digits.yaml", "distill/report.html.jinja"}
+    data = {
+        "py.typed",
+        "_int8.pyi",
+        "recipes/digits.yaml",
+        "distill/report.html.jinja",
+        "page.css",
+        "export/card.html.jinja",
+    }
     assert kernels | {f"vitkd_fast/{name}" for name in data} <= set(names)
     assert "vitkd_fast/_C.abi3.so" in names
 

@@ -13,6 +13,7 @@ _BRINGS = {
     "export-litert": ("ai_edge_litert", "flatbuffers"),
     "export-executorch": ("torch", "executorch"),
     "export-coreml": ("coremltools",),
+    "compare": ("jinja2", "onnxruntime", "ai_edge_litert"),
     "store": ("fsspec", "s3fs", "gcsfs"),
 }
 

@@ -18,6 +18,7 @@ from ._opened import load as load_model
 from .distill.cache.command import cache
 from .distill.pack_command import SkipBad, pack
 from .export.command import export
+from .export.compare_command import compare
 from .predict_command import MODEL, MODEL_OR_INT8, Threads, predict
 
 app = typer.Typer(
@@ -280,6 +281,9 @@ def quantize(
 
 
 app.command()(export)
+
+
+app.command()(compare)
 
 
 @app.command()

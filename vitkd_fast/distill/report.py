@@ -17,12 +17,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from jinja2 import Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import LogLocator, NullLocator
 
+from .. import _page
 from .._files import finite, replacing
 
 VERSION = 1
@@ -233,8 +233,6 @@ def render(results: dict) -> str:
             "sqnr": _curves(curves, "int8", "sqnr", 1, "SQNR of the logits, dB"),
             "agreement": _curves(curves, "int8", "agreement", 100, "agreement with float32, %"),
         }
-    source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    template = Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     confusions = [
         {**found, **_confusion(found["matrix"], classes)}
         for found in (results.get("confusion"), results.get("int8_confusion"))
@@ -245,7 +243,8 @@ def render(results: dict) -> str:
     looks = {"colours": _COLOURS, "accent": _ACCENT, "percent": _PERCENT}
     shown = {"show": _show, "cell": _cell, "dumps": json.dumps, "conditions": _conditions}
     made = {"images": images, "confusions": confusions, "commands": _commands(results)}
-    return template.render({**results, **made, "per_class": per_class}, **looks, **shown)
+    found = {**results, **made, "per_class": per_class, **looks, **shown}
+    return _page.render("distill/report.html.jinja", **found)
 
 
 def table(results: dict) -> str:

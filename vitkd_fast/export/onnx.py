@@ -54,6 +54,8 @@ class Writer(Walk):
     """Nodes and constants by name; bytes are the engine's own."""
 
     batch: str | int = "N"
+    pads_image = True  # OpenVINO would run a convolution in float that pads with a zero point
+    flat_bytes = True  # ONNX Runtime looks for bytes right before a product
 
     def __init__(self, graph: Graph, exact: bool) -> None:
         super().__init__(graph, exact)
@@ -128,6 +130,10 @@ class Writer(Walk):
 
         (top, bottom), (left, right) = pads
         by = self.constant("pads", [0, 0, top, left, 0, 0, bottom, right], np.int64)
+        bytes_ = self.graph.padding_bytes
+        if len(set(bytes_)) == 1:
+            byte = self.constant("planes.byte", bytes_[0], np.uint8)
+            return self.add("Pad", [x, by, byte], "padded")
         channels = [f"planes.{i}" for i in range(3)]
         split = helper.make_node("Split", [x], channels, name="split", axis=1, num_outputs=3)
         self.nodes.append(split)
@@ -137,7 +143,7 @@ class Writer(Walk):
                 [channel, by, self.constant(f"{channel}.byte", byte, np.uint8)],
                 f"{channel}.padded",
             )
-            for channel, byte in zip(channels, self.graph.padding_bytes, strict=True)
+            for channel, byte in zip(channels, bytes_, strict=True)
         ]
         return self.add("Concat", padded, "padded", axis=1)
 
@@ -198,11 +204,10 @@ class Writer(Walk):
         return self.convolution(x, layer.as_convolution(), (1, 1), ((0, 0), (0, 0)), 1, name)
 
     def classified(self, x: str, layer: Layer, name: str) -> str:
-        inputs = [
-            self.add("Flatten", [x], f"{name}.flat"),
-            self.weights(layer, f"{name}.weight"),
-            self.bias(layer, f"{name}.bias"),
-        ]
+        flat = self.add("Flatten", [x], f"{name}.flat")
+        if self.flat_bytes and (of := layer.reads):
+            flat = self.again(flat, Map(of.scale, of.zero_point), f"{name}.input")
+        inputs = [flat, self.weights(layer, f"{name}.weight"), self.bias(layer, f"{name}.bias")]
         return self.add("Gemm", inputs, "logits", transB=1)
 
     def sum(self, x: str, y: str, name: str) -> str:

@@ -27,6 +27,8 @@ class TensorRT(Writer):
     A map from 0 to 255 s keeps 128 of its 256 levels. Weights have no zero points anyway.
     """
 
+    pads_image = flat_bytes = False
+
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph, False)
 
@@ -67,6 +69,7 @@ class QNN(Writer):
     """
 
     batch = 1
+    pads_image = flat_bytes = False
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph, False)
@@ -155,8 +158,9 @@ def fuse(model: Any) -> None:
                 source is not None and source.op_type == "DequantizeLinear" for source in sources
             ):
                 node = _fused(op, sources, node)
-        elif node.op_type == "Gemm":  # behind a Flatten
-            flat, *rest = (makes[name] for name in node.input)
+        elif node.op_type == "Gemm":  # behind a Flatten, and bytes and back
+            real, *rest = (makes[name] for name in node.input)
+            flat = makes[makes[real.input[0]].input[0]]
             read = makes[flat.input[0]].input
             bytes_ = f"{flat.name}.bytes"
             nodes.append(helper.make_node("Flatten", read[:1], [bytes_], name=bytes_))

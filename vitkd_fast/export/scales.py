@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..int8.file import fingerprint
 from ..int8.graph import (
     Add,
     Array,
@@ -48,9 +49,9 @@ class Map:
 
 
 def preparation(graph: Graph) -> dict[str, Any]:
-    """What a model's metadata say of its images and classes."""
+    """What a model's metadata say of its images and classes, and of what file it was made."""
     names = ("classes", "mean", "std", "crop_pct", "interpolation", "multilabel")
-    return {name: getattr(graph, name) for name in names}
+    return {name: getattr(graph, name) for name in names} | {"student": fingerprint(graph)}
 
 
 def of_maps(graph: Graph) -> list[Map | None]:

@@ -70,6 +70,8 @@ class Walk(ABC):
         exact: in float32, without rounding.
     """
 
+    pads_image = False  # before the first convolution, also where that could pad with zeros
+
     def __init__(self, graph: Graph, exact: bool) -> None:
         self.graph, self.exact = graph, exact
         self.maps = scales.of_maps(graph)
@@ -208,7 +210,8 @@ class Walk(ABC):
     def _image(self, pads: Pads) -> tuple[Any, Map, Pads]:
         """The image in real numbers, its map, and what a convolution still has to pad."""
         of, around = self.image_map(), set(self.graph.padding_bytes)
-        if around == {of.zero_point} or not any(map(any, pads)):
+        zeros_pad = around == {of.zero_point} and not self.pads_image
+        if zeros_pad or not any(map(any, pads)):
             return self.rounded_image(self.image(of, None), of), of, pads
         return self.rounded_image(self.image(of, pads), of), of, ((0, 0), (0, 0))
 

@@ -9,6 +9,7 @@ files that they would be. Reading copies no array: they are views of the file's 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import zlib
@@ -55,6 +56,15 @@ def save(graph: Graph, path: str | Path) -> None:
     data = dump(graph)
     with replacing(Path(path)) as beside:
         beside.write_bytes(data)
+
+
+def fingerprint(graph: Graph) -> str:
+    """SHA-256 of the file's bytes, in hex: what exported models name the file that they are of by.
+
+    Raises:
+        FileError: as `dump`.
+    """
+    return hashlib.sha256(dump(graph)).hexdigest()
 
 
 def opened(source: Graph | bytes | str | Path) -> _int8.File:
