@@ -266,11 +266,14 @@ def open_onnxruntime(path: Path, pixels: Pixels, batch: int, threads: int) -> Pe
     return Peer(lambda p: ort.OrtValue.ortvalue_from_numpy(pixels.floats(p)), run, layers)
 
 
-def openvino_int8(network: Network) -> Path:
+def openvino_int8(network: Network, controlled: bool = False) -> Path:
     """NNCF's mixed preset, for activations other than ReLU, and extremes (better than default).
 
     A depthwise weight of an ONNX file reaches its convolution through a Reshape. NNCF quantises
     before that, which keeps the convolution in float, unless constants are folded first.
+
+    controlled: with its slower and better bias correction, and with accuracy control: layers go
+    back to float until the answers on the calibration images are the float model's (no labels).
     """
     import nncf
     from nncf.quantization import advanced_parameters as advanced
@@ -286,18 +289,38 @@ def openvino_int8(network: Network) -> Path:
         manager = passes.Manager()
         manager.register_pass(passes.ConstantFolding())
         manager.run_passes(model)
-        quantized = nncf.quantize(
-            model,
-            nncf.Dataset(network.images, lambda p: network.pixels.floats(p[None])),
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(network.images),
-            advanced_parameters=advanced.AdvancedQuantizationParameters(
-                activations_range_estimator_params=range_estimator.RangeEstimatorParametersSet.MINMAX
-            ),
+        images = nncf.Dataset(network.images, lambda p: network.pixels.floats(p[None]))
+        ranges = range_estimator.RangeEstimatorParametersSet.MINMAX
+        common: dict[str, Any] = {
+            "preset": nncf.QuantizationPreset.MIXED,
+            "subset_size": len(network.images),
+        }
+        parameters = advanced.AdvancedQuantizationParameters(
+            activations_range_estimator_params=ranges
         )
+        if controlled:
+            answers = network.logits(network.images).argmax(1)
+
+            def agreement(compiled: Any, items: Any) -> tuple[float, None]:
+                found = [compiled(item)[0].argmax() for item in items]
+                return float(np.mean(found == answers)), None
+
+            quantized = nncf.quantize_with_accuracy_control(
+                model,
+                images,
+                images,
+                agreement,
+                max_drop=0.5 / len(answers),
+                fast_bias_correction=False,
+                advanced_quantization_parameters=parameters,
+                **common,
+            )
+        else:
+            quantized = nncf.quantize(model, images, advanced_parameters=parameters, **common)
         openvino.save_model(quantized, str(path), compress_to_fp16=False)
 
-    return _cached(network, "torch onnx openvino nncf", "-int8.xml", make)
+    ending = "-controlled.xml" if controlled else "-int8.xml"
+    return _cached(network, "torch onnx openvino nncf", ending, make)
 
 
 @functools.cache
@@ -370,6 +393,78 @@ def litert_int8(network: Network) -> Path | None:
     return _cached(network, "ai-edge-litert", ".tflite", make)
 
 
+def litert_float(network: Network) -> Path | None:
+    """The LiteRT file with float32 weights and maps: what its weights stand for."""
+    source = litert_int8(network)
+    if source is None:
+        return None
+
+    def make(path: Path) -> None:
+        import flatbuffers
+        from ai_edge_litert import schema_py_generated as schema
+
+        model = schema.ModelT.InitFromPackedBuf(source.read_bytes(), 0)
+        graph = model.subgraphs[0]
+        graph.operators = graph.operators[1:]  # quantize, ...
+        graph.inputs = graph.operators[0].inputs[:1]
+        ends = {int(i) for op in graph.operators for ends in (op.inputs, op.outputs) for i in ends}
+        place = {old: new for new, old in enumerate(sorted(ends))}  # no tensor that nothing makes
+        graph.tensors = [graph.tensors[i] for i in place]
+        for holder in (graph, *graph.operators):
+            for end in ("inputs", "outputs"):
+                setattr(holder, end, [place[int(i)] for i in getattr(holder, end)])
+        types = {schema.TensorType.INT8: np.int8, schema.TensorType.INT32: np.int32}
+        for tensor in graph.tensors:
+            own = tensor.quantization
+            if own is None or own.scale is None:  # shapes and axes
+                continue
+            buffer = model.buffers[tensor.buffer]
+            if buffer.data is not None:
+                q = buffer.data.view(types[tensor.type]).reshape(tensor.shape).astype(np.float64)
+                along = [1] * q.ndim
+                along[own.quantizedDimension] = -1
+                value = q * np.asarray(own.scale, np.float64).reshape(along)
+                buffer.data = np.frombuffer(value.astype(np.float32).tobytes(), np.uint8)
+            tensor.type, tensor.quantization = schema.TensorType.FLOAT32, None
+        names = []
+        for name, (index,) in (("images", graph.inputs), ("logits", graph.outputs)):
+            entry = schema.TensorMapT()
+            entry.name, entry.tensorIndex = name, int(index)
+            names.append([entry])
+        signature = schema.SignatureDefT()
+        signature.signatureKey, signature.subgraphIndex = "serving_default", 0
+        signature.inputs, signature.outputs = names
+        model.signatureDefs = [signature]
+        builder = flatbuffers.Builder()
+        builder.Finish(model.Pack(builder), b"TFL3")
+        path.write_bytes(builder.Output())
+
+    return _cached(network, "ai-edge-litert", "-float.tflite", make)
+
+
+def ai_edge_int8(network: Network) -> Path | None:
+    """ai-edge-quantizer's recipe for static int8, on the images in a random order.
+
+    It follows ranges by a moving average from the first image on, so that the order matters.
+    """
+    source = litert_float(network)
+    if source is None:
+        return None
+
+    def make(path: Path) -> None:
+        from ai_edge_quantizer import quantizer, recipe
+
+        order = np.random.default_rng(0).permutation(len(network.images))
+        data = network.pixels.floats(network.images[order]).transpose(0, 2, 3, 1)
+        tool = quantizer.Quantizer(str(source), recipe.static_wi8_ai8())
+        found = tool.calibrate(
+            {"serving_default": [{"images": image[None]} for image in data]}, num_threads=1
+        )
+        path.write_bytes(tool.quantize(found, enable_progress_report=False).quantized_model)
+
+    return _cached(network, "ai-edge-litert ai-edge-quantizer", "-ai-edge.tflite", make)
+
+
 def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
     from ai_edge_litert.interpreter import Interpreter
 
@@ -377,14 +472,24 @@ def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
     source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
     interpreter.resize_tensor_input(source["index"], [batch, pixels.size, pixels.size, 3])
     interpreter.allocate_tensors()
-    scale, zero_point = target["quantization"]
+    scale, zero_point = target["quantization"]  # 0, 0 of floats
+
+    def prepare(images: Array) -> Array:
+        if source["dtype"] == np.uint8:
+            return np.ascontiguousarray(images)
+        values = np.ascontiguousarray(pixels.floats(images).transpose(0, 2, 3, 1))
+        if source["dtype"] == np.float32:
+            return values
+        own, zero = source["quantization"]
+        levels = np.trunc(values / own + np.copysign(0.5, values)) + zero  # as its QUANTIZE rounds
+        return levels.clip(-128, 127).astype(np.int8)
 
     def run(images: Array) -> Array:
         interpreter.set_tensor(source["index"], images)
         interpreter.invoke()
         # its first class is the background, which the float model has not
         logits = interpreter.get_tensor(target["index"]).reshape(batch, -1)[:, 1:]
-        return (logits.astype(np.float32) - zero_point) * np.float32(scale)
+        return (logits.astype(np.float32) - zero_point) * np.float32(scale or 1.0)
 
     def layers() -> Counter[str]:
         types = {t["index"]: t["dtype"] for t in interpreter.get_tensor_details()}
@@ -394,7 +499,7 @@ def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
             if node["op_name"] in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
         )
 
-    return Peer(np.ascontiguousarray, run, layers)
+    return Peer(prepare, run, layers)
 
 
 def torchao_int8(network: Network) -> Path:
@@ -475,6 +580,18 @@ PEERS = {
     "onnxruntime fp32": Engine(_ORT, float_onnx, open_onnxruntime),
     "litert int8": Engine(("ai_edge_litert",), litert_int8, open_litert),
     "torchao int8": Engine(("torchao",), torchao_int8, open_torchao),
+}
+
+
+# tools of the same engines that trade speed for accuracy, or are others than the best: beside the
+# engine's own options alone
+TOOLS = {
+    "openvino int8, accuracy control": Engine(
+        (*_OPENVINO, "nncf"), functools.partial(openvino_int8, controlled=True), _F32
+    ),
+    "litert int8, ai-edge-quantizer": Engine(
+        ("ai_edge_litert", "ai_edge_quantizer"), ai_edge_int8, open_litert
+    ),
 }
 
 

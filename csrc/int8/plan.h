@@ -37,6 +37,9 @@ struct Layer {
   int middle = 0;             // squeeze-excite: channels between its layers
   float mean_multiplier = 0;  // squeeze-excite and pool
   int64_t pixel = 0;          // bytes of an output pixel
+  // a convolution whose output or residual is fine: its products are values, which finish_fine
+  // turns into bytes
+  bool through_values = false, residual_is_fine = false;
   size_t offset = 0;          // of the output, in the arena or (ring > 0) in a thread's rings
   int ring = 0;               // rows in memory, inside a chain
   bool by_panels = false;     // how threads share it; else by rows
