@@ -35,9 +35,9 @@ OPTIONS: dict[str, dict] = {
     "vitkd_fast": {},
     "reconstruct": {"reconstruct": True},
     "mixed, budget 1.1": {"mixed": "auto", "budget": 1.1},
-    "mixed, budget 1.3": {"mixed": "auto", "budget": 1.3},
+    "mixed, budget 1.35": {"mixed": "auto", "budget": 1.35},
     "mixed, budget 1.5": {"mixed": "auto", "budget": 1.5},
-    "reconstruct, mixed, budget 1.3": {"reconstruct": True, "mixed": "auto", "budget": 1.3},
+    "reconstruct, mixed, budget 1.35": {"reconstruct": True, "mixed": "auto", "budget": 1.35},
 }
 TOOLS = {
     name: {**int8_peers.PEERS, **int8_peers.TOOLS}[name]
