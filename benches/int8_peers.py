@@ -147,7 +147,7 @@ class Engine:
         return ""
 
 
-def _cached(network: Network, packages: str, ending: str, make: Callable[[Path], None]) -> Path:
+def cached(network: Network, packages: str, ending: str, make: Callable[[Path], None]) -> Path:
     """A file in CACHE, made where it is missing; a crash leaves nothing under its name."""
     versions = "-".join(f"{n}{importlib.metadata.version(n)}" for n in packages.split())
     path = CACHE / f"{network.key}-{versions}{ending}"
@@ -181,7 +181,7 @@ def float_onnx(network: Network) -> Path:
             opset_version=18,
         )
 
-    return _cached(network, "torch onnx", ".onnx", make)
+    return cached(network, "torch onnx", ".onnx", make)
 
 
 def onnxruntime_int8(network: Network, prepared: bool) -> Path:
@@ -228,7 +228,7 @@ def onnxruntime_int8(network: Network, prepared: bool) -> Path:
         ready.unlink(missing_ok=True)
 
     ending = "-prepared.onnx" if prepared else "-int8.onnx"
-    return _cached(network, "torch onnx onnxruntime", ending, make)
+    return cached(network, "torch onnx onnxruntime", ending, make)
 
 
 def open_onnxruntime(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
@@ -320,7 +320,7 @@ def openvino_int8(network: Network, controlled: bool = False) -> Path:
         openvino.save_model(quantized, str(path), compress_to_fp16=False)
 
     ending = "-controlled.xml" if controlled else "-int8.xml"
-    return _cached(network, "torch onnx openvino nncf", ending, make)
+    return cached(network, "torch onnx openvino nncf", ending, make)
 
 
 @functools.cache
@@ -390,79 +390,7 @@ def litert_int8(network: Network) -> Path | None:
         builder.Finish(model.Pack(builder), b"TFL3")
         path.write_bytes(builder.Output())
 
-    return _cached(network, "ai-edge-litert", ".tflite", make)
-
-
-def litert_float(network: Network) -> Path | None:
-    """The LiteRT file with float32 weights and maps: what its weights stand for."""
-    source = litert_int8(network)
-    if source is None:
-        return None
-
-    def make(path: Path) -> None:
-        import flatbuffers
-        from ai_edge_litert import schema_py_generated as schema
-
-        model = schema.ModelT.InitFromPackedBuf(source.read_bytes(), 0)
-        graph = model.subgraphs[0]
-        graph.operators = graph.operators[1:]  # quantize, ...
-        graph.inputs = graph.operators[0].inputs[:1]
-        ends = {int(i) for op in graph.operators for ends in (op.inputs, op.outputs) for i in ends}
-        place = {old: new for new, old in enumerate(sorted(ends))}  # no tensor that nothing makes
-        graph.tensors = [graph.tensors[i] for i in place]
-        for holder in (graph, *graph.operators):
-            for end in ("inputs", "outputs"):
-                setattr(holder, end, [place[int(i)] for i in getattr(holder, end)])
-        types = {schema.TensorType.INT8: np.int8, schema.TensorType.INT32: np.int32}
-        for tensor in graph.tensors:
-            own = tensor.quantization
-            if own is None or own.scale is None:  # shapes and axes
-                continue
-            buffer = model.buffers[tensor.buffer]
-            if buffer.data is not None:
-                q = buffer.data.view(types[tensor.type]).reshape(tensor.shape).astype(np.float64)
-                along = [1] * q.ndim
-                along[own.quantizedDimension] = -1
-                value = q * np.asarray(own.scale, np.float64).reshape(along)
-                buffer.data = np.frombuffer(value.astype(np.float32).tobytes(), np.uint8)
-            tensor.type, tensor.quantization = schema.TensorType.FLOAT32, None
-        names = []
-        for name, (index,) in (("images", graph.inputs), ("logits", graph.outputs)):
-            entry = schema.TensorMapT()
-            entry.name, entry.tensorIndex = name, int(index)
-            names.append([entry])
-        signature = schema.SignatureDefT()
-        signature.signatureKey, signature.subgraphIndex = "serving_default", 0
-        signature.inputs, signature.outputs = names
-        model.signatureDefs = [signature]
-        builder = flatbuffers.Builder()
-        builder.Finish(model.Pack(builder), b"TFL3")
-        path.write_bytes(builder.Output())
-
-    return _cached(network, "ai-edge-litert", "-float.tflite", make)
-
-
-def ai_edge_int8(network: Network) -> Path | None:
-    """ai-edge-quantizer's recipe for static int8, on the images in a random order.
-
-    It follows ranges by a moving average from the first image on, so that the order matters.
-    """
-    source = litert_float(network)
-    if source is None:
-        return None
-
-    def make(path: Path) -> None:
-        from ai_edge_quantizer import quantizer, recipe
-
-        order = np.random.default_rng(0).permutation(len(network.images))
-        data = network.pixels.floats(network.images[order]).transpose(0, 2, 3, 1)
-        tool = quantizer.Quantizer(str(source), recipe.static_wi8_ai8())
-        found = tool.calibrate(
-            {"serving_default": [{"images": image[None]} for image in data]}, num_threads=1
-        )
-        path.write_bytes(tool.quantize(found, enable_progress_report=False).quantized_model)
-
-    return _cached(network, "ai-edge-litert ai-edge-quantizer", "-ai-edge.tflite", make)
+    return cached(network, "ai-edge-litert", ".tflite", make)
 
 
 def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
@@ -526,7 +454,7 @@ def torchao_int8(network: Network) -> Path:
                 torch.export.export(converted, (images[:2],), dynamic_shapes=({0: batch},)), path
             )
 
-    return _cached(network, "torch torchao", ".pt2", make)
+    return cached(network, "torch torchao", ".pt2", make)
 
 
 def open_torchao(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
@@ -580,18 +508,6 @@ PEERS = {
     "onnxruntime fp32": Engine(_ORT, float_onnx, open_onnxruntime),
     "litert int8": Engine(("ai_edge_litert",), litert_int8, open_litert),
     "torchao int8": Engine(("torchao",), torchao_int8, open_torchao),
-}
-
-
-# tools of the same engines that trade speed for accuracy, or are others than the best: beside the
-# engine's own options alone
-TOOLS = {
-    "openvino int8, accuracy control": Engine(
-        (*_OPENVINO, "nncf"), functools.partial(openvino_int8, controlled=True), _F32
-    ),
-    "litert int8, ai-edge-quantizer": Engine(
-        ("ai_edge_litert", "ai_edge_quantizer"), ai_edge_int8, open_litert
-    ),
 }
 
 

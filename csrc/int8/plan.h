@@ -40,12 +40,12 @@ struct Layer {
   // a convolution whose output or residual is fine: its products are values, which finish_fine
   // turns into bytes
   bool through_values = false, residual_is_fine = false;
-  size_t offset = 0;          // of the output, in the arena or (ring > 0) in a thread's rings
-  int ring = 0;               // rows in memory, inside a chain
-  bool by_panels = false;     // how threads share it; else by rows
-  int images = 1;             // in one output: the head computes several images at once
-  int64_t macs = 0;           // per image
-  int64_t bytes = 0;          // read and written per image, each once
+  size_t offset = 0;       // of the output, in the arena or (ring > 0) in a thread's rings
+  int ring = 0;            // rows in memory, inside a chain
+  bool by_panels = false;  // how threads share it; else by rows
+  int images = 1;          // in one output: the head computes several images at once
+  int64_t macs = 0;        // per image
+  int64_t bytes = 0;       // read and written per image, each once
 
   size_t activation_bytes() const {
     const size_t rows = ring > 0 ? ring : out.height * images;

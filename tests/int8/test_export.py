@@ -221,6 +221,10 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         export.write(graph, tmp_path / "a.pb")
     with pytest.raises(int8.FileError):
         export.write(b"no file", tmp_path / "a.onnx")
+    builder = Builder()
+    builder.conv(8, inputs=(-1,), fine=True)
+    with pytest.raises(ValueError, match=r"expected no fine maps, .* got one from node 0 \(node0"):
+        export.write(builder.graph(4), tmp_path / "a.onnx")
     monkeypatch.setattr("vitkd_fast._extras.find_spec", lambda name: None)
     for suffix, extra in ((".onnx", "export-onnx"), (".tflite", "export-litert")):
         with pytest.raises(ImportError, match=rf'pip install "vitkd-fast\[{extra}\]"'):

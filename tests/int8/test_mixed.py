@@ -344,10 +344,8 @@ def test_which_maps_have_twins() -> None:
         if len(node.inputs) == 2:
             assert more[index] == more[node.inputs[1]]
     assert max(more) > 0 and more[-1] == 0  # what is pooled has none
-    # of linear outputs only those that nothing but a dense convolution reads, the first layers of
-    # a block, if any, are fine
-    assert not any(getattr(graph.nodes[node.inputs[0]], "fine", False)
-                   for node in graph.nodes if isinstance(node, Depthwise))  # fmt: skip
+    read = [graph.nodes[node.inputs[0]] for node in graph.nodes if isinstance(node, Depthwise)]
+    assert not any(getattr(node, "fine", False) for node in read)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv4_conv_small_050"])
@@ -363,6 +361,13 @@ def test_families_with_twins(name: str) -> None:
     logits = load(graph)(FRESH[:4])
     assert np.array_equal(logits, reference.run(graph, FRESH[:4]))
     assert sqnr(logits_of(model, FRESH[:4]), logits) > 15
+
+
+def test_other_runtimes_have_no_fine_maps(inverted: nn.Module) -> None:
+    options: dict[str, Any] = {"mixed": "auto", "budget": 1.5, "portable": True}
+    graph = quantize(inverted, IMAGES, **options, **PIXELS).graph
+    assert not any(getattr(node, "fine", False) for node in graph.nodes)
+    assert "fine" not in file.dump(graph).decode("latin-1")
 
 
 def test_a_budget_for_nothing(inverted: nn.Module, plain: QuantizedModel) -> None:

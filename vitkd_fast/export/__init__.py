@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..int8 import file
-from ..int8.graph import Graph
+from ..int8.graph import Conv, Graph
 
 SUFFIXES = (".onnx", ".tflite")
 
@@ -23,11 +23,17 @@ def write(source: Graph | str | Path | bytes, path: str | Path, *, exact: bool =
             its maps are cut to the ranges that bytes cover.
 
     Raises:
-        ValueError: an unknown suffix.
+        ValueError: an unknown suffix; a graph with fine maps, which no other runtime has.
         ImportError: the format's package is missing; names the extra that brings it.
         FileError: as `int8.load`.
     """
     graph = source if isinstance(source, Graph) else file.read(source)
+    for index, node in enumerate(graph.nodes):
+        if isinstance(node, Conv) and node.fine:
+            raise ValueError(
+                "export: source: expected no fine maps, as quantize(..., portable=True) makes it, "
+                f"got one from node {index} ({node.name})"
+            )
     path = Path(path)
     if path.suffix not in SUFFIXES:
         known = ", ".join(SUFFIXES)

@@ -1,12 +1,12 @@
-"""Eleven bits in two bytes: a map and, in as many channels more, what it lacks in eighths of a level.
+"""Eleven bits in two bytes: a map and, in as many channels more, the eighths of a level it lacks.
 
     v = (y - z) + (l - z) / 8, to a sixteenth of a level
 
-so that 1/64 of the squared error is left. A convolution reads both halves with the same weights, the
-second ones' divided by 8 and rounded: sums, files and instruction sets stay as they are, and it
-has twice the multiply-adds. Who writes such a map has none more. For outputs without an activation, which
-only dense convolutions multiply: the bottlenecks of MobileNets and their sums, where most of the
-error of a network whose weights fit 8 bits arises.
+so that 1/64 of the squared error is left. A convolution reads both halves with the same weights,
+those of the second divided by 8 and rounded, in the kernels of any other map, for twice the
+multiply-adds. Who writes such a map has none more. It is for outputs without an activation which
+dense convolutions alone multiply: the bottlenecks of MobileNets and their sums, where half of the
+error arises if weights fit 8 bits.
 """
 
 from __future__ import annotations

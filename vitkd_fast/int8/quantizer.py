@@ -70,11 +70,12 @@ def quantize(
             activation, that of the float model, in order.
         reconstruct: fits each layer's weights, on up to 128 images, to give the float model's
             output from the rounded input, and rounds them by what they are multiplied with.
-        mixed: "auto" gives nine bits to the channels of maps whose rounding costs the logits most
-            (twins.py), in the same format and engine; None: eight to all.
+        mixed: "auto" gives more bits to the maps whose rounding costs the logits most: eleven to
+            bottlenecks (fine.py), nine to channels of others (twins.py); None: eight to all.
         budget: multiply-adds with mixed="auto" over those without, at most.
         portable: rounds where other runtimes do, for `export`: an addition is a layer of its own,
-            between bytes. In the engine it costs a few percent of time, and some accuracy.
+            between bytes, and no map has eleven bits. In the engine it costs a few percent of
+            time, and some accuracy.
         classes: names of the logits.
         multilabel: classes are not exclusive, which the file says and `vitkd predict` shows.
         image_size: checked against the images.
@@ -188,7 +189,7 @@ class _Quantizer:
         steps = _steps(self.float_nodes, fuses=not self.portable)
         if self.budget > 1:
             found = self.costs(steps).maps
-            able = fine.candidates(steps, self.scales)
+            able = set() if self.portable else fine.candidates(steps, self.scales)
             self.fine, self.twins = mixed.choose(steps, self.positions, found, able, self.budget)
         last_use = {source: step.output for step in steps for source in step.inputs}
         index = {-1: -1} | {step.output: position for position, step in enumerate(steps)}
