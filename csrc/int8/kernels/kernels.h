@@ -55,7 +55,7 @@ struct Activation {
 };
 
 // What is done to a sum, as graph.py's Conv states it.
-enum class EpilogueKind { bytes, hardswish, residual, logits };  // logits: values, as floats
+enum class EpilogueKind { bytes, hardswish, residual, logits };
 
 // f<kind>(), with the kind as a constant
 template <class F>
