@@ -147,7 +147,7 @@ class Engine:
         return ""
 
 
-def _cached(network: Network, packages: str, ending: str, make: Callable[[Path], None]) -> Path:
+def cached(network: Network, packages: str, ending: str, make: Callable[[Path], None]) -> Path:
     """A file in CACHE, made where it is missing; a crash leaves nothing under its name."""
     versions = "-".join(f"{n}{importlib.metadata.version(n)}" for n in packages.split())
     path = CACHE / f"{network.key}-{versions}{ending}"
@@ -181,7 +181,7 @@ def float_onnx(network: Network) -> Path:
             opset_version=18,
         )
 
-    return _cached(network, "torch onnx", ".onnx", make)
+    return cached(network, "torch onnx", ".onnx", make)
 
 
 def onnxruntime_int8(network: Network, prepared: bool) -> Path:
@@ -228,7 +228,7 @@ def onnxruntime_int8(network: Network, prepared: bool) -> Path:
         ready.unlink(missing_ok=True)
 
     ending = "-prepared.onnx" if prepared else "-int8.onnx"
-    return _cached(network, "torch onnx onnxruntime", ending, make)
+    return cached(network, "torch onnx onnxruntime", ending, make)
 
 
 def open_onnxruntime(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
@@ -266,11 +266,14 @@ def open_onnxruntime(path: Path, pixels: Pixels, batch: int, threads: int) -> Pe
     return Peer(lambda p: ort.OrtValue.ortvalue_from_numpy(pixels.floats(p)), run, layers)
 
 
-def openvino_int8(network: Network) -> Path:
+def openvino_int8(network: Network, controlled: bool = False) -> Path:
     """NNCF's mixed preset, for activations other than ReLU, and extremes (better than default).
 
     A depthwise weight of an ONNX file reaches its convolution through a Reshape. NNCF quantises
     before that, which keeps the convolution in float, unless constants are folded first.
+
+    controlled: with its slower and better bias correction, and with accuracy control: layers go
+    back to float until the answers on the calibration images are the float model's (no labels).
     """
     import nncf
     from nncf.quantization import advanced_parameters as advanced
@@ -286,18 +289,38 @@ def openvino_int8(network: Network) -> Path:
         manager = passes.Manager()
         manager.register_pass(passes.ConstantFolding())
         manager.run_passes(model)
-        quantized = nncf.quantize(
-            model,
-            nncf.Dataset(network.images, lambda p: network.pixels.floats(p[None])),
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(network.images),
-            advanced_parameters=advanced.AdvancedQuantizationParameters(
-                activations_range_estimator_params=range_estimator.RangeEstimatorParametersSet.MINMAX
-            ),
+        images = nncf.Dataset(network.images, lambda p: network.pixels.floats(p[None]))
+        ranges = range_estimator.RangeEstimatorParametersSet.MINMAX
+        common: dict[str, Any] = {
+            "preset": nncf.QuantizationPreset.MIXED,
+            "subset_size": len(network.images),
+        }
+        parameters = advanced.AdvancedQuantizationParameters(
+            activations_range_estimator_params=ranges
         )
+        if controlled:
+            answers = network.logits(network.images).argmax(1)
+
+            def agreement(compiled: Any, items: Any) -> tuple[float, None]:
+                found = [compiled(item)[0].argmax() for item in items]
+                return float(np.mean(found == answers)), None
+
+            quantized = nncf.quantize_with_accuracy_control(
+                model,
+                images,
+                images,
+                agreement,
+                max_drop=0.5 / len(answers),
+                fast_bias_correction=False,
+                advanced_quantization_parameters=parameters,
+                **common,
+            )
+        else:
+            quantized = nncf.quantize(model, images, advanced_parameters=parameters, **common)
         openvino.save_model(quantized, str(path), compress_to_fp16=False)
 
-    return _cached(network, "torch onnx openvino nncf", "-int8.xml", make)
+    ending = "-controlled.xml" if controlled else "-int8.xml"
+    return cached(network, "torch onnx openvino nncf", ending, make)
 
 
 @functools.cache
@@ -367,7 +390,7 @@ def litert_int8(network: Network) -> Path | None:
         builder.Finish(model.Pack(builder), b"TFL3")
         path.write_bytes(builder.Output())
 
-    return _cached(network, "ai-edge-litert", ".tflite", make)
+    return cached(network, "ai-edge-litert", ".tflite", make)
 
 
 def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
@@ -377,14 +400,24 @@ def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
     source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
     interpreter.resize_tensor_input(source["index"], [batch, pixels.size, pixels.size, 3])
     interpreter.allocate_tensors()
-    scale, zero_point = target["quantization"]
+    scale, zero_point = target["quantization"]  # 0, 0 of floats
+
+    def prepare(images: Array) -> Array:
+        if source["dtype"] == np.uint8:
+            return np.ascontiguousarray(images)
+        values = np.ascontiguousarray(pixels.floats(images).transpose(0, 2, 3, 1))
+        if source["dtype"] == np.float32:
+            return values
+        own, zero = source["quantization"]
+        levels = np.trunc(values / own + np.copysign(0.5, values)) + zero  # as its QUANTIZE rounds
+        return levels.clip(-128, 127).astype(np.int8)
 
     def run(images: Array) -> Array:
         interpreter.set_tensor(source["index"], images)
         interpreter.invoke()
         # its first class is the background, which the float model has not
         logits = interpreter.get_tensor(target["index"]).reshape(batch, -1)[:, 1:]
-        return (logits.astype(np.float32) - zero_point) * np.float32(scale)
+        return (logits.astype(np.float32) - zero_point) * np.float32(scale or 1.0)
 
     def layers() -> Counter[str]:
         types = {t["index"]: t["dtype"] for t in interpreter.get_tensor_details()}
@@ -394,7 +427,7 @@ def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
             if node["op_name"] in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
         )
 
-    return Peer(np.ascontiguousarray, run, layers)
+    return Peer(prepare, run, layers)
 
 
 def litert_torch_int8(network: Network) -> Path:
@@ -477,7 +510,7 @@ def torchao_int8(network: Network) -> Path:
                 torch.export.export(converted, (images[:2],), dynamic_shapes=({0: batch},)), path
             )
 
-    return _cached(network, "torch torchao", ".pt2", make)
+    return cached(network, "torch torchao", ".pt2", make)
 
 
 def open_torchao(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:

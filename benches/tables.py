@@ -15,7 +15,13 @@ MARK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 SETS = {"avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI",
         "amx_int8": "AMX"}  # fmt: skip
 # values of a bench that is no race, and how they are shown
-FIGURES = {"resident_mb": "{:.0f} MB", "fidelity": "{:.3g}", "counts": "{:.3g}", "study": "{:.3g}"}
+FIGURES = {
+    "resident_mb": "{:.0f} MB",
+    "fidelity": "{:.3g}",
+    "counts": "{:.3g}",
+    "study": "{:.3g}",
+    "options": "{:.3g}",
+}
 
 
 def machine(results: dict, benches: list[dict]) -> str:
@@ -57,10 +63,12 @@ def races(benches: list[dict]) -> list[list[str]]:
     return rows
 
 
-def figures(info: dict) -> list[list[str]]:
+def figures(benches: list[dict]) -> list[list[str]]:
     """A row per contender, a column per figure."""
-    name, shown = next((name, shown) for name, shown in FIGURES.items() if name in info)
-    found = {k: v if isinstance(v, dict) else {name: v} for k, v in info[name].items()}
+    infos = [bench["extra_info"] for bench in benches]
+    name, shown = next((name, shown) for name, shown in FIGURES.items() if name in infos[0])
+    values = {k: v for info in infos for k, v in info.get(name, {}).items()}
+    found = {k: v if isinstance(v, dict) else {name: v} for k, v in values.items()}
     columns = [k for k, v in next(iter(found.values())).items() if isinstance(v, (int, float))]
     cells = [
         [k, *("" if v[c] is None else shown.format(v[c]) for c in columns)]
@@ -94,7 +102,7 @@ def table(results: dict, group: str) -> str:
     if "exports" in first:
         rows = exports(benches)
     else:
-        rows = races(benches) if raced else figures(first)
+        rows = races(benches) if raced else figures(benches)
     rows.insert(1, ["---"] * len(rows[0]))
     note = machine(results, benches) + ("; time of each over ours" if raced else "")
     return f"{note}.\n\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows)

@@ -211,7 +211,7 @@ def quantize(
     ] = False,
     mixed: Annotated[
         bool,
-        typer.Option("--mixed", help="Nine bits for the channels that cost the logits most."),
+        typer.Option("--mixed", help="More bits for the maps that cost the logits most."),
     ] = False,
     budget: Annotated[
         float, typer.Option(min=1, help="Multiply-adds with --mixed over those without.")

@@ -5,6 +5,8 @@
 #include <chrono>
 #include <cstring>
 
+#include "int8/kernels/fine.h"
+
 namespace vitkd::int8 {
 namespace {
 
@@ -33,6 +35,16 @@ size_t scratch_bytes(const Plan& plan) {
   return most + kSlack;
 }
 
+constexpr int kValuePixels = 48;  // whole tiles, whose values stay in L1
+
+size_t value_bytes(const Plan& plan) {
+  size_t most = 0;
+  for (const Layer& layer : plan.layers) {
+    if (layer.through_values) most = std::max<size_t>(most, layer.packed.spec.out);
+  }
+  return 4 * kValuePixels * round_up(most, 16);
+}
+
 size_t gemm_scratch_bytes(const Plan& plan) {
   size_t most = 0;
   for (const Layer& layer : plan.layers) most = std::max(most, layer.packed.scratch);
@@ -51,6 +63,7 @@ class Executor {
         rings_(own.rings.data()),
         scratch_(own.scratch.data()),
         gemm_scratch_(own.gemm_scratch.data()),
+        products_(floats(own.products)),
         inputs_(reinterpret_cast<int32_t*>(own.inputs.data())),
         values_(floats(own.values)),
         sums_(reinterpret_cast<int32_t*>(shared.sums.data())),
@@ -200,6 +213,30 @@ class Executor {
     }
   }
 
+  void multiply(const Layer& layer, const GemmCall& call) {
+    if (!layer.through_values) return plan_.with.gemm(layer.packed, call);
+    const ConvSpec& spec = layer.packed.spec;
+    FineCall finish;
+    finish.values = products_;
+    finish.values_pixel = round_up(spec.out, 16);
+    finish.residual_pixel = call.residual_pixel, finish.residual_is_fine = layer.residual_is_fine;
+    finish.y_pixel = call.y_pixel, finish.fine = layer.node.fine;
+    finish.channels = spec.out;
+    std::array<const uint8_t*, kMaxKernel> x;
+    GemmCall part = call;
+    part.x = x.data();
+    part.y = reinterpret_cast<uint8_t*>(products_), part.y_pixel = 4 * finish.values_pixel;
+    part.residual = nullptr, part.residual_pixel = 0;
+    for (int64_t done = 0; done < call.pixels; done += part.pixels) {
+      part.pixels = finish.pixels = std::min<int64_t>(kValuePixels, call.pixels - done);
+      for (int k = 0; k < layer.packed.segments; ++k) x[k] = call.x[k] + done * call.x_pixel;
+      plan_.with.gemm(layer.packed, part);
+      finish.y = call.y + done * call.y_pixel;
+      if (call.residual != nullptr) finish.residual = call.residual + done * call.residual_pixel;
+      finish_fine(plan_.with.isa, finish, spec.epilogue);
+    }
+  }
+
   // runs of rows that are contiguous in both activations
   void pointwise(int i, Range rows, Range panels) {
     const Layer& layer = plan_.layers[i];
@@ -215,7 +252,7 @@ class Executor {
       call.x = &from;
       call.pixels = run * layer.out.width;
       at_row(i, y, static_cast<int>(row), &call);
-      plan_.with.gemm(layer.packed, call);
+      multiply(layer, call);
       note_kernel(i, plan_.with.gemm_name, call, call.pixels);
       row += run;
     }
@@ -244,7 +281,7 @@ class Executor {
       call.y += column * y.pixel;
       if (call.residual != nullptr) call.residual += column * call.residual_pixel;
       call.pixels = pixels;
-      plan_.with.gemm(layer.packed, call);
+      this->multiply(layer, call);
       note_kernel(i, plan_.with.gemm_name, call, pixels);
     };
     for (int row = static_cast<int>(rows.begin); row < rows.end; ++row) {
@@ -404,6 +441,7 @@ class Executor {
 
   const Plan& plan_;
   uint8_t *const arena_, *const rings_, *const scratch_, *const gemm_scratch_;
+  float* const products_;
   int32_t* const inputs_;
   float* const values_;
   int32_t* const sums_;
@@ -424,6 +462,7 @@ Workspace::Workspace(const Plan& plan)
       rings(plan.rings),
       scratch(scratch_bytes(plan)),
       gemm_scratch(gemm_scratch_bytes(plan)),
+      products(value_bytes(plan)),
       inputs(plan.channels * 4),
       values(plan.channels * 4),
       sums(plan.channels * 4),
@@ -433,12 +472,13 @@ Workspace::Workspace(const Plan& plan)
 
 size_t workspace_bytes(const Plan& plan) {
   return plan.arena + plan.rings + scratch_bytes(plan) + gemm_scratch_bytes(plan) +
-         6 * 4 * plan.channels + 10 * kSlack;  // inputs, values, sums, means, middle, factors
+         value_bytes(plan) + 6 * 4 * plan.channels +
+         11 * kSlack;  // inputs, values, sums, means, middle, factors
 }
 
 void Workspace::poison() const {
-  for (const Buffer* b : {&arena, &rings, &scratch, &gemm_scratch, &inputs, &values, &sums, &means,
-                          &middle, &factors}) {
+  for (const Buffer* b : {&arena, &rings, &scratch, &gemm_scratch, &products, &inputs, &values,
+                          &sums, &means, &middle, &factors}) {
     std::memset(b->data(), 0xA5, b->size() + kSlack);
   }
 }

@@ -14,7 +14,8 @@ struct Workspace {
   explicit Workspace(const Plan& plan);
   void poison() const;  // with 0xA5
 
-  Buffer arena, rings, scratch, gemm_scratch, inputs, values, sums, means, middle, factors;
+  Buffer arena, rings, scratch, gemm_scratch, products, inputs, values, sums, means, middle,
+      factors;
 };
 
 size_t workspace_bytes(const Plan& plan);

@@ -216,14 +216,21 @@ class Checker {
         if (node.hardswish && node.residual) {
           fail("residual_multiplier", "no hardswish_scale beside it", "both");
         }
-        const Shape y{output_size(node, 0, x.height), output_size(node, 1, x.width),
-                      static_cast<int>(out)};
+        if (node.hardswish && node.fine) fail("fine", "no hardswish_scale beside it", "both");
+        Shape y{output_size(node, 0, x.height), output_size(node, 1, x.width),
+                static_cast<int>(out)};
         check_sums(node, y.channels);
         rows_ += int64_t{x.width} * (x.channels + 15);
         if (rows_ > kMaxRows) {
           fail("input", "rows of up to " + text(kMaxRows) + " bytes in all", text(rows_));
         }
-        if (two) same_shape(input(1, false), y);
+        if (two) {
+          Shape b = input(1, false);
+          if (graph_.nodes[node.inputs[1]].fine && b.channels == 2 * y.channels) b.channels /= 2;
+          same_shape(b, y);
+        }
+        if (node.fine) y.channels *= 2;
+        in_range("output channels", y.channels, 1, kMaxChannels);
         return y;
       }
       case Op::add:

@@ -50,6 +50,7 @@ struct Node {
   std::array<int, 4> padding = {0, 0, 0, 0};  // top, left, bottom, right
   int zero_point = 0, lo = 0, hi = 255;
   bool hardswish = false, residual = false, hidden_hardswish = false;
+  bool fine = false;  // conv: twice as many channels out
   float hardswish_scale = 0, residual_multiplier = 0;
   std::array<float, 2> multipliers = {0, 0};  // add
   double scale = 0;                           // squeeze_excite

@@ -52,7 +52,7 @@ void Plan::pack_layer(const Node& n, const std::array<int, 3>& image_padding, La
     case Op::classifier: {
       ConvSpec spec;
       spec.depthwise = n.op == Op::depthwise;
-      spec.out = layer.out.channels, spec.in = layer.in.channels;
+      spec.out = layer.out.channels / (n.fine ? 2 : 1), spec.in = layer.in.channels;
       if (n.op != Op::classifier) {
         spec.kernel_h = n.kernel(0), spec.kernel_w = n.kernel(1);
         layer.top = padding_before(n, 0, layer.in.height);
@@ -61,10 +61,12 @@ void Plan::pack_layer(const Node& n, const std::array<int, 3>& image_padding, La
       spec.stride_h = n.stride[0], spec.stride_w = n.stride[1];
       spec.weight = n.weight.data, spec.bias = n.bias.data, spec.multiplier = n.multiplier.data;
       spec.epilogue.requantize = requantize;
-      spec.epilogue.kind = n.op == Op::classifier ? EpilogueKind::logits
-                           : n.hardswish          ? EpilogueKind::hardswish
-                           : n.residual           ? EpilogueKind::residual
-                                                  : EpilogueKind::bytes;
+      layer.residual_is_fine = n.residual && layers[n.inputs[1]].out.channels > spec.out;
+      layer.through_values = n.fine || layer.residual_is_fine;
+      spec.epilogue.kind = n.op == Op::classifier || layer.through_values ? EpilogueKind::logits
+                           : n.hardswish                                  ? EpilogueKind::hardswish
+                           : n.residual                                   ? EpilogueKind::residual
+                                                                          : EpilogueKind::bytes;
       if (n.residual) {
         spec.epilogue.residual_zero_point = zero_point(n.inputs[1]);
         spec.epilogue.residual_multiplier = n.residual_multiplier;
@@ -213,6 +215,7 @@ void Plan::split_work() {
     Layer& layer = layers[steps[s].last];
     const ConvSpec& spec = layer.packed.spec;
     if (static_cast<int>(layer.packed.panels.size()) < 2 * threads) continue;
+    if (layer.through_values) continue;
     if (spec.depthwise) {
       const int from = layer.node.inputs[0];
       layer.by_panels = layer.out.height < 2 * threads || (from >= 0 && layers[from].by_panels);

@@ -37,12 +37,15 @@ struct Layer {
   int middle = 0;             // squeeze-excite: channels between its layers
   float mean_multiplier = 0;  // squeeze-excite and pool
   int64_t pixel = 0;          // bytes of an output pixel
-  size_t offset = 0;          // of the output, in the arena or (ring > 0) in a thread's rings
-  int ring = 0;               // rows in memory, inside a chain
-  bool by_panels = false;     // how threads share it; else by rows
-  int images = 1;             // in one output: the head computes several images at once
-  int64_t macs = 0;           // per image
-  int64_t bytes = 0;          // read and written per image, each once
+  // a convolution whose output or residual is fine: its products are values, which finish_fine
+  // turns into bytes
+  bool through_values = false, residual_is_fine = false;
+  size_t offset = 0;       // of the output, in the arena or (ring > 0) in a thread's rings
+  int ring = 0;            // rows in memory, inside a chain
+  bool by_panels = false;  // how threads share it; else by rows
+  int images = 1;          // in one output: the head computes several images at once
+  int64_t macs = 0;        // per image
+  int64_t bytes = 0;       // read and written per image, each once
 
   size_t activation_bytes() const {
     const size_t rows = ring > 0 ? ring : out.height * images;

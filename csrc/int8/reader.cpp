@@ -320,6 +320,7 @@ Node read_node(const Json& json, size_t index, Arrays& arrays) {
   switch (n.op) {
     case Op::conv:
       optional("residual_multiplier", &n.residual, &n.residual_multiplier);
+      if (given.has("fine")) n.fine = given.boolean("fine");
       [[fallthrough]];
     case Op::depthwise: {
       n.stride = given.integers<2>("stride");

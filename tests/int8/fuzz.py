@@ -284,7 +284,8 @@ def write_corpus(folder: Path) -> None:
     chain = Builder()
     chain.conv(48, 3, inputs=(-1,), padding="same")
     chain.conv(None, 3, stride=(2, 2), padding=(1, 1, 1, 1))
-    chain.conv(20)
+    chain.conv(20, fine=True)
+    chain.conv(20, inputs=(2, 2), residual_multiplier=0.5)
     for i, graph in enumerate([*graphs, mobilenet_v2(8, 64), chain.graph(65)]):
         file.save(graph, folder / f"{i}.safetensors")
 

@@ -144,6 +144,34 @@ def test_chains(seed: int) -> None:
     assert_equal(graph, images_for(graph, 2), batches=(1, 2), threads=(1, 3))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_fine_maps(seed: int) -> None:
+    """Written and read by 1x1 and 3x3 products and as residuals, at the image's size and the head.
+
+    The first maps are too large to stay near, so that chains keep some rows of fine ones.
+    """
+    b = Builder(seed)
+    rng, fine = b.rng, {"fine": True, "zero_point": int(b.rng.integers(40, 200))}
+    size, channels = int(rng.integers(60, 135)), (5, 16, 17, 24, 40, 65)
+    out = [int(c) for c in rng.choice(channels, 3)]
+    b.conv(out[0], 3, inputs=(-1,), padding="same", **fine)
+    b.conv(out[1], **fine)
+    start = b.conv(out[1], 3, padding=(1, 1, 1, 1), **fine)
+    b.conv(33)
+    for more in (fine, {}, fine):  # fine to fine, fine to bytes, bytes to fine
+        last = len(b.nodes) - 1
+        start = b.conv(out[1], inputs=(last, start), residual_multiplier=0.75, **more)
+    b.conv(None, 3, stride=(2, 2), padding="same")  # as a map of twice the channels
+    b.conv(out[2], 3, stride=(2, 3), **fine)
+    b.conv(160, stride=(1, 2), lo=30, hi=220, **fine)
+    b.add(Pool, None, b.channels[-1], ratio=1.0, zero_point=100)
+    head = b.conv(24, **fine)
+    b.conv(24, inputs=(head, head), residual_multiplier=-0.625, **fine)
+    b.conv(7, cls=Classifier)
+    graph = Graph(nodes=tuple(b.nodes), image_size=size, **FIELDS)
+    assert_equal(file.read(file.dump(graph)), images_for(graph, 3), batches=(1, 3))
+
+
 @pytest.mark.parametrize("kernel", [7, 31])
 def test_large_kernels(kernel: int) -> None:
     b = Builder(kernel)

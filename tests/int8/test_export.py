@@ -275,6 +275,10 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ValueError, match=f"export: {message}"):
             export.write(graph, tmp_path / f"a.{suffix}", exact=exact, profile=profile)
+    builder = Builder()
+    builder.conv(8, inputs=(-1,), fine=True)
+    with pytest.raises(ValueError, match=r"expected no fine maps, .* got one from node 0 \(node0"):
+        export.write(builder.graph(4), tmp_path / "a.onnx")
     monkeypatch.setattr("vitkd_fast._extras.find_spec", lambda name: None)
     for suffix, extra in (
         (".onnx", "export-onnx"),

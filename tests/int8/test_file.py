@@ -515,6 +515,13 @@ FIELDS: dict[str, tuple[Callable[[], Graph], str]] = {
         lambda: changed(3, residual_multiplier=2.0**20),
         "under 2\\^20, got 1048576",
     ),
+    "fine": (lambda: changed(3, fine=1), "fine: expected true or false, got 1"),
+    "fine and hardswish": (
+        lambda: changed(6, fine=True), "fine: expected no hardswish_scale beside it, got both",
+    ),
+    "fine's readers": (
+        lambda: changed(0, fine=True), r"weight: expected \[.*4\], got \[.*2\]",
+    ),
     "residual's shape": (
         lambda: changed(3, weight=np.ones((1, 1, 1, 2), np.int8), bias=SUMS["bias"][:1],
                         multiplier=SUMS["multiplier"][:1]),

@@ -1,4 +1,4 @@
-"""Options of `quantize` beyond ranges: fitted weights, twin channels, and each layer's share."""
+"""Options of `quantize` beyond ranges: fitted weights, more than eight bits, each layer's share."""
 
 from typing import Any
 
@@ -13,11 +13,22 @@ timm = pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
 from support.int8_models import PIXELS, Block, logits_of, normalised, sqnr  # noqa: E402
-from vitkd_fast.int8 import file, isa, load, quantize, reconstruct, reference, twins  # noqa: E402
-from vitkd_fast.int8.calibrate import Histogram  # noqa: E402
+from vitkd_fast.int8 import (  # noqa: E402
+    file,
+    fine,
+    isa,
+    load,
+    quantize,
+    reconstruct,
+    reference,
+    simulate,
+    twins,
+)
+from vitkd_fast.int8.calibrate import Histogram, Scale  # noqa: E402
 from vitkd_fast.int8.float_graph import FloatNode, activated, pre_activation  # noqa: E402
 from vitkd_fast.int8.graph import Array, Conv, Depthwise, Graph  # noqa: E402
 from vitkd_fast.int8.lower import lower  # noqa: E402
+from vitkd_fast.int8.quantizer import _steps  # noqa: E402
 from vitkd_fast.int8.report import QuantizedModel  # noqa: E402
 from vitkd_fast.int8.sensitivity import costs  # noqa: E402
 
@@ -223,6 +234,48 @@ def test_merged_is_the_mean_of_a_channel_and_its_twin() -> None:
     assert np.array_equal(twins.merged(torch.from_numpy(both), copied, 1).numpy(), expected)
 
 
+# fine maps
+
+
+def test_both_halves_of_a_fine_map_are_a_sixteenth_of_a_level_fine() -> None:
+    """And less of the error of a product is left than `SAVED` says, its weights rounded."""
+    rng = np.random.default_rng(0)
+    inputs, outputs, zero_point = 48, 24, 117
+    v = torch.from_numpy(rng.normal(0, 30, (1, inputs, 40, 40))).float().clamp(-110, 130)
+    eye = Conv(
+        name="c", inputs=(0,), weight=np.eye(inputs, dtype=np.int8)[:, None, None] * 64,
+        bias=np.zeros(inputs, np.int32), multiplier=np.full(inputs, 1 / 64, np.float32),
+        zero_point=zero_point, fine=True,
+    )  # fmt: skip
+    y = simulate.compute(eye, [(v, torch.zeros(1, 1, 1))])
+    assert y.shape[1] == 2 * inputs and y.dtype == torch.uint8
+    found = fine.merged(y, zero_point, 1) - zero_point
+    assert float((found - v).abs().max()) <= 1 / 16
+    q = np.rint(rng.normal(0, 35, (outputs, inputs)).clip(-127, 127))
+    both = fine.split(q)
+    assert both.shape == (outputs, 2 * inputs) and np.array_equal(both[:, :inputs], q)
+    centred = y.double().numpy()[0].reshape(2 * inputs, -1) - zero_point
+    exact = q @ v.double().numpy()[0].reshape(inputs, -1)
+    left = np.square(both @ centred - exact).mean()
+    assert left < (1 - fine.SAVED) * np.square(q @ centred[:inputs] - exact).mean()
+
+
+def test_which_maps_may_be_fine() -> None:
+    """Linear, read by dense convolutions alone, with room on either side of the zero point."""
+    torch.manual_seed(0)
+
+    def able(model: nn.Module, zero_point: int = 128, fuses: bool = True) -> set[str]:
+        steps = _steps(lower(model.eval(), 32), fuses)
+        scales = {step.output: Scale(0.1, zero_point) for step in steps}
+        found = fine.candidates(steps, scales)
+        return {step.node.name for step in steps if step.output in found}
+
+    assert able(Inverted()) == {"project.0", "project.1", "project.2"}
+    assert able(Inverted(), zero_point=5) == able(Inverted(), zero_point=250) == set()
+    assert able(Inverted(), fuses=False) == set()  # an addition on its own reads bytes
+    assert able(Tied()) == {"project.2"}  # which the head reads
+
+
 @pytest.mark.parametrize("budget", [1.05, 1.5])
 def test_multiply_adds_are_within_the_budget(
     inverted: nn.Module, plain: QuantizedModel, budget: float
@@ -232,17 +285,22 @@ def test_multiply_adds_are_within_the_budget(
     assert 1 + 0.8 * (budget - 1) < spent <= budget
 
 
-def test_maps_with_twins_are_closer(inverted: nn.Module, plain: QuantizedModel) -> None:
-    """With twins for all channels that can have them and are not always 0."""
+def test_maps_with_more_bits_are_closer(inverted: nn.Module, plain: QuantizedModel) -> None:
+    """With twins for all channels that can have them and are not always 0, and bottlenecks fine."""
     rich = quantize(inverted, IMAGES, mixed="auto", budget=9.0, **PIXELS)
-    sizes = [(len(a.bias), len(b.bias)) for a, b in pairs(plain.graph, rich.graph)[:-1]]
-    assert all(1.5 * before < after <= 2 * before for before, after in sizes), sizes
     layers = zip(plain.report().layers, rich.report().layers, strict=True)
     gained = [after.sqnr - before.sqnr for before, after in layers][:-2]
-    assert min(gained) > 0.5 and np.mean(gained) > 1.5, gained
+    assert min(gained) > 0.5 and np.mean(gained) > 2.5, gained
+    both = pairs(plain.graph, rich.graph)[:-1]
+    assert [index for index, (_, b) in enumerate(both) if getattr(b, "fine", False)] == [3, 6, 9]
+    for index, (a, b) in enumerate(both):
+        if index in (3, 6, 9):
+            assert len(b.bias) == len(a.bias) and gained[index] > 2, gained
+        else:
+            assert 1.5 * len(a.bias) < len(b.bias) <= 2 * len(a.bias)
 
 
-def test_twins_on_every_instruction_set(inverted: nn.Module) -> None:
+def test_more_bits_on_every_instruction_set(inverted: nn.Module) -> None:
     graph = quantize(inverted, IMAGES, mixed="auto", budget=1.3, reconstruct=True, **PIXELS).graph
     expected = reference.run(graph, FRESH[:2])
     for name in isa():
@@ -255,9 +313,30 @@ def pairs(before: Graph, after: Graph) -> list[tuple[Any, Any]]:
     return [(a, b) for a, b in both if isinstance(a, Conv | Depthwise)]
 
 
-def test_which_maps_have_twins(inverted: nn.Module, plain: QuantizedModel) -> None:
+class Tied(Inverted):
+    """Depthwise convolutions read the sums, so that they have twins and are not fine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(nn.Conv2d(16, 16, 3, 1, 1, groups=16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        relu6 = nn.functional.relu6
+        x = relu6(self.stem(x))
+        for index, (first, expand, project) in enumerate(
+            zip(self.first, self.expand, self.project, strict=True)
+        ):
+            y = project(relu6(expand(first(x))))
+            x = x + y if index else y
+        return self.fc(relu6(self.head(x)).mean((2, 3)))
+
+
+def test_which_maps_have_twins() -> None:
     """The same channels before and after a depthwise convolution and along a residual chain."""
-    graph = quantize(inverted, IMAGES, mixed="auto", budget=1.4, **PIXELS).graph
+    torch.manual_seed(0)
+    model = Tied().eval()
+    plain = quantize(model, IMAGES, **PIXELS)
+    graph = quantize(model, IMAGES, mixed="auto", budget=1.4, **PIXELS).graph
     more = [len(b.bias) - len(a.bias) for a, b in pairs(plain.graph, graph)]
     for index, (_, node) in enumerate(pairs(plain.graph, graph)):
         if isinstance(node, Depthwise):
@@ -265,6 +344,8 @@ def test_which_maps_have_twins(inverted: nn.Module, plain: QuantizedModel) -> No
         if len(node.inputs) == 2:
             assert more[index] == more[node.inputs[1]]
     assert max(more) > 0 and more[-1] == 0  # what is pooled has none
+    read = [graph.nodes[node.inputs[0]] for node in graph.nodes if isinstance(node, Depthwise)]
+    assert not any(getattr(node, "fine", False) for node in read)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv4_conv_small_050"])
@@ -280,6 +361,13 @@ def test_families_with_twins(name: str) -> None:
     logits = load(graph)(FRESH[:4])
     assert np.array_equal(logits, reference.run(graph, FRESH[:4]))
     assert sqnr(logits_of(model, FRESH[:4]), logits) > 15
+
+
+def test_other_runtimes_have_no_fine_maps(inverted: nn.Module) -> None:
+    options: dict[str, Any] = {"mixed": "auto", "budget": 1.5, "portable": True}
+    graph = quantize(inverted, IMAGES, **options, **PIXELS).graph
+    assert not any(getattr(node, "fine", False) for node in graph.nodes)
+    assert "fine" not in file.dump(graph).decode("latin-1")
 
 
 def test_a_budget_for_nothing(inverted: nn.Module, plain: QuantizedModel) -> None:

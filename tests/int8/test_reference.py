@@ -118,6 +118,24 @@ def test_each_step_of_a_residual_and_an_addition_rounds_once(seed: int) -> None:
     assert reference.compute(plain, inputs).ravel().tolist() == expected
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_each_step_of_a_fine_map_rounds_once(seed: int) -> None:
+    """With a residual that is fine: both halves of it are added, and what is lost is kept."""
+    rng = np.random.default_rng(seed)
+    a, b, eighths = (rng.integers(0, 256, 500) for _ in range(3))
+    m_a, m_b = (float(np.float32(v)) for v in rng.uniform(0.1, 1.2, 2))
+    conv = scaling(m_a, -100, residual_multiplier=m_b, zero_point=90, fine=True)
+    residual = np.concatenate([bytes_of(*b), bytes_of(*eighths)], 3)
+    y = reference.compute(conv, [(bytes_of(*a), pad(100)), (residual, pad(30))])
+    assert y.shape[3] == 2
+    values = (x.tolist() for x in (a, b, eighths, y[0, 0, :, 0], y[0, 0, :, 1]))
+    for p, q, part, first, second in zip(*values, strict=True):
+        v = single(single((p - 100) * Fraction(m_a)) + single((q - 30) * Fraction(m_b)))
+        v = single(v + single((part - 30) * Fraction(m_b / 8)))
+        assert first == to_byte(v, conv)
+        assert second == to_byte(single(single(v - (first - 90)) * 8), conv)
+
+
 def test_order_of_a_residual() -> None:
     """Had the two products been summed unrounded, the tie would go the other way."""
     m_a, m_b = float(np.float32(0.1)), float(np.float32(0.3))

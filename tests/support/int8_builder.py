@@ -30,7 +30,7 @@ class Builder:
         index = len(self.nodes)
         at = tuple(index - 1 if i is None else i for i in inputs or [None])
         self.nodes.append(cls(name=f"node{index}", inputs=at, **fields))
-        self.channels.append(channels)
+        self.channels.append(channels * (2 if fields.get("fine") else 1))
         return index
 
     def conv(

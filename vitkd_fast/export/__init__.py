@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..int8 import file
-from ..int8.graph import Graph
+from ..int8.graph import Conv, Graph
 
 SUFFIXES = (".onnx", ".tflite", ".pte", ".mlpackage")
 Profile = Literal["qdq", "qoperator", "tensorrt", "qnn"]
@@ -37,7 +37,8 @@ def write(
             points, so rounded again; "qnn": Qualcomm's HTP, Q/DQ around every operator.
 
     Raises:
-        ValueError: an unknown suffix or profile; a profile of another format, or with `exact`.
+        ValueError: an unknown suffix or profile; a profile of another format, or with `exact`; a
+            graph with fine maps, which no other runtime has.
         ImportError: the format's package is missing; names the extra that brings it.
         FileError: as `int8.load`.
     """
@@ -51,6 +52,12 @@ def write(
         given = "a network without rounding" if exact else path
         raise ValueError(f"export: profile {profile}: expected int8 in a .onnx file, got {given}")
     graph = source if isinstance(source, Graph) else file.read(source)
+    for index, node in enumerate(graph.nodes):
+        if isinstance(node, Conv) and node.fine:
+            raise ValueError(
+                "export: source: expected no fine maps, as quantize(..., portable=True) makes it, "
+                f"got one from node {index} ({node.name})"
+            )
     if path.suffix == ".onnx":
         from . import onnx
 

@@ -164,6 +164,8 @@ def _encode(graph: Graph) -> bytes:
             array = _array(f"{where}{name}", getattr(node, name), _DTYPES[code])
             arrays[f"{index}.{name}"] = code, array
         values = {f.name: getattr(node, f.name) for f in fields(node) if f.name not in node.arrays}
+        if values.get("fine") is False:  # which readers before 0.2 refuse as an unknown key
+            del values["fine"]
         for name, value in values.items():
             _plain(f"{where}{name}", value)
         nodes.append({"op": node.op} | values)

@@ -13,6 +13,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+FINE = 8  # parts of a level that the second half of a fine map counts
+
 Array = np.ndarray
 Padding = tuple[int, int, int, int] | Literal["same"]  # top, left, bottom, right
 
@@ -40,7 +42,12 @@ class Conv(Quantized):
     """v = float(acc) * multiplier, acc the int32 sum with the bias in it; dense.
 
     hardswish_scale k: t = v; u = min(max(t + 3, 0), 6); v = (t * u) * k.
-    residual_multiplier: v = v + float(q_b - z_b) * residual_multiplier, b the second input.
+    residual_multiplier: v = v + float(q_b - z_b) * residual_multiplier, b the second input. If b
+    is fine and has twice the channels, its second half l_b is added, too:
+    v = v + float(l_b - z_b) * fp32(residual_multiplier / 8).
+    fine: twice C_out channels, in the second half what the first one lacks, in eighths of a level:
+    y[C_out + c] = clamp(rne((v - float(y[c] - zero_point)) * 8) + zero_point, lo, hi), what is
+    rounded clamped to int16 before.
     """
 
     op = "conv"
@@ -53,6 +60,7 @@ class Conv(Quantized):
     padding: Padding = (0, 0, 0, 0)
     hardswish_scale: float | None = None  # a float32
     residual_multiplier: float | None = None  # a float32; never with hardswish_scale
+    fine: bool = False  # never with hardswish_scale
 
 
 @dataclass(frozen=True, kw_only=True)

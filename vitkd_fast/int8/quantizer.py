@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _preprocessing
-from . import _arguments, file, reconstruct, sensitivity, simulate, twins
+from . import _arguments, file, fine, mixed, reconstruct, sensitivity, simulate, twins
 from .calibrate import CALIBRATIONS, Calibration, Histogram, Scale
 from .float_graph import Activation, FloatNode, activated, forward, pre_activation
 from .graph import Add, Array, Classifier, Conv, Depthwise, Graph, Node, Pool, SqueezeExcite
@@ -70,11 +70,12 @@ def quantize(
             activation, that of the float model, in order.
         reconstruct: fits each layer's weights, on up to 128 images, to give the float model's
             output from the rounded input, and rounds them by what they are multiplied with.
-        mixed: "auto" gives nine bits to the channels of maps whose rounding costs the logits most
-            (twins.py), in the same format and engine; None: eight to all.
+        mixed: "auto" gives more bits to the maps whose rounding costs the logits most: eleven to
+            bottlenecks (fine.py), nine to channels of others (twins.py); None: eight to all.
         budget: multiply-adds with mixed="auto" over those without, at most.
         portable: rounds where other runtimes do, for `export`: an addition is a layer of its own,
-            between bytes. In the engine it costs a few percent of time, and some accuracy.
+            between bytes, and no map has eleven bits. In the engine it costs a few percent of
+            time, and some accuracy.
         classes: names of the logits.
         multilabel: classes are not exclusive, which the file says and `vitkd predict` shows.
         image_size: checked against the images.
@@ -166,6 +167,7 @@ class _Quantizer:
         self.reconstruct = self.portable = False
         self.budget = 1.0
         self.twins: twins.Twins = {}
+        self.fine: set[int] = set()  # float nodes, whose maps are
         self.positions: dict[int, int] = {}  # height times width of the float maps
         self.graph, self.float_nodes, self.images = graph, nodes, images
         self.calibration, self.bias_correction = calibration, bias_correction
@@ -187,7 +189,8 @@ class _Quantizer:
         steps = _steps(self.float_nodes, fuses=not self.portable)
         if self.budget > 1:
             found = self.costs(steps).maps
-            self.twins = twins.choose(steps, self.positions, found, self.budget)
+            able = set() if self.portable else fine.candidates(steps, self.scales)
+            self.fine, self.twins = mixed.choose(steps, self.positions, found, able, self.budget)
         last_use = {source: step.output for step in steps for source in step.inputs}
         index = {-1: -1} | {step.output: position for position, step in enumerate(steps)}
         nodes: list[Node] = []
@@ -205,8 +208,7 @@ class _Quantizer:
                 logits = output.flatten(1)
             else:
                 self.maps[step.output] = output
-                one = twins.merged(output[:_COMPARED], self.twins.get(step.output), 1)
-                self.kept[step.output] = one.clone()
+                self.kept[step.output] = self.merged(output[:_COMPARED], step.output, 1).clone()
         graph = replace(self.graph, nodes=tuple(nodes))
         try:
             file.validate(graph)
@@ -283,6 +285,8 @@ class _Quantizer:
         found = sensitivity.costs(self.float_nodes, batches, scales, self.lost)
         for output, copied in self.twins.items():
             found.maps[output][copied] *= 1 - twins.SAVED
+        for output in self.fine:
+            found.maps[output] *= 1 - fine.SAVED
         return found
 
     def layers(
@@ -358,6 +362,8 @@ class _Quantizer:
             return self.weighed(step, Depthwise if node.groups > 1 else Conv, fields, 1.0)
         if len(ratios) == 2:
             fields["residual_multiplier"] = _ratio(ratios[1])
+        if step.output in self.fine:
+            fields["fine"] = True
         return self.weighed(step, Depthwise if node.groups > 1 else Conv, fields, scale.scale)
 
     def weighed(self, step: _Step, cls: Any, fields: dict[str, Any], out: float) -> Node:
@@ -398,7 +404,9 @@ class _Quantizer:
             error = error * (255 * np.array(self.graph.std)[:, None, None])
         self.lost[self.place(step)] = torch.from_numpy(error).to(self.images.device)
         mine, read = self.twins.get(step.output), self.twins.get(source)
-        q = twins.with_twins(q if step.node.groups > 1 else twins.split(q, read), mine)
+        if step.node.groups == 1:
+            q = fine.split(q) if source in self.fine else twins.split(q, read)
+        q = twins.with_twins(q, mine)
         q = q.astype(np.int8)
         unit, multiplier = twins.with_twins(unit, mine), twins.with_twins(multiplier, mine)
         bias = twins.with_twins(bias, mine)
@@ -453,7 +461,7 @@ class _Quantizer:
         first, second = (reconstruct.Moments.like(w) for _ in range(2))
         for i in range(0, len(self.targets), _CHUNK):
             some = slice(i, i + _CHUNK)
-            x = twins.merged(self.maps[source][self.fitted][some], self.twins.get(source), 1)
+            x = self.merged(self.maps[source][self.fitted][some], source, 1)
             x = reconstruct.patches(step.node, x - self.padding(source), weight.shape[2:])
             rest = b.expand_as(self.targets[some])
             for other in others:
@@ -467,9 +475,13 @@ class _Quantizer:
         """What a map's bytes stand for, where they are seen."""
         scale = self.scales[source]
         seen = reconstruct.seen(self.maps[source][self.fitted][some])
-        return (
-            twins.merged(seen, self.twins.get(source), 1).float() - scale.zero_point
-        ) * scale.scale
+        return (self.merged(seen, source, 1).float() - scale.zero_point) * scale.scale
+
+    def merged(self, values: Tensor, source: int, axis: int) -> Tensor:
+        """Levels of a map as if each channel was there once, with eight bits or more."""
+        if source in self.fine:
+            return fine.merged(values, self.scales[source].zero_point, axis)
+        return twins.merged(values, self.twins.get(source), axis)
 
     def place(self, step: _Step) -> int:
         """The float node of a step."""
@@ -501,8 +513,8 @@ class _Quantizer:
     def mean_value(self, source: int) -> Array:
         """[C], of what the bytes stand for; of a channel and its twin, the mean of both."""
         scale, copied = self.scales[source], self.twins.get(source)
-        mean = self.mean_map(source).mean((1, 2)) - scale.zero_point
-        return twins.with_twins(_numpy(twins.merged(mean, copied, 0)) * scale.scale, copied)
+        mean = self.merged(self.mean_map(source).mean((1, 2)), source, 0) - scale.zero_point
+        return twins.with_twins(_numpy(mean) * scale.scale, copied)
 
 
 def _steps(nodes: tuple[FloatNode, ...], fuses: bool = True) -> list[_Step]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .graph import (
+    FINE,
     Add,
     Array,
     Classifier,
@@ -84,8 +85,15 @@ def compute(node: Node, inputs: list[tuple[Array, Array]]) -> Array:
             u = np.minimum(np.maximum(v + _f32(3), _f32(0)), _f32(6))
             v = (v * u) * _f32(node.hardswish_scale)
         if isinstance(node, Conv) and node.residual_multiplier is not None:
-            v = v + _centred(*others[0]) * _f32(node.residual_multiplier)
-        return to_bytes(node, v)
+            b, multiplier = _centred(*others[0]), _f32(node.residual_multiplier)
+            v = v + b[..., : v.shape[3]] * multiplier
+            if b.shape[3] > v.shape[3]:
+                v = v + b[..., v.shape[3] :] * (multiplier / _f32(FINE))
+        y = to_bytes(node, v)
+        if isinstance(node, Conv) and node.fine:
+            lost = v - (y.astype(np.int32) - node.zero_point).astype(_f32)
+            y = np.concatenate([y, to_bytes(node, lost * _f32(FINE))], 3)
+        return y
     if isinstance(node, Add):
         m_a, m_b = node.multipliers
         return to_bytes(node, _centred(x, pad) * _f32(m_a) + _centred(*others[0]) * _f32(m_b))

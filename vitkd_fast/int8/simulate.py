@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .graph import (
+    FINE,
     Add,
     Array,
     Classifier,
@@ -38,7 +39,10 @@ def compute(node: Node, inputs: list[tuple[Tensor, Tensor]]) -> Tensor:
             v *= (v + 3).clamp_(0, 6)
             v *= node.hardswish_scale
         if isinstance(node, Conv) and node.residual_multiplier is not None:
-            v += others[0] * node.residual_multiplier
+            b, multiplier = others[0], node.residual_multiplier
+            v += b[:, : v.shape[1]] * multiplier
+            if b.shape[1] > v.shape[1]:
+                v += b[:, v.shape[1] :] * (multiplier / FINE)
     elif isinstance(node, Add):
         v = x * node.multipliers[0] + others[0] * node.multipliers[1]
     elif isinstance(node, Pool):
@@ -51,6 +55,15 @@ def compute(node: Node, inputs: list[tuple[Tensor, Tensor]]) -> Tensor:
         gate = F.hardsigmoid(F.linear(hidden, w2) + _vector(node.b2, x).flatten())
         v = x * (gate * node.ratio)[:, :, None, None]
     assert isinstance(node, Quantized)
+    if isinstance(node, Conv) and node.fine:
+        y = _bytes(node, v.clone())
+        lost = v.sub_(y.float() - node.zero_point).mul_(FINE)
+        return torch.cat([y, _bytes(node, lost)], 1)
+    return _bytes(node, v)
+
+
+def _bytes(node: Quantized, v: Tensor) -> Tensor:
+    """Of values, which are overwritten."""
     v = v.clamp_(-32768, 32767).round_().add_(node.zero_point)
     return v.clamp_(node.lo, node.hi).to(torch.uint8)
 
