@@ -204,10 +204,8 @@ class Launcher {
     // the second sweep wants its row in L2: long rows get one block per multiprocessor
     int shared = 0;
     if (kPass == Pass::kForwardGrad && c_.shape.classes * c_.student.size > 65536) {
-      const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-      shared = std::min(120 << 10, most - (8 << 10));
-      STD_CUDA_CHECK(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+      constexpr int kStatic = (kAccess == Access::kTiled ? kTileSums : 32) * sizeof(Sums<A>);
+      shared = std::min(120 << 10, allowed_shared_memory(kernel, kStatic));
     }
     kernel<<<grid, block, shared, stream_>>>(c_, launch_);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

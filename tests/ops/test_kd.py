@@ -92,6 +92,24 @@ def test_shapes_match(shape: tuple[int, ...], class_dim: int, device: str) -> No
         check(student, teacher, **options_for(name, student, class_dim))
 
 
+@pytest.mark.emulated
+@every_device
+@pytest.mark.parametrize(
+    ("dtype", "shape", "class_dim"),
+    [
+        (DOUBLE, (2, 8193, 4), 1), (FLOAT, (2, 16387, 3), 1), (BFLOAT, (1, 32771, 2), 1),
+        (DOUBLE, (2, 8195), -1), (FLOAT, (2, 16387), -1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_long_rows_match(
+    dtype: torch.dtype, shape: tuple[int, ...], class_dim: int, device: str
+) -> None:
+    """Of more than 64 KB: on a GPU a block takes all the shared memory that it may have."""
+    student, teacher = pair(*shape, dtype=dtype, device=device)
+    check(student, teacher, **options_for("everything", student, class_dim))
+
+
 @pytest.mark.emulated(shape=[(8, 1001), (2, 13, 5, 7)])
 @pytest.mark.interpreted(shape=[(2, 13, 5, 7)])
 @every_device
