@@ -58,8 +58,16 @@ __global__ void __launch_bounds__(32 * kWarps,
   const Block<E, kTall, true> block(c, plan, shared);
   const float c_s = fabsf(c.factor_s) * kUnit<E>, c_t = fabsf(c.factor_t) * kUnit<E>;
 
-  // 1. a negative factor becomes a sign of the queries, so that scores grow with products
-  if (c.factor_s < 0 || c.factor_t < 0) {
+  // 1. a negative factor becomes a sign of the queries, so that scores grow with products; of the
+  // products, where queries pass in slices
+  const auto turn = [&](float (&s)[kTall][kTiles][4], float (&t)[kTall][kTiles][4], int columns) {
+    if (!plan.sliced) return;
+    each<kTall>(columns, [&](int, int m, int n, int k) {
+      if (c.factor_s < 0) s[m][n][k] = -s[m][n][k];
+      if (c.factor_t < 0) t[m][n][k] = -t[m][n][k];
+    });
+  };
+  if (!plan.sliced && (c.factor_s < 0 || c.factor_t < 0)) {
     commit();
     wait_for_all_but<0>();
     __syncthreads();
@@ -76,8 +84,9 @@ __global__ void __launch_bounds__(32 * kWarps,
 
   // 2. both log-sum-exps, and the divergence where it needs no more than sums
   Sums<E> sums[2 * kTall];
-  block.walk(false, [&](const char* stage, int first) {
+  block.walk(false, [&](char* stage, int first) {
     block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int) {
+      turn(s, t, columns);
       auto &p = kSwap ? s : t, &q = kSwap ? t : s;
       const float c_p = kSwap ? c_s : c_t, c_q = kSwap ? c_t : c_s;
       if (keep != kFullMask) {
@@ -140,8 +149,9 @@ __global__ void __launch_bounds__(32 * kWarps,
 
   // 3. js and mse need p and q; maximum and logarithm apart are more exact than their sum
   if constexpr (kTwice) {
-    block.walk(false, [&](const char* stage, int first) {
+    block.walk(false, [&](char* stage, int first) {
       block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int) {
+        turn(s, t, columns);
         each<kTall>(columns, [&](int i, int m, int n, int k) {
           if (!kept(keep, n, k)) return;
           const float x = less<E>(s[m][n][k], c_s, sums[i].top_q) - sums[i].sum_q;

@@ -114,8 +114,9 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
 
   // 2. the products
   float acc[kTall][kDim / 8][4] = {};
-  const int slice = first_dim * static_cast<int>(sizeof(typename E::T));
-  const int dims = (plan.pitch[0] - 16 - slice) / static_cast<int>(sizeof(typename E::T));
+  constexpr int kSize = sizeof(typename E::T);
+  const int slice = first_dim * kSize;
+  const int dims = ((block.own[0].bytes + kSlice - 1) / kSlice * kSlice - slice) / kSize;
   block.walk(!kOfQueries, [&](char* stage, int first) {
     block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int at) {
       const int tile = plan.tile;
@@ -137,8 +138,14 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
           if (kept(keep, n, k)) s[m][n][k] *= by_column[3 * tile + 8 * n + k % 2];
         });
       }
-      add_product<E, kTall, kDim>(acc, s, stage + at * plan.pitch[0] + slice, plan.pitch[0],
-                                  columns, dims);
+      const char* y = stage + at * plan.pitch[0] + slice;
+      int pitch = plan.pitch[0];
+      if (plan.sliced) {
+        constexpr int kBytes = kDim * kSize;
+        y = block.template bring<kBytes>(first, slice);
+        pitch = kBytes + 16;
+      }
+      add_product<E, kTall, kDim>(acc, s, y, pitch, columns, dims);
     });
   });
 
