@@ -314,6 +314,44 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class TF32(TorchDispatchMode):
+    """Products of float32 matrices as by the tensor cores of a GPU: of numbers of 10 bits."""
+
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "dot")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = func._schema.name.removeprefix("aten::").rstrip("_") in self.PRODUCTS
+        if named and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            first = 0 if len([x for x in args if isinstance(x, Tensor)]) == 2 else 1
+            rounded = [
+                (x.view(torch.int32) + 4096 & -8192).view(FLOAT) if x.dtype == FLOAT else x
+                for x in args[first:]
+            ]
+            args = (*args[:first], *rounded)
+        return func(*args, **(kwargs or {}))
+
+
+@every_device
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_products_are_of_float32_where_torch_allows_tf32(name: str, device: str) -> None:
+    case = Case(name, FLOAT, OPERATIONS[name].paths[0][1], device)
+    step = partial(gradients, partial(case.loss, **case.options), case.student, *case.teacher)
+    want = step()
+    of_torch = case.student[0].flatten(1), torch.ones_like(case.student[0].flatten(1)).mT / 3
+    product = torch.mm(*of_torch)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with TF32():
+            assert not torch.equal(torch.mm(*of_torch), product)
+            given = step()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    if name != "fused_linear_kd":  # which says that it does as torch.nn.Linear
+        case.compare(given, want)
+
+
 @every_device
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_opcheck(name: str, device: str) -> None:
