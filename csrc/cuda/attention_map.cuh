@@ -104,7 +104,7 @@ struct Plan {
   int warps = kWarps;
   int tile = 0;          // rows of the streamed side in a stage
   bool sliced = false;   // rows pass in slices of kLongSlice, a model's after the other's
-  int pitch[2] = {};     // bytes from row to row in shared memory: student, teacher
+  int pitch[2] = {};     // bytes from row to row in shared memory: student (sliced: both), teacher
   int copiers[2] = {};   // log2 of the threads that copy a row
   bool aligned = false;  // by 16 bytes
   int64_t blocks = 0;    // of a (batch, head)
@@ -113,8 +113,7 @@ struct Plan {
   // forward: [blocks, warps] sums of rows; null where each row's loss is wanted
   float* parts = nullptr;
 
-  // of a row of both models; sliced, of the one that is there
-  __host__ __device__ int row() const { return sliced ? pitch[0] : pitch[0] + pitch[1]; }
+  __host__ __device__ int row() const { return pitch[0] + pitch[1]; }
   // a stage: rows of the student, of the teacher, and four numbers of each
   __host__ __device__ int stage() const { return tile * (row() + 16); }
   int bytes(int own_rows) const { return own_rows * row() + (sliced ? 1 : 2) * stage(); }
@@ -210,7 +209,7 @@ __device__ __forceinline__ void form_scores(float (&acc)[kTall][kTiles][4], cons
 }
 
 // A block's part of a call: rows of its own, which stay, and those of the other side, which pass.
-template <class E, int kTall, bool kOfQueries>
+template <class E, int kTall, bool kOfQueries, bool kSliced>
 struct Block {
   const Call& c;
   const Plan& plan;
@@ -227,7 +226,7 @@ struct Block {
     const int64_t part = blockIdx.x / plan.chunks;
     // by a shuffle, so that the compiler knows it to be uniform
     const int warp = __shfl_sync(kFullMask, threadIdx.x / 32, 0);
-    first = part % plan.blocks * own_rows();
+    first = part % plan.blocks * (plan.warps * 16 * kTall);
     chunk = blockIdx.x % plan.chunks;
     head = part / plan.blocks;
     first_row = first + warp * 16 * kTall;
@@ -240,8 +239,8 @@ struct Block {
                   x.token_stride * kSize,
                   static_cast<int>(queries ? c.queries : c.keys),
                   static_cast<int>((which == 0 ? c.dim_s : c.dim_t) * kSize),
-                  plan.pitch[which],
-                  plan.copiers[which]};
+                  plan.pitch[kSliced ? 0 : which],
+                  plan.copiers[kSliced ? 0 : which]};
     };
     const Rows q[2] = {rows(c.q_s, true, 0), rows(c.q_t, true, 1)};
     const Rows k[2] = {rows(c.k_s, false, 0), rows(c.k_t, false, 1)};
@@ -250,17 +249,14 @@ struct Block {
     for (int which = 0; which < 2; ++which) {
       own[which] = kOfQueries ? q[which] : k[which];
       other[which] = kOfQueries ? k[which] : q[which];
-      const int pitch = plan.pitch[which];
+      const int pitch = plan.pitch[which], count = plan.warps * 16 * kTall;
+      if constexpr (!kSliced) copy_rows<typename E::T>(own[which], plan.aligned, first, count, at);
       own_at[which] = at + warp * 16 * kTall * pitch;
-      if (plan.sliced) continue;
-      copy_rows<typename E::T>(own[which], plan.aligned, first, own_rows(), at);
-      at += own_rows() * pitch;
+      at += count * pitch;
     }
-    if (plan.sliced) at += own_rows() * plan.pitch[0];
     stages = at;
   }
 
-  __device__ int own_rows() const { return plan.warps * 16 * kTall; }
   __device__ bool idle() const { return first_row >= own[0].tokens; }
   __device__ int64_t row_of(int token) const { return head * c.queries + token; }
 
@@ -270,7 +266,7 @@ struct Block {
   template <class Visit>
   __device__ void walk(bool with_stats, Visit&& visit) const {
     const auto fetch = [&](char* to, int first) {
-      if (!plan.sliced) {
+      if constexpr (!kSliced) {
         copy_rows<typename E::T>(other[0], plan.aligned, first, plan.tile, to);
         copy_rows<typename E::T>(other[1], plan.aligned, first, plan.tile,
                                  to + plan.tile * plan.pitch[0]);
@@ -290,16 +286,23 @@ struct Block {
     };
     if (other[0].tokens == 0) return;
     __syncthreads();  // an earlier walk is over
-    const int ahead = plan.sliced ? 0 : plan.tile;
-    if (!plan.sliced) fetch(stages, 0);
-    int stage = 0;
-    for (int first = 0; first < other[0].tokens; first += plan.tile, stage ^= ahead > 0) {
-      wait_for_all_but<0>();
-      __syncthreads();  // the tile is there for all, and the one before it is free again
-      if (first + ahead < other[0].tokens) {
-        fetch(stages + (stage ^ (ahead > 0)) * plan.stage(), first + ahead);
+    if constexpr (kSliced) {
+      for (int first = 0; first < other[0].tokens; first += plan.tile) {
+        fetch(stages, first);
+        visit(stages, first);
+        __syncthreads();  // the tile is free again
       }
-      if (plan.sliced || !idle()) visit(stages + stage * plan.stage(), first);
+    } else {
+      fetch(stages, 0);
+      int stage = 0;
+      for (int first = 0; first < other[0].tokens; first += plan.tile, stage ^= 1) {
+        wait_for_all_but<0>();
+        __syncthreads();  // the tile is there for all, and the one before it is free again
+        if (first + plan.tile < other[0].tokens) {
+          fetch(stages + (stage ^ 1) * plan.stage(), first + plan.tile);
+        }
+        if (!idle()) visit(stages + stage * plan.stage(), first);
+      }
     }
   }
 
@@ -320,7 +323,7 @@ struct Block {
       float s[kTall][kTiles][4], t[kTall][kTiles][4];
       const char* const y_s = stage + at * plan.pitch[0];
       const char* const y_t = stage + plan.tile * plan.pitch[0] + at * plan.pitch[1];
-      if (plan.sliced) {
+      if constexpr (kSliced) {
         add_slices(s, 0, stage, first);
         add_slices(t, 1, stage, first);
       } else if (columns > 16) {
@@ -337,11 +340,12 @@ struct Block {
   // The scores of one model with the tile from row `first` on, a slice of both sides at a time.
   __device__ __forceinline__ void add_slices(float (&acc)[kTall][kTiles][4], int which, char* stage,
                                              int first_other) const {
+    const int count = plan.warps * 16 * kTall;
     clear<kTiles>(acc);
 #pragma unroll 1
     for (int begin = 0; begin < own[which].bytes; begin += kLongSlice) {
       __syncthreads();  // what is there has been read
-      copy_rows<typename E::T>(own[which], plan.aligned, first, own_rows(), shared, begin);
+      copy_rows<typename E::T>(own[which], plan.aligned, first, count, shared, begin);
       copy_rows<typename E::T>(other[which], plan.aligned, first_other, plan.tile, stage, begin);
       commit();
       wait_for_all_but<0>();
@@ -435,8 +439,9 @@ Plan cut(const Call& c, int64_t rows, std::initializer_list<Operand> operands) {
     p.sliced = true;
     p.warps = kWarps;
     p.tile = kColumns;
-    p.pitch[0] = p.pitch[1] = kLongSlice + 16;
-    p.copiers[0] = p.copiers[1] = 4;
+    p.pitch[0] = kLongSlice + 16;
+    p.pitch[1] = 0;
+    p.copiers[0] = 4;
   }
   const int64_t of = p.warps * 16 * kTall;
   p.blocks = ceil_div(rows, of);

@@ -123,7 +123,7 @@ MISTAKES = {
     "no barrier between walks":
         ("attention_map", "    __syncthreads();  // an earlier", "    // an earlier",
          "emulated"),
-    "no wait": ("attention_map", "      wait_for_all_but<0>();\n", "", "emulated"),
+    "no wait": ("attention_map", "        wait_for_all_but<0>();\n", "", "emulated"),
     "wait for too little":
         ("int8_pwconv", "but<kStages - 2>", "but<kStages - 1>", "emulated"),
     "a lane too few": ("rkd", "mask /= 2) x +=", "mask /= 2) if (threadIdx.x % 32 != 5) x +=",
