@@ -246,6 +246,7 @@ def test_the_numbers_of_a_forward_may_be_strided_and_match(device: str) -> None:
     )
 
 
+@pytest.mark.emulated
 @pytest.mark.interpreted
 @every_device
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
@@ -265,6 +266,8 @@ def test_scale_matches(factor: float, dtype: torch.dtype, device: str) -> None:
         (new(8, 33), lambda x: x[::2, ::3].t()),
         (new(2, 6, 5, 5), lambda x: x[:, 1:3, 1:4]),
         (new(9), lambda x: x[4]),
+        (new(40), lambda x: x[3:38]),
+        (new(9), lambda x: x[5:7]),
     ):
         want = whole.clone()
         part(want).copy_((part(want).to(wide) * by).to(dtype))
