@@ -2,8 +2,8 @@
 
 Importing this module registers `torch.ops.vitkd_fast.*`. The reference is the composite kernel;
 the compiled extension `_C`, where it was built, overrides it on the CPU and, where it was built
-with CUDA, on the GPU; Triton implements CUDA where C++ does not. `VITKD_FAST_BACKEND` (read here,
-once) forces `reference`, `triton` or `cuda`.
+with CUDA, on the GPU; Triton implements CUDA where C++ does not, or was built for newer GPUs.
+`VITKD_FAST_BACKEND` (read here, once) forces `reference`, `triton` or `cuda`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_type_hints
 
@@ -360,6 +362,7 @@ def _register(backend: str) -> torch.library.Library:
             f"torch {torch.__version__} is here, but vitkd_fast was built without torch, and so "
             f"without its operations (vitkd_fast._C); {_BUILD}"
         )
+    core: Any = sys.modules.get(f"{__package__}._C")
     for op in OPERATIONS:
         if not op.has_cuda:
             continue
@@ -370,13 +373,49 @@ def _register(backend: str) -> torch.library.Library:
                 "rebuild with VITKD_FAST_CUDA=1"
             )
         if importlib.util.find_spec("triton") and (backend == "triton" or not compiled):
-            kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")
-            library.impl(op.name, getattr(kernels, op.name), "CUDA", allow_override=True)
-            _triton.add(op.name)
+            _serve_by_triton(op, library)
+    if backend == "" and core and core.cuda:
+        # torch calls this once it has initialised CUDA, which an import must not do
+        torch.cuda._lazy_call(functools.partial(_replace_unfit_kernels, library, core.cuda))
     return library
 
 
-_triton: set[str] = set()  # operations that Triton implements on CUDA
+def _serve_by_triton(op: Operation, library: torch.library.Library) -> None:
+    kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")
+    library.impl(op.name, getattr(kernels, op.name), "CUDA", allow_override=True)
+    _replaced[op.name] = "Triton"
+
+
+def _runs_on(built_for: str, capability: tuple[int, int]) -> bool:
+    """Whether a build such as "13.0 (8.0;9.0+PTX)" has kernels for that compute capability."""
+    for name in re.split("[; ]+", built_for.partition("(")[2].rstrip(")")):
+        found = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", name)
+        if found is None:  # a family's name, or a feature set such as 9.0a
+            return True
+        major, minor = int(found[1]), int(found[2])
+        if (major == capability[0] and minor <= capability[1]) or (
+            found[3] and (major, minor) <= capability
+        ):
+            return True
+    return False
+
+
+def _replace_unfit_kernels(library: torch.library.Library, built_for: str) -> None:
+    """Triton, else the reference, in place of CUDA C++ that was built for none but newer GPUs."""
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if all(_runs_on(built_for, gpu) for gpu in gpus):
+        return
+    for op in OPERATIONS:
+        if not _has_kernel(f"{_NAMESPACE}::{op.name}", "CUDA"):
+            continue
+        if importlib.util.find_spec("triton"):
+            _serve_by_triton(op, library)
+        else:
+            library.impl(op.name, _exactly(op.reference), "CUDA", allow_override=True)
+            _replaced[op.name] = "reference"
+
+
+_replaced: dict[str, str] = {}  # what implements operations on CUDA that C++ does not
 _library = _register(_backend())  # kept: a Library that is collected takes its kernels along
 
 
@@ -384,8 +423,8 @@ def backends() -> dict[str, dict[str, str]]:
     """The backend of each operation, e.g. {"kd_fwd": {"CPU": "C++", "CUDA": "CUDA C++"}}."""
 
     def cuda(name: str) -> str:
-        if name in _triton:
-            return "Triton"
+        if name in _replaced:
+            return _replaced[name]
         return "CUDA C++" if _has_kernel(f"{_NAMESPACE}::{name}", "CUDA") else "reference"
 
     def cpu(name: str) -> str:

@@ -1,9 +1,10 @@
 // Divergence of softmax(b) from softmax(a) over keys, and its gradients, without a map in memory:
 //   b = q_s k_s^T factor_s, a = q_t k_t^T factor_t
 // A block keeps the rows of some queries (for d_k: keys) in shared memory and streams tiles of the
-// other side past them by cp.async, in two stages. A warp forms 16 or 32 rows by 32 columns of both
-// scores on tensor cores; attention_map_fwd.cu makes sums of them, attention_map_grad.cu gradients.
-// Rows in shared memory are 16 bytes longer than their content: ldmatrix has no bank conflicts.
+// other side past them by cp.async, in two stages. Rows too long for that pass in slices, both
+// sides again for each tile. A warp forms 16 or 32 rows by 32 columns of both scores on tensor
+// cores; attention_map_fwd.cu makes sums of them, attention_map_grad.cu gradients. Rows in shared
+// memory are 16 bytes longer than their content: ldmatrix has no bank conflicts.
 #pragma once
 
 #include "binding/attention_map_call.h"
@@ -20,6 +21,7 @@ constexpr int kWarps = 4;             // of a block, or fewer where rows are lon
 constexpr int kSlice = 32;            // bytes of a row that a product takes
 constexpr int kTiles = 4;             // tensor-core tiles of 8 columns that a warp has at a time
 constexpr int kColumns = 8 * kTiles;  // one for each bit of a mask
+constexpr int kLongSlice = 256;       // bytes of a long row that are in shared memory at a time
 constexpr float kSlack = 16;          // how far scores may exceed what is held for their maximum
 
 using Quad = const uint32_t (&)[4];
@@ -101,7 +103,8 @@ __device__ __forceinline__ float power(float x) {
 struct Plan {
   int warps = kWarps;
   int tile = 0;          // rows of the streamed side in a stage
-  int pitch[2] = {};     // bytes from row to row in shared memory: student, teacher
+  bool sliced = false;   // rows pass in slices of kLongSlice, a model's after the other's
+  int pitch[2] = {};     // bytes from row to row in shared memory: student (sliced: both), teacher
   int copiers[2] = {};   // log2 of the threads that copy a row
   bool aligned = false;  // by 16 bytes
   int64_t blocks = 0;    // of a (batch, head)
@@ -113,7 +116,7 @@ struct Plan {
   __host__ __device__ int row() const { return pitch[0] + pitch[1]; }
   // a stage: rows of the student, of the teacher, and four numbers of each
   __host__ __device__ int stage() const { return tile * (row() + 16); }
-  int bytes(int own_rows) const { return own_rows * row() + 2 * stage(); }
+  int bytes(int own_rows) const { return own_rows * row() + (sliced ? 1 : 2) * stage(); }
 };
 
 // The rows of one tensor that belong to a (batch, head).
@@ -123,10 +126,13 @@ struct Rows {
   int tokens, bytes, pitch, copiers;
 };
 
-// Rows [first, first + rows) to shared memory, 0 beyond the last and up to the pitch.
+// Bytes from `begin` on of rows [first, first + rows) to shared memory: as many as the pitch holds,
+// 0 beyond the end of a row and beyond the last.
 template <class T>
-__device__ void copy_rows(const Rows& x, bool aligned, int first, int rows, char* to) {
+__device__ void copy_rows(Rows x, bool aligned, int first, int rows, char* to, int begin = 0) {
   const int width = x.pitch - 16;
+  x.data += begin;
+  x.bytes -= begin;
   if (aligned) {
     const int step = blockDim.x >> x.copiers;
     const int place = threadIdx.x & ((1 << x.copiers) - 1);
@@ -152,16 +158,20 @@ __device__ void copy_rows(const Rows& x, bool aligned, int first, int rows, char
   }
 }
 
-// the first kCount tiles of acc [16 kTall, kColumns] = rows of x times rows of y
-template <class E, int kCount, int kTall>
-__device__ __forceinline__ void form_scores(float (&acc)[kTall][kTiles][4], const char* x,
-                                            const char* y, int pitch) {
-  const int lane = threadIdx.x % 32, steps = (pitch - 16) / kSlice;
+template <int kCount, int kTall>
+__device__ __forceinline__ void clear(float (&acc)[kTall][kTiles][4]) {
 #pragma unroll
   for (int m = 0; m < kTall; ++m) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0;
   }
+}
+
+// the first kCount tiles of acc [16 kTall, kColumns] += rows of x times rows of y
+template <class E, int kCount, int kTall>
+__device__ __forceinline__ void add_scores(float (&acc)[kTall][kTiles][4], const char* x,
+                                           const char* y, int pitch) {
+  const int lane = threadIdx.x % 32, steps = (pitch - 16) / kSlice;
   // matrices of x: rows 0-7, 8-15, and these again 16 bytes on; of y: 8 rows, 16 bytes on, the
   // next 8 rows, 16 bytes on
   x += lane % 16 * pitch + lane / 16 * 16;
@@ -190,23 +200,33 @@ __device__ __forceinline__ void form_scores(float (&acc)[kTall][kTiles][4], cons
   }
 }
 
+// the same, from 0 on
+template <class E, int kCount, int kTall>
+__device__ __forceinline__ void form_scores(float (&acc)[kTall][kTiles][4], const char* x,
+                                            const char* y, int pitch) {
+  clear<kCount>(acc);
+  add_scores<E, kCount>(acc, x, y, pitch);
+}
+
 // A block's part of a call: rows of its own, which stay, and those of the other side, which pass.
-template <class E, int kTall, bool kOfQueries>
+template <class E, int kTall, bool kOfQueries, bool kSliced>
 struct Block {
   const Call& c;
   const Plan& plan;
   int64_t head;   // of batch * heads
+  int first;      // row of the block
   int first_row;  // of this warp
   int chunk;      // of the gradient's dim
   Rows own[2], other[2];
-  const bool* mask = nullptr;  // of the keys
-  char *own_at[2], *stages;    // in shared memory; own_at: of this warp
+  const bool* mask = nullptr;         // of the keys
+  char *shared, *own_at[2], *stages;  // in shared memory; own_at: of this warp
 
-  __device__ Block(const Call& call, const Plan& how, char* shared) : c(call), plan(how) {
+  __device__ Block(const Call& call, const Plan& how, char* memory)
+      : c(call), plan(how), shared(memory) {
     const int64_t part = blockIdx.x / plan.chunks;
     // by a shuffle, so that the compiler knows it to be uniform
     const int warp = __shfl_sync(kFullMask, threadIdx.x / 32, 0);
-    const int first = part % plan.blocks * (plan.warps * 16 * kTall);
+    first = part % plan.blocks * (plan.warps * 16 * kTall);
     chunk = blockIdx.x % plan.chunks;
     head = part / plan.blocks;
     first_row = first + warp * 16 * kTall;
@@ -219,8 +239,8 @@ struct Block {
                   x.token_stride * kSize,
                   static_cast<int>(queries ? c.queries : c.keys),
                   static_cast<int>((which == 0 ? c.dim_s : c.dim_t) * kSize),
-                  plan.pitch[which],
-                  plan.copiers[which]};
+                  plan.pitch[kSliced ? 0 : which],
+                  plan.copiers[kSliced ? 0 : which]};
     };
     const Rows q[2] = {rows(c.q_s, true, 0), rows(c.q_t, true, 1)};
     const Rows k[2] = {rows(c.k_s, false, 0), rows(c.k_t, false, 1)};
@@ -230,7 +250,7 @@ struct Block {
       own[which] = kOfQueries ? q[which] : k[which];
       other[which] = kOfQueries ? k[which] : q[which];
       const int pitch = plan.pitch[which], count = plan.warps * 16 * kTall;
-      copy_rows<typename E::T>(own[which], plan.aligned, first, count, at);
+      if constexpr (!kSliced) copy_rows<typename E::T>(own[which], plan.aligned, first, count, at);
       own_at[which] = at + warp * 16 * kTall * pitch;
       at += count * pitch;
     }
@@ -241,13 +261,16 @@ struct Block {
   __device__ int64_t row_of(int token) const { return head * c.queries + token; }
 
   // Calls visit(stage, first) for the tiles of the other side, in order; with_stats: to each row
-  // (a query) belong three numbers, and its loss's gradient where each has one.
+  // (a query) belong three numbers, and its loss's gradient where each has one. Sliced, a stage has
+  // these alone until `scores` forms its products, for which it needs all warps.
   template <class Visit>
   __device__ void walk(bool with_stats, Visit&& visit) const {
     const auto fetch = [&](char* to, int first) {
-      copy_rows<typename E::T>(other[0], plan.aligned, first, plan.tile, to);
-      copy_rows<typename E::T>(other[1], plan.aligned, first, plan.tile,
-                               to + plan.tile * plan.pitch[0]);
+      if constexpr (!kSliced) {
+        copy_rows<typename E::T>(other[0], plan.aligned, first, plan.tile, to);
+        copy_rows<typename E::T>(other[1], plan.aligned, first, plan.tile,
+                                 to + plan.tile * plan.pitch[0]);
+      }
       if (with_stats) {
         float* const stats = stats_of(to);
         for (int i = threadIdx.x; i < min(plan.tile, other[0].tokens - first); i += blockDim.x) {
@@ -263,15 +286,23 @@ struct Block {
     };
     if (other[0].tokens == 0) return;
     __syncthreads();  // an earlier walk is over
-    fetch(stages, 0);
-    int stage = 0;
-    for (int first = 0; first < other[0].tokens; first += plan.tile, stage ^= 1) {
-      wait_for_all_but<0>();
-      __syncthreads();  // the tile is there for all, and the one before it is free again
-      if (first + plan.tile < other[0].tokens) {
-        fetch(stages + (stage ^ 1) * plan.stage(), first + plan.tile);
+    if constexpr (kSliced) {
+      for (int first = 0; first < other[0].tokens; first += plan.tile) {
+        fetch(stages, first);
+        visit(stages, first);
+        __syncthreads();  // the tile is free again
       }
-      if (!idle()) visit(stages + stage * plan.stage(), first);
+    } else {
+      fetch(stages, 0);
+      int stage = 0;
+      for (int first = 0; first < other[0].tokens; first += plan.tile, stage ^= 1) {
+        wait_for_all_but<0>();
+        __syncthreads();  // the tile is there for all, and the one before it is free again
+        if (first + plan.tile < other[0].tokens) {
+          fetch(stages + (stage ^ 1) * plan.stage(), first + plan.tile);
+        }
+        if (!idle()) visit(stages + stage * plan.stage(), first);
+      }
     }
   }
 
@@ -279,7 +310,7 @@ struct Block {
   // scores [16 kTall, kColumns], of which `columns` count (tiles beyond are not even written), and
   // keep, whose bit i says that column i is not masked.
   template <class Visit>
-  __device__ __forceinline__ void scores(const char* stage, int first, Visit&& visit) const {
+  __device__ __forceinline__ void scores(char* stage, int first, Visit&& visit) const {
     const int end = min(plan.tile, other[0].tokens - first), lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int at = 0; at < end; at += kColumns) {
@@ -292,7 +323,10 @@ struct Block {
       float s[kTall][kTiles][4], t[kTall][kTiles][4];
       const char* const y_s = stage + at * plan.pitch[0];
       const char* const y_t = stage + plan.tile * plan.pitch[0] + at * plan.pitch[1];
-      if (columns > 16) {
+      if constexpr (kSliced) {
+        add_slices(s, 0, stage, first);
+        add_slices(t, 1, stage, first);
+      } else if (columns > 16) {
         form_scores<E, kTiles>(s, own_at[0], y_s, plan.pitch[0]);
         form_scores<E, kTiles>(t, own_at[1], y_t, plan.pitch[1]);
       } else {
@@ -301,6 +335,38 @@ struct Block {
       }
       visit(s, t, keep, columns, at);
     }
+  }
+
+  // The scores of one model with the tile from row `first` on, a slice of both sides at a time.
+  __device__ __forceinline__ void add_slices(float (&acc)[kTall][kTiles][4], int which, char* stage,
+                                             int first_other) const {
+    const int count = plan.warps * 16 * kTall;
+    clear<kTiles>(acc);
+#pragma unroll 1
+    for (int begin = 0; begin < own[which].bytes; begin += kLongSlice) {
+      __syncthreads();  // what is there has been read
+      copy_rows<typename E::T>(own[which], plan.aligned, first, count, shared, begin);
+      copy_rows<typename E::T>(other[which], plan.aligned, first_other, plan.tile, stage, begin);
+      commit();
+      wait_for_all_but<0>();
+      __syncthreads();
+      add_scores<E, kTiles>(acc, own_at[0], stage, plan.pitch[0]);
+    }
+  }
+
+  // Sliced: bytes [begin, begin + kBytes) of the student's rows of a tile, in place of all slices;
+  // each row is kBytes + 16 from the next.
+  template <int kBytes>
+  __device__ const char* bring(int first_other, int begin) const {
+    static_assert((kWarps * 16 + kColumns) * (kLongSlice + 16) >= kColumns * (kBytes + 16));
+    Rows rows = other[0];
+    rows.pitch = kBytes + 16;
+    __syncthreads();
+    copy_rows<typename E::T>(rows, plan.aligned, first_other, plan.tile, shared, begin);
+    commit();
+    wait_for_all_but<0>();
+    __syncthreads();
+    return shared;
   }
 
   __device__ float* stats_of(char* stage) const {
@@ -369,6 +435,14 @@ Plan cut(const Call& c, int64_t rows, std::initializer_list<Operand> operands) {
     p.tile = cut.tile;
     if (cut.blocks * p.bytes(p.warps * 16 * kTall) <= most) break;
   }
+  if (p.bytes(p.warps * 16 * kTall) > most) {
+    p.sliced = true;
+    p.warps = kWarps;
+    p.tile = kColumns;
+    p.pitch[0] = kLongSlice + 16;
+    p.pitch[1] = 0;
+    p.copiers[0] = 4;
+  }
   const int64_t of = p.warps * 16 * kTall;
   p.blocks = ceil_div(rows, of);
   return p;
@@ -378,7 +452,7 @@ template <int kTall>
 void start(void (*kernel)(Call, Plan), const Call& c, const Plan& plan, int64_t blocks,
            cudaStream_t stream) {
   const int shared = plan.bytes(plan.warps * 16 * kTall);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  allowed_shared_memory(kernel);
   kernel<<<static_cast<unsigned>(blocks), 32 * plan.warps, shared, stream>>>(c, plan);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

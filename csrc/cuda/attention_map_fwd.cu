@@ -47,7 +47,7 @@ struct Sums {
 };
 
 // grid: batch * heads * blocks of queries
-template <class E, Kind kKind>
+template <class E, Kind kKind, bool kSliced>
 __global__ void __launch_bounds__(32 * kWarps,
                                   kKind == Kind::kKl || kKind == Kind::kReverseKl ? 3 : 2)
     attention_map_fwd_kernel(const __grid_constant__ Call c, const __grid_constant__ Plan plan) {
@@ -55,11 +55,18 @@ __global__ void __launch_bounds__(32 * kWarps,
   constexpr bool kSwap = kKind == Kind::kReverseKl;  // the student leads
   constexpr bool kTwice = kKind == Kind::kJs || kKind == Kind::kMse;
   extern __shared__ __align__(16) char shared[];
-  const Block<E, kTall, true> block(c, plan, shared);
+  const Block<E, kTall, true, kSliced> block(c, plan, shared);
   const float c_s = fabsf(c.factor_s) * kUnit<E>, c_t = fabsf(c.factor_t) * kUnit<E>;
 
-  // 1. a negative factor becomes a sign of the queries, so that scores grow with products
-  if (c.factor_s < 0 || c.factor_t < 0) {
+  // 1. a negative factor becomes a sign of the queries, so that scores grow with products; of the
+  // products, where queries pass in slices
+  [[maybe_unused]] const auto turn = [&](auto& s, auto& t, int columns) {
+    each<kTall>(columns, [&](int, int m, int n, int k) {
+      if (c.factor_s < 0) s[m][n][k] = -s[m][n][k];
+      if (c.factor_t < 0) t[m][n][k] = -t[m][n][k];
+    });
+  };
+  if (!kSliced && (c.factor_s < 0 || c.factor_t < 0)) {
     commit();
     wait_for_all_but<0>();
     __syncthreads();
@@ -76,8 +83,9 @@ __global__ void __launch_bounds__(32 * kWarps,
 
   // 2. both log-sum-exps, and the divergence where it needs no more than sums
   Sums<E> sums[2 * kTall];
-  block.walk(false, [&](const char* stage, int first) {
+  block.walk(false, [&](char* stage, int first) {
     block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int) {
+      if constexpr (kSliced) turn(s, t, columns);
       auto &p = kSwap ? s : t, &q = kSwap ? t : s;
       const float c_p = kSwap ? c_s : c_t, c_q = kSwap ? c_t : c_s;
       if (keep != kFullMask) {
@@ -140,8 +148,9 @@ __global__ void __launch_bounds__(32 * kWarps,
 
   // 3. js and mse need p and q; maximum and logarithm apart are more exact than their sum
   if constexpr (kTwice) {
-    block.walk(false, [&](const char* stage, int first) {
+    block.walk(false, [&](char* stage, int first) {
       block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int) {
+        if constexpr (kSliced) turn(s, t, columns);
         each<kTall>(columns, [&](int i, int m, int n, int k) {
           if (!kept(keep, n, k)) return;
           const float x = less<E>(s[m][n][k], c_s, sums[i].top_q) - sums[i].sum_q;
@@ -205,10 +214,15 @@ void forward(const Call& c, const Tensor& like, bool per_row) {
       parts = torch::stable::new_empty(like, {blocks * plan.warps}, ScalarType::Float);
       plan.parts = parts.mutable_data_ptr<float>();
     }
-    constexpr decltype(&attention_map_fwd_kernel<E, Kind::kKl>) kKernels[] = {
-        attention_map_fwd_kernel<E, Kind::kKl>, attention_map_fwd_kernel<E, Kind::kReverseKl>,
-        attention_map_fwd_kernel<E, Kind::kJs>, attention_map_fwd_kernel<E, Kind::kMse>};
-    start<E::kTall>(kKernels[static_cast<int>(c.kind)], c, plan, blocks, stream);
+    const auto run = [&]<bool kSliced>() {
+      constexpr decltype(&attention_map_fwd_kernel<E, Kind::kKl, kSliced>) kKernels[] = {
+          attention_map_fwd_kernel<E, Kind::kKl, kSliced>,
+          attention_map_fwd_kernel<E, Kind::kReverseKl, kSliced>,
+          attention_map_fwd_kernel<E, Kind::kJs, kSliced>,
+          attention_map_fwd_kernel<E, Kind::kMse, kSliced>};
+      start<E::kTall>(kKernels[static_cast<int>(c.kind)], c, plan, blocks, stream);
+    };
+    plan.sliced ? run.template operator()<true>() : run.template operator()<false>();
     if (!per_row) reduce(plan.parts, blocks * plan.warps, c.loss, stream);
   });
 }

@@ -88,11 +88,11 @@ __device__ __forceinline__ void form_ds(const Call& c, float (&s)[kTall][kTiles]
 }
 
 // d_q (kOfQueries) or d_k; grid: batch * heads * blocks of rows * chunks of kDim
-template <class E, int kTall, int kDim, bool kOfQueries>
+template <class E, int kTall, int kDim, bool kOfQueries, bool kSliced>
 __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
     attention_map_grad_kernel(const __grid_constant__ Call c, const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) char shared[];
-  const Block<E, kTall, kOfQueries> block(c, plan, shared);
+  const Block<E, kTall, kOfQueries, kSliced> block(c, plan, shared);
   const int lane = threadIdx.x % 32, first_dim = block.chunk * kDim;
   // small differences of half precision must not underflow; reverse_kl has no bound
   const float lift = std::is_same_v<E, Fp16> && c.kind != Kind::kReverseKl ? 4096.0f : 1.0f;
@@ -114,8 +114,9 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
 
   // 2. the products
   float acc[kTall][kDim / 8][4] = {};
-  const int slice = first_dim * static_cast<int>(sizeof(typename E::T));
-  const int dims = (plan.pitch[0] - 16 - slice) / static_cast<int>(sizeof(typename E::T));
+  constexpr int kSize = sizeof(typename E::T);
+  const int slice = first_dim * kSize;
+  const int dims = ((block.own[0].bytes + kSlice - 1) / kSlice * kSlice - slice) / kSize;
   block.walk(!kOfQueries, [&](char* stage, int first) {
     block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int at) {
       const int tile = plan.tile;
@@ -137,8 +138,14 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
           if (kept(keep, n, k)) s[m][n][k] *= by_column[3 * tile + 8 * n + k % 2];
         });
       }
-      add_product<E, kTall, kDim>(acc, s, stage + at * plan.pitch[0] + slice, plan.pitch[0],
-                                  columns, dims);
+      const char* y = stage + at * plan.pitch[0] + slice;
+      int pitch = plan.pitch[0];
+      if constexpr (kSliced) {
+        constexpr int kBytes = kDim * kSize;
+        y = block.template bring<kBytes>(first, slice);
+        pitch = kBytes + 16;
+      }
+      add_product<E, kTall, kDim>(acc, s, y, pitch, columns, dims);
     });
   });
 
@@ -187,8 +194,9 @@ void gradient(const Call& c, int64_t rows, cudaStream_t stream) {
   if (c.batch * c.heads * rows == 0) return;
   Plan plan = cut<E, kTall>(c, rows, {c.q_s, c.k_s, c.q_t, c.k_t, c.d_q, c.d_k});
   plan.chunks = static_cast<int>(ceil_div(c.dim_s, kDim));
-  start<kTall>(attention_map_grad_kernel<E, kTall, kDim, kOfQueries>, c, plan,
-               c.batch * c.heads * plan.blocks * plan.chunks, stream);
+  auto* const kernel = plan.sliced ? attention_map_grad_kernel<E, kTall, kDim, kOfQueries, true>
+                                   : attention_map_grad_kernel<E, kTall, kDim, kOfQueries, false>;
+  start<kTall>(kernel, c, plan, c.batch * c.heads * plan.blocks * plan.chunks, stream);
 }
 
 void gradients(const Call& c, const Tensor& like) {

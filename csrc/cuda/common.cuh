@@ -3,6 +3,10 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "binding/common.h"
 #include "cuda/ptx.h"
 
@@ -57,6 +61,24 @@ inline int device_attribute(cudaDeviceAttr which) {
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
   return value;
+}
+
+// Bytes of dynamic shared memory that a block of a kernel may have on the current device, where
+// `used` are static. The first call asks for all of them, once and for all: were it for what a
+// launch needs, another thread could lower it between that and the launch.
+template <class Kernel>
+int allowed_shared_memory(Kernel* kernel, int used = 0) {
+  static std::mutex one_at_a_time;
+  static std::map<std::pair<int, const void*>, int> allowed;
+  int device = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard lock(one_at_a_time);
+  const std::pair key{device, reinterpret_cast<const void*>(kernel)};
+  const auto known = allowed.find(key);
+  if (known != allowed.end()) return known->second;
+  const int bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - used;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  return allowed[key] = bytes;
 }
 
 inline cudaStream_t current_stream(const Tensor& x) {

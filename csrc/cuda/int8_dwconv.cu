@@ -262,7 +262,7 @@ void launch(Call c, cudaStream_t stream) {
   const int64_t chip = int64_t{at_once} * device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t tiles = int64_t{c.batch} * c.row_tiles * c.column_tiles;
   const int64_t blocks = ceil_div(tiles, kThreads / c.block_words);
-  const int64_t most = std::min<int64_t>(65535, ceil_div(chip, groups));
+  const int64_t most = std::clamp<int64_t>(chip / groups, 1, 65535);
   const auto rows = static_cast<unsigned>(ceil_div(blocks, ceil_div(blocks, most)));
   kernel<<<dim3(groups, rows), kThreads, shared, stream>>>(c);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

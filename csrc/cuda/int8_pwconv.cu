@@ -256,7 +256,7 @@ template <int kOutputs, bool kResident>
 void launch(const Call& c, cudaStream_t stream) {
   auto* const kernel = int8_pwconv_kernel<kOutputs, kResident>;
   const int shared = Plan<kOutputs, kResident>::bytes(c.in);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  allowed_shared_memory(kernel);
   int at_once = 0;
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, kernel, kThreads, shared));
   // as many blocks as fit the chip, each with the same number of tiles

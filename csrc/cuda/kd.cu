@@ -139,15 +139,32 @@ __global__ void __launch_bounds__(1024) kd_reduce_kernel(const A* rows, int64_t 
   if (threadIdx.x == 0) *loss = static_cast<A>(sum);
 }
 
+template <class T>
+constexpr int kScaled = 16 / sizeof(T);  // numbers that a thread has at a time
+
 // grad *= factor; a factor of 1, as after loss.backward(), leaves memory untouched.
 template <class A, class T>
 __global__ void kd_scale_kernel(T* grad, int64_t n, const A* factor) {
   const A by = *factor;
   if (by == 1) return;
+  const auto scale = [&](T& x) { x = static_cast<T>(static_cast<A>(x) * by); };
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
-    grad[i] = static_cast<T>(static_cast<A>(grad[i]) * by);
+  const auto before = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(grad) % 16 / sizeof(T));
+  const int64_t head = min(before, n), chunks = (n - head) / kScaled<T>;
+  for (int64_t i = thread; i < chunks; i += step) {
+    uint4* const at = reinterpret_cast<uint4*>(grad + head) + i;
+    uint4 words = *at;
+    T numbers[kScaled<T>];
+    memcpy(numbers, &words, sizeof(words));
+#pragma unroll
+    for (T& x : numbers) scale(x);
+    memcpy(&words, numbers, sizeof(words));
+    *at = words;
   }
+  const int64_t tail = head + chunks * kScaled<T>;
+  if (thread < head) scale(grad[thread]);
+  if (thread < n - tail) scale(grad[tail + thread]);
 }
 
 template <class A>
@@ -204,10 +221,8 @@ class Launcher {
     // the second sweep wants its row in L2: long rows get one block per multiprocessor
     int shared = 0;
     if (kPass == Pass::kForwardGrad && c_.shape.classes * c_.student.size > 65536) {
-      const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-      shared = std::min(120 << 10, most - (8 << 10));
-      STD_CUDA_CHECK(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+      constexpr int kStatic = (kAccess == Access::kTiled ? kTileSums : 32) * sizeof(Sums<A>);
+      shared = std::min(120 << 10, allowed_shared_memory(kernel, kStatic));
     }
     kernel<<<grid, block, shared, stream_>>>(c_, launch_);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -323,7 +338,7 @@ void kd_scale_(const Tensor& grad, const Tensor& factor) {
     in_place(grad, [&](const Tensor& x) {
       visit_float(x.scalar_type(), [&]<class T>() {
         if constexpr (std::is_same_v<T, double> == std::is_same_v<A, double>) {
-          const int64_t blocks = std::min<int64_t>(ceil_div(x.numel(), 1024), 4096);
+          const int64_t blocks = std::min<int64_t>(ceil_div(x.numel(), 256 * kScaled<T>), 4096);
           kd_scale_kernel<A, T><<<blocks, 256, 0, current_stream(x)>>>(
               x.mutable_data_ptr<T>(), x.numel(), factor.const_data_ptr<A>());
           STD_CUDA_KERNEL_LAUNCH_CHECK();

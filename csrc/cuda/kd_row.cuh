@@ -13,6 +13,7 @@ enum class Access { kVector, kScalar, kTiled };
 constexpr int kChunk = 8;        // classes that a thread has in flight
 constexpr int kTileRows = 32;    // kTiled: rows of a block
 constexpr int kTileThreads = 8;  // kTiled: threads per row
+constexpr int kTileSums = kTileThreads * kTileRows;
 
 // Exponentials for 16-bit logits: one instruction each with an error of 2^-22, where expf takes
 // eight and would be the bottleneck.
@@ -238,7 +239,7 @@ __device__ Sums<A> merge_group(Sums<A> x, int group, A inv_t) {
 // The same where a row's threads are threadIdx.y.
 template <class A>
 __device__ Sums<A> merge_tile(const Sums<A>& x, A inv_t) {
-  auto* const tile = shared_sums<A, kTileThreads * kTileRows>() + threadIdx.x;
+  auto* const tile = shared_sums<A, kTileSums>() + threadIdx.x;
   tile[threadIdx.y * kTileRows] = x;
   __syncthreads();
   Sums<A> all = tile[0];

@@ -3,8 +3,10 @@
 // hardware leaves open differs from launch to launch: the order of threads, and when a cp.async
 // arrives (at once, or as late as its wait allows), so that what needs a missing barrier comes out
 // differently. Shared memory starts as NaN. A barrier or a warp's instruction that not all threads
-// reach ends the process and says so. Not emulated: speed, caches, streams (all is synchronous),
-// and threads of different blocks that run at the same time.
+// reach ends the process and says so, as do launches that a GPU would refuse. Which GPU it is, the
+// environment says: VITKD_EMULATED_SHARED, KB of shared memory that a block may ask for (99, 163 or
+// 227; on an H200 227), and VITKD_EMULATED_SMS, its multiprocessors. Not emulated: speed, caches,
+// streams (all is synchronous), and threads of different blocks that run at the same time.
 #pragma once
 
 #include <torch/csrc/stable/macros.h>
@@ -46,8 +48,15 @@ namespace emulator {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 << 10;
-constexpr int kSharedLimit = 227 << 10;  // bytes that a block may ask for, on an H200
-constexpr int kSharedDefault = 48 << 10;
+constexpr int kSharedDefault = 48 << 10;  // bytes of a block that does not ask for more
+
+inline int of_environment(const char* name, int otherwise) {
+  const char* const text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
+}
+inline const int shared_limit = of_environment("VITKD_EMULATED_SHARED", 227) << 10;
+// few, so that blocks take several tiles each, and no power of 2
+inline const int multiprocessors = of_environment("VITKD_EMULATED_SMS", 5);
 
 [[noreturn]] inline void fail(const std::string& what) {
   std::fprintf(stderr, "CUDA emulator: %s\n", what.c_str());
@@ -107,10 +116,10 @@ inline Block block;
 inline std::vector<std::unique_ptr<Thread>> threads;
 inline Thread* self = nullptr;
 inline void* scheduler = nullptr;  // top of its stack, while a thread runs
-inline int multiprocessors = 4;    // few, so that blocks take several tiles each
 inline std::mutex one_at_a_time;
 inline std::mt19937 chance{0};
-inline std::map<const void*, int> shared_limits;
+inline std::map<const void*, int> shared_limits;  // that were asked for
+inline std::map<const void*, int64_t> slots;      // blocks that fit at once, as a launcher was told
 
 // Leaves one stack for another: keeps on it what a call has to, and takes up what is kept there.
 [[gnu::naked, gnu::noinline]] inline void switch_stacks(void** from, void* to) {
@@ -223,6 +232,33 @@ inline void make_threads(size_t count) {
   }
 }
 
+// What a launch needs beside its arguments: memory, and blocks that end together.
+inline void check_launch(const dim3& grid, int dynamic, const void* kernel) {
+  const auto asked = shared_limits.find(kernel);
+  const int limit = asked == shared_limits.end() ? kSharedDefault : asked->second;
+  if (dynamic > limit) fail("more shared memory than was asked for by cudaFuncSetAttribute");
+  if (const auto known = slots.find(kernel); known != slots.end()) {
+    // of a grid that is cut to fit, a second round would be nearly empty
+    if (grid.y > 1 && int64_t{grid.x} * grid.y * grid.z > known->second) {
+      fail("more blocks than fit the GPU at once");
+    }
+    slots.erase(known);
+  }
+}
+
+// What is known once a block has run: its static shared memory.
+inline void check_static(int dynamic, const void* kernel) {
+  int bytes = 0;
+  for (const auto& [_, variable] : block.variables) bytes += static_cast<int>(variable.size()) - 64;
+  const auto asked = shared_limits.find(kernel);
+  if (asked != shared_limits.end() && bytes + asked->second > shared_limit) {
+    fail("cudaFuncSetAttribute was asked for more than static shared memory leaves");
+  }
+  if (bytes + dynamic > (asked == shared_limits.end() ? kSharedDefault : shared_limit)) {
+    fail("more shared memory, static and dynamic, than a block may have");
+  }
+}
+
 inline void run_grid(const dim3& grid, const dim3& size, size_t shared, const void* kernel,
                      const std::function<void()>& call) {
   const std::lock_guard lock(one_at_a_time);
@@ -230,10 +266,7 @@ inline void run_grid(const dim3& grid, const dim3& size, size_t shared, const vo
   if (count == 0 || count > 1024 || count % kWarp != 0)
     fail("a block is not of 32 to 1024 threads");
   if (uint64_t{grid.x} * grid.y * grid.z == 0 || grid.y > 65535) fail("a grid that CUDA refuses");
-  const auto limit = shared_limits.find(kernel);
-  if (static_cast<int>(shared) > (limit == shared_limits.end() ? kSharedDefault : limit->second)) {
-    fail("more shared memory than was asked for by cudaFuncSetAttribute");
-  }
+  check_launch(grid, static_cast<int>(shared), kernel);
   make_threads(count);
   block.size = size;
   block.grid = grid;
@@ -260,6 +293,7 @@ inline void run_grid(const dim3& grid, const dim3& size, size_t shared, const vo
         if (kind == 1) std::sort(order.begin(), order.end(), std::greater{});
         if (kind == 2) std::shuffle(order.begin(), order.end(), chance);
         run_block(order);
+        check_static(static_cast<int>(shared), kernel);
       }
     }
   }
@@ -319,18 +353,30 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   *value =
-      which == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors : emulator::kSharedLimit;
+      which == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors : emulator::shared_limit;
   return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > emulator::kSharedLimit) emulator::fail("more shared memory than a block may have");
-  emulator::shared_limits[reinterpret_cast<const void*>(kernel)] = bytes;
+  if (bytes > emulator::shared_limit) emulator::fail("more shared memory than a block may have");
+  const std::lock_guard lock(emulator::one_at_a_time);
+  int& asked = emulator::shared_limits[reinterpret_cast<const void*>(kernel)];
+  // another thread, which asked for more, may be about to launch
+  if (bytes < asked) emulator::fail("cudaFuncSetAttribute lowers what was asked for");
+  asked = bytes;
   return cudaSuccess;
 }
+// As many as shared memory and threads leave room for, or fewer, as registers may have it.
 template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
-  *blocks = 2;
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* kernel, int threads,
+                                                          size_t dynamic) {
+  const std::lock_guard lock(emulator::one_at_a_time);
+  const int reserved = 1 << 10;  // of each block, by the GPU
+  const int room = (emulator::shared_limit + reserved) / (static_cast<int>(dynamic) + reserved);
+  const int most = std::min(room, 1536 / threads);
+  *blocks = 1 + static_cast<int>(emulator::chance() % std::max(most, 1));
+  emulator::slots[reinterpret_cast<const void*>(kernel)] =
+      int64_t{*blocks} * emulator::multiprocessors;
   return cudaSuccess;
 }
 

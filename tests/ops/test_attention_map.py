@@ -144,6 +144,27 @@ def test_longer_shapes_match(shape: tuple[int, ...], kind: str, device: str) -> 
             check(x, kind=kind, reductions=["mean", "none"], **OPTIONS[name](x))
 
 
+# dims of student and teacher of which 99 or (slow) 227 KB of shared memory do not hold the rows
+LONG_ROWS = [(FLOAT, 264, 272), (HALF, 386, 391), (BFLOAT, 64, 768)]
+LONGER_ROWS = [(FLOAT, 640, 648), (HALF, 960, 1021), (BFLOAT, 1024, 768)]
+
+
+@pytest.mark.emulated
+@every_device
+@pytest.mark.parametrize("kind", ["reverse_kl", "js"])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "dim_t"),
+    [*LONG_ROWS, *(pytest.param(*x, marks=pytest.mark.slow) for x in LONGER_ROWS)],
+    ids=str,
+)
+def test_long_rows_match(dtype: torch.dtype, dim: int, dim_t: int, kind: str, device: str) -> None:
+    """Rows that pass through shared memory in slices: a second tile of keys, and of queries."""
+    x = maps(1, 1, 18, 33, dim, dim_t, dtype, dtype, device)
+    name = "negative_scales" if kind == "js" else "mask"
+    reductions = ["none"] if kind == "js" else ["mean"]
+    check(x, kind=kind, reductions=reductions, **OPTIONS[name](x))
+
+
 @every_device
 @every_kind
 @pytest.mark.parametrize("name", OPTIONS)

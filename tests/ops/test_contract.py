@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from support.attention_map_tools import assert_same
 from support.cuda_tools import captured, no_synchronisation, on_another_stream
-from support.feature_tools import LOSSES, assert_near, draw
+from support.feature_tools import KINDS, LOSSES, assert_near, draw
 from support.kd_tools import every_device
 from support.operations import (
+    BFLOAT,
     CASES,
     DOUBLE,
     EACH_ONCE,
@@ -312,6 +313,74 @@ class Calls(TorchDispatchMode):
         if func.namespace == "vitkd_fast":
             self.of.append((func, tree_map_only(Tensor, Tensor.detach, args)))
         return func(*args, **(kwargs or {}))
+
+
+@every_device
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"),
+    [(BFLOAT, DOUBLE), (HALF, DOUBLE), (HALF, BFLOAT), (FLOAT, HALF), (DOUBLE, BFLOAT)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_dtypes_that_differ(
+    name: str, of_student: torch.dtype, of_teacher: torch.dtype, device: str
+) -> None:
+    """Each tensor keeps its own: as good as both in float64, scaled after the forward or not."""
+    case = Case(name, of_student, OPERATIONS[name].paths[0][1], device)
+    teacher = [x.to(of_teacher) if x.is_floating_point() else x for x in case.teacher]
+    wide = [
+        [x.double() if x.is_floating_point() else x for x in y] for y in (case.student, teacher)
+    ]
+    loss = case.loss
+    if name in KINDS:  # whose weight is drawn in the student's dtype
+        (x,), (y,) = case.student, teacher
+        channels = y.shape[1 if y.dim() == 4 else 2], x.shape[1]
+        loss = partial(loss, weight=draw(*channels, dtype=of_student, device=device))
+    for factor in (1.0, 3.0):
+        given = gradients(lambda *x, by=factor: by * loss(*x), case.student, *teacher)
+        want = gradients(lambda *x, by=factor: by * loss(*x), wide[0], *wide[1])
+        assert [x.dtype for x in given[1:]] == [x.dtype for x in case.student]
+        for x, y in zip(given, want, strict=True):
+            close = 8 * torch.finfo(x.dtype).eps if x.dtype != DOUBLE else 1e-5
+            assert_close(x.double(), y.double(), rtol=close, atol=close * y.abs().max().item())
+
+
+class TF32(TorchDispatchMode):
+    """Products of float32 matrices as by the tensor cores of a GPU: of numbers of 10 bits."""
+
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "dot")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = func._schema.name.removeprefix("aten::").rstrip("_") in self.PRODUCTS
+        if named and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            first = 0 if len([x for x in args if isinstance(x, Tensor)]) == 2 else 1
+            rounded = [
+                (x.view(torch.int32) + 4096 & -8192).view(FLOAT) if x.dtype == FLOAT else x
+                for x in args[first:]
+            ]
+            args = (*args[:first], *rounded)
+        return func(*args, **(kwargs or {}))
+
+
+@every_device
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_products_are_of_float32_where_torch_allows_tf32(name: str, device: str) -> None:
+    case = Case(name, FLOAT, OPERATIONS[name].paths[0][1], device)
+    step = partial(gradients, partial(case.loss, **case.options), case.student, *case.teacher)
+    want = step()
+    of_torch = case.student[0].flatten(1), torch.ones_like(case.student[0].flatten(1)).mT / 3
+    product = torch.mm(*of_torch)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with TF32():
+            assert not torch.equal(torch.mm(*of_torch), product)
+            given = step()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    if name != "fused_linear_kd":  # which says that it does as torch.nn.Linear
+        case.compare(given, want)
 
 
 @every_device

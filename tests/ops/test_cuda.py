@@ -84,6 +84,19 @@ def test_values(stem: str, emulated: Path, tmp_path: Path) -> None:
     run_emulated(emulated, tmp_path, stem, "emulated and not slow")
 
 
+# KB that a block may ask for: compute capability 8.6, 8.9 and 12.0; 8.0; 9.0 and 10.0
+@pytest.mark.parametrize(
+    "shared", ["99", *(pytest.param(x, marks=pytest.mark.slow) for x in ("163", "227"))]
+)
+@pytest.mark.parametrize("stem", ["kd", "attention_map"])
+def test_any_size_of_shared_memory(stem: str, shared: str, emulated: Path, tmp_path: Path) -> None:
+    slow = "" if shared == "99" else "or slow"
+    run_emulated(
+        emulated, tmp_path, stem, f"emulated and (not slow {slow})", "-k", "long_rows",
+        VITKD_EMULATED_SHARED=shared,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stem", [*STEMS, "contract"])
 def test_all_values(stem: str, emulated: Path, tmp_path: Path) -> None:
@@ -110,7 +123,7 @@ MISTAKES = {
     "no barrier between walks":
         ("attention_map", "    __syncthreads();  // an earlier", "    // an earlier",
          "emulated"),
-    "no wait": ("attention_map", "      wait_for_all_but<0>();\n", "", "emulated"),
+    "no wait": ("attention_map", "        wait_for_all_but<0>();\n", "", "emulated"),
     "wait for too little":
         ("int8_pwconv", "but<kStages - 2>", "but<kStages - 1>", "emulated"),
     "a lane too few": ("rkd", "mask /= 2) x +=", "mask /= 2) if (threadIdx.x % 32 != 5) x +=",
@@ -118,6 +131,15 @@ MISTAKES = {
     "a row too many": ("attention_map", "first + r < x.tokens ?", "first + r <= x.tokens ?",
                        "sanitized"),
     "a column too many": ("int8_dwconv", "<= c.width", "<= c.width + 1", "sanitized"),
+    "a limit that another thread may lower":
+        ("int8_pwconv", "  allowed_shared_memory(kernel);\n",
+         "  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);\n",
+         "emulated"),
+    "a nearly empty round":
+        ("int8_dwconv", "chip / groups, 1", "ceil_div(chip, groups), 1", "emulated"),
+    "no room for static shared memory":
+        ("kd", "allowed_shared_memory(kernel, kStatic)", "allowed_shared_memory(kernel)",
+         "emulated"),
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ backend (test_rkd.py).
 """
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from support.feature_tools import (
     every_spatial,
     loss_and_grad,
 )
+from support.process_tools import python
 from vitkd_fast.functional import _features, feature_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -277,3 +279,36 @@ def test_nothing_large_is_made(name: str) -> None:
         loss_and_grad(LOSSES[name], x, t)
     assert 0 < largest.numel <= max(x.numel(), _features.TILE)
     assert largest.numel < t.numel() / 4
+
+
+ALLOW_TF32 = {
+    "older": 'torch.set_float32_matmul_precision("medium")',
+    "newer": 'torch.backends.cuda.matmul.fp32_precision = "tf32"',
+}
+
+
+@pytest.mark.parametrize("way", ALLOW_TF32)
+def test_threads_leave_torchs_precision_as_it_was(way: str, tmp_path: Path) -> None:
+    """In a process of its own, as torch's two ways are not to be mixed."""
+    code = f"""if True:
+        import threading, torch
+        from vitkd_fast.functional import rkd_loss
+        {ALLOW_TF32[way]}
+        def found():
+            return [of.matmul.fp32_precision for of in (torch.backends.cuda, torch.backends.mkldnn)]
+        before = found()
+        def run():
+            for _ in range(50):
+                rkd_loss(torch.randn(4, 5, requires_grad=True), torch.randn(4, 6)).backward()
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        rounds = {{"bf16", "tf32"}}
+        assert before[0] == found()[0] == "tf32", (before, found())
+        assert rounds & {{before[1]}} == rounds & {{found()[1]}}, (before, found())
+        if "older" == {way!r}:
+            assert torch.get_float32_matmul_precision() == "medium"
+            assert torch.backends.cuda.matmul.allow_tf32
+    """
+    result = python(code, tmp_path)
+    assert result.returncode == 0, result.stderr

@@ -92,6 +92,24 @@ def test_shapes_match(shape: tuple[int, ...], class_dim: int, device: str) -> No
         check(student, teacher, **options_for(name, student, class_dim))
 
 
+@pytest.mark.emulated
+@every_device
+@pytest.mark.parametrize(
+    ("dtype", "shape", "class_dim"),
+    [
+        (DOUBLE, (2, 8193, 4), 1), (FLOAT, (2, 16387, 3), 1), (BFLOAT, (1, 32771, 2), 1),
+        (DOUBLE, (2, 8195), -1), (FLOAT, (2, 16387), -1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_long_rows_match(
+    dtype: torch.dtype, shape: tuple[int, ...], class_dim: int, device: str
+) -> None:
+    """Of more than 64 KB: on a GPU a block takes all the shared memory that it may have."""
+    student, teacher = pair(*shape, dtype=dtype, device=device)
+    check(student, teacher, **options_for("everything", student, class_dim))
+
+
 @pytest.mark.emulated(shape=[(8, 1001), (2, 13, 5, 7)])
 @pytest.mark.interpreted(shape=[(2, 13, 5, 7)])
 @every_device
@@ -228,6 +246,7 @@ def test_the_numbers_of_a_forward_may_be_strided_and_match(device: str) -> None:
     )
 
 
+@pytest.mark.emulated
 @pytest.mark.interpreted
 @every_device
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
@@ -247,6 +266,8 @@ def test_scale_matches(factor: float, dtype: torch.dtype, device: str) -> None:
         (new(8, 33), lambda x: x[::2, ::3].t()),
         (new(2, 6, 5, 5), lambda x: x[:, 1:3, 1:4]),
         (new(9), lambda x: x[4]),
+        (new(40), lambda x: x[3:38]),
+        (new(9), lambda x: x[5:7]),
     ):
         want = whole.clone()
         part(want).copy_((part(want).to(wide) * by).to(dtype))

@@ -15,7 +15,7 @@ from support.feature_tools import (
     loss_and_grad,
 )
 from support.relation_tools import LOGITS, check, every_logit_loss, seeded
-from vitkd_fast.functional import _features, spearman
+from vitkd_fast.functional import _features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,7 +88,6 @@ def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tile", [1, 30, 200])
 def test_tiles_match(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spearman, "TILE", tile)
     monkeypatch.setattr(_features, "TILE", tile)
     check("spearman", draw(7, 12), draw(7, 12))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Container, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from .. import (
     _ops,  # noqa: F401  registers torch.ops.vitkd_fast
     reference,
 )
+from ._precision import exactly as exactly
 
 FLOATING = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 REDUCTIONS = {"mean": reference.MEAN, "sum": reference.SUM, "none": reference.NONE}
@@ -126,13 +126,6 @@ def entropy(log_p: Tensor) -> Tensor:
     """
     log_p = log_p.clamp(min=0.9 * math.log(torch.finfo(log_p.dtype).tiny))
     return -log_p.mul_(log_p.exp()).sum(-1)
-
-
-def exactly(x: Tensor) -> Any:
-    """Arithmetic in the dtypes that are written, inside an autocast region too."""
-    if x.device.type == "meta":  # which has no autocast
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def check_inputs(name: str, given: dict[str, Any], teacher: str) -> None:

@@ -14,7 +14,8 @@ from ._common import differentiable_once
 _scale_ = torch.ops.vitkd_fast.kd_scale_.default
 
 FORMS = "[batch, channels, height, width] or [batch, tokens, channels]"
-TILE = 2**18  # numbers of a tile: 1 MB of float32, which stays in L2
+TILE = 2**18  # numbers of a tile: 1 MB of float32, which stays in a CPU's L2
+GPU_TILE = 2**24  # on a GPU 64 MB: each operation on a tile starts kernels of its own
 UNIT_EPS = 1e-12  # as torch.nn.functional.normalize
 
 
@@ -120,18 +121,23 @@ def channel_lengths(x: Tensor) -> Tensor:
     return (x * x).sum(2, keepdim=True).sqrt_().clamp_(min=UNIT_EPS)
 
 
-def samples_per_tile(samples: int, numbers: int) -> int:
+def tile_size(x: Tensor) -> int:
+    """Numbers of a tile where x is."""
+    return TILE if x.device.type == "cpu" else GPU_TILE
+
+
+def samples_per_tile(x: Tensor, samples: int, numbers: int) -> int:
     """Of `numbers` each; all of them where a compiler makes the tiles."""
     if torch.compiler.is_compiling():
         return max(samples, 1)
-    return max(1, TILE // max(numbers, 1))
+    return max(1, tile_size(x) // max(numbers, 1))
 
 
-def tiles(batch: int, positions: int, channels: int) -> list[tuple[slice, slice]]:
+def tiles(x: Tensor, batch: int, positions: int, channels: int) -> list[tuple[slice, slice]]:
     """Samples and positions of each tile: whole samples, or a part of a large one."""
-    some = samples_per_tile(batch, positions * channels)
-    part = max(1, TILE // channels)
-    if torch.compiler.is_compiling() or positions * channels <= 2 * TILE:
+    some = samples_per_tile(x, batch, positions * channels)
+    part = max(1, tile_size(x) // channels)
+    if torch.compiler.is_compiling() or positions * channels <= 2 * tile_size(x):
         part = positions
     return [
         (slice(i, i + some), slice(j, j + part))

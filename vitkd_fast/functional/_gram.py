@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._common import check_batch, check_inputs, differentiable_once, exactly, wide_dtype
+from ._features import tile_size
 
 
 def check_embeddings(name: str, x_s: Any, x_t: Any) -> None:
@@ -31,8 +32,13 @@ def _columns(x: Tensor, begin: int, end: int, dtype: torch.dtype, centred: bool)
 
 
 def _column_tiles(x: Tensor) -> list[tuple[int, int]]:
-    """[begin, end) of columns: copies of as many numbers as a Gram matrix has, or 256 columns."""
+    """[begin, end) of columns: copies of as many numbers as a Gram matrix has, or 256 columns.
+
+    On a GPU, where it is the kernels that count, of as many as a tile has.
+    """
     step = max(256, x.shape[0])
+    if x.device.type != "cpu":
+        step = max(step, tile_size(x) // max(x.shape[0], 1))
     return [(i, min(i + step, x.shape[1])) for i in range(0, x.shape[1], step)]
 
 

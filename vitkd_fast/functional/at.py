@@ -48,7 +48,7 @@ def _energy(x: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     if p in (1, 2) and x.dtype == dtype and x.stride(1) == 1:
         return torch.linalg.vector_norm(x, p, 1).pow(p)
     out = x.new_empty((x.shape[0], x.shape[2]), dtype=dtype)
-    step = samples_per_tile(x.shape[0], x.shape[1] * x.shape[2])
+    step = samples_per_tile(x, x.shape[0], x.shape[1] * x.shape[2])
     for i in range(0, x.shape[0], step):
         part = x[i : i + step].to(dtype)
         part = part * part if p == 2 else part.abs().pow_(p)
@@ -74,7 +74,7 @@ class _Energy(torch.autograd.Function):
             if x.dtype == grad.dtype:
                 return x * by, None, None
             out = torch.empty_like(x)
-            step = samples_per_tile(x.shape[0], x.shape[1] * x.shape[2])
+            step = samples_per_tile(x, x.shape[0], x.shape[1] * x.shape[2])
             for i in range(0, x.shape[0], step):
                 # in float32: a loss scale may have made of grad what float16 cannot hold
                 out[i : i + step].copy_(x[i : i + step] * by[i : i + step])

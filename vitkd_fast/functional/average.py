@@ -87,7 +87,7 @@ def average_logits(
     classes = shape[-1]
     rows = [x.detach().reshape(-1, classes) for x in logits]
     count = rows[0].shape[0]
-    step = samples_per_tile(count, classes)
+    step = samples_per_tile(rows[0], count, classes)
     out = rows[0].new_empty((count, classes), dtype=dtype)
     with torch.no_grad(), exactly(logits[0]):
         for i in range(0, count, step):

@@ -57,7 +57,7 @@ def _form_dino(
         d_s[0] = 0  # the only teacher's own view meets none
     loss = student.new_zeros((), dtype=torch.float64)
     narrow = student.dtype == torch.bfloat16 and dtype == torch.float32
-    step = samples_per_tile(batch, classes)
+    step = samples_per_tile(student, batch, classes)
     with torch.no_grad(), exactly(student):
         for k in range(0, batch, step):
             rows = slice(k, k + step)

@@ -73,7 +73,7 @@ def _form_feature(
     d_b = torch.zeros_like(b) if b is not None and needed[2] else None
     loss = x_s.new_zeros((), dtype=torch.float64)
     with torch.no_grad(), exactly(x_s):
-        for i, j in tiles(batch, positions, channels):
+        for i, j in tiles(x_s, batch, positions, channels):
             x = x_s[i, :, j].mT.to(dtype)  # [samples, positions, channels]
             y = x.clone() if w is None else _projected(x, w, b)
             t = _normalized(x_t[i, :, j].mT.to(dtype), normalize)

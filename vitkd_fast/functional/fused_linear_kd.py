@@ -22,10 +22,10 @@ from ._common import (
     check_floating,
     check_numbers,
     check_tensors,
-    exactly,
     wide_dtype,
 )
 from ._features import empty_grad, formed_in_forward
+from ._precision import without_autocast
 from ._rows import Labels, row_options
 
 Classifier: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # features, weight, bias
@@ -73,7 +73,7 @@ def _form_linear_kd(
     teacher, options, mean, chunk, dtype = constants
     assert x is not None and weight is not None
     d_x = empty_grad(x, needed[0], dtype)
-    with torch.no_grad(), exactly(x):
+    with torch.no_grad(), without_autocast(x):
         w, b = weight.detach().to(dtype), _wide(bias, dtype)
         d_w = torch.zeros_like(w) if needed[1] else None
         d_b = None if b is None or not needed[2] else torch.zeros_like(b)
@@ -141,7 +141,8 @@ def fused_linear_kd_loss(
     chunk of rows after another, as cut cross-entropy does for labels (Wijmans et al., 2024,
     arXiv:2411.09009). The gradients of features, weight and bias are formed in the forward, from
     logits in float32 (float64 where any tensor is): each is rounded once to its tensor's dtype,
-    and the features' once more where a bfloat16 loss is scaled afterwards. The teacher is a
+    and the features' once more where a bfloat16 loss is scaled afterwards. The products obey
+    torch.set_float32_matmul_precision, as those of torch.nn.Linear do. The teacher is a
     constant: one that requires grad is an error, unless under torch.no_grad(). The loss is
     differentiable once, in reverse mode.
 

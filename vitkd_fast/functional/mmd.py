@@ -57,7 +57,7 @@ def _form_mmd(
     d_x = empty_grad(x_s, needed[0], dtype)
     rows = x_s.new_empty(batch, dtype=dtype)
     scale = 1 / max(batch, 1) if reduction == "mean" else 1.0
-    step = samples_per_tile(batch, max(c_s, c_t) * max(positions, c_s, c_t))
+    step = samples_per_tile(x_s, batch, max(c_s, c_t) * max(positions, c_s, c_t))
     with torch.no_grad(), exactly(x_s):
         for i in range(0, batch, step):
             s, t = (x[i : i + step].to(dtype) for x in (x_s, x_t))

@@ -28,7 +28,7 @@ def _form_nst(
     d_x = empty_grad(x_s, needed[0], dtype)
     rows = x_s.new_empty(batch, dtype=dtype)
     scale = 1 / max(batch, 1) if reduction == "mean" else 1.0
-    step = samples_per_tile(batch, positions * max(positions, channels, x_t.shape[1]))
+    step = samples_per_tile(x_s, batch, positions * max(positions, channels, x_t.shape[1]))
     with torch.no_grad(), exactly(x_s):
         for i in range(0, batch, step):
             s, t = (x[i : i + step].to(dtype) for x in (x_s, x_t))

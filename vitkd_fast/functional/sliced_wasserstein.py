@@ -79,7 +79,7 @@ def _form(
     d_x = empty_grad(x_s, needed[0], dtype)
     rows = x_s.new_empty(batch, dtype=dtype)
     scale = 1 / max(batch, 1) if reduction == "mean" else 1.0
-    step = samples_per_tile(batch, projections * (n + m))
+    step = samples_per_tile(x_s, batch, projections * (n + m))
     # a compiler of sizes that change makes a number of one that is counted
     across = _directions(len([*range(dim)]), projections, seed).to(x_s.device, dtype)
     pairs = None

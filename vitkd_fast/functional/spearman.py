@@ -18,7 +18,7 @@ from ._common import (
     exactly,
     wide_dtype,
 )
-from ._features import TILE, empty_grad, formed_in_forward
+from ._features import empty_grad, formed_in_forward, tile_size
 
 
 def _ranks(x: Tensor) -> Tensor:
@@ -30,10 +30,11 @@ def _ranks(x: Tensor) -> Tensor:
     return ranks.masked_fill(x.isnan(), torch.nan)
 
 
-def _tiles(rows: int, classes: int) -> list[tuple[slice, slice]]:
+def _tiles(x: Tensor, rows: int, classes: int) -> list[tuple[slice, slice]]:
     """Rows and classes of each tile: whole rows, or a part of one."""
-    some = max(1, TILE // (classes * classes))
-    part = min(classes, max(1, TILE // classes))
+    size = tile_size(x)
+    some = max(1, size // (classes * classes))
+    part = min(classes, max(1, size // classes))
     if torch.compiler.is_compiling():
         some, part = max(1, -(-rows // 16)), classes
     return [
@@ -60,7 +61,7 @@ def _form(
         z = student.to(dtype) / softness
         exact = _ranks(teacher.to(dtype).contiguous())
         soft = torch.empty_like(z, memory_format=torch.contiguous_format)
-        tiles = _tiles(batch, classes)
+        tiles = _tiles(student, batch, classes)
         for rows, part in tiles:
             above = z[rows, part].unsqueeze(2) - z[rows].unsqueeze(1)
             soft[rows, part] = above.sigmoid_().sum(2)

@@ -85,7 +85,7 @@ def _form(
     rows = x_s.new_zeros(batch, dtype=dtype)
     scale = 1 / max(batch, 1) if reduction == "mean" else 1.0
     by = 1 / cells**2
-    step = samples_per_tile(batch, channels * max(positions, x_t.shape[2]))
+    step = samples_per_tile(x_s, batch, channels * max(positions, x_t.shape[2]))
 
     def of_cell(x: Tensor, grid: Grid, cell: tuple[slice, slice]) -> Tensor:
         return x.unflatten(2, grid)[:, :, cell[0], cell[1]].flatten(2)
