@@ -4,14 +4,13 @@ import html
 import json
 import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from support.page_tools import browse, measured
 from vitkd_fast.distill import report
 
 AWKWARD = '<b>&"'
@@ -200,16 +199,6 @@ def test_one_seed_and_a_thousand_classes(results: dict, tmp_path: Path) -> None:
     assert "from 1 seed: too few" in page and len(page) < 300_000
 
 
-def browse(folder: Path, *options: str) -> str:
-    """What Chromium prints, run without a window."""
-    if not (chromium := shutil.which("chromium")):
-        pytest.skip("no chromium on the PATH: it shows whether a browser can read the page")
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    quiet += "--disable-background-networking --disable-component-update --virtual-time-budget=2000"
-    command = [chromium, *quiet.split(), f"--user-data-dir={folder / 'profile'}", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
 def test_in_a_browser(results: dict, tmp_path: Path) -> None:
     page = report.write(results, tmp_path)
     dom = browse(tmp_path, "--dump-dom", page.as_uri())
@@ -224,29 +213,5 @@ def test_in_a_browser(results: dict, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [360, 400, 1280])
 def test_at_a_width(width: int, results: dict, tmp_path: Path) -> None:
-    """Nothing is wider than the page, no table hides a column, and no two words overlap."""
-    page = html.escape(report.render(results))
-    frame = f'<iframe width="{width}" height="900" srcdoc="{page}"></iframe>'
-    script = """<script>onload = () => {
-        const page = frames[0].document, images = [...page.images].map(i => i.naturalWidth);
-        page.querySelectorAll("details").forEach(d => d.open = true);
-        setTimeout(measure, 100, page, images);
-    };
-    const measure = (page, images) => {
-        const hidden = [...page.querySelectorAll(".scroll")].filter(
-            s => s.scrollWidth > s.clientWidth + 1).map(s => s.textContent.trim().slice(0, 20));
-        const overlaps = [...page.querySelectorAll("svg")].flatMap(svg => {
-            const texts = [...svg.querySelectorAll("text")];
-            const boxes = texts.map(t => t.getBoundingClientRect());
-            return boxes.flatMap((a, i) => boxes.slice(0, i).map((b, j) => [a, b, i, j])).filter(
-                ([a, b]) => a.left < b.right && b.left < a.right
-                         && a.top + 1 < b.bottom && b.top + 1 < a.bottom
-            ).map(([, , i, j]) => texts[i].textContent + "/" + texts[j].textContent);
-        });
-        const found = [page.documentElement.scrollWidth, images, hidden, overlaps];
-        document.body.textContent = JSON.stringify(found);
-    }</script>"""
-    (tmp_path / "framed.html").write_text(frame + script, encoding="utf-8")
-    dom = browse(tmp_path, "--dump-dom", "--hide-scrollbars", f"file://{tmp_path}/framed.html")
-    found = json.loads(html.unescape(re.search("<body>(.*?)</body>", dom, re.DOTALL)[1]))
-    assert found == [width, [2] * 5, [], []]
+    found = measured(report.render(results), width, tmp_path)
+    assert found == (width, [2] * 5, [], [])
