@@ -229,13 +229,18 @@ def figures(work: Path, file: Path) -> dict[str, Any]:
                 info = {"study": rows, "teacher_top1": top1, "device": "cpu, 1 thread(s)"}
                 info |= {"torch": torch.__version__}
                 benches.append({"name": f"study_{setting}[{student}]", "extra_info": info})
-    cpu = cpuinfo.get_cpu_info()  # as pytest-benchmark does
     spent = {f.stem: json.loads(f.read_text())["cpu_s"] for f in sorted(work.glob("*.json"))}
     return {
-        "machine_info": {"cpu": {key: cpu[key] for key in ("brand_raw", "flags")}},
+        "machine_info": machine(),
         "cpu_s": spent,
         "benchmarks": benches,
     }
+
+
+def machine() -> dict[str, Any]:
+    """As pytest-benchmark says it."""
+    cpu = cpuinfo.get_cpu_info()
+    return {"cpu": {key: cpu[key] for key in ("brand_raw", "flags")}}
 
 
 def cpu_seconds(folder: Path) -> float | None:

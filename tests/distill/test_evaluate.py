@@ -23,6 +23,7 @@ from vitkd_fast._timing import Timing, measure
 from vitkd_fast.distill import evaluate as module
 from vitkd_fast.distill.evaluate import (
     Evaluation,
+    Remembered,
     cost,
     evaluate,
     paired_test,
@@ -164,6 +165,23 @@ def test_fidelity() -> None:
     assert torch.equal(result.teacher, teacher.argmax(1))
     assert torch.equal(result.teacher_confidence, teacher.softmax(1).amax(1))
     assert result.metrics == run(logits, labels).metrics
+
+
+@pytest.mark.parametrize(("most", "asked"), [(1 << 28, 3), (2 * 8 * 5, 4), (0, 6)])
+def test_a_teacher_is_asked_once(most: int, asked: int) -> None:
+    model = timm.create_model("mobilenetv3_small_050", num_classes=5).eval()
+    batches = torch.rand(3, 8, 3, 32, 32).split(1)
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    remembered = Remembered(model, most)
+    with torch.inference_mode():
+        epochs = [
+            [predict(x[0]) for x in batches] for predict in (remembered.epoch(), remembered.epoch())
+        ]
+    assert len(calls) == asked
+    for first, second in zip(*epochs, strict=True):
+        assert first.equal(second)
+    assert not epochs[0][0].equal(epochs[0][1])
 
 
 def test_errors() -> None:

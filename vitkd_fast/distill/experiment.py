@@ -162,9 +162,10 @@ class _Experiment(aware.ForInt8):
                 found = self._without_scores(students, measured)
                 return self._written(found)
         evaluations: dict[str, list[evaluate.Evaluation]] = {}
-        together = self._ensemble()
+        ensemble = self._ensemble()
+        together = evaluate.Remembered(ensemble) if ensemble else None
         if together:
-            evaluations["teacher"] = [self._evaluate(together, None)]
+            evaluations["teacher"] = [self._evaluate(together.epoch(), None)]
         if len(self.teachers) > 1:
             for (name, _), one in self.named_teachers():
                 evaluations[name] = [self._evaluate(self.predictor(one), together)]
@@ -458,7 +459,7 @@ class _Experiment(aware.ForInt8):
     def _evaluate(
         self,
         predictor: evaluate.Predictor,
-        teacher: evaluate.Predictor | None,
+        teacher: evaluate.Remembered | None,
         exact: evaluate.Evaluation | None = None,
     ) -> evaluate.Evaluation:
         """Scores on the validation images; `exact` is of the weights that were quantised."""
@@ -476,7 +477,7 @@ class _Experiment(aware.ForInt8):
             batches(),
             classes=len(self.scored.classes),
             device=self.runtime.device,
-            teacher=teacher,
+            teacher=teacher.epoch() if teacher else None,
         )
         self.places = torch.cat(places)  # in the images, without those that cannot be read
         self.skipped |= loader.skipped
