@@ -21,7 +21,14 @@ pytest.register_assert_rewrite("support")
 # where only the losses' dependencies are, as on a bare machine with a GPU, the loop is left out
 _EXTRA = "jinja2 matplotlib pydantic rich scipy sklearn tensorboard timm torchmetrics yaml".split()
 _MISSING = [name for name in _EXTRA if not find_spec(name)]
-_LOOP = ["distill", "int8/test_cli.py", "test_examples.py", "test_images.py", "test_wheel.py"]
+_LOOP = [
+    "audit",
+    "distill",
+    "int8/test_cli.py",
+    "test_examples.py",
+    "test_images.py",
+    "test_wheel.py",
+]
 collect_ignore = _LOOP if _MISSING else []
 
 

@@ -9,6 +9,7 @@ _BRINGS = {
     "torch": ("torch",),
     "distill": ("torch", "timm", "safetensors"),
     "ray": ("ray",),
+    "audit": ("torch", "timm", "torchmetrics", "matplotlib", "jinja2", "statsmodels", "captum"),
     "export-onnx": ("onnx",),
     "export-litert": ("ai_edge_litert", "flatbuffers"),
     "export-executorch": ("torch", "executorch"),
@@ -22,7 +23,7 @@ def require(extra: str, what: str, modules: Sequence[str] = ()) -> None:
     """Checks that an extra's modules are there, before the first of them is imported.
 
     Args:
-        extra: torch, distill, ray or store.
+        extra: one of pyproject's, such as torch.
         what: needs them; it names itself.
         modules: those of them that are needed; (): all.
 

@@ -14,6 +14,7 @@ class Opened(NamedTuple):
     classes: tuple[str, ...]
     device: str = "cpu"
     multilabel: bool = False  # classes are not exclusive
+    temperature: float = 1.0  # what logits are divided by before they become probabilities
 
 
 def open_model(model: str, threads: int | None, accelerated: bool = False) -> Opened:
@@ -22,7 +23,13 @@ def open_model(model: str, threads: int | None, accelerated: bool = False) -> Op
         from . import int8
 
         session = int8.load(model, threads=threads or 1)
-        return Opened(session, session, session.classes, multilabel=session.multilabel)
+        return Opened(
+            session,
+            session,
+            session.classes,
+            multilabel=session.multilabel,
+            temperature=session.temperature,
+        )
     try:
         from . import models
     except ImportError as error:

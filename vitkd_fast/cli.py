@@ -15,6 +15,7 @@ import typer
 from ._files import home
 from ._opened import Opened, is_int8, open_model
 from ._opened import load as load_model
+from .audit.command import audit
 from .distill.cache.command import cache
 from .distill.pack_command import SkipBad, pack
 from .export.command import export
@@ -185,6 +186,9 @@ def evaluate(
 
 
 app.command()(predict)
+
+
+app.command()(audit)
 
 
 app.command()(pack)

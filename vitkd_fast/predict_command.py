@@ -40,7 +40,7 @@ class Form(NamedTuple):
 
     def line(self, file: str, logits: Any, opened: Opened) -> str:
         """Of the logits [classes] of an image."""
-        answers = np.asarray(logits, np.float64)
+        answers = np.asarray(logits, np.float64) / opened.temperature
         if opened.multilabel:
             odds = 1 / (1 + np.exp(-answers))
             best = np.argsort(-odds, kind="stable")

@@ -203,7 +203,8 @@ PYBIND11_MODULE(_int8, module) {
           [](const File& f) { return kInterpolations[static_cast<size_t>(f.model.interpolation)]; })
       .def_property_readonly("classes",
                              [](const File& f) { return py::tuple(py::cast(f.model.classes)); })
-      .def_property_readonly("multilabel", [](const File& f) { return f.model.multilabel; });
+      .def_property_readonly("multilabel", [](const File& f) { return f.model.multilabel; })
+      .def_property_readonly("temperature", [](const File& f) { return f.model.temperature; });
   py::class_<Session>(module, "Session")
       .def(py::init(&make_session), py::arg("file"), py::kw_only(), py::arg("image_size"),
            py::arg("threads") = 1, py::arg("isa") = "", py::arg("fuse") = true,

@@ -379,6 +379,11 @@ void read_preparation(Object& document, Model* model) {
   classes.each(
       [&](const Json& name) { model->classes.push_back(document.string("classes", name)); });
   if (document.has("multilabel")) model->multilabel = document.boolean("multilabel");
+  if (!document.has("temperature")) return;
+  model->temperature = document.number("temperature");
+  if (!(model->temperature >= 0.01 && model->temperature <= 100)) {
+    document.fail("temperature", "0.01 to 100", document.get("temperature"));
+  }
 }
 
 }  // namespace

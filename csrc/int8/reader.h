@@ -20,6 +20,7 @@ struct Model {
   Interpolation interpolation = Interpolation::bilinear;
   std::vector<std::string> classes;  // UTF-8; none, or one for each logit
   bool multilabel = false;           // classes are not exclusive: a sigmoid of each logit
+  double temperature = 1;            // what logits are divided by before they become probabilities
 };
 
 // Checks all of it, its graph by `check`. Arrays are borrowed from `file`, which is aligned to 8

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -373,6 +374,19 @@ def test_predict_is_of_the_engines_answers(quantized: Path, image_folder: Path, 
     best = torch.tensor(logits).double().softmax(1).topk(2)
     for file, line, p, i in zip(files, result.out.splitlines(), *best, strict=True):
         assert line == f"{file}: {i[0]} {100 * p[0]:.1f}%, {i[1]} {100 * p[1]:.1f}%"
+
+
+def test_predict_divides_logits_by_the_files_temperature(
+    quantized: Path, image_folder: Path, tmp_path: Path, vitkd
+) -> None:
+    warm = tmp_path / "warm.int8.safetensors"
+    int8.file.save(replace(int8.file.read(quantized), temperature=2.5), warm)
+    image, session = list_images(image_folder)[0], int8.load(warm)
+    logits = session(read(image, session)[None])[0].astype(np.float64)
+    result = vitkd("predict", warm, image, "--json", "--top", 10)
+    expected = np.sort(np.exp(logits / 2.5) / np.exp(logits / 2.5).sum())[::-1]
+    assert json.loads(result.out)["probabilities"] == pytest.approx(expected, abs=1e-6)
+    assert np.ptp(logits) > 0.01  # or any temperature would do
 
 
 def test_predict_takes_folders(quantized: Path, image_folder: Path, tmp_path: Path, vitkd) -> None:

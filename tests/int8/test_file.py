@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from support.int8_graphs import random_graph
+from vitkd_fast import int8
 from vitkd_fast.int8.file import FileError, dump, read, save
 from vitkd_fast.int8.graph import (
     NODES,
@@ -136,6 +137,19 @@ def test_round_trip(seed: int | None) -> None:
     data = dump(graph)
     assert_same(read(data), graph)
     assert dump(read(data)) == data == dump(graph)
+
+
+def test_a_temperature_changes_no_logit_and_one_of_1_is_not_written() -> None:
+    graph = random_graph(0)
+    warm = replace(graph, temperature=1.75)
+    assert "temperature" not in unpack(dump(graph))[1]
+    assert unpack(dump(warm))[1]["temperature"] == 1.75
+    assert_same(read(dump(warm)), warm)
+    shape = 3, graph.image_size, graph.image_size, 3
+    images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    plain, divided = int8.load(graph), int8.load(dump(warm))
+    assert (plain.temperature, divided.temperature) == (1.0, 1.75)
+    assert np.array_equal(plain(images), divided(images))
 
 
 def test_safetensors_reads_it(tmp_path: Path) -> None:
@@ -412,6 +426,18 @@ FIELDS: dict[str, tuple[Callable[[], Graph], str]] = {
     ),
     "class": (lambda: replace(small_graph(), classes=("a", 1)), "classes: expected text .* got 1"),
     "long class": (lambda: replace(small_graph(), classes=("a", "b" * 2000)), "1024 characters"),
+    "temperature": (
+        lambda: replace(small_graph(), temperature=0.0),
+        "temperature: expected 0.01 to 100, got 0.0",
+    ),
+    "temperature large": (
+        lambda: replace(small_graph(), temperature=101.0),
+        "temperature: expected 0.01 to 100, got 101.0",
+    ),
+    "temperature int": (
+        lambda: replace(small_graph(), temperature=2),
+        "temperature: expected a finite float, got 2",
+    ),
     "no nodes": (lambda: replace(small_graph(), nodes=()), "nodes: expected 1 to 4096, got 0"),
     "no classifier": (
         lambda: replace(small_graph(), nodes=small_graph().nodes[:-1]),

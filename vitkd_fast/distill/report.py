@@ -10,7 +10,6 @@ import base64
 import io
 import json
 import math
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,11 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from .. import _page
 from .._files import finite, replacing
+from .looks import ACCENT as _ACCENT
+from .looks import COLOURS as _COLOURS
+from .looks import INK as _INK
+from .looks import STYLE as _STYLE
+from .looks import svg as _svg
 
 VERSION = 1
 _PERCENT = frozenset(
@@ -34,19 +38,7 @@ _LATENCIES = ("latency_ms", "latency_p90_ms", "latency_p99_ms", "latency_cpu_ms"
 _COSTS = frozenset({"parameters", "macs", "bytes", "images_per_s", *_LATENCIES})
 _BUSY = 1.5  # a clock so far above the CPU time shows a machine that did other work
 _WEAKEST = 20  # classes that are shown where there are more
-_INK = "#1c2024"  # becomes the page's text colour
-_ACCENT = (11, 95, 165)
 _NAMES = {"baseline": "baseline (no teacher)"}
-_COLOURS = {"teacher": "#7a828c", "baseline": "#d98200", "distilled": "#1a73c0", "int8": "#00937a",
-            "int8-aware": "#7b4fc9"}  # fmt: skip
-_STYLE: dict[Any, Any] = {
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"), _INK),
-    **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **dict.fromkeys(("text.usetex", "text.parse_math"), False),  # a name may hold dollars
-    **{"axes.grid": True, "grid.alpha": 0.15, "axes.axisbelow": True, "font.size": 10},
-    **{"svg.fonttype": "none", "svg.hashsalt": "vitkd_fast"},  # text as text; same bytes each time
-}
 
 
 def _show(key: str, value: float | None) -> str:
@@ -67,16 +59,6 @@ def _cell(model: dict, key: str) -> str:
     mean, std = model["mean"].get(key), model["std"].get(key)
     several = len(model["runs"]) > 1 and mean is not None
     return f"{_show(key, mean)} ± {_show(key, std)}" if several else _show(key, mean)
-
-
-def _svg(figure: Figure) -> Markup:
-    """The figure as an inline SVG whose ink is the page's text colour."""
-    buffer = io.StringIO()
-    silent = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=silent)
-    # ids such as axes_1 would be there once for every image; nothing refers to them
-    svg = re.sub(r'<g id="\w+_\d+">', "<g>", buffer.getvalue())
-    return Markup(svg[svg.index("<svg") :].replace(_INK, "currentColor"))
 
 
 def _headline(models: list[dict]) -> tuple[str, str]:

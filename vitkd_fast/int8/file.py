@@ -146,6 +146,7 @@ def validate_preparation(graph: Graph) -> None:
         _string("classes", value)
     if type(graph.multilabel) is not bool:
         _fail("multilabel", "a bool", graph.multilabel)
+    _constant("temperature", graph.temperature)
 
 
 def _encode(graph: Graph) -> bytes:
@@ -173,8 +174,10 @@ def _encode(graph: Graph) -> bytes:
     names = sorted(arrays, key=lambda name: -arrays[name][1].itemsize)
     section = b"".join(arrays[name][1].tobytes() for name in names)
     own = {f.name: getattr(graph, f.name) for f in fields(Graph) if f.name != "nodes"}
-    if not graph.multilabel:  # which readers before 0.2 refuse as an unknown key
-        del own["multilabel"]
+    # readers before 0.2 refuse these as unknown keys
+    for name, default in (("multilabel", False), ("temperature", 1.0)):
+        if own[name] == default:
+            del own[name]
     for name, value in own.items():
         _plain(name, value)
     document = {"format": _VERSION, "crc32": zlib.crc32(section), **own, "nodes": nodes}

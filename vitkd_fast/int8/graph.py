@@ -168,6 +168,7 @@ class Graph:
     interpolation: str = "bilinear"
     classes: tuple[str, ...] = field(default=())
     multilabel: bool = False  # classes are not exclusive: a sigmoid of each logit
+    temperature: float = 1.0  # what logits are divided by before they become probabilities
 
 
 def padding_of(size: int, kernel: int, stride: int, padding: Padding, axis: int) -> tuple[int, int]:

@@ -61,6 +61,8 @@ class Session:
         image_size: the side of the images.
         classes: names, or as many numbers.
         multilabel: classes are not exclusive: a sigmoid of each logit, in place of a softmax.
+        temperature: what logits are divided by before they become probabilities: 1, unless `vitkd
+            audit --store` fitted one. The logits of a call are not divided.
         mean, std, crop_pct, interpolation: how images are prepared; the engine normalises.
         threads: of one call.
         isa: the instruction set of its kernels.
@@ -90,6 +92,7 @@ class Session:
         self.mean, self.std = opened.mean, opened.std
         self.crop_pct, self.interpolation = opened.crop_pct, opened.interpolation
         self.multilabel: bool = opened.multilabel
+        self.temperature: float = opened.temperature
         self.classes = opened.classes or tuple(map(str, range(self._engine.classes)))
 
     @property
