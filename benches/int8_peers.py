@@ -460,7 +460,7 @@ def litert_torch_int8(network: Network) -> Path:
         maker.quantize(found).export_model(str(path), overwrite=True)
         source.unlink()
 
-    return _cached(network, "torch litert-torch ai-edge-quantizer", "-own.tflite", make)
+    return cached(network, "torch litert-torch ai-edge-quantizer", "-own.tflite", make)
 
 
 def open_litert_torch(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:

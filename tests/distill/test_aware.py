@@ -112,6 +112,24 @@ def test_a_branch_goes_on_and_resumes(tmp_path: Path) -> None:
     assert all(torch.equal(x, weights[key]) for key, x in trained.model.state_dict().items())
 
 
+def test_ranges_are_no_part_of_what_is_clipped(tmp_path: Path) -> None:
+    """Their gradients, which LSQ scales, are thousands of times the weights'."""
+    chosen = config("optimizer.clip_grad=0.01")
+    run = begin(tmp_path, chosen, branched_module(student()))
+    module: Any = run.model
+    norms: list[float] = []
+
+    def look(*_: Any) -> None:
+        for part in (module.model, module.ranges):
+            grads = [p.grad for p in part.parameters() if p.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+    run.optimizer.register_step_pre_hook(look)
+    run.task.train()
+    run.update(run.loader.epoch(0, 0))
+    assert norms[0] == pytest.approx(0.01, rel=1e-3) and norms[1] > 1
+
+
 def vitkd(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["vitkd", *arguments])
     with pytest.raises(SystemExit) as stop:

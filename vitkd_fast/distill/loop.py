@@ -129,6 +129,9 @@ class Trainer:
 
         self.model, self.learned = task.student, task.trainable_module.learned
         self.parameters = [*self.model.parameters(), *self.learned.parameters()]
+        # not of ranges, whose gradients LSQ scales by itself
+        weights: Any = self.model.model if isinstance(self.model, QuantizationAware) else self.model
+        self.clipped = [*weights.parameters(), *self.learned.parameters()]
         self.optimizer = optim.create_optimizer(self.model, optimizer, self.learned.parameters())
         self.scheduler = optim.create_scheduler(
             self.optimizer, optimizer, self.total, self.steps_per_epoch
@@ -189,7 +192,7 @@ class Trainer:
             self.meter.add(result["terms"].detach(), self.step)
         if self.options.clip_grad:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.options.clip_grad)
+            nn.utils.clip_grad_norm_(self.clipped, self.options.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
