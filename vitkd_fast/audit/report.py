@@ -12,10 +12,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from jinja2 import Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from .. import _page
 from .._files import finite, replacing
 from ..distill.looks import ACCENT, COLOURS, INK, STYLE, svg
 
@@ -216,12 +216,11 @@ def render(results: dict[str, Any]) -> str:
             "groups": _forest(harm["groups"][:_MOST_ROWS]) if harm["groups"] else None,
             "flips": _flips(robustness["rows"]) if robustness else None,
         }
-    source = Path(__file__).with_name("audit.html.jinja").read_text(encoding="utf-8")
-    template = Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     forms = {"percent": percent, "points": points, "interval": interval, "p_value": p_value}
     forms |= {"number": _number, "condition": _condition}
     weakest = sorted(results["fidelity"]["classes"], key=lambda row: row["similarity"])
-    return template.render(
+    return _page.render(
+        "audit/audit.html.jinja",
         **{key: value for key, value in results.items() if key != "version"},
         verdict=verdict(results),
         pictures=pictures,
