@@ -67,7 +67,8 @@ class QuantizationAware(nn.Module):
     al. 2020, arXiv:1902.08153), with its gradient scale, and zero points of maps with negative
     values as in LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576); both as multiples of where they
     began, so that an optimiser's step is relative, as for the thresholds of TQT (Jain et al. 2019,
-    arXiv:1903.08066).
+    arXiv:1903.08066), and a hundredth of that: an adaptive optimiser moves all parameters by about
+    its learning rate. Leave `ranges` out where gradients are clipped; LSQ's are large.
 
     It takes images as the engine does, before any normalisation, but as [N, 3, H, W]: uint8, or
     floats in 0..255, which are rounded. `vitkd_fast.taps.Taps` taps its maps and pooled
