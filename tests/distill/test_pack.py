@@ -23,6 +23,7 @@ from vitkd_fast import images
 from vitkd_fast.distill import pack, sources
 from vitkd_fast.distill.config import Config, Data, validate
 from vitkd_fast.distill.data import Loader, loaders
+from vitkd_fast.distill.datasets import NO_LABEL
 from vitkd_fast.images import DataError, open_rgb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -316,13 +317,13 @@ def test_no_labels(tmp_path: Path) -> None:
     assert both[0].train.index == both[1].train.index and both[0].classes == []
     for i in range(15):
         assert np.array_equal(both[0].train.read(i)[0], both[1].train.read(i)[0])
-        assert both[0].train.read(i)[1] == -1
+        assert both[0].train.read(i)[1] == NO_LABEL
     with pytest.raises(DataError, match=r"a.pack was packed with no labels; expected a class"):
         sources.open_data(Data(train=path))
     (train / "outside.png").unlink()
     other = packed(train, "b.pack")
     splits = sources.open_data(Data(train=other, val=path, unlabelled=True))
-    assert len(splits.train) == 18 and splits.train.read(0)[1] == -1 and splits.classes == []
+    assert len(splits.train) == 18 and splits.train.read(0)[1] == NO_LABEL and splits.classes == []
     with pytest.raises(DataError, match=r"data.val: 18 of its 18 images are in data.train too"):
         sources.open_data(Data(train=other, val=other, unlabelled=True))
 
