@@ -6,7 +6,6 @@ in looks comes from distill/report.py.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from .. import _page
-from .._files import finite, replacing
+from .._files import finite
 from ..distill.looks import ACCENT, COLOURS, INK, STYLE, svg
 
 _WHO = ("teacher", "student")
@@ -313,12 +312,4 @@ def write(results: dict[str, Any], folder: Path) -> Path:
     Returns:
         The path of audit.html.
     """
-    page = render(results)
-    data = json.dumps(finite(results), allow_nan=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "audit.html"
-    with replacing(folder / "audit.json") as json_part, replacing(path) as html_part:
-        json_part.write_text(data + "\n", encoding="utf-8")
-        # a file's name may hold what UTF-8 cannot
-        html_part.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    return path
+    return _page.write(render(results), results, folder / "audit.html")

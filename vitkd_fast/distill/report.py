@@ -22,7 +22,7 @@ from matplotlib.image import imsave
 from matplotlib.ticker import LogLocator, NullLocator
 
 from .. import _page
-from .._files import finite, replacing
+from .._files import finite
 from .looks import ACCENT as _ACCENT
 from .looks import COLOURS as _COLOURS
 from .looks import INK as _INK
@@ -259,15 +259,7 @@ def write(results: dict, folder: Path) -> Path:
     Returns:
         The path of report.html.
     """
-    page = render(results)
-    data = json.dumps(finite(results), allow_nan=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "report.html"
-    with replacing(folder / "report.json") as json_part, replacing(path) as html_part:
-        json_part.write_text(data + "\n", encoding="utf-8")
-        # a file's name may hold what UTF-8 cannot
-        html_part.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    return path
+    return _page.write(render(results), results, folder / "report.html")
 
 
 def read(folder: Path) -> dict:

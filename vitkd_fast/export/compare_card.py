@@ -5,12 +5,11 @@ Numbers are `compare`'s; words and layout are in card.html.jinja.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from .. import _page
-from .._files import finite, replacing
+from .._files import finite
 from .compare import SHOWN, verdict
 
 
@@ -29,12 +28,7 @@ def write(results: dict[str, Any], path: Path) -> Path:
     Returns:
         The path of the JSON.
     """
-    page, data = render(results), path.with_suffix(".json")
-    with replacing(path) as html_part, replacing(data) as json_part:
-        json_part.write_text(json.dumps(finite(results), allow_nan=False, indent=1) + "\n")
-        # a file's name may hold what UTF-8 cannot
-        html_part.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    return data
+    return _page.write(render(results), results, path).with_suffix(".json")
 
 
 def table(results: dict[str, Any]) -> str:
