@@ -430,14 +430,30 @@ def open_litert(path: Path, pixels: Pixels, batch: int, threads: int) -> Peer:
     return Peer(prepare, run, layers)
 
 
+def quantize_ai_edge(source: Path, floats: np.ndarray, path: Path) -> None:
+    """ai-edge-quantizer's static int8 of a float .tflite file, on images [N, H, W, 3].
+
+    In a random order: it follows ranges by a moving average from the first image on.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+    from ai_edge_quantizer import quantizer, recipe
+
+    ((signature, named),) = Interpreter(str(source)).get_signature_list().items()
+    images = floats[np.random.default_rng(0).permutation(len(floats))]
+    tool = quantizer.Quantizer(str(source), recipe.static_wi8_ai8())
+    found = tool.calibrate(
+        {signature: [{named["inputs"][0]: np.ascontiguousarray(x[None])} for x in images]},
+        num_threads=1,
+    )
+    path.write_bytes(tool.quantize(found, enable_progress_report=False).quantized_model)
+
+
 def litert_torch_int8(network: Network) -> Path:
     """litert-torch's float model of images [1, H, W, 3], in ai-edge-quantizer's static int8."""
 
     def make(path: Path) -> None:
         import litert_torch
         import torch
-        from ai_edge_litert.interpreter import Interpreter
-        from ai_edge_quantizer import quantizer, recipe
 
         class Rows(torch.nn.Module):
             def __init__(self) -> None:
@@ -450,14 +466,7 @@ def litert_torch_int8(network: Network) -> Path:
         floats = network.pixels.floats(network.images).transpose(0, 2, 3, 1)
         converted = litert_torch.convert(Rows().eval(), (torch.from_numpy(floats[:1].copy()),))
         converted.export(str(source := path.with_name(f"float-{path.name}")))
-        ((signature, named),) = Interpreter(str(source)).get_signature_list().items()
-        maker = quantizer.Quantizer(str(source))
-        maker.load_quantization_recipe(recipe.static_wi8_ai8())
-        # it calibrates by a moving average from the first image on
-        found = maker.calibrate(
-            {signature: [{named["inputs"][0]: np.ascontiguousarray(x[None])} for x in floats]}
-        )
-        maker.quantize(found).export_model(str(path), overwrite=True)
+        quantize_ai_edge(source, floats, path)
         source.unlink()
 
     return cached(network, "torch litert-torch ai-edge-quantizer", "-own.tflite", make)

@@ -64,24 +64,14 @@ def litert_float(network: int8_peers.Network) -> Path | None:
 
 
 def ai_edge_int8(network: int8_peers.Network) -> Path | None:
-    """ai-edge-quantizer's recipe for static int8, on the images in a random order.
-
-    It follows ranges by a moving average from the first image on, so that the order matters.
-    """
+    """ai-edge-quantizer's recipe for static int8."""
     source = litert_float(network)
     if source is None:
         return None
 
     def make(path: Path) -> None:
-        from ai_edge_quantizer import quantizer, recipe
-
-        order = np.random.default_rng(0).permutation(len(network.images))
-        data = network.pixels.floats(network.images[order]).transpose(0, 2, 3, 1)
-        tool = quantizer.Quantizer(str(source), recipe.static_wi8_ai8())
-        found = tool.calibrate(
-            {"serving_default": [{"images": image[None]} for image in data]}, num_threads=1
-        )
-        path.write_bytes(tool.quantize(found, enable_progress_report=False).quantized_model)
+        floats = network.pixels.floats(network.images).transpose(0, 2, 3, 1)
+        int8_peers.quantize_ai_edge(source, floats, path)
 
     return int8_peers.cached(network, "ai-edge-litert ai-edge-quantizer", "-ai-edge.tflite", make)
 
