@@ -20,7 +20,7 @@ timm = pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
 from support.int8_models import MEAN, PIXELS, STD, Block, logits_of, normalised, sqnr  # noqa: E402
-from vitkd_fast.int8 import file, load, quantize, reference  # noqa: E402
+from vitkd_fast.int8 import file, isa, load, quantize, reference  # noqa: E402
 from vitkd_fast.int8.calibrate import Histogram, Scale  # noqa: E402
 from vitkd_fast.int8.graph import Add, Array, Classifier, Conv, Depthwise, Graph  # noqa: E402
 from vitkd_fast.int8.report import QuantizedModel  # noqa: E402
@@ -408,6 +408,21 @@ def test_bias_correction_makes_up_for_rounded_weights(data: Path) -> None:
         graph = imagenet.quantized(images, bias_correction=correct).graph
         found[correct] = sqnr(expected, load(graph)(fresh))
     assert found[True] > 17 > found[False] + 4, found
+
+
+@pytest.mark.slow
+def test_fine_maps_of_a_trained_network(data: Path) -> None:
+    """The reference's bytes on every instruction set, and 1.5 dB or more over eight bits."""
+    imagenet = Imagenet(data)
+    images, fresh = imagenet.images(np.arange(0, 500, 16)), imagenet.images(np.arange(1, 500, 16))
+    expected = imagenet.logits(fresh)
+    plain = load(imagenet.quantized(images).graph)(fresh)
+    graph = imagenet.quantized(images, mixed="auto", budget=1.35).graph
+    assert any(isinstance(node, Conv) and node.fine for node in graph.nodes)
+    same = reference.run(graph, fresh[:2])
+    for name in isa():
+        assert load(graph, isa=name)(fresh[:2]).tobytes() == same.tobytes(), name
+    assert sqnr(expected, load(graph)(fresh)) > sqnr(expected, plain) + 1.5
 
 
 @pytest.mark.slow
