@@ -122,6 +122,14 @@ def test_a_portable_start_stays_one() -> None:
     assert kinds[0] == kinds[1] and "add" in kinds[0]
 
 
+def test_more_than_eight_bits_cannot_be_trained() -> None:
+    torch.manual_seed(0)
+    model = create("mobilenetv2_035")
+    start = quantize(model, [random_images(0, (8, 32, 32, 3))], **PIXELS, mixed="auto", budget=1.05)
+    with pytest.raises(ValueError, match=r"start: expected maps of eight bits, .* without mixed"):
+        QuantizationAware(model, start)
+
+
 @pytest.fixture
 def block() -> QuantizationAware:
     """Every kind of node but a squeeze-excite; no batch norms."""

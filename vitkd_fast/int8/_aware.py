@@ -38,7 +38,7 @@ class Layer:
 
     @classmethod
     def of(cls, step: _Step, node: Node, last: FloatNode) -> Layer:
-        """Raises ValueError where weights cannot be traced to the model's."""
+        """Raises ValueError where weights cannot be traced to the model's, or have other shapes."""
         own = step.node
         origins, folds = own.origins, [len(origin.folds) for origin in own.origins]
         most = 1 if own.op == "conv" else 0
@@ -50,6 +50,12 @@ class Layer:
         layer = cls(node, node.inputs, last.modules, step.activation, origins)
         if own.op == "conv":
             assert own.weight is not None
+            held: Any = node
+            if own.weight.numel() != held.weight.size or getattr(node, "fine", False):
+                raise ValueError(
+                    "QuantizationAware: start: expected maps of eight bits, as quantize makes them "
+                    f"without mixed, got others in or before {own.name}"
+                )
             layer.channels, layer.size = len(own.weight), own.weight[0].numel()
             layer.constant = None if origins else own.weight.float()
         return layer

@@ -85,7 +85,8 @@ class QuantizationAware(nn.Module):
         frozen: batch norms use running statistics in training, too; their weight and bias learn.
 
     Raises:
-        ValueError: the graph is of another model, or weights are computed from others.
+        ValueError: the graph is of another model or by `quantize(mixed="auto")`, or weights are
+            computed from others.
         UnsupportedError: as `quantize`.
     """
 
