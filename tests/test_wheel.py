@@ -143,7 +143,7 @@ def test_there_is_no_torch(installed: Installed, tmp_path: Path) -> None:
 
 def test_readmes_inference_runs(installed: Installed, work: Path) -> None:
     readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"\n# where it runs, without torch\n(.*?)```", readme, re.DOTALL)
+    (code,) = re.findall(r"```python\n([^`]*# where it runs, without torch\n[^`]*)```", readme)
     result = run(installed.python, "-c", code, cwd=work)
     assert result.returncode == 0, result.stderr
     name, header, *layers = result.stdout.splitlines()
