@@ -3,11 +3,11 @@
 `pytest benches/bench_export.py --benchmark-json=benches/results/cpu-export.json` makes the table of
 docs/quickstart/compare.md (with benches/tables.py); export_networks.py says where weights are from.
 A student is quantised with `portable=True`, but for OpenVINO, which does not round where that does,
-and each runtime's model of it is judged beside the engine with the same file, on 500 real images:
-ImageNet's photographs, or CIFAR-10's at 64x64. Times are of one 224x224 photograph on one thread,
-CPU time, in turns with the engine (of the file that is not portable), and with what that runtime's
-own quantiser made of the same float student (int8_peers.py): `quantize_static`, NNCF, litert-torch
-with ai-edge-quantizer.
+and each runtime's model of it is judged beside the engine with the same file, on 500 images:
+ImageNet's photographs, or scans of digits at 64x64. Times are of one 224x224 photograph on one
+thread, CPU time, in turns with the engine (of the file that is not portable), and with what that
+runtime's own quantiser made of the same float student (int8_peers.py): `quantize_static`, NNCF,
+litert-torch with ai-edge-quantizer.
 Of what is not installed there is no row.
 """
 
@@ -32,13 +32,13 @@ from vitkd_fast.export.compare import fidelity
 from vitkd_fast.export.compare_runtimes import RUNTIMES
 from vitkd_fast.int8 import reference
 
-FAMILIES = (*export_networks.IMAGENET, *export_networks.CIFAR)
+FAMILIES = (*export_networks.IMAGENET, *export_networks.DIGITS)
 OWN = {  # a runtime's own quantiser, each of its variants
     "onnxruntime": ("onnxruntime int8", "onnxruntime int8 prepared"),
     "openvino": ("openvino int8",),
     "litert": ("litert int8", "litert-torch"),
 }
-CALIBRATION = {True: 32, False: 128}  # of photographs, of CIFAR-10's images
+CALIBRATION = {True: 32, False: 128}  # of photographs, of digits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,8 +53,10 @@ def bench_export(race, benchmark, capsys, tmp_path, family):
         judges, labels = photographs()
         calibration = judges[:: len(judges) // CALIBRATION[trained]][: CALIBRATION[trained]]
     else:
-        judges, labels = export_networks.cifar(folder(), "val", 500)
-        calibration, _ = export_networks.cifar(folder(), "train", CALIBRATION[trained])
+        images, labels = export_networks.digits()
+        judges, labels = images[: export_networks.JUDGES], labels[: export_networks.JUDGES]
+        calibration = images[-CALIBRATION[trained] :]
+    want = int8_peers.Network(family, module, judges).logits(judges)
     graphs, answers, rows = {}, {}, {}
     for portable in (True, False):
         graph = int8.quantize(module, calibration, **NORMALISED, portable=portable).graph
@@ -71,6 +73,8 @@ def bench_export(race, benchmark, capsys, tmp_path, family):
             found = fidelity(ours, theirs, float(np.ptp(ours)) / 255)
             del found["histogram"]
             rows[name] = found | {
+                "float_db": fidelity(want, theirs, 1.0)["sqnr_db"],
+                "engine_float_db": fidelity(want, ours, 1.0)["sqnr_db"],
                 "version": runtime.version,
                 "portable": portable,
                 "bytes": path.stat().st_size,
@@ -78,7 +82,7 @@ def bench_export(race, benchmark, capsys, tmp_path, family):
             }
     benchmark.extra_info |= {
         "family": family,
-        "weights": "ImageNet" if trained else "CIFAR-10",
+        "weights": "ImageNet" if trained else "digits",
         "image_size": judges.shape[1],
         "top1": 100 * float((answers[True].argmax(1) == labels).mean()),
         "exports": rows,
@@ -98,10 +102,10 @@ def times(race, capsys, tmp_path, network, graphs, rows) -> None:
     if network.name == "mobilenetv2_100":
         network = int8_peers.trained_network(folder(), network.images)
     for name in rows:
-        path = tmp_path / f"timed{RUNTIMES[name].suffix}"
+        path = tmp_path / f"{name}{RUNTIMES[name].suffix}"
         export.write(larges[rows[name]["portable"]], path)
         files[f"{EXPORT}{name}"] = path
-        for own in OWN[name]:
+        for own in OWN.get(name, ()):
             if not PEERS[own].missing() and (made := PEERS[own].convert(network)):
                 files[own] = made
     exact, want = int8.load(larges[False])(image), network.logits(image)
@@ -125,14 +129,14 @@ def times(race, capsys, tmp_path, network, graphs, rows) -> None:
     for name, row in rows.items():
         row["ms"] = mine = medians[f"{EXPORT}{name}"]
         row["times_engine"] = mine / medians["vitkd_fast"]
-        own = {peer: medians[peer] for peer in OWN[name] if peer in medians}
+        own = {peer: medians[peer] for peer in OWN.get(name, ()) if peer in medians}
         if own:
             row["own"] = min(own, key=own.__getitem__)
             row["own_over_ours"] = own[row["own"]] / mine
     with capsys.disabled():
         print()
         for name, row in rows.items():
-            floats = sum(row["operators"]["float"].values())
+            floats = sum(row["operators"]["float"].values()) if row["operators"] else "?"
             print(
                 f"  {name:12} agreement {100 * row['agreement']:.1f}%, largest "
                 f"{row['largest_steps']:.2f} steps, {floats} operators in float, "

@@ -80,16 +80,21 @@ def figures(benches: list[dict]) -> list[list[str]]:
 def exports(benches: list[dict]) -> list[list[str]]:
     """A row per exported model and runtime, of bench_export.py."""
     rows = [["student", "weights", "runtime", "top-1 as the engine's", "largest difference, steps",
-             "in float", "time, engine's = 1", "its own quantiser's, export's = 1"]]  # fmt: skip
+             "SQNR beside float, dB (engine's)", "in float", "time, engine's = 1",
+             "its own quantiser's, export's = 1"]]  # fmt: skip
     for info in (bench["extra_info"] for bench in benches):
         for name, row in info["exports"].items():
-            counts = row["operators"]["float"].items()
-            floats = ", ".join(f"{n} {op}" for op, n in counts) or "nothing"
+            floats = "it does not say"
+            if row["operators"]:
+                counts = row["operators"]["float"].items()
+                floats = ", ".join(f"{n} {op}" for op, n in counts) or "nothing"
             own = f"{row['own_over_ours']:.2f}" if "own_over_ours" in row else ""
             rows.append([
                 info["family"], f"{info['weights']}, {info['image_size']} px",
                 f"{name} {row['version']}", f"{100 * row['agreement']:.1f}%",
-                f"{row['largest_steps']:.2f}", floats, f"{row['times_engine']:.2f}", own,
+                f"{row['largest_steps']:.1f}",
+                f"{row['float_db']:.1f} ({row['engine_float_db']:.1f})",
+                floats, f"{row['times_engine']:.2f}", own,
             ])  # fmt: skip
     return rows
 

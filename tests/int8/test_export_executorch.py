@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from support.export_tools import HALF, Added, Gated, plain, smooth
 from support.int8_models import MEAN, STD, sqnr
 from vitkd_fast import export, int8
 from vitkd_fast.export import executorch
+from vitkd_fast.export.compare import compare
+from vitkd_fast.images import list_images, read
+from vitkd_fast.int8 import file
 from vitkd_fast.int8.graph import Array, Graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,3 +83,25 @@ def test_xnnpack_runs_all_of_it(make: Any, mean: Any, std: Any, tmp_path: Path) 
         assert sqnr(ours, found) > 25
     else:
         np.testing.assert_allclose(found, ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+
+
+def test_compare_runs_it(tmp_path: Path) -> None:
+    """Beside the engine, in processes of their own; a program of another student is refused."""
+    pytest.importorskip("executorch.runtime")
+    small, images = tmp_path / "student.int8.safetensors", tmp_path / "images"
+    images.mkdir()
+    for i, image in enumerate(smooth(12, 32)):
+        Image.fromarray(image).save(images / f"{i}.png")
+    file.save(graph := quantized(Added), small)
+    export.write(small, path := tmp_path / "student.pte")
+    found = compare(small, path, images)
+    other = found["models"][1]
+    files = list_images(images)
+    batch = np.stack([read(x, graph) for x in files])
+    off = np.abs(by_xnnpack(path, batch) - int8.load(graph)(batch))
+    assert other["name"] == "executorch" and other["operators"] is None
+    assert other["largest"] == pytest.approx(off.max()) and other["agreement"] > 0.9
+    assert found["model"]["fingerprint"] == found["student"]["fingerprint"]
+    export.write(quantized(plain), path)
+    with pytest.raises(ValueError, match="got one of another file"):
+        compare(small, path, images)

@@ -205,6 +205,34 @@ def _litert_metadata(path: Path) -> dict[str, Any]:
     return {}
 
 
+def _open_executorch(path: Path, threads: int) -> Model:
+    import torch
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime as ExecuTorch
+
+    from .executorch import METADATA
+
+    portable_lib._unsafe_reset_threadpool(threads)
+    program = ExecuTorch.get().load_program(path)
+    method = program.load_method("forward")
+    has = METADATA in program.method_names
+    about = program.load_method(METADATA).execute([])[0] if has else "{}"
+    # torch's numbers of types, as ExecuTorch's metadata has them
+    names = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 6: "float32"}
+
+    def types(count: int, tensor: Callable[[int], Any]) -> list[tuple[str, list[Any]]]:
+        held = map(tensor, range(count))
+        return [(names.get(t.dtype(), f"type {t.dtype()}"), list(t.sizes())) for t in held]
+
+    def run(image: Array) -> Array:
+        return method.execute([torch.from_numpy(image)])[0].numpy().copy()
+
+    meta = method.metadata
+    inputs = types(meta.num_inputs(), meta.input_tensor_meta)
+    outputs = types(meta.num_outputs(), meta.output_tensor_meta)
+    return Model(run, inputs, outputs, json.loads(about), lambda image: None)
+
+
 RUNTIMES = {
     "onnxruntime": Runtime(".onnx", "onnxruntime", "onnxruntime", _open_onnxruntime),
     "openvino": Runtime(
@@ -212,5 +240,8 @@ RUNTIMES = {
         settings="INFERENCE_PRECISION_HINT f32",
     ),
     "litert": Runtime(".tflite", "ai-edge-litert", "ai_edge_litert", _open_litert),
+    "executorch": Runtime(
+        ".pte", "executorch", "executorch.runtime", _open_executorch, extra="export-executorch"
+    ),
 }  # fmt: skip
 SUFFIXES = tuple(dict.fromkeys(runtime.suffix for runtime in RUNTIMES.values()))

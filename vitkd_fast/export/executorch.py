@@ -8,6 +8,7 @@ the range of each call.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import numpy as np
 from .._extras import require
 from .._files import replacing
 from ..int8.graph import Array, Graph
+from . import scales
 from .scales import Map
 from .walk import Layer, Pads, Walk
 
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
 
+METADATA = "vitkd_fast"
+
 
 def write(graph: Graph, path: Path, exact: bool = False) -> None:
     """Writes the program, entirely or not at all; `exact`: float32, without rounding."""
     require("export-executorch", "export: a .pte file")
-    lowered = lower(program(graph, exact))
+    lowered = lower(program(graph, exact), scales.preparation(graph))
     with replacing(path) as beside:
         beside.write_bytes(lowered.buffer)
 
@@ -53,12 +57,21 @@ def program(graph: Graph, exact: bool = False) -> ExportedProgram:
         return torch.export.export(network, (images,), strict=False)
 
 
-def lower(exported: ExportedProgram) -> Any:
-    """ExecuTorch's program; what XNNPACK does not take stays in portable kernels."""
+def lower(exported: ExportedProgram, about: dict[str, Any] | None = None) -> Any:
+    """ExecuTorch's program; what XNNPACK does not take stays in portable kernels.
+
+    Args:
+        exported: the network.
+        about: what a second method, `METADATA`, returns as JSON.
+    """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    edge = to_edge_transform_and_lower(
+        exported,
+        partitioner=[XnnpackPartitioner()],
+        constant_methods={METADATA: json.dumps(about or {})},
+    )
     return edge.to_executorch()
 
 
