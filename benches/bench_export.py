@@ -2,12 +2,12 @@
 
 `pytest benches/bench_export.py --benchmark-json=benches/results/cpu-export.json` makes the table of
 docs/quickstart/compare.md (with benches/tables.py); export_networks.py says where weights are from.
-A student is quantised with `portable=True`, but for OpenVINO, which does not round where that does,
-and each runtime's model of it is judged beside the engine with the same file, on 500 images:
-ImageNet's photographs, or scans of digits at 64x64. Times are of one 224x224 photograph on one
-thread, CPU time, in turns with the engine (of the file that is not portable), and with what that
-runtime's own quantiser made of the same float student (int8_peers.py): `quantize_static`, NNCF,
-litert-torch with ai-edge-quantizer.
+A student is quantised with `portable=True`, but for OpenVINO, which has a profile of its own. Each
+runtime's model of it is judged beside the engine with the same file, on 500 images: ImageNet's
+photographs, or scans of digits at 64x64. Times are of one 224x224 photograph on one thread, CPU
+time, in turns with the engine (of the file that is not portable), and with what that runtime's own
+quantiser made of the same float student (int8_peers.py): `quantize_static`, NNCF, litert-torch with
+ai-edge-quantizer.
 Of what is not installed there is no row.
 """
 
@@ -67,7 +67,7 @@ def bench_export(race, benchmark, capsys, tmp_path, family):
         if runtime.is_installed:
             portable = name != "openvino"
             graph, ours = graphs[portable], answers[portable]
-            export.write(graph, path := tmp_path / f"judged{runtime.suffix}")
+            export.write(graph, path := tmp_path / f"judged{runtime.suffix}", profile=profile(name))
             model = runtime.open(path, 1)
             theirs = np.concatenate([model.run(image[None]) for image in judges])
             found = fidelity(ours, theirs, float(np.ptp(ours)) / 255)
@@ -90,6 +90,10 @@ def bench_export(race, benchmark, capsys, tmp_path, family):
     times(race, capsys, tmp_path, int8_peers.Network(family, module, judges[:1]), graphs, rows)
 
 
+def profile(runtime: str) -> export.Profile:
+    return "openvino" if runtime == "openvino" else "qdq"
+
+
 def times(race, capsys, tmp_path, network, graphs, rows) -> None:
     """Adds the ratio of CPU times to each row: to the engine's, and to the runtime's own."""
     image = photographs()[0][:1]
@@ -103,7 +107,7 @@ def times(race, capsys, tmp_path, network, graphs, rows) -> None:
         network = int8_peers.trained_network(folder(), network.images)
     for name in rows:
         path = tmp_path / f"{name}{RUNTIMES[name].suffix}"
-        export.write(larges[rows[name]["portable"]], path)
+        export.write(larges[rows[name]["portable"]], path, profile=profile(name))
         files[f"{EXPORT}{name}"] = path
         for own in OWN.get(name, ()):
             if not PEERS[own].missing() and (made := PEERS[own].convert(network)):

@@ -300,15 +300,20 @@ def openvino_int8(network: Network, controlled: bool = False) -> Path:
         )
         if controlled:
             answers = network.logits(network.images).argmax(1)
+            # of some images or all, and not as the transformation makes them
+            answered = nncf.Dataset(list(zip(network.images, answers, strict=True)))
 
             def agreement(compiled: Any, items: Any) -> tuple[float, None]:
-                found = [compiled(item)[0].argmax() for item in items]
-                return float(np.mean(found == answers)), None
+                found = [
+                    compiled(network.pixels.floats(image[None]))[0].argmax() == answer
+                    for image, answer in items
+                ]
+                return float(np.mean(found)), None
 
             quantized = nncf.quantize_with_accuracy_control(
                 model,
                 images,
-                images,
+                answered,
                 agreement,
                 max_drop=0.5 / len(answers),
                 fast_bias_correction=False,

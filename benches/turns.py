@@ -136,7 +136,7 @@ def main(name: str, file: str, threads: int) -> None:
             return peer(prepared)
 
     call()
-    assert name.startswith("torchao") or "torch" not in sys.modules
+    assert name.startswith(("torchao", f"{EXPORT}executorch")) or "torch" not in sys.modules
     answer("ready")
     clocks = {"cpu": time.process_time, "wall": time.perf_counter}
     others = {"logits": call, "layers": layers, "resident_mb": _resident_mb}

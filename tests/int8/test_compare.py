@@ -382,4 +382,4 @@ def test_the_command(
         code, _, err = vitkd(str(model), str(folder), "-o", str(bad))
         assert code == 2 and why in " ".join(err.split())
     code, _, err = vitkd("a.pb", str(folder))
-    assert code == 1 and "expected a name in .onnx, .tflite, got a.pb" in err
+    assert code == 1 and "expected a name in .onnx, .tflite, .pte, got a.pb" in err

@@ -301,28 +301,48 @@ def test_openvino_fuses_a_hard_swish_with_its_bytes(tmp_path: Path) -> None:
 
 
 @OPENVINO
-def test_openvino_pads_with_a_zero_point_in_float_only(tmp_path: Path) -> None:
-    """Why the export pads the image itself."""
+def test_openvino_pads_in_int8_where_a_transpose_follows_the_dequantize(tmp_path: Path) -> None:
+    """Why the export transposes real numbers, not bytes."""
     builder = Builder()
     builder.conv(16, 3, inputs=(-1,), padding=(1, 1, 1, 1), zero_point=0)
     builder.add(Pool, None, 16, ratio=1.0, zero_point=0)
     fields = FIELDS | {"padding_bytes": (128,) * 3, "mean": (0.5,) * 3}
     of = Graph(nodes=graph(builder).nodes, image_size=8, **fields)
     export.write(of, path := tmp_path / "a.onnx")
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), np.uint8)
+    opened = RUNTIMES["openvino"].open(path, 1)
+    found, ours = np.concatenate([opened.run(x[None]) for x in images]), int8.load(of)(images)
+    np.testing.assert_allclose(found, ours, rtol=0, atol=np.ptp(ours) / 255)
+    assert (operators := opened.operators(NONE)) and operators["int8"]["Convolution"] == 1
     model = onnx.load(path)
-    for in_float in (False, True):
-        if in_float:  # the padding goes to the convolution
-            (pad,) = (node for node in model.graph.node if node.op_type == "Pad")
-            (convolution,) = (node for node in model.graph.node if node.op_type == "Conv")
-            (after,) = (node for node in model.graph.node if pad.output[0] in node.input)
-            after.input[0] = pad.input[0]
-            model.graph.node.remove(pad)
-            for attribute in convolution.attribute:
-                if attribute.name == "pads":
-                    attribute.ints[:] = [1, 1, 1, 1]
-            onnx.save(model, path)
-        found = RUNTIMES["openvino"].open(path, 1).operators(NONE)
-        assert found and found["float" if in_float else "int8"]["Convolution"] == 1
+    nodes = model.graph.node
+    dequantize, transpose = nodes[:2]
+    assert (dequantize.op_type, transpose.op_type) == ("DequantizeLinear", "Transpose")
+    (reader,) = (node for node in nodes if transpose.output[0] in node.input)
+    reader.input[0] = dequantize.output[0]
+    transpose.input[0], dequantize.input[0] = "images", transpose.output[0]
+    first = onnx.NodeProto.FromString(transpose.SerializeToString())
+    del nodes[1]
+    nodes.insert(0, first)
+    onnx.save(model, path)
+    operators = RUNTIMES["openvino"].open(path, 1).operators(NONE)
+    assert operators and operators["float"]["Convolution"] == 1
+
+
+@OPENVINO
+def test_openvino_needs_no_bytes_before_a_hard_swish(tmp_path: Path) -> None:
+    """With its profile it rounds where the engine does, and runs one kernel less."""
+    graph, images = swished(), np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), np.uint8)
+    ours, off, kernels = int8.load(graph)(images), [], []
+    for profile in ("qdq", "openvino"):
+        export.write(graph, path := tmp_path / "a.onnx", profile=profile)
+        opened = RUNTIMES["openvino"].open(path, 1)
+        found = np.concatenate([opened.run(x[None]) for x in images])
+        off.append(np.abs(found - ours).mean())
+        operators = opened.operators(NONE)
+        assert operators and operators["int8"]["Convolution"] == 1
+        kernels.append(sum(sum(counts.values()) for counts in operators.values()))
+    assert off[1] < off[0] / 2 and kernels[1] < kernels[0]
 
 
 @LITERT

@@ -264,7 +264,12 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         export.write(newer, tmp_path / "a.onnx")
     names: Any = ("qdq", "nnapi")
     for profile, suffix, exact, message in (
-        (names[1], "onnx", False, "profile: expected qdq, qoperator, tensorrt, qnn, got 'nnapi'"),
+        (
+            names[1],
+            "onnx",
+            False,
+            "profile: expected qdq, openvino, qoperator, tensorrt, qnn, got 'nnapi'",
+        ),
         ("qnn", "tflite", False, r"profile qnn: expected int8 in a \.onnx file, got .*a\.tflite"),
         (
             "qnn",

@@ -9,8 +9,8 @@ from ..int8 import file
 from ..int8.graph import Conv, Graph
 
 SUFFIXES = (".onnx", ".tflite", ".pte", ".mlpackage")
-Profile = Literal["qdq", "qoperator", "tensorrt", "qnn"]
-PROFILES: tuple[Profile, ...] = ("qdq", "qoperator", "tensorrt", "qnn")
+Profile = Literal["qdq", "openvino", "qoperator", "tensorrt", "qnn"]
+PROFILES: tuple[Profile, ...] = ("qdq", "openvino", "qoperator", "tensorrt", "qnn")
 
 
 def write(
@@ -32,9 +32,10 @@ def write(
             (ExecuTorch, for XNNPACK) or .mlpackage (Core ML).
         exact: the same network in float32, without rounding: its weights are those of int8, and
             its maps are cut to the ranges that bytes cover.
-        profile: for whom an ONNX model is. "qdq": ONNX Runtime and OpenVINO; "qoperator": ONNX
-            Runtime, with its own int8 operators instead of Q/DQ; "tensorrt": int8 maps without zero
-            points, so rounded again; "qnn": Qualcomm's HTP, Q/DQ around every operator.
+        profile: for whom an ONNX model is. "qdq": ONNX Runtime; "openvino": not rounded before a
+            hard-swish, which is one kernel with its convolution there; "qoperator": ONNX Runtime,
+            with its own int8 operators instead of Q/DQ; "tensorrt": int8 maps without zero points,
+            so rounded again; "qnn": Qualcomm's HTP, Q/DQ around every operator.
 
     Raises:
         ValueError: an unknown suffix or profile; a profile of another format, or with `exact`; a

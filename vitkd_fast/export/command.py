@@ -11,6 +11,7 @@ class Runtime(str, Enum):
     """For whom an ONNX model is."""
 
     qdq = "qdq"
+    openvino = "openvino"
     qoperator = "qoperator"
     tensorrt = "tensorrt"
     qnn = "qnn"
@@ -33,8 +34,8 @@ def export(
     profile: Annotated[
         Runtime,
         typer.Option(
-            help="Of *.onnx: Q/DQ for ONNX Runtime and OpenVINO, ONNX Runtime's own int8 "
-            "operators, or Q/DQ as TensorRT or Qualcomm's QNN take it."
+            help="Of *.onnx: Q/DQ for ONNX Runtime, or as OpenVINO, TensorRT or Qualcomm's QNN "
+            "take it; ONNX Runtime's own int8 operators."
         ),
     ] = Runtime.qdq,
 ) -> None:

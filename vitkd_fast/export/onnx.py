@@ -38,14 +38,11 @@ def model(graph: Graph, exact: bool = False, profile: str = "qdq") -> Any:
 
     from . import onnx_profiles
 
-    writer: Writer
-    if exact or profile in ("qdq", "qoperator"):
+    if exact or profile == "qdq":
         writer = Writer(graph, exact)
     else:
-        writer = {"tensorrt": onnx_profiles.TensorRT, "qnn": onnx_profiles.QNN}[profile](graph)
+        writer = onnx_profiles.WRITERS[profile](graph)
     made = writer.model()
-    if profile == "qoperator" and not exact:
-        onnx_profiles.fuse(made)
     onnx.checker.check_model(made, full_check=True)
     return made
 
@@ -54,7 +51,6 @@ class Writer(Walk):
     """Nodes and constants by name; bytes are the engine's own."""
 
     batch: str | int = "N"
-    pads_image = True  # OpenVINO would run a convolution in float that pads with a zero point
     flat_bytes = True  # ONNX Runtime looks for bytes right before a product
 
     def __init__(self, graph: Graph, exact: bool) -> None:
@@ -109,9 +105,12 @@ class Writer(Walk):
         ]
 
     def image(self, of: Map, pads: Pads | None) -> str:
-        # bytes all along
-        x = self.add("Transpose", ["images"], "planes", perm=[0, 3, 1, 2])
-        return self.real(x if pads is None else self._padded(x, pads), of, "image")
+        # in this order OpenVINO needs no Transpose, and pads with a zero point in int8
+        return self.planes(self.real(self.padded(pads), of, "image"))
+
+    def planes(self, x: str) -> str:
+        """[N, H, W, 3] as [N, 3, H, W]."""
+        return self.add("Transpose", [x], "planes", perm=[0, 3, 1, 2])
 
     def around(self, x: str, of: Map, pads: Pads | None) -> str:
         """Real bytes [N, 3, H, W] in float32 as those of a map; with `pads`, in `padding_bytes`."""
@@ -125,17 +124,20 @@ class Writer(Walk):
         real = self.constant("around.real", bytes_ - of.zero_point, np.float32)
         return self.add("Add", [self.add("Pad", [x, by], "planes.padded"), real], "planes.around")
 
-    def _padded(self, x: str, pads: Pads) -> str:
+    def padded(self, pads: Pads | None) -> str:
+        """The image's bytes [N, H, W, 3]; with `pads`, in `padding_bytes`."""
         from onnx import helper
 
+        if pads is None:
+            return "images"
         (top, bottom), (left, right) = pads
-        by = self.constant("pads", [0, 0, top, left, 0, 0, bottom, right], np.int64)
+        by = self.constant("pads", [0, top, left, 0, 0, bottom, right, 0], np.int64)
         bytes_ = self.graph.padding_bytes
         if len(set(bytes_)) == 1:
             byte = self.constant("planes.byte", bytes_[0], np.uint8)
-            return self.add("Pad", [x, by, byte], "padded")
+            return self.add("Pad", ["images", by, byte], "padded")
         channels = [f"planes.{i}" for i in range(3)]
-        split = helper.make_node("Split", [x], channels, name="split", axis=1, num_outputs=3)
+        split = helper.make_node("Split", ["images"], channels, name="split", axis=3, num_outputs=3)
         self.nodes.append(split)
         padded = [
             self.add(
@@ -145,7 +147,7 @@ class Writer(Walk):
             )
             for channel, byte in zip(channels, bytes_, strict=True)
         ]
-        return self.add("Concat", padded, "padded", axis=1)
+        return self.add("Concat", padded, "padded", axis=3)
 
     def rounded_image(self, x: str, of: Map) -> str:
         return x  # it is bytes

@@ -21,13 +21,40 @@ _FUSED = {
 }
 
 
+class OpenVINO(Writer):
+    """A hard-swish is one kernel with its convolution; so is an addition, whose bytes it drops."""
+
+    rounds_before_activations = False
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph, False)
+
+
+class QOperator(Writer):
+    """Dequantize, operator, quantize as one operator: QLinearConv, and ONNX Runtime's own others.
+
+    What has no such operator, a hard-swish and a hard-sigmoid, stays in float32.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph, False)
+
+    def image(self, of: Map, pads: Pads | None) -> str:
+        return self.real(self.planes(self.padded(pads)), of, "image")
+
+    def model(self) -> Any:
+        made = super().model()
+        _fuse(made)
+        return made
+
+
 class TensorRT(Writer):
     """Symmetric: int8 maps without zero points, of the image its bytes less 128; float32 biases.
 
     A map from 0 to 255 s keeps 128 of its 256 levels. Weights have no zero points anyway.
     """
 
-    pads_image = flat_bytes = False
+    flat_bytes = False
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph, False)
@@ -36,9 +63,7 @@ class TensorRT(Writer):
         return Map(1.0, 128)
 
     def image(self, of: Map, pads: Pads | None) -> str:
-        x = self.add("Transpose", ["images"], "planes", perm=[0, 3, 1, 2])
-        x = self.add("Cast", [x], "planes.real", to=1)
-        return self.around(x, of, pads)
+        return self.around(self.add("Cast", [self.planes("images")], "planes.real", to=1), of, pads)
 
     def rounded_image(self, x: str, of: Map) -> str:
         return self.again(x, of, "pixels")
@@ -69,15 +94,14 @@ class QNN(Writer):
     """
 
     batch = 1
-    pads_image = flat_bytes = False
+    flat_bytes = False
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph, False)
 
     def image(self, of: Map, pads: Pads | None) -> str:
         whole = Map(1.0, 0)
-        x = self.real("images", whole if pads else of, "images")
-        x = self.add("Transpose", [x], "planes", perm=[0, 3, 1, 2])
+        x = self.planes(self.real("images", whole if pads else of, "images"))
         return self.around(x, of, pads) if pads else x
 
     def rounded_image(self, x: str, of: Map) -> str:
@@ -139,11 +163,10 @@ def bounds(layer: Layer, reads: tuple[float, float]) -> tuple[float, float]:
     return (ends.min(0).sum(1) + bias).min(), (ends.max(0).sum(1) + bias).max()
 
 
-def fuse(model: Any) -> None:
-    """Dequantize, operator, quantize as one operator: QLinearConv, and ONNX Runtime's own others.
+WRITERS = {"openvino": OpenVINO, "qoperator": QOperator, "tensorrt": TensorRT, "qnn": QNN}
 
-    What has no such operator, a hard-swish and a hard-sigmoid, stays in float32.
-    """
+
+def _fuse(model: Any) -> None:
     from onnx import helper
 
     graph = model.graph

@@ -70,7 +70,7 @@ class Walk(ABC):
         exact: in float32, without rounding.
     """
 
-    pads_image = False  # before the first convolution, also where that could pad with zeros
+    rounds_before_activations = True  # that is, once more than the engine
 
     def __init__(self, graph: Graph, exact: bool) -> None:
         self.graph, self.exact = graph, exact
@@ -199,7 +199,8 @@ class Walk(ABC):
         layer = self._layer(node, np.ascontiguousarray(w), of, output)
         y = self.convolution(x, layer, node.stride, pads, groups, f"{name}.conv")
         if node.hardswish_scale is not None:
-            y = self.again(y, scales.before_activation(output), f"{name}.linear")
+            if self.rounds_before_activations:
+                y = self.again(y, scales.before_activation(output), f"{name}.linear")
             y = self.hard_swish(y, f"{name}.hardswish")
         elif isinstance(node, Conv) and node.residual_multiplier is not None:
             other, of = self.read(node.inputs[1], f"{name}.other")
@@ -210,7 +211,7 @@ class Walk(ABC):
     def _image(self, pads: Pads) -> tuple[Any, Map, Pads]:
         """The image in real numbers, its map, and what a convolution still has to pad."""
         of, around = self.image_map(), set(self.graph.padding_bytes)
-        zeros_pad = around == {of.zero_point} and not self.pads_image
+        zeros_pad = around == {of.zero_point}
         if zeros_pad or not any(map(any, pads)):
             return self.rounded_image(self.image(of, None), of), of, pads
         return self.rounded_image(self.image(of, pads), of), of, ((0, 0), (0, 0))
