@@ -477,7 +477,7 @@ def load(source: str | Path | None, overrides: Iterable[str] = ()) -> Config:
                 raise ConfigError(
                     f"{key}: expected a section {part}, got a {type(section).__name__}"
                 )
-        section[last] = _parse(value, key)
+        section[last] = parse(value, key)
     return validate(tree)
 
 
@@ -494,7 +494,7 @@ def _read(name: str) -> dict[str, Any]:
             f"expected a .yaml file or a recipe ({', '.join(recipes())}), got {name}"
             + _nearest(name, recipes())
         )
-    tree = _parse(text, name)
+    tree = parse(text, name)
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: expected a mapping, got a {type(tree).__name__}")
     return tree
@@ -512,7 +512,8 @@ def validate(tree: dict[str, Any]) -> Config:
         raise ConfigError("; ".join(map(_explain, error.errors()))) from None
 
 
-def _parse(text: str, name: str) -> Any:
+def parse(text: str, name: str) -> Any:
+    """A value, as YAML 1.2 reads it; ConfigError, with the key's name, where it is no YAML."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a tag that its value does not fit
