@@ -11,6 +11,7 @@ _BRINGS = {
     "ray": ("ray",),
     "audit": ("torch", "timm", "torchmetrics", "matplotlib", "jinja2", "statsmodels", "captum"),
     "select": ("torch", "timm", "torchmetrics", "matplotlib", "jinja2", "statsmodels"),
+    "prune": ("torch_pruning",),
     "export-onnx": ("onnx",),
     "export-litert": ("ai_edge_litert", "flatbuffers"),
     "export-executorch": ("torch", "executorch"),

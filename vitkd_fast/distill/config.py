@@ -66,6 +66,27 @@ class Model(Section):
     options: dict[str, Any] = Field({})  # further arguments of timm.create_model
 
 
+class Student(Model):
+    """The student; what is left of it after pruning is trained."""
+
+    # share of each layer's channels that go before the training, those with the smallest weights:
+    # name the weights of a trained student; the extra `prune` does it
+    prune: float = Field(0.0, ge=0, lt=1)
+
+
+class Branch(Section):
+    """Specialists on some of the classes each, merged into the student before it is trained.
+
+    Each begins with the weights of one trunk, and all have the run's losses and learning rate. The
+    student begins with the mean of their weights, and is then trained on all classes.
+    """
+
+    # how many groups of neighbouring classes, or the names of the classes of each group
+    groups: Annotated[int, Field(ge=2)] | list[list[str]] = 2
+    trunk: int = Field(1, ge=1)  # epochs on all classes, before the specialists
+    epochs: int = Field(1, ge=1)  # of each specialist, on its classes' images
+
+
 class Optimizer(Section):
     """timm's optimisers and schedules; the learning rate is that of an update, not of an image."""
 
@@ -178,8 +199,9 @@ class Config(Section):
     teachers: list[Teacher] = Field([])  # several; `teacher` may be a list instead
     # of several teachers' logits: the mean of probabilities, or of their logarithms
     teacher_average: Literal["probability", "log"] = "probability"
-    student: Model = Model()
+    student: Student = Student()
     losses: Losses = Losses()
+    branch: Branch | None = None  # merge specialists into the student first
     optimizer: Optimizer = Optimizer()
     augmentation: Augmentation = Augmentation()
     int8: Int8 = Int8()
@@ -327,6 +349,13 @@ class Config(Section):
                     f"{name}.model: {teacher.model} is a file, with which pretrained, checkpoint, "
                     "options and epochs have no meaning"
                 )
+        for key in ("unlabelled", "labels", "extra"):
+            if self.branch and getattr(self.data, key):
+                raise ConfigError(f"branch: needs one class for each image, and data.{key} has not")
+        if self.branch and self.given:
+            raise ConfigError(
+                "branch: expected none with int8.aware.start=0, whose student is given"
+            )
         if self.int8.aware:
             self._check_aware(self.int8.aware)
         if self.int8.watch and self.headless:
@@ -570,7 +599,7 @@ def differing(begun: dict[str, Any], config: Config) -> list[str]:
         before = begun.get(name, defaults[name])
         if isinstance(section, dict):
             # a key that a run began without had its default
-            before = defaults[name] | (before or {})
+            before = (defaults[name] or {}) | (before or {})
             keys += [f"{name}.{key}" for key, value in section.items() if before.get(key) != value]
         elif before != section:
             keys.append(name)

@@ -59,6 +59,8 @@ def _why_not(config: Config) -> str:
         return "data.extra: expected none, as splits are of labelled images"
     if config.given:
         return "int8.aware.start: expected more than 0, as candidates are trained from the start"
+    if config.branch:
+        return "branch: expected none, as a trial is one training"
     for name, teacher in config.all_teachers().items():
         if teacher.epochs:
             return (
