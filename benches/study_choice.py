@@ -78,10 +78,9 @@ def begin(work: Path, weights: Path) -> Path:
     read: dict[nn.Module, torch.Tensor] = {}
     for norm in norms:
         norm.register_forward_pre_hook(lambda m, x: read.__setitem__(m, x[0]))
-    section = load(None, [key("data.train", work / "train"), key("student.model", NAME)])
-    for name, value in COMMON.items():
-        if name.startswith("data."):
-            setattr(section.data, name[5:], value)
+    given = {k: v for k, v in COMMON.items() if k.startswith("data.")}
+    given |= {"data.train": work / "train", "student.model": NAME}
+    section = load(None, [key(k, v) for k, v in given.items()])
     splits = sources.open_data(section.data)
     images = torch.cat([x.images for x in data.sample(section, splits.train, 512)])
     models.predictor(model, pixels)(images)

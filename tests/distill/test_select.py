@@ -155,7 +155,7 @@ def test_the_same_choice_twice(selected: Any, vitkd: Any) -> None:
         assert x["stability"]["choice"] == "trained" and x["stability"]["stable"]
         assert 3 <= x["splits"] < 12 and x["entropy"] < 0.6
         assert x["data"] == {"train": 287, "test": 72, "classes": 10}
-        assert x["comparisons"][0]["difference"] < -0.15
+        assert x["comparisons"][0]["difference"] < -0.05
         assert "Choose trained: stable after" in report.verdict(x)[0]
 
 
@@ -186,14 +186,14 @@ def test_what_is_done_is_not_done_again(selected: Any, vitkd: Any) -> None:
     assert report.render(found) == (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_at_a_width(width: int, selected: Any, vitkd: Any, tmp_path: Path) -> None:
+def test_the_page_at_two_widths(selected: Any, vitkd: Any, tmp_path: Path) -> None:
     """Nothing is wider than the page, no table hides a column, and no two words overlap."""
     more = ["--candidate", "alone:losses={ce: {}},teacher={}"]
     found, _ = selected(vitkd, 0, *more, "--vary", "losses.kd.temperature=[2.0,8]")
     page = report.render(found | {"title": '<b>&"'})
-    assert measured(page, width, tmp_path) == [width, [], [], []]
     assert '<b>&"' not in page and "<script" not in page
+    for width in (360, 1280):
+        assert measured(page, width, tmp_path) == [width, [], [], []]
 
 
 def test_what_is_not_settled_is_said() -> None:
