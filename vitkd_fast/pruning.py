@@ -25,9 +25,9 @@ def prune(model: nn.Module, share: float, image_size: int, multiple: int = MULTI
 
     Args:
         model: a convnet of timm's; its classifier keeps its classes.
-        share: from 0 to less than 1; a layer keeps a multiple of channels, and one at least.
+        share: from 0 to less than 1, at least so much of a layer.
         image_size: of the image that shows which layer reads which.
-        multiple: of what is kept; layers with fewer channels than two of it stay as they are.
+        multiple: of what is kept, rounded down; layers that would keep none stay as they are.
 
     Raises:
         ValueError: share is out of range, or the model cannot be pruned.

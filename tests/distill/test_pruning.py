@@ -86,7 +86,9 @@ def test_the_channels_with_the_smallest_weights_go() -> None:
     assert sum(x in rows for x in stay) == min(len(kept), len(stay))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if "v3" in x else pytest.mark.slow) for x in NAMES]
+)
 def test_the_engine_runs_it(name: str, tmp_path: Path) -> None:
     model = made(name).eval()
     pixels = np.random.default_rng(0).integers(256, size=(8, 32, 32, 3), dtype=np.uint8)
@@ -99,18 +101,20 @@ def test_the_engine_runs_it(name: str, tmp_path: Path) -> None:
     assert error < 0.25
 
 
-def test_a_run_prunes_before_it_trains(tmp_path: Path, vitkd: Any) -> None:
+@pytest.mark.parametrize("aware", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_prunes_before_it_trains(aware: bool, tmp_path: Path, vitkd: Any) -> None:
     """And its int8 student, and the files of both, are as narrow."""
     run = ["digits", "student.prune=0.3", "data.holdout=0.05", "teacher={}", "losses={ce: {}}",
            "run.max_steps=3", "run.seeds=[0]", "data.batch_size=16", "int8.calibration_images=16",
-           "int8.aware={start: 0.5}", f"run.folder={tmp_path}/run"]  # fmt: skip
+           f"run.folder={tmp_path}/run",
+           *(["int8.aware={start: 0.5}"] if aware else [])]  # fmt: skip
     result = vitkd("distill", *run)
     assert result.code == 0, result.err
     rows = {
         x["role"]: x for x in json.loads((tmp_path / "run" / "report.json").read_text())["models"]
     }
     whole = create_student(load("digits"), list("0123456789"))
-    assert rows["int8"]["macs"] == rows["baseline"]["macs"] == rows["int8-aware"]["macs"]
+    assert len(rows) == 2 + aware and len({x["macs"] for x in rows.values()}) == 1
     assert rows["baseline"]["parameters"] < 0.8 * sum(x.numel() for x in whole.parameters())
     student = models.load(tmp_path / "run" / "baseline-0" / "last.safetensors").model
     assert sum(x.numel() for x in student.parameters()) == rows["baseline"]["parameters"]

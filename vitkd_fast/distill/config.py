@@ -69,8 +69,8 @@ class Model(Section):
 class Student(Model):
     """The student; what is left of it after pruning is trained."""
 
-    # share of each layer's channels that go before the training, those with the smallest weights:
-    # name the weights of a trained student; the extra `prune` does it
+    # share of each layer's channels, at least, that go before the training, those with the smallest
+    # weights: name the weights of a trained student; the extra `prune` does it
     prune: float = Field(0.0, ge=0, lt=1)
 
 
