@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from .._files import home
 from ..int8.calibrate import Calibration
 from .losses import Losses, Section, Term
+from .yaml_core import Loader
 
 PathText = Annotated[str, AfterValidator(home)]
 _RENAMED = {"run.alone": "run.baseline", "int8.pictures": "int8.calibration_images"}  # in 0.2
@@ -432,39 +432,6 @@ class Config(Section):
             raise ConfigError("data.extra: nothing learns from images without labels but a teacher")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema, in which nothing but a number looks like one.
-
-    YAML 1.1 reads no and on as booleans, 1:30 as 90, 010 as 8, 1_000 as 1000, 2026-01-31 as a date
-    and 1e-3 as a string. A key that stands twice is an error.
-    """
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice[0]!r} stands twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
-for _tag, _pattern, _first in (
-    ("merge", r"<<", ["<"]),
-    ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
-    ("bool", r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    (
-        "float",
-        r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
-        list("-+.0123456789"),
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"{_pattern}$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-
-
 def recipes() -> list[str]:
     """The names of the recipes that ship with the package."""
     folder = resources.files("vitkd_fast") / "recipes"
@@ -544,7 +511,7 @@ def validate(tree: dict[str, Any]) -> Config:
 def parse(text: str, name: str) -> Any:
     """A value, as YAML 1.2 reads it; ConfigError, with the key's name, where it is no YAML."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a tag that its value does not fit
         raise ConfigError(f"{name}: no YAML: {' '.join(str(error).split())}") from error
 
