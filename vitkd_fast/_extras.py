@@ -10,6 +10,8 @@ _BRINGS = {
     "distill": ("torch", "timm", "safetensors"),
     "ray": ("ray",),
     "audit": ("torch", "timm", "torchmetrics", "matplotlib", "jinja2", "statsmodels", "captum"),
+    "select": ("torch", "timm", "torchmetrics", "matplotlib", "jinja2", "statsmodels"),
+    "prune": ("torch_pruning",),
     "export-onnx": ("onnx",),
     "export-litert": ("ai_edge_litert", "flatbuffers"),
     "export-executorch": ("torch", "executorch"),

@@ -21,6 +21,7 @@ from .distill.pack_command import SkipBad, pack
 from .export.command import export
 from .export.compare_command import compare
 from .predict_command import MODEL, MODEL_OR_INT8, Threads, predict
+from .select.command import select
 
 app = typer.Typer(
     help="Distil vision transformers into MobileNets, and run them in int8.",
@@ -189,6 +190,9 @@ app.command()(predict)
 
 
 app.command()(audit)
+
+
+app.command()(select)
 
 
 app.command()(pack)

@@ -27,7 +27,7 @@ from timm.models import clean_state_dict
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from . import _preprocessing, weights
+from . import _preprocessing, pruning, weights
 from ._files import replacing
 
 _METADATA, _VERSION = "vitkd_fast", 1
@@ -130,6 +130,7 @@ class Origin:
     pixels: Pixels | None = None
     note: str = ""  # what of the file was left out
     multilabel: bool = False  # classes are not exclusive: a sigmoid of each logit
+    pruned: bool = False  # layers are narrower than timm's name says
     resized: int | None = None  # the side to which `predictor` resizes images; None: it does not
     # what `create` added to the options; `save` keeps them
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -185,7 +186,9 @@ def create(
     added: dict[str, Any] = {}
     if given and given.torchvision == "MobileNetV3" and "bn_eps" not in options:
         added = {"bn_eps": 0.001}  # torchvision's; timm's is 1e-5
-    build = partial(_build, name, image_size=image_size, options=options | added)
+    about = _about(given) if given and checkpoint else None
+    widths = given.state if given and about and about.pruned else None
+    build = partial(_build, name, image_size=image_size, options=options | added, widths=widths)
     load = partial(build, given=given, pretrained=pretrained)
     found = None  # classes of the weights, where the model's are others
     try:
@@ -276,6 +279,7 @@ def _origin(
             pixels=about.pixels,
             note=given.note,
             multilabel=about.multilabel,
+            pruned=about.pruned,
         )
     if ":" not in name:
         config = model.pretrained_cfg
@@ -319,8 +323,9 @@ def _build(
     pretrained: bool = False,
     image_size: int | None,
     options: Mapping[str, Any],
+    widths: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """timm's model with weights that are `given`, timm's own, or random.
+    """timm's model with weights that are `given`, timm's own, or random; as wide as `widths`.
 
     Raises RuntimeError where weights do not fit to the last tensor, but of timm's own weights, of
     which timm drops the classifier.
@@ -331,7 +336,7 @@ def _build(
     if num_classes is not None and (given or ":" in name):
         # timm takes any weights for a model, unless it has the classes stated here
         overlay = {"num_classes": num_classes}
-    if given and not given.torchvision:
+    if given and not given.torchvision and widths is None:
         overlay |= {"source": "", "state_dict": given.state, "custom_load": False}
         pretrained = True
     build: Any = partial(timm.create_model, name, pretrained, pretrained_cfg_overlay=overlay)
@@ -345,6 +350,10 @@ def _build(
     model.pretrained_cfg.pop("state_dict", None)
     if given and given.torchvision:
         model.load_state_dict(weights.of_torchvision(given, model))
+    if widths is not None:
+        pruning.narrow(model, widths)
+        if given:
+            model.load_state_dict(given.state)
     if image_size is not None:
         model.pretrained_cfg["input_size"] = (3, image_size, image_size)
     return model
@@ -402,6 +411,7 @@ class _About(NamedTuple):
     pixels: Pixels
     classes: tuple[str, ...]
     multilabel: bool = False
+    pruned: bool = False
 
 
 def _about(file: weights.Weights) -> _About | None:
@@ -441,16 +451,18 @@ def save(
     """Writes the .safetensors file that `load` rebuilds a model from, entirely or not at all.
 
     `name`, `options` (JSON) and `num_classes` are as given to `create`, `classes` are names, which
-    are not exclusive with `multilabel` (older versions refuse to load such a file); the
-    weights may come from inside DistributedDataParallel or torch.compile. Raises ValueError for
-    another suffix or number of names. Where writing fails, an older file is as it was.
+    are not exclusive with `multilabel` (older versions refuse to load such a file, and one of a
+    pruned model); the weights may come from inside DistributedDataParallel or torch.compile. Raises
+    ValueError for another suffix or number of names. Where writing fails, an older file stays.
     """
     path, state, options = Path(path), model_or_state_dict, dict(options or {})
     if path.suffix != ".safetensors":
         raise ValueError(f"models.save: path: expected a name in .safetensors, got {path}")
     if len(classes) != num_classes:
         raise ValueError(f"models.save: classes: expected {num_classes} names, got {len(classes)}")
+    pruned = False
     if isinstance(state, nn.Module):
+        pruned = Origin.of(state).pruned
         options = {**Origin.of(state).options, **options}
         state = state.state_dict()
     state = clean_state_dict(dict(state))
@@ -461,6 +473,7 @@ def save(
              "num_classes": num_classes, "pixels": asdict(pixels),
              "classes": list(classes)}  # fmt: skip
     about |= {"multilabel": True} if multilabel else {}
+    about |= {"pruned": True} if pruned else {}
     with replacing(path) as beside:
         safetensors.torch.save_file(tensors, beside, {_METADATA: json.dumps(about)})
 
@@ -497,7 +510,8 @@ def load(source: str | Path, *, options: Mapping[str, Any] | None = None) -> Loa
     options = {**about.options, "num_classes": about.num_classes, **(options or {})}
     size = None if "img_size" in options else about.pixels.image_size
     _check_name(about.name)
-    model = _build(about.name, image_size=size, options=options)
+    widths = file.state if about.pruned else None
+    model = _build(about.name, image_size=size, options=options, widths=widths)
     try:
         model.load_state_dict(file.state)
     except RuntimeError as error:
@@ -505,8 +519,9 @@ def load(source: str | Path, *, options: Mapping[str, Any] | None = None) -> Loa
         raise ValueError(f"models.load: source {source} does not fit {options=}: {why}") from error
     _tell(model, about.pixels)
     model.origin = Origin(
-        f"file {source}", classes=about.classes, pixels=about.pixels, multilabel=about.multilabel
-    )
+        f"file {source}", classes=about.classes, pixels=about.pixels,
+        multilabel=about.multilabel, pruned=about.pruned,
+    )  # fmt: skip
     return Loaded(model.eval(), about.pixels, about.classes)
 
 

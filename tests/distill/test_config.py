@@ -39,7 +39,7 @@ def test_file_and_default(tmp_path: Path) -> None:
     assert changed().model_dump() == {
         **Config.model_construct().model_dump(),
         "data": {**config.Data().model_dump(), "train": "images"},
-        "student": {**config.Model().model_dump(), "model": "mobilenetv2_050"},
+        "student": {**config.Student().model_dump(), "model": "mobilenetv2_050"},
         "losses": {**Losses().model_dump(), "ce": CE().model_dump()},
     }
 

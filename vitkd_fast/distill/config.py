@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from .._files import home
 from ..int8.calibrate import Calibration
 from .losses import Losses, Section, Term
+from .yaml_core import Loader
 
 PathText = Annotated[str, AfterValidator(home)]
 _RENAMED = {"run.alone": "run.baseline", "int8.pictures": "int8.calibration_images"}  # in 0.2
@@ -64,6 +64,27 @@ class Model(Section):
     pretrained: bool = False  # timm's weights
     checkpoint: PathText = ""  # a file of weights instead
     options: dict[str, Any] = Field({})  # further arguments of timm.create_model
+
+
+class Student(Model):
+    """The student; what is left of it after pruning is trained."""
+
+    # share of each layer's channels, at least, that go before the training, those with the smallest
+    # weights: name the weights of a trained student; the extra `prune` does it
+    prune: float = Field(0.0, ge=0, lt=1)
+
+
+class Branch(Section):
+    """Specialists on some of the classes each, merged into the student before it is trained.
+
+    Each begins with the weights of one trunk, and all have the run's losses and learning rate. The
+    student begins with the mean of their weights, and is then trained on all classes.
+    """
+
+    # how many groups of neighbouring classes, or the names of the classes of each group
+    groups: Annotated[int, Field(ge=2)] | list[list[str]] = 2
+    trunk: int = Field(1, ge=1)  # epochs on all classes, before the specialists
+    epochs: int = Field(1, ge=1)  # of each specialist, on its classes' images
 
 
 class Optimizer(Section):
@@ -178,8 +199,9 @@ class Config(Section):
     teachers: list[Teacher] = Field([])  # several; `teacher` may be a list instead
     # of several teachers' logits: the mean of probabilities, or of their logarithms
     teacher_average: Literal["probability", "log"] = "probability"
-    student: Model = Model()
+    student: Student = Student()
     losses: Losses = Losses()
+    branch: Branch | None = None  # merge specialists into the student first
     optimizer: Optimizer = Optimizer()
     augmentation: Augmentation = Augmentation()
     int8: Int8 = Int8()
@@ -327,6 +349,13 @@ class Config(Section):
                     f"{name}.model: {teacher.model} is a file, with which pretrained, checkpoint, "
                     "options and epochs have no meaning"
                 )
+        for key in ("unlabelled", "labels", "extra"):
+            if self.branch and getattr(self.data, key):
+                raise ConfigError(f"branch: needs one class for each image, and data.{key} has not")
+        if self.branch and self.given:
+            raise ConfigError(
+                "branch: expected none with int8.aware.start=0, whose student is given"
+            )
         if self.int8.aware:
             self._check_aware(self.int8.aware)
         if self.int8.watch and self.headless:
@@ -403,39 +432,6 @@ class Config(Section):
             raise ConfigError("data.extra: nothing learns from images without labels but a teacher")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema, in which nothing but a number looks like one.
-
-    YAML 1.1 reads no and on as booleans, 1:30 as 90, 010 as 8, 1_000 as 1000, 2026-01-31 as a date
-    and 1e-3 as a string. A key that stands twice is an error.
-    """
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice[0]!r} stands twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
-for _tag, _pattern, _first in (
-    ("merge", r"<<", ["<"]),
-    ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
-    ("bool", r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    (
-        "float",
-        r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
-        list("-+.0123456789"),
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"{_pattern}$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-
-
 def recipes() -> list[str]:
     """The names of the recipes that ship with the package."""
     folder = resources.files("vitkd_fast") / "recipes"
@@ -477,7 +473,7 @@ def load(source: str | Path | None, overrides: Iterable[str] = ()) -> Config:
                 raise ConfigError(
                     f"{key}: expected a section {part}, got a {type(section).__name__}"
                 )
-        section[last] = _parse(value, key)
+        section[last] = parse(value, key)
     return validate(tree)
 
 
@@ -494,7 +490,7 @@ def _read(name: str) -> dict[str, Any]:
             f"expected a .yaml file or a recipe ({', '.join(recipes())}), got {name}"
             + _nearest(name, recipes())
         )
-    tree = _parse(text, name)
+    tree = parse(text, name)
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: expected a mapping, got a {type(tree).__name__}")
     return tree
@@ -512,9 +508,10 @@ def validate(tree: dict[str, Any]) -> Config:
         raise ConfigError("; ".join(map(_explain, error.errors()))) from None
 
 
-def _parse(text: str, name: str) -> Any:
+def parse(text: str, name: str) -> Any:
+    """A value, as YAML 1.2 reads it; ConfigError, with the key's name, where it is no YAML."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a tag that its value does not fit
         raise ConfigError(f"{name}: no YAML: {' '.join(str(error).split())}") from error
 
@@ -569,7 +566,7 @@ def differing(begun: dict[str, Any], config: Config) -> list[str]:
         before = begun.get(name, defaults[name])
         if isinstance(section, dict):
             # a key that a run began without had its default
-            before = defaults[name] | (before or {})
+            before = (defaults[name] or {}) | (before or {})
             keys += [f"{name}.{key}" for key, value in section.items() if before.get(key) != value]
         elif before != section:
             keys.append(name)

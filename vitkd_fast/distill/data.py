@@ -24,7 +24,7 @@ from ..functional import Labels
 from ..images import UNREADABLE, DataError, prepare, to_rgb, unreadable
 from .augment import Augment, draw
 from .config import Augmentation, Config, Data
-from .datasets import Part, Source
+from .datasets import Part, Share, Source
 from .sources import Splits, count, spread
 
 
@@ -117,7 +117,7 @@ class _Indexed(Dataset):
         """An image, its label and its index; what was skipped on the way there is added."""
         for _ in range(len(self.source)):
             try:
-                return *self.source.read(index), index
+                return *self.source.read(index), self._place(index)
             except UNREADABLE as error:
                 if not self.skip_bad:
                     raise unreadable(self.source.name(index), error) from None
@@ -127,6 +127,9 @@ class _Indexed(Dataset):
             # the batch keeps its size: the next image replaces it
             index = (index + 1) % len(self.source)
         raise DataError(f"not one of {len(self.source)} images can be read")
+
+    def _place(self, index: int) -> int:
+        return self.source.index[index] if isinstance(self.source, Share) else index
 
     def _transformed(self, frames: list[Array], epoch: int, indices: list[int]) -> Array:
         if self.drawn is not None:

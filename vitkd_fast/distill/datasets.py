@@ -149,6 +149,13 @@ class Part:
         return self.source.name(self.index[index])
 
 
+class Share(Part):
+    """A part for training whose images keep the places that they have in the source.
+
+    What is drawn for an image, and what a cached teacher said of it, go by its place there.
+    """
+
+
 class Joined:
     """The images of a labelled source, and behind them others, which have `NO_LABEL`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import tempfile
@@ -15,7 +16,7 @@ from torch import nn
 
 from .. import int8, models
 from .._files import replacing
-from . import checkpoint, data, evaluate, preflight, scoring, sources
+from . import branches, checkpoint, data, evaluate, identity, preflight, scoring, sources
 from .cache.read import CachedTeacher
 from .config import Config, Teacher
 from .loop import Trainer
@@ -58,16 +59,22 @@ class _Experiment(scoring.Scoring):
         teachers: list[nn.Module],
         seed: int,
         cache: CachedTeacher | None = None,
+        splits: sources.Splits | None = None,
     ) -> nn.Module:
-        """Trains one model, which may be a teacher, in the folder of this name."""
+        """Trains one model, which may be a teacher, in the folder of this name.
+
+        On all images of the run, unless others are given.
+        """
         section = config.all_teachers().get(name, config.student)
         branches = self.config.int8.aware if name.startswith(f"{self.role}-") else None
         rebuild: dict[str, Any] = {"student": preflight.rebuilding(section, student).model_dump()}
         rebuild |= self._sources() if teachers or cache else {"teacher": {}, "teachers": []}
+        if splits is None:
+            splits = self.splits if config.data.extra else sources.without_extra(self.splits)
         trainer = Trainer(
             config,
             DistillationTask.create(config, student, teachers, self.runtime, cache),
-            self.splits if config.data.extra else sources.without_extra(self.splits),
+            splits,
             self.folder / name,
             seed=seed,
             save_model=functools.partial(models.save, **self.about_model(section, student)),
@@ -79,6 +86,39 @@ class _Experiment(scoring.Scoring):
         trained = trainer.run()
         self.skipped |= trainer.skipped
         return trained
+
+    def _merged(self, seed: int, student: nn.Module) -> nn.Module:
+        """The mean of a seed's specialists, which begin with one trunk, trained here."""
+        section = self.config.branch
+        assert section
+        taught = seed, self.cache
+        trunk = self._train(
+            f"trunk-{seed}", branches.shorter(self.config, section.trunk), student,
+            self.teachers, *taught,
+        )  # fmt: skip
+        specialists = []
+        for i, group in enumerate(branches.groups(section, self.classes)):
+            name, part = f"specialist-{seed}-{i}", branches.images_of(self.splits, group)
+            config = branches.shorter(self.config, section.epochs)
+            beginning = copy.deepcopy(trunk)
+            specialists.append(
+                self._train(name, config, beginning, self.teachers, *taught, splits=part)
+            )
+            self._say_top1(name, specialists[-1], part)
+        merged = branches.merge(specialists, self.config, self.splits)
+        self._say_top1(f"merged-{seed}", merged, self.splits)
+        return merged
+
+    def _say_top1(self, name: str, model: nn.Module, splits: sources.Splits) -> None:
+        training = model.training
+        right, images = identity.score(
+            self.config, self.predictor(model), splits, self.runtime.device
+        )
+        model.train(training)
+        line = f"{name}: top-1 {right / images:.1%} of {images} images of its classes, before "
+        line += "distillation." if name.startswith("merged") else "it is merged."
+        self.notes.append(line)
+        self.say(line)
 
     def _sources(self) -> dict[str, Any]:
         """The sections of the teachers, without training: what this run trained is a file."""
@@ -118,6 +158,8 @@ class _Experiment(scoring.Scoring):
                 data.seed_all(seed)
                 student = preflight.create_student(config, self.classes)
                 distilled = role == self.role
+                if config.branch and distilled:
+                    student = self._merged(seed, student)
                 if not config.given:
                     student = self._train(
                         f"{role}-{seed}",

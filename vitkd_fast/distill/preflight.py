@@ -12,13 +12,13 @@ import torch
 import yaml
 from torch import nn
 
-from .. import models
+from .. import models, pruning
 from ..int8.lower import lower
 from . import config as configuration
 from . import data, identity, sources
 from .cache import shared
 from .cache.read import CachedTeacher
-from .config import Config, ConfigError, Model, Teacher
+from .config import Config, ConfigError, Model, Student, Teacher
 from .runtime import Runtime
 from .task import Average, DistillationTask
 
@@ -69,7 +69,8 @@ def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
     Without labels it has none.
     """
     if config.headless:
-        return models.headless(_create(config, config.student, 1, new_head=True))
+        body = _create(config, config.student, 1, new_head=True)
+        return models.headless(_pruned(config, body))
     student: Any = _create(config, config.student, len(classes), new_head=True)
     origin = models.Origin.of(student)
     if origin.classes and not identity.same_classes(origin, classes):
@@ -80,7 +81,17 @@ def create_student(config: Config, classes: Sequence[str]) -> nn.Module:
         student.origin = origin
     if not origin.trained:
         _start_small(student)
-    return student
+    return _pruned(config, student)
+
+
+def _pruned(config: Config, student: nn.Module) -> nn.Module:
+    """The student without the channels that are not to be trained; ConfigError where it cannot."""
+    if not config.student.prune:
+        return student
+    try:
+        return pruning.prune(student, config.student.prune, config.data.image_size)
+    except ValueError as error:
+        raise ConfigError(f"student.prune: {config.student.model}: {error}") from error
 
 
 def own_classes(config: Config) -> list[str]:
@@ -228,11 +239,15 @@ def teacher_at_hand(config: Config, classes: Sequence[str]) -> nn.Module | None:
 
 
 def rebuilding(section: Model, model: nn.Module) -> Model:
-    """A section that makes the same model with other weights, without a file of its weights."""
-    return Model(
-        model=section.model,
-        options={**models.Origin.of(model).options, **section.options},
-    )
+    """A section that makes the same model with other weights, without a file of its weights.
+
+    But for one that was pruned before this run: its file alone knows the widths.
+    """
+    options = {**models.Origin.of(model).options, **section.options}
+    share = section.prune if isinstance(section, Student) else 0.0
+    known = models.Origin.of(model).pruned and not share
+    checkpoint = section.checkpoint if known else ""
+    return Student(model=section.model, options=options, prune=share, checkpoint=checkpoint)
 
 
 def _image_size(config: Config, section: Model) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from .. import models
-from . import data, identity, optim, preflight, probe, sources
+from . import branches, data, identity, optim, preflight, probe, sources
 from .cache.read import CachedTeacher
 from .config import Config, ConfigError, Teacher
 from .runtime import Runtime
@@ -54,6 +54,9 @@ class Prepared:
         learned = {}
         if not config.given:
             learned = preflight.check_losses(config, student, self.teachers, self.cache)
+        if config.branch:
+            for group in branches.groups(config.branch, self.classes):
+                data.loaders(config, branches.images_of(self.splits, group), 0)
         if config.int8.aware:
             preflight.check_aware(config, student, self.teachers, self.cache, learned)
         data.loaders(config, self.splits, 0, config.optimizer.accumulate)

@@ -450,15 +450,19 @@ def _hold_out(
 
 def labels(source: Any) -> list[int] | None:
     """The labels of each image, one after another, where that takes no reading of images."""
-    if isinstance(source, Part):
-        known = getattr(source.source, "labels", None)
-        known = known if known is None else [known[i] for i in source.index]
-    else:
-        known = getattr(source, "labels", None)
+    known = _of_images(source)
     if known is None:
         return None
     every = [int(x) for label in known for x in (label if isinstance(label, list) else [label])]
     return [label for label in every if label != NO_LABEL]
+
+
+def _of_images(source: Any) -> Any:
+    """What each image has: a label, several, or nothing known (None)."""
+    if not isinstance(source, Part):
+        return getattr(source, "labels", None)
+    known = _of_images(source.source)
+    return known if known is None else [known[i] for i in source.index]
 
 
 def without_extra(splits: Splits) -> Splits:
