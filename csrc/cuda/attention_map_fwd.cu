@@ -4,6 +4,7 @@
 // bf16, dim 64, 196 tokens, for a pair of scores: 256 flops, 2 exps, 10 instructions; see
 // benches/notes/attention_map.md.
 #include "cuda/attention_map.cuh"
+#include "cuda/sums.cuh"
 
 namespace vitkd::attention_map {
 namespace {
@@ -187,23 +188,12 @@ __global__ void __launch_bounds__(32 * kWarps,
   if (threadIdx.x % 32 == 0) plan.parts[warp] = part;
 }
 
-__global__ void __launch_bounds__(1024)
-    attention_map_reduce_kernel(const float* parts, int64_t n, float* loss) {
-  const double sum = sum_by_block(n, [&](int64_t i) { return parts[i]; });
-  if (threadIdx.x == 0) *loss = static_cast<float>(sum);
-}
-
-void reduce(const float* parts, int64_t n, float* loss, cudaStream_t stream) {
-  attention_map_reduce_kernel<<<1, 1024, 0, stream>>>(parts, n, loss);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 }  // namespace
 
 void forward(const Call& c, const Tensor& like, bool per_row) {
   const cudaStream_t stream = current_stream(like);
   if (c.rows() == 0) {
-    if (!per_row) reduce(nullptr, 0, c.loss, stream);
+    if (!per_row) sum_of(Numbers<float>{nullptr}, 0, c.loss, like);
     return;
   }
   visit_element(c, [&]<class E>() {
@@ -223,7 +213,7 @@ void forward(const Call& c, const Tensor& like, bool per_row) {
       start<E::kTall>(kKernels[static_cast<int>(c.kind)], c, plan, blocks, stream);
     };
     plan.sliced ? run.template operator()<true>() : run.template operator()<false>();
-    if (!per_row) reduce(plan.parts, blocks * plan.warps, c.loss, stream);
+    if (!per_row) sum_of(Numbers<float>{plan.parts}, blocks * plan.warps, c.loss, like);
   });
 }
 

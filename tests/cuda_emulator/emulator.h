@@ -36,6 +36,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 
 struct uint3 {
   unsigned x = 0, y = 0, z = 0;
@@ -48,6 +49,7 @@ namespace emulator {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 << 10;
+constexpr int kReserved = 1 << 10;        // shared memory of each block that the GPU keeps
 constexpr int kSharedDefault = 48 << 10;  // bytes of a block that does not ask for more
 
 inline int of_environment(const char* name, int otherwise) {
@@ -335,7 +337,11 @@ T* dynamic_shared() {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 #undef STD_CUDA_CHECK
@@ -352,8 +358,10 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value =
-      which == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors : emulator::shared_limit;
+  *value = which == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors
+           : which == cudaDevAttrMaxSharedMemoryPerBlockOptin
+               ? emulator::shared_limit
+               : emulator::shared_limit + emulator::kReserved;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -371,8 +379,8 @@ template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* kernel, int threads,
                                                           size_t dynamic) {
   const std::lock_guard lock(emulator::one_at_a_time);
-  const int reserved = 1 << 10;  // of each block, by the GPU
-  const int room = (emulator::shared_limit + reserved) / (static_cast<int>(dynamic) + reserved);
+  const int room = (emulator::shared_limit + emulator::kReserved) /
+                   (static_cast<int>(dynamic) + emulator::kReserved);
   const int most = std::min(room, 1536 / threads);
   *blocks = 1 + static_cast<int>(emulator::chance() % std::max(most, 1));
   emulator::slots[reinterpret_cast<const void*>(kernel)] =
