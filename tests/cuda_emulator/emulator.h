@@ -106,6 +106,7 @@ struct Block {
   dim3 size, grid;
   std::vector<char> dynamic;
   std::map<std::tuple<std::string, int, std::type_index>, std::vector<char>> variables;
+  std::map<int64_t, int> votes;  // by the number of the barrier at which they meet
   std::vector<Warp> warps;
   int64_t barriers = 0;
   int live = 0, waiting = 0;
@@ -288,6 +289,7 @@ inline void run_grid(const dim3& grid, const dim3& size, size_t shared, const vo
       for (at.x = 0; at.x < grid.x; ++at.x) {
         block.dynamic.assign(shared + 16, '\xff');
         block.variables.clear();
+        block.votes.clear();
         block.late = chance() % 2;
         block.uneven = chance() % 2;
         const unsigned kind = chance() % 3;
@@ -409,6 +411,12 @@ using std::max;
 using std::min;
 
 inline void __syncthreads() { emulator::barrier(); }
+inline int __syncthreads_or(int x) {
+  int& all = emulator::block.votes[emulator::block.barriers];
+  all |= x != 0;
+  emulator::barrier();
+  return all;
+}
 inline unsigned atomicOr(unsigned* to, unsigned bits) { return std::exchange(*to, *to | bits); }
 inline void __syncwarp() { emulator::meet("__syncwarp", 0); }
 
