@@ -36,7 +36,7 @@ TESTS = {
     "logit_relations": 60, "relation": 60, "deit": 60, "fused_linear_kd": 60, "nn": 60,
     "kd_backends": 120, "row_loss_backends": 120,
 }  # fmt: skip
-BENCHES = {"kd": 120, "attention_map": 90, "int8_ops": 90, "row_loss": 60, "loop": 60, "rkd": 30,
+BENCHES = {"kd": 180, "attention_map": 90, "int8_ops": 90, "row_loss": 60, "loop": 60, "rkd": 30,
            "kd_topk": 30, "dist": 30}  # fmt: skip
 
 
