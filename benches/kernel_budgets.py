@@ -223,8 +223,9 @@ def predicted(target: Target, arch: int) -> list[str]:
     bodies = []
     for at, op in code:
         if (match := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", op)) and int(match[1], 16) < at:
-            loads = sum("LDG" in x for a, x in code if int(match[1], 16) <= a <= at)
-            if loads >= 4 and at - int(match[1], 16) < 16 * 1000:
+            body = [x for a, x in code if int(match[1], 16) <= a <= at]
+            # of classes, not of a branch to what a compiler put aside
+            if sum("LDG" in x for x in body) >= 4 and not any("SHFL" in x for x in body):
                 bodies.append(longest(sass, int(match[1], 16), at))
     instructions = longest(sass) + target.again * sum(sorted(bodies)[-2:])
     issue = instructions * target.warps / (4 * gpu.multiprocessors * gpu.clock * 1e3)
@@ -258,9 +259,10 @@ A loop is written "8 in 118": 8 shuffles, or 8 loads from global memory, among 1
 ## What that predicts
 
 Bytes: student and teacher read and the gradient written once, at the data sheet's bandwidth. Issue:
-if every warp went the longest way (all branches for logits of other dtypes taken where they are
-longer), at one instruction a clock and scheduler; latencies are not in it. The ratio is that of the
-larger one to the bytes.
+if every warp went the longest way (branches for logits of other dtypes or for labels taken where
+they are longer, 8 classes a thread even where a row has fewer), at one instruction a clock and
+scheduler; latencies are not in it. The ratio is that of the larger one to the bytes: what a call
+takes should lie between 1 and that. attention_map: gpu.md.
 
 {markdown(of_target, times)}
 """
