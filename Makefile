@@ -124,7 +124,8 @@ gpu gpu-test gpu-bench gpu-sanitize: export VITKD_FAST_CUDA ?= 1
 gpu gpu-test gpu-bench gpu-sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0
 gpu gpu-test gpu-bench gpu-sanitize: export PIP_BREAK_SYSTEM_PACKAGES ?= 1
 
-gpu: gpu-test gpu-bench  ## the GPU tests, then its benches; VENV= PYTHON=python3 where torch is there
+gpu:  ## build, GPU tests, GPU benches: 12 minutes, results in OUT or build/gpu; VENV= PYTHON=python3 where torch is
+	$(PYTHON) benches/gpu_run.py --python $(PY) --scripts $(BIN) --build "$(MAKE) install"
 
 gpu-test: install  ## the GPU tests alone
 	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU')"

@@ -17,7 +17,9 @@ from vitkd_fast import functional, reference
 
 T = 4.0
 ON_CPU = [(256, 1000), (4096, 1000), (1024, 21841), (640, 65536), (8, 150, 128, 128)]
-ON_GPU = [(256, 1000), (4096, 1000), (4096, 21841), (8, 150, 128, 128)]
+ON_GPU = [
+    (4096, 21841), (4096, 1000), (256, 1000), (4, 21, 512, 512), (1 << 20, 21), (8, 150, 128, 128),
+]  # fmt: skip
 SHAPES = [
     pytest.param(where, shape, id=f"{where}-" + "x".join(map(str, shape)), marks=marks)
     for where, shapes, marks in (("cpu", ON_CPU, ()), ("cuda", ON_GPU, pytest.mark.gpu))

@@ -429,7 +429,7 @@ Plan cut(const Call& c, int64_t rows, std::initializer_list<Operand> operands) {
   // several blocks per multiprocessor where they fit
   constexpr struct {
     int warps, tile, blocks;
-  } kCuts[] = {{4, 64, 3}, {4, 32, 2}, {2, 32, 2}, {1, 32, 1}, {1, 16, 1}};
+  } kCuts[] = {{4, 64, 3}, {4, 32, 2}, {4, 16, 2}, {2, 32, 2}, {1, 32, 1}, {1, 16, 1}};
   for (const auto& cut : kCuts) {
     p.warps = cut.warps;
     p.tile = cut.tile;

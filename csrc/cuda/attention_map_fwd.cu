@@ -1,9 +1,11 @@
 // The forward of attention_map_loss: a row's sums stay with a thread until the end,
 //   KL = sum e^v (v - u) / sum e^v + log(sum e^u / sum e^v)
-// with u and v the scores less a maximum that is raised only when it is 2^16 too low. Counted,
-// bf16, dim 64, 196 tokens, for a pair of scores: 256 flops, 2 exps, 10 instructions; see
-// benches/notes/attention_map.md.
+// with u and v the scores less a maximum: of 16-bit numbers that of a row's first keys, for which
+// others may be up to 2^100 too large (a block with a row beyond that starts again); else one that
+// is raised when it is 2^16 too low. Counted, bf16, dim 64, 196 tokens, for a pair of scores: 256
+// flops, 2 exps, 8 instructions; see benches/notes/attention_map.md.
 #include "cuda/attention_map.cuh"
+#include "cuda/sums.cuh"
 
 namespace vitkd::attention_map {
 namespace {
@@ -30,6 +32,8 @@ struct Sums {
     top_p = new_p;
     top_q = new_q;
   }
+  // no number of it overflowed
+  __device__ bool fits() const { return fabsf(dot) + sum_p + sum_q < INFINITY; }
   __device__ void merge(int mask) {
     Sums x;
     x.top_p = __shfl_xor_sync(kFullMask, top_p, mask);
@@ -83,52 +87,64 @@ __global__ void __launch_bounds__(32 * kWarps,
 
   // 2. both log-sum-exps, and the divergence where it needs no more than sums
   Sums<E> sums[2 * kTall];
-  block.walk(false, [&](char* stage, int first) {
-    block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int) {
-      if constexpr (kSliced) turn(s, t, columns);
-      auto &p = kSwap ? s : t, &q = kSwap ? t : s;
-      const float c_p = kSwap ? c_s : c_t, c_q = kSwap ? c_t : c_s;
-      if (keep != kFullMask) {
-        each<kTall>(columns, [&](int, int m, int n, int k) {
-          if (!kept(keep, n, k)) p[m][n][k] = q[m][n][k] = kMasked;
-        });
-      }
-      float max_p[2 * kTall], max_q[2 * kTall];
-#pragma unroll
-      for (int i = 0; i < 2 * kTall; ++i) max_p[i] = max_q[i] = kMasked;
-      each<kTall>(columns, [&](int i, int m, int n, int k) {
-        max_p[i] = fmaxf(max_p[i], p[m][n][k]);
-        max_q[i] = fmaxf(max_q[i], q[m][n][k]);
-      });
-      bool raise = false;
-#pragma unroll
-      for (int i = 0; i < 2 * kTall; ++i) {
-        max_p[i] *= c_p, max_q[i] *= c_q;
-        raise |= max_p[i] > sums[i].top_p + kSlack || max_q[i] > sums[i].top_q + kSlack;
-      }
-      if (raise) {  // seldom, after the first
-#pragma unroll
-        for (int i = 0; i < 2 * kTall; ++i) {
-          sums[i].raise(fmaxf(sums[i].top_p, max_p[i]), fmaxf(sums[i].top_q, max_q[i]));
+  for (bool careful = !kPairs<E>;; careful = true) {
+    block.walk(false, [&](char* stage, int first) {
+      block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int) {
+        if constexpr (kSliced) turn(s, t, columns);
+        auto &p = kSwap ? s : t, &q = kSwap ? t : s;
+        const float c_p = kSwap ? c_s : c_t, c_q = kSwap ? c_t : c_s;
+        if (keep != kFullMask) {
+          each<kTall>(columns, [&](int, int m, int n, int k) {
+            if (!kept(keep, n, k)) p[m][n][k] = q[m][n][k] = kMasked;
+          });
         }
-      }
-      each<kTall>(columns, [&](int i, int m, int n, int k) {
-        p[m][n][k] = less<E>(p[m][n][k], c_p, sums[i].top_p);
-        q[m][n][k] = less<E>(q[m][n][k], c_q, sums[i].top_q);
-      });
-      if (keep != kFullMask) {  // again, as a factor may be 0
-        each<kTall>(columns, [&](int, int m, int n, int k) {
-          if (!kept(keep, n, k)) p[m][n][k] = q[m][n][k] = kMasked;
+        // no key was seen yet, or all were masked
+        if (careful || sums[0].top_p < 1e-4f * kMasked) {
+          float max_p[2 * kTall], max_q[2 * kTall];
+#pragma unroll
+          for (int i = 0; i < 2 * kTall; ++i) max_p[i] = max_q[i] = kMasked;
+          each<kTall>(columns, [&](int i, int m, int n, int k) {
+            max_p[i] = fmaxf(max_p[i], p[m][n][k]);
+            max_q[i] = fmaxf(max_q[i], q[m][n][k]);
+          });
+          bool raise = false;
+#pragma unroll
+          for (int i = 0; i < 2 * kTall; ++i) {
+            max_p[i] *= c_p, max_q[i] *= c_q;
+            raise |= max_p[i] > sums[i].top_p + kSlack || max_q[i] > sums[i].top_q + kSlack;
+          }
+          if (raise) {  // seldom, after the first
+#pragma unroll
+            for (int i = 0; i < 2 * kTall; ++i) {
+              sums[i].raise(fmaxf(sums[i].top_p, max_p[i]), fmaxf(sums[i].top_q, max_q[i]));
+            }
+          }
+        }
+        each<kTall>(columns, [&](int i, int m, int n, int k) {
+          p[m][n][k] = less<E>(p[m][n][k], c_p, sums[i].top_p);
+          q[m][n][k] = less<E>(q[m][n][k], c_q, sums[i].top_q);
         });
-      }
-      each<kTall>(columns, [&](int i, int m, int n, int k) {
-        const float v = p[m][n][k], u = q[m][n][k], e = power<E>(v);
-        sums[i].sum_p += e;
-        sums[i].sum_q += power<E>(u);
-        if constexpr (!kTwice) sums[i].dot += e * (v - u);
+        if (keep != kFullMask) {  // again, as a factor may be 0
+          each<kTall>(columns, [&](int, int m, int n, int k) {
+            if (!kept(keep, n, k)) p[m][n][k] = q[m][n][k] = kMasked;
+          });
+        }
+        each<kTall>(columns, [&](int i, int m, int n, int k) {
+          const float v = p[m][n][k], u = q[m][n][k], e = power<E>(v);
+          sums[i].sum_p += e;
+          sums[i].sum_q += power<E>(u);
+          if constexpr (!kTwice) sums[i].dot += e * (v - u);
+        });
       });
     });
-  });
+    // a score that is far above those of the first keys, or NaN
+    bool fits = true;
+#pragma unroll
+    for (const Sums<E>& x : sums) fits &= x.fits();
+    if (careful || !__syncthreads_or(!fits)) break;
+#pragma unroll
+    for (Sums<E>& x : sums) x = {};
+  }
   float loss[2 * kTall], centre[2 * kTall], lse_s[2 * kTall], lse_t[2 * kTall];
 #pragma unroll
   for (int i = 0; i < 2 * kTall; ++i) {
@@ -187,23 +203,12 @@ __global__ void __launch_bounds__(32 * kWarps,
   if (threadIdx.x % 32 == 0) plan.parts[warp] = part;
 }
 
-__global__ void __launch_bounds__(1024)
-    attention_map_reduce_kernel(const float* parts, int64_t n, float* loss) {
-  const double sum = sum_by_block(n, [&](int64_t i) { return parts[i]; });
-  if (threadIdx.x == 0) *loss = static_cast<float>(sum);
-}
-
-void reduce(const float* parts, int64_t n, float* loss, cudaStream_t stream) {
-  attention_map_reduce_kernel<<<1, 1024, 0, stream>>>(parts, n, loss);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 }  // namespace
 
 void forward(const Call& c, const Tensor& like, bool per_row) {
   const cudaStream_t stream = current_stream(like);
   if (c.rows() == 0) {
-    if (!per_row) reduce(nullptr, 0, c.loss, stream);
+    if (!per_row) sum_of(Numbers<float>{nullptr}, 0, c.loss, like);
     return;
   }
   visit_element(c, [&]<class E>() {
@@ -223,7 +228,7 @@ void forward(const Call& c, const Tensor& like, bool per_row) {
       start<E::kTall>(kKernels[static_cast<int>(c.kind)], c, plan, blocks, stream);
     };
     plan.sliced ? run.template operator()<true>() : run.template operator()<false>();
-    if (!per_row) reduce(plan.parts, blocks * plan.warps, c.loss, stream);
+    if (!per_row) sum_of(Numbers<float>{plan.parts}, blocks * plan.warps, c.loss, like);
   });
 }
 

@@ -48,14 +48,6 @@ __device__ A block_sum(A x) {
   }
 }
 
-// at(0) + .. + at(n - 1), in double, by a block of 1024; in every thread.
-template <class F>
-__device__ double sum_by_block(int64_t n, F&& at) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += at(i);
-  return block_sum<1024>(sum);
-}
-
 inline int device_attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));

@@ -272,8 +272,10 @@ void launch(const Call& c, cudaStream_t stream) {
 template <int kOutputs>
 void launch_by_size(const Call& c, cudaStream_t stream) {
   const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  // two blocks a multiprocessor of an H200
-  c.in <= 4096 && Plan<kOutputs, true>::bytes(c.in) <= std::min(most, 113 << 10)
+  // two blocks a multiprocessor, where weights that are streamed leave room for as many
+  const int half = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - (1 << 10);
+  const bool two = Plan<kOutputs, false>::bytes(c.in) <= half;
+  c.in <= 4096 && Plan<kOutputs, true>::bytes(c.in) <= (two ? half : most)
       ? launch<kOutputs, true>(c, stream)
       : launch<kOutputs, false>(c, stream);
 }

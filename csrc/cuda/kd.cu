@@ -3,7 +3,8 @@
 // a second sweep that finds the row in L1 or L2 (2 reads and 1 write of device memory in all).
 //   kVector  classes side by side: a warp or a block per row, 16-byte loads after a peeled head
 //   kScalar  the same where the rows of student, teacher and gradient are aligned differently
-//   kTiled   strided classes: 32 neighbouring rows by 8 threads per row, so that loads coalesce
+//   kShort   few classes: 4 to 32 threads per row, which hold all of it
+//   kTiled   strided classes: 32 neighbouring rows by up to 8 threads per row: loads coalesce
 // Rows that are too few for the chip are split over several blocks. Everything is added up in a
 // fixed order: no atomics, so results are bitwise the same every time.
 #undef NDEBUG  // the assertion on labels stays in release builds
@@ -12,9 +13,11 @@
 namespace vitkd::kd {
 namespace {
 
-// 128 registers a thread, 255 for double: none spill
 template <class A>
 constexpr int kMaxThreads = std::is_same_v<A, double> ? 256 : 512;
+// three blocks of 256 threads a multiprocessor, one for double: none spill
+template <class A>
+constexpr int kRegisters = std::is_same_v<A, double> ? 255 : 80;
 
 // How the work is cut: `group` threads per row, and `splits` blocks per row, each of which leaves
 // its sums in `parts` for a kernel of their own (splits == 1: none).
@@ -22,6 +25,7 @@ template <class A>
 struct Launch {
   int group = 32;
   int splits = 1;
+  int64_t part = 0;          // classes of a block
   Sums<A>* parts = nullptr;  // [rows, splits]
 };
 
@@ -35,27 +39,17 @@ __device__ void finish(const Call<A>& c, int64_t row, const Sums<A>& sums, A tem
 }
 
 template <class A, class S, Access kAccess, Pass kPass>
-__global__ void __launch_bounds__(kMaxThreads<A>, 1)
+__global__ void __maxnreg__(kRegisters<A>)
     kd_rows_kernel(const __grid_constant__ Call<A> c, const __grid_constant__ Launch<A> launch) {
   constexpr bool kTiles = kAccess == Access::kTiled;
   // 1. this thread's row, and its place in it
-  int64_t row;
-  bool there = true;
+  const auto [row, lane, there] = place_of<kTiles>(c.shape, launch.group);
+  // whether rows share a warp or a barrier, so that one's threads have to wait for the others'
+  const bool meet = kTiles ? launch.group > 1 : launch.group < 32;
+  if (!there && !meet) return;
   Row<A, S, kAccess> view;
-  if constexpr (kTiles) {
-    const int64_t tiles = (c.shape.inner + kTileRows - 1) / kTileRows;
-    const int64_t inner = blockIdx.x % tiles * kTileRows + threadIdx.x;
-    there = inner < c.shape.inner;
-    row = blockIdx.x / tiles * c.shape.inner + (there ? inner : 0);
-    view.lane = threadIdx.y;
-    view.group = kTileThreads;
-  } else {
-    const int groups = blockDim.x / launch.group;
-    row = static_cast<int64_t>(blockIdx.x) * groups + threadIdx.x / launch.group;
-    if (row >= c.shape.rows()) return;  // whole warps: a block has one row, or warps have theirs
-    view.lane = threadIdx.x % launch.group;
-    view.group = launch.group;
-  }
+  view.lane = lane;
+  view.group = launch.group;
   const bool one = view.lane == 0 && there;  // the thread that writes what a row has one of
   view.s = reinterpret_cast<const S*>(c.student.at(row, c.shape));
   view.t = c.teacher.at(row, c.shape);
@@ -64,17 +58,16 @@ __global__ void __launch_bounds__(kMaxThreads<A>, 1)
   view.s_stride = c.student.class_stride;
   view.t_stride = c.teacher.class_stride;
   view.g_stride = c.grad.class_stride;
-  const int64_t part = (c.shape.classes + launch.splits - 1) / launch.splits;
-  view.begin = min(blockIdx.y * part, c.shape.classes);
-  view.end = there ? min(view.begin + part, c.shape.classes) : view.begin;
+  view.begin = min(blockIdx.y * launch.part, c.shape.classes);
+  view.end = there ? min(view.begin + launch.part, c.shape.classes) : view.begin;
 
-  // 2. an ignored row is not read, not even a NaN; a tile's other rows still need its threads
-  const A share = c.share_of(row);
+  // 2. an ignored row is not read, not even a NaN; other rows may still need its threads
+  const A share = there ? c.share_of(row) : A{0};
   const bool ignored = share == 0;
   if (ignored) {
     if (kPass != Pass::kBackward && one && launch.splits == 1) c.finish_ignored(row);
     if (kPass != Pass::kForward) view.zero_gradient();
-    if (!kTiles) return;
+    if (!meet) return;
     view.end = view.begin;
   }
   const Target<A> target = c.target_of(row);
@@ -84,12 +77,13 @@ __global__ void __launch_bounds__(kMaxThreads<A>, 1)
   const bool ce = c.weights.ce != 0;
 
   // 3. sums, loss and stats
+  view.hold();
   Stats<A> stats;
   if constexpr (kPass == Pass::kBackward) {
     stats = c.load_stats(row);
   } else {
     Sums<A> sums = view.sums(inv_t, ce);
-    sums = kTiles ? merge_tile(sums, inv_t) : merge_group(sums, launch.group, inv_t);
+    sums = merge_group<kTiles>(sums, launch.group, inv_t, ce, view.end - view.begin);
     if (launch.splits > 1) {
       if (one) launch.parts[row * launch.splits + blockIdx.y] = sums;
       return;
@@ -121,22 +115,6 @@ __global__ void kd_merge_kernel(const __grid_constant__ Call<A> c,
     sums = merge(sums, launch.parts[row * launch.splits + i], 1 / temperature);
   }
   finish<A, S>(c, row, sums, temperature, share, c.target_of(row));
-}
-
-// 1 / (the weight of all rows that count), 0 where there is none.
-template <class A>
-__global__ void __launch_bounds__(1024)
-    kd_total_kernel(const __grid_constant__ Call<A> c, A* inv_total) {
-  const double total = sum_by_block(c.shape.rows(), [&](int64_t row) {
-    return c.ignored(row) ? 0.0 : static_cast<double>(c.row_weight[row]);
-  });
-  if (threadIdx.x == 0) *inv_total = static_cast<A>(total == 0 ? 0 : 1 / total);
-}
-
-template <class A>
-__global__ void __launch_bounds__(1024) kd_reduce_kernel(const A* rows, int64_t n, A* loss) {
-  const double sum = sum_by_block(n, [&](int64_t i) { return rows[i]; });
-  if (threadIdx.x == 0) *loss = static_cast<A>(sum);
 }
 
 template <class T>
@@ -172,16 +150,29 @@ class Launcher {
  public:
   Launcher(const Call<A>& c, const Tensor& like)
       : c_(c), like_(like), stream_(current_stream(like)) {
-    access_ = access_of(c);
-    // a warp has a row of few classes to itself, unless there are too few rows for the chip
-    const int64_t classes = c.shape.classes, rows = c.shape.rows();
-    launch_.group = classes <= 256 || (classes <= 2048 && rows >= 16 * sms_) ? 32
-                    : classes <= 16384                                       ? 256
-                                                                             : kMaxThreads<A>;
+    straighten(c_);
+    access_ = access_of(c_);
+    const int64_t classes = c_.shape.classes, rows = c_.shape.rows();
+    const int64_t bytes = classes * (c_.student.size + c_.teacher.size);
+    if (access_ == Access::kTiled) {
+      launch_.group = tile_group(classes);
+    } else if (classes <= 32 * kShortMany<A>) {
+      // few classes: as few threads as can hold a row, which is then read once and found at once
+      access_ = Access::kShort;
+      launch_.group = 4;
+      while (launch_.group * kShortMany<A> < classes) launch_.group *= 2;
+    } else {
+      // a warp has a row to itself, unless there are too few rows for the chip; of blocks with
+      // longer rows, several share a multiprocessor where those fit L2
+      launch_.group = classes <= 2048 && rows >= 16 * sms_ ? 32
+                      : bytes <= 128 << 10                 ? 256
+                                                           : kMaxThreads<A>;
+    }
     // few long rows: several blocks each
     if (access_ != Access::kTiled && classes > 65536 && rows < 2 * sms_) {
       launch_.splits = static_cast<int>(std::min<int64_t>(ceil_div(classes, 32768), 64));
     }
+    launch_.part = ceil_div(classes, launch_.splits);
   }
 
   void run(Pass pass) {
@@ -203,6 +194,7 @@ class Launcher {
       if constexpr (!std::is_same_v<A, double>) return start<S, Access::kVector, kPass>();
     }
     if (access_ == Access::kTiled) return start<S, Access::kTiled, kPass>();
+    if (access_ == Access::kShort) return start<S, Access::kShort, kPass>();
     start<S, Access::kScalar, kPass>();
   }
 
@@ -211,7 +203,7 @@ class Launcher {
     dim3 block, grid;
     if (kAccess == Access::kTiled) {
       block = dim3(kTileRows, kTileThreads);
-      grid.x = c_.shape.outer * ceil_div(c_.shape.inner, kTileRows);
+      grid.x = tile_blocks(c_.shape, launch_.group);
     } else {
       block.x = std::max(launch_.group, 256);
       const int64_t groups = block.x / launch_.group;
@@ -221,7 +213,7 @@ class Launcher {
     // the second sweep wants its row in L2: long rows get one block per multiprocessor
     int shared = 0;
     if (kPass == Pass::kForwardGrad && c_.shape.classes * c_.student.size > 65536) {
-      constexpr int kStatic = (kAccess == Access::kTiled ? kTileSums : 32) * sizeof(Sums<A>);
+      constexpr int kStatic = kMergeBytes<A, kAccess == Access::kTiled>;
       shared = std::min(120 << 10, allowed_shared_memory(kernel, kStatic));
     }
     kernel<<<grid, block, shared, stream_>>>(c_, launch_);
@@ -262,31 +254,18 @@ class Launcher {
 template <class A>
 Tensor forward(Call<A>& c, const Options& options, const Tensor& student, Pass pass) {
   const auto kind = static_cast<Reduction>(options.reduction);
-  const cudaStream_t stream = current_stream(student);
   Tensor loss = empty_loss<A>(options, student);
   A* const out = loss.template mutable_data_ptr<A>();
   const int64_t n = c.shape.rows();
   Tensor inv_total, rows;
-  if (kind == Reduction::kMean) {
-    if (c.labels_a || c.row_weight.data) {
-      inv_total = torch::stable::new_empty(student, {1}, kDtype<A>);
-      c.inv_total.data = inv_total.template mutable_data_ptr<A>();
-      kd_total_kernel<A><<<1, 1024, 0, stream>>>(c, const_cast<A*>(c.inv_total.data));
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    } else {
-      c.inv_total.value = n == 0 ? 0 : A{1} / static_cast<A>(n);
-    }
-  }
+  if (kind == Reduction::kMean) inv_total = take_mean<A>(c, student);
   c.loss = out;
   if (kind != Reduction::kNone) {
     rows = torch::stable::new_empty(student, {n}, kDtype<A>);
     c.loss = rows.template mutable_data_ptr<A>();
   }
   if (n > 0) Launcher<A>(c, student).run(pass);
-  if (kind != Reduction::kNone) {
-    kd_reduce_kernel<A><<<1, 1024, 0, stream>>>(c.loss, n, out);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  if (kind != Reduction::kNone) sum_of(Numbers<A>{c.loss}, n, out, student);
   return loss;
 }
 

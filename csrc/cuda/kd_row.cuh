@@ -8,18 +8,21 @@
 namespace vitkd::kd {
 namespace {
 
-enum class Access { kVector, kScalar, kTiled };
+enum class Access { kVector, kScalar, kTiled, kShort };
 
 constexpr int kChunk = 8;        // classes that a thread has in flight
 constexpr int kTileRows = 32;    // kTiled: rows of a block
-constexpr int kTileThreads = 8;  // kTiled: threads per row
-constexpr int kTileSums = kTileThreads * kTileRows;
+constexpr int kTileThreads = 8;  // kTiled: threads per row, at most
+template <class A>
+constexpr int kShortMany = std::is_same_v<A, double> ? 4 : 8;  // kShort: classes of a thread
 
 // Exponentials for 16-bit logits: one instruction each with an error of 2^-22, where expf takes
 // eight and would be the bottleneck.
 struct FastExp {
   float inv_t;
   static constexpr float kLog2e = 1.44269504f;
+  // how far classes may exceed what is held for their maximum: e^16 times the sums
+  __device__ float slack() const { return 16 / fmaxf(inv_t, 1); }
   __device__ float at_t(float d) const { return exp2_approx(d * (inv_t * kLog2e)); }
   __device__ float at_t(float d, float log) const {
     return exp2_approx(fmaf(d, inv_t * kLog2e, -log * kLog2e));
@@ -44,30 +47,43 @@ __device__ A load_as(const void* p, ScalarType dtype, int64_t i) {
   }
 }
 
-// kChunk numbers from 16-byte aligned memory.
-template <class A>
-__device__ void load_chunk(const void* p, ScalarType dtype, int64_t i, A (&out)[kChunk]) {
+// kChunk numbers as they lie in memory, of two or four bytes each.
+struct Chunk {
+  uint4 words[2];
+};
+
+// from 16-byte aligned memory
+__device__ inline void fetch_chunk(Chunk& to, const void* p, ScalarType dtype, int64_t i) {
   if (dtype == ScalarType::Float) {
-    const float4* q = reinterpret_cast<const float4*>(static_cast<const float*>(p) + i);
-    const float4 a = q[0], b = q[1];
-    const float values[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    const auto* const q = reinterpret_cast<const uint4*>(static_cast<const float*>(p) + i);
+    to.words[0] = q[0];
+    to.words[1] = q[1];
+  } else {
+    to.words[0] = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + i);
+  }
+}
+
+template <class A>
+__device__ void unpack(const Chunk& from, ScalarType dtype, A (&out)[kChunk]) {
+  const uint4 a = from.words[0], b = from.words[1];
+  if (dtype == ScalarType::Float) {
+    const unsigned words[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j) out[j] = values[j];
-  } else {  // two bytes each
-    const uint4 q = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + i);
-    const unsigned words[kChunk / 2] = {q.x, q.y, q.z, q.w};
-    if (dtype == ScalarType::Half) {
+    for (int j = 0; j < kChunk; ++j) out[j] = __uint_as_float(words[j]);
+    return;
+  }
+  const unsigned words[kChunk / 2] = {a.x, a.y, a.z, a.w};
+  if (dtype == ScalarType::Half) {
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) {
-        const auto bits = static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2)));
-        out[j] = static_cast<float>(Half(bits, Half::from_bits()));
-      }
-    } else {
+    for (int j = 0; j < kChunk; ++j) {
+      const auto bits = static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2)));
+      out[j] = static_cast<float>(Half(bits, Half::from_bits()));
+    }
+  } else {
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) {
-        const unsigned word = words[j / 2];
-        out[j] = __uint_as_float(j % 2 ? word & 0xffff0000u : word << 16);
-      }
+    for (int j = 0; j < kChunk; ++j) {
+      const unsigned word = words[j / 2];
+      out[j] = __uint_as_float(j % 2 ? word & 0xffff0000u : word << 16);
     }
   }
 }
@@ -103,25 +119,55 @@ struct Row {
   __device__ A student(int64_t i) const { return static_cast<A>(s[i * s_stride]); }
   __device__ A teacher(int64_t i) const { return load_as<A>(t, t_dtype, i * t_stride); }
 
+  static constexpr bool kShort = kAccess == Access::kShort;
   // classes in flight
   static constexpr int kMany = kAccess == Access::kVector  ? kChunk
+                               : kShort                    ? kShortMany<A>
                                : std::is_same_v<A, double> ? 2
                                                            : 4;
+  A held_x[kShort ? kMany : 1], held_y[kShort ? kMany : 1];  // kShort: all of this thread
+  int held;
+
+  // classes first, first + group, ..., and how many of kMany there are
+  __device__ int load(A (&x)[kMany], A (&y)[kMany], int64_t first) const {
+    int n = 0;
+#pragma unroll
+    for (int j = 0; j < kMany; ++j) {
+      if (first + j * group >= end) continue;
+      x[j] = student(first + j * group);
+      y[j] = teacher(first + j * group);
+      n = j + 1;
+    }
+    return n;
+  }
+
+  __device__ void hold() {
+    if constexpr (kShort) held = load(held_x, held_y, begin + lane);
+  }
 
   // visit(s, t, n, first, step): n <= kMany classes first, first + step, ...
   template <class F>
   __device__ void sweep(F&& visit) const {
     A x[kMany], y[kMany];
-    if constexpr (kAccess == Access::kVector) {
+    if constexpr (kShort) {
+      visit(held_x, held_y, held, begin + lane, group);
+    } else if constexpr (kAccess == Access::kVector) {
       // up to the first boundary of a chunk, and beyond the last, one class per thread
       const auto at = reinterpret_cast<uintptr_t>(s + begin) / sizeof(S) % kChunk;
       const int64_t head = min(begin + static_cast<int64_t>((kChunk - at) % kChunk), end);
       const int64_t chunks = (end - head) / kChunk;
+      Chunk next_x, next_y;  // on their way while those before are worked on
+      const auto fetch = [&](int64_t k) {
+        if (k >= chunks) return;
+        fetch_chunk(next_x, s, s_dtype(), head + k * kChunk);
+        fetch_chunk(next_y, t, t_dtype, head + k * kChunk);
+      };
+      fetch(lane);
       for (int64_t k = lane; k < chunks; k += group) {
-        const int64_t first = head + k * kChunk;
-        load_chunk<A>(s, std::is_same_v<S, float> ? ScalarType::Float : two_bytes(), first, x);
-        load_chunk<A>(t, t_dtype, first, y);
-        visit(x, y, kChunk, first, 1);
+        unpack(next_x, s_dtype(), x);
+        unpack(next_y, t_dtype, y);
+        fetch(k + group);
+        visit(x, y, kChunk, head + k * kChunk, 1);
       }
       // at most 7 classes on either side: threads 0 to 6 and 8 to 14
       const bool front = lane < kChunk;
@@ -133,28 +179,27 @@ struct Row {
       }
     } else {
       for (int64_t first = begin + lane; first < end; first += kMany * group) {
-        const int n =
-            static_cast<int>(min(static_cast<int64_t>(kMany), (end - first + group - 1) / group));
-#pragma unroll
-        for (int j = 0; j < kMany; ++j) {
-          if (j >= n) continue;
-          x[j] = student(first + j * group);
-          y[j] = teacher(first + j * group);
-        }
+        const int n = load(x, y, first);
         visit(x, y, n, first, group);
       }
     }
   }
 
+  static __device__ constexpr ScalarType s_dtype() {
+    return std::is_same_v<S, float> ? ScalarType::Float : two_bytes();
+  }
   static __device__ constexpr ScalarType two_bytes() {
     return std::is_same_v<S, Half> ? ScalarType::Half : ScalarType::BFloat16;
   }
 
-  using E = std::conditional_t<sizeof(S) == 2, FastExp, Exp<A>>;
+  static constexpr bool kFast = sizeof(S) == 2;
+  using E = std::conditional_t<kFast, FastExp, Exp<A>>;
 
   __device__ Sums<A> sums(A inv_t, bool ce) const {
     const E exp{inv_t};
     Sums<A> all;
+    A slack = 0;
+    if constexpr (kFast) slack = exp.slack();
     sweep([&](const A(&x)[kMany], const A(&y)[kMany], int n, int64_t, int) {
       A max_s = all.max_s, max_t = all.max_t;
 #pragma unroll
@@ -163,7 +208,9 @@ struct Row {
         max_s = fmax(max_s, x[j]);
         max_t = fmax(max_t, y[j]);
       }
-      all = rebase(all, max_s, max_t, inv_t);
+      if (!kFast || max_s > all.max_s + slack || max_t > all.max_t + slack) {
+        all = rebase(all, max_s, max_t, inv_t);
+      }
 #pragma unroll
       for (int j = 0; j < kMany; ++j) {
         if (j >= n) continue;
@@ -207,45 +254,77 @@ struct Row {
   }
 };
 
-template <class A>
-__device__ Sums<A> shuffled(const Sums<A>& x, int mask) {
-  return {__shfl_xor_sync(kFullMask, x.max_s, mask),   __shfl_xor_sync(kFullMask, x.max_t, mask),
-          __shfl_xor_sync(kFullMask, x.sum_s, mask),   __shfl_xor_sync(kFullMask, x.sum_t, mask),
-          __shfl_xor_sync(kFullMask, x.dot, mask),     __shfl_xor_sync(kFullMask, x.sum_1, mask),
-          __shfl_xor_sync(kFullMask, x.total_s, mask), __shfl_xor_sync(kFullMask, x.count, mask)};
+struct Plus {
+  template <class A>
+  __device__ A operator()(A a, A b) const {
+    return a + b;
+  }
+};
+
+struct Larger {
+  template <class A>
+  __device__ A operator()(A a, A b) const {
+    return fmax(a, b);
+  }
+};
+
+// Numbers of a row's threads, each brought together over all of them, in all of them: first what is
+// in a warp, then what warps left in shared memory; of tiles, all is left there.
+template <bool kTiles, class F, class A, int kCount>
+__device__ void join(A (&x)[kCount], int group) {
+  const F f;
+  if constexpr (kTiles) {
+    if (group == 1) return;
+    __shared__ A tile[kCount][kTileThreads][kTileRows];
+    __syncthreads();  // of what an earlier one left there
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) tile[k][threadIdx.y][threadIdx.x] = x[k];
+    __syncthreads();
+    const int first = threadIdx.y & -group;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      x[k] = tile[k][first][threadIdx.x];
+      for (int y = 1; y < group; ++y) x[k] = f(x[k], tile[k][first + y][threadIdx.x]);
+    }
+  } else {
+    for (int mask = min(group, 32) / 2; mask > 0; mask /= 2) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) x[k] = f(x[k], __shfl_xor_sync(kFullMask, x[k], mask));
+    }
+    if (group <= 32) return;
+    __shared__ A warps[kCount][32];
+    __syncthreads();  // of what an earlier one left there
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) warps[k][threadIdx.x / 32] = x[k];
+    }
+    __syncthreads();
+    const int count = group / 32;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) x[k] = warps[k][threadIdx.x & (count - 1)];
+    for (int mask = count / 2; mask > 0; mask /= 2) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) x[k] = f(x[k], __shfl_xor_sync(kFullMask, x[k], mask));
+    }
+  }
 }
 
-// Shared memory for sums; an array of them would have to be initialised.
-template <class A, int kCount>
-__device__ Sums<A>* shared_sums() {
-  __shared__ alignas(16) char memory[kCount * sizeof(Sums<A>)];
-  return reinterpret_cast<Sums<A>*>(memory);
+// The sums of all threads of a row, given to each of them: the maxima first, so that each has its
+// own relative to these but once.
+template <bool kTiles, class A>
+__device__ Sums<A> merge_group(Sums<A> x, int group, A inv_t, bool ce, int64_t classes) {
+  A tops[2] = {x.max_s, x.max_t};
+  join<kTiles, Larger>(tops, group);
+  x = rebase(x, tops[0], tops[1], inv_t);
+  A sums[3] = {x.sum_s, x.sum_t, x.dot}, of_ce[2] = {x.sum_1, x.total_s};
+  join<kTiles, Plus>(sums, group);
+  if (ce) join<kTiles, Plus>(of_ce, group);
+  return {tops[0], tops[1], sums[0], sums[1], sums[2], of_ce[0], of_ce[1], static_cast<A>(classes)};
 }
 
-// The sums of all threads of a row, given to each of them.
-template <class A>
-__device__ Sums<A> merge_group(Sums<A> x, int group, A inv_t) {
-  for (int mask = 16; mask > 0; mask /= 2) x = merge(x, shuffled(x, mask), inv_t);
-  if (group == 32) return x;
-  auto* const warps = shared_sums<A, 32>();
-  const int warp = threadIdx.x / 32, count = group / 32;
-  if (threadIdx.x % 32 == 0) warps[warp] = x;
-  __syncthreads();
-  x = static_cast<int>(threadIdx.x % 32) < count ? warps[threadIdx.x % 32] : Sums<A>{};
-  for (int mask = 16; mask > 0; mask /= 2) x = merge(x, shuffled(x, mask), inv_t);
-  return x;
-}
-
-// The same where a row's threads are threadIdx.y.
-template <class A>
-__device__ Sums<A> merge_tile(const Sums<A>& x, A inv_t) {
-  auto* const tile = shared_sums<A, kTileSums>() + threadIdx.x;
-  tile[threadIdx.y * kTileRows] = x;
-  __syncthreads();
-  Sums<A> all = tile[0];
-  for (int y = 1; y < kTileThreads; ++y) all = merge(all, tile[y * kTileRows], inv_t);
-  return all;
-}
+// What of shared memory that takes where threads of a block share rows.
+template <class A, bool kTiles>
+constexpr int kMergeBytes = (2 + 3 + 2) * (kTiles ? kTileThreads * kTileRows : 32) * sizeof(A);
 
 }  // namespace
 }  // namespace vitkd::kd

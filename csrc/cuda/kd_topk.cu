@@ -8,7 +8,7 @@
 #include <cassert>
 
 #include "binding/kd_topk_call.h"
-#include "cuda/common.cuh"
+#include "cuda/rows.cuh"
 
 namespace vitkd::kd_topk {
 namespace {
@@ -18,37 +18,22 @@ using kd::Pass;
 constexpr int kSegment = 65536;  // classes whose marks are in shared memory: 8 KB
 constexpr int kWords = kSegment / 32;
 
-template <class A>
-__device__ Part<A> shuffled(const Part<A>& x, int mask) {
-  return {__shfl_xor_sync(kFullMask, x.max, mask), __shfl_xor_sync(kFullMask, x.sum, mask),
-          __shfl_xor_sync(kFullMask, x.sum_1, mask), __shfl_xor_sync(kFullMask, x.total, mask),
-          __shfl_xor_sync(kFullMask, x.count, mask)};
-}
-
 // The parts of all threads of the block, given to each of them.
 template <class A>
 __device__ Part<A> merge_block(Part<A> x, A inv_t) {
-  __shared__ alignas(16) char memory[32 * sizeof(Part<A>)];
-  auto* const warps = reinterpret_cast<Part<A>*>(memory);
-  for (int mask = 16; mask > 0; mask /= 2) x = merge(x, shuffled(x, mask), inv_t);
-  __syncthreads();  // of what a merge before left there
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = warps[0];
-  for (int i = 1; i < static_cast<int>(blockDim.x) / 32; ++i) x = merge(x, warps[i], inv_t);
-  return x;
+  A top[1] = {x.max};
+  kd::join<false, kd::Larger>(top, blockDim.x);
+  x = rebase(x, top[0], inv_t);
+  A sums[4] = {x.sum, x.sum_1, x.total, x.count};
+  kd::join<false, kd::Plus>(sums, blockDim.x);
+  return {top[0], sums[0], sums[1], sums[2], sums[3]};
 }
 
 template <class A>
 __device__ A sum_block(A x) {
-  __shared__ A warps[32];
-  x = warp_sum(x);
-  __syncthreads();  // of what a sum before left there
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = warps[0];
-  for (int i = 1; i < static_cast<int>(blockDim.x) / 32; ++i) x += warps[i];
-  return x;
+  A sum[1] = {x};
+  kd::join<false, kd::Plus>(sum, blockDim.x);
+  return sum[0];
 }
 
 // One class more; the maximum may rise.
@@ -196,22 +181,6 @@ __global__ void __launch_bounds__(256, 1) kd_topk_kernel(const __grid_constant__
   }
 }
 
-// 1 / (the weight of all rows that count), 0 where there is none.
-template <class A>
-__global__ void __launch_bounds__(1024)
-    kd_topk_total_kernel(const __grid_constant__ Call<A> c, A* inv_total) {
-  const double total = sum_by_block(c.shape.rows(), [&](int64_t row) {
-    return c.ignored(row) ? 0.0 : static_cast<double>(c.row_weight[row]);
-  });
-  if (threadIdx.x == 0) *inv_total = static_cast<A>(total == 0 ? 0 : 1 / total);
-}
-
-template <class A>
-__global__ void __launch_bounds__(1024) kd_topk_reduce_kernel(const A* rows, int64_t n, A* loss) {
-  const double sum = sum_by_block(n, [&](int64_t i) { return rows[i]; });
-  if (threadIdx.x == 0) *loss = static_cast<A>(sum);
-}
-
 // The student with classes side by side, copied only where they are not.
 struct Logits {
   Tensor student;
@@ -252,31 +221,18 @@ void run(const Call<A>& c, Pass pass, cudaStream_t stream) {
 template <class A>
 Tensor forward(Call<A>& c, const Options& options, const Tensor& student, Pass pass) {
   const auto reduction = static_cast<Reduction>(options.reduction);
-  const cudaStream_t stream = current_stream(student);
   Tensor loss = kd::empty_loss<A>(options.of_rows(student.dim() - 1), student);
   A* const out = loss.template mutable_data_ptr<A>();
   const int64_t n = c.shape.rows();
   Tensor inv_total, rows;
-  if (reduction == Reduction::kMean) {
-    if (c.labels_a || c.row_weight.data) {
-      inv_total = torch::stable::new_empty(student, {1}, kd::kDtype<A>);
-      c.inv_total.data = inv_total.template mutable_data_ptr<A>();
-      kd_topk_total_kernel<A><<<1, 1024, 0, stream>>>(c, const_cast<A*>(c.inv_total.data));
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    } else {
-      c.inv_total.value = n == 0 ? 0 : A{1} / static_cast<A>(n);
-    }
-  }
+  if (reduction == Reduction::kMean) inv_total = kd::take_mean<A>(c, student);
   c.loss = out;
   if (reduction != Reduction::kNone) {
     rows = torch::stable::new_empty(student, {n}, kd::kDtype<A>);
     c.loss = rows.template mutable_data_ptr<A>();
   }
-  run(c, pass, stream);
-  if (reduction != Reduction::kNone) {
-    kd_topk_reduce_kernel<A><<<1, 1024, 0, stream>>>(c.loss, n, out);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  run(c, pass, current_stream(student));
+  if (reduction != Reduction::kNone) sum_of(Numbers<A>{c.loss}, n, out, student);
   return loss;
 }
 

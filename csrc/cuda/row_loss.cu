@@ -9,67 +9,13 @@
 #undef NDEBUG  // the assertion on labels stays in release builds
 #include "binding/row_loss_call.h"
 #include "cuda/rows.cuh"
-#include "cuda/sums.cuh"
 
 namespace vitkd::row_loss {
 namespace {
 
-using kd::Access, kd::kTileRows, kd::kTileThreads, kd::Pass;
+using kd::Access, kd::join, kd::Larger, kd::Pass, kd::Plus;
 
 constexpr int kThreads = 256;
-
-struct Plus {
-  template <class A>
-  __device__ A operator()(A a, A b) const {
-    return a + b;
-  }
-};
-
-struct Larger {
-  template <class A>
-  __device__ A operator()(A a, A b) const {
-    return fmax(a, b);
-  }
-};
-
-// Numbers of a row's threads, each brought together over all of them, in all of them.
-template <bool kTiles, class F, class A, int kCount>
-__device__ void join(A (&x)[kCount], int group) {
-  const F f;
-  if constexpr (kTiles) {
-    __shared__ A tile[kCount][kTileThreads][kTileRows];
-    __syncthreads();  // of what an earlier one left there
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) tile[k][threadIdx.y][threadIdx.x] = x[k];
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      x[k] = tile[k][0][threadIdx.x];
-      for (int y = 1; y < kTileThreads; ++y) x[k] = f(x[k], tile[k][y][threadIdx.x]);
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      for (int mask = (group < 32 ? group : 32) / 2; mask > 0; mask /= 2) {
-        x[k] = f(x[k], __shfl_xor_sync(kFullMask, x[k], mask));
-      }
-    }
-    if (group <= 32) return;
-    constexpr int kWarps = kThreads / 32;
-    __shared__ A warps[kCount][kWarps];
-    __syncthreads();  // of what an earlier one left there
-    if (threadIdx.x % 32 == 0) {
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) warps[k][threadIdx.x / 32] = x[k];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      x[k] = warps[k][0];
-      for (int i = 1; i < kWarps; ++i) x[k] = f(x[k], warps[k][i]);
-    }
-  }
-}
 
 // Of student or teacher: softmax(x) = exp((x - top) * inv_t - log_sum)
 template <class A>
@@ -119,23 +65,10 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<A, double> ? 1 : 2)
   const bool standardized = kd && c.standardize;
 
   // 1. this thread's row, and its place in it; threads beyond the last row meet the others, too
-  int64_t row;
-  bool there;
+  const auto [row, lane, there] = kd::place_of<kTiles>(c.shape, group);
   View view;
-  if constexpr (kTiles) {
-    const int64_t tiles = (c.shape.inner + kTileRows - 1) / kTileRows;
-    const int64_t inner = blockIdx.x % tiles * kTileRows + threadIdx.x;
-    there = inner < c.shape.inner;
-    row = blockIdx.x / tiles * c.shape.inner + (there ? inner : 0);
-    view.lane = threadIdx.y;
-    view.group = kTileThreads;
-  } else {
-    row = static_cast<int64_t>(blockIdx.x) * (kThreads / group) + threadIdx.x / group;
-    there = row < c.shape.rows();
-    if (!there) row = 0;
-    view.lane = threadIdx.x % group;
-    view.group = group;
-  }
+  view.lane = lane;
+  view.group = group;
   const bool one = view.lane == 0 && there;  // the thread that writes what a row has one of
   view.s = reinterpret_cast<const S*>(c.student.at(row, c.shape));
   view.t = c.teacher.at(row, c.shape);
@@ -340,29 +273,13 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<A, double> ? 1 : 2)
   });
 }
 
-// Of the rows that count.
-template <class A>
-struct RowWeights {
-  Call<A> c;
-  __device__ double operator()(int64_t row) const {
-    return c.ignored(row) ? 0.0 : static_cast<double>(c.row_weight[row]);
-  }
-  __device__ double finish(double sum) const { return sum == 0 ? 0 : 1 / sum; }
-};
-
-template <class A>
-struct RowLosses {
-  const A* loss;
-  __device__ double operator()(int64_t row) const { return loss[row]; }
-  __device__ double finish(double sum) const { return sum; }
-};
-
 template <class A, class S, Access kAccess>
 void start(const Call<A>& c, Pass pass, cudaStream_t stream) {
   auto* const kernel = row_loss_kernel<A, S, kAccess>;
   if constexpr (kAccess == Access::kTiled) {
-    const int64_t tiles = c.shape.outer * ceil_div(c.shape.inner, kTileRows);
-    kernel<<<tiles, dim3(kTileRows, kTileThreads), 0, stream>>>(c, pass, kTileThreads);
+    const int group = kd::tile_group(c.shape.classes);
+    kernel<<<kd::tile_blocks(c.shape, group), dim3(kd::kTileRows, kd::kTileThreads), 0, stream>>>(
+        c, pass, group);
   } else {
     const int64_t classes = c.shape.classes, rows = c.shape.rows();
     // a warp has a row to itself, unless there are too few rows for the chip; 4 share one where
@@ -378,8 +295,9 @@ void start(const Call<A>& c, Pass pass, cudaStream_t stream) {
 }
 
 template <class A>
-void run(const Call<A>& c, Pass pass, cudaStream_t stream) {
+void run(Call<A> c, Pass pass, cudaStream_t stream) {
   if (c.shape.rows() == 0) return;
+  kd::straighten(c);
   Access access = kd::access_of(c);
   if (access == Access::kVector && c.shape.classes <= 64) access = Access::kScalar;
   visit_float(c.student.dtype, [&]<class S>() {
@@ -404,16 +322,8 @@ struct Prepared {
   Prepared(const Options& o, const Tensor& student, const Tensor& teacher, bool backward)
       : logits(student, teacher, o.class_dim), setup(o, logits.shape, logits.s, logits.t) {
     Call<A>& c = setup.call;
-    const int64_t rows = c.shape.rows();
     if (static_cast<Reduction>(o.reduction) == Reduction::kMean) {
-      if (c.labels_a || c.row_weight.data) {
-        inv_total = torch::stable::new_empty(student, {1}, kd::kDtype<A>);
-        A* const at = inv_total.template mutable_data_ptr<A>();
-        sum_of(RowWeights<A>{c}, rows, at, student);
-        c.inv_total.data = at;
-      } else {
-        c.inv_total.value = rows == 0 ? 0 : A{1} / static_cast<A>(rows);
-      }
+      inv_total = kd::take_mean<A>(c, student);
     }
     if (!backward) return;
     grad.emplace(kd::empty_grad(student, o.class_dim));
@@ -436,7 +346,7 @@ Tensor forward(Call<A>& c, const Options& o, const Tensor& student, Pass pass) {
     c.loss = rows.template mutable_data_ptr<A>();
   }
   run(c, pass, current_stream(student));
-  if (reduced) sum_of(RowLosses<A>{c.loss}, c.shape.rows(), out, student);
+  if (reduced) sum_of(Numbers<A>{c.loss}, c.shape.rows(), out, student);
   return loss;
 }
 

@@ -35,6 +35,14 @@ struct OfParts {
   __device__ double finish(double sum) const { return of.finish(sum); }
 };
 
+// Of numbers in memory.
+template <class A>
+struct Numbers {
+  const A* at;
+  __device__ double operator()(int64_t i) const { return at[i]; }
+  __device__ double finish(double sum) const { return sum; }
+};
+
 // *out = of.finish(of(0) + .. + of(n - 1)); `like`: for memory on its device.
 template <class F, class T>
 void sum_of(const F& of, int64_t n, T* out, const Tensor& like) {

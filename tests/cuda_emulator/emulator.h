@@ -36,6 +36,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 
 struct uint3 {
   unsigned x = 0, y = 0, z = 0;
@@ -48,6 +49,7 @@ namespace emulator {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 << 10;
+constexpr int kReserved = 1 << 10;        // shared memory of each block that the GPU keeps
 constexpr int kSharedDefault = 48 << 10;  // bytes of a block that does not ask for more
 
 inline int of_environment(const char* name, int otherwise) {
@@ -104,6 +106,7 @@ struct Block {
   dim3 size, grid;
   std::vector<char> dynamic;
   std::map<std::tuple<std::string, int, std::type_index>, std::vector<char>> variables;
+  std::map<int64_t, int> votes;  // by the number of the barrier at which they meet
   std::vector<Warp> warps;
   int64_t barriers = 0;
   int live = 0, waiting = 0;
@@ -286,6 +289,7 @@ inline void run_grid(const dim3& grid, const dim3& size, size_t shared, const vo
       for (at.x = 0; at.x < grid.x; ++at.x) {
         block.dynamic.assign(shared + 16, '\xff');
         block.variables.clear();
+        block.votes.clear();
         block.late = chance() % 2;
         block.uneven = chance() % 2;
         const unsigned kind = chance() % 3;
@@ -335,7 +339,11 @@ T* dynamic_shared() {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 #undef STD_CUDA_CHECK
@@ -352,8 +360,10 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value =
-      which == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors : emulator::shared_limit;
+  *value = which == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors
+           : which == cudaDevAttrMaxSharedMemoryPerBlockOptin
+               ? emulator::shared_limit
+               : emulator::shared_limit + emulator::kReserved;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -371,8 +381,8 @@ template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* kernel, int threads,
                                                           size_t dynamic) {
   const std::lock_guard lock(emulator::one_at_a_time);
-  const int reserved = 1 << 10;  // of each block, by the GPU
-  const int room = (emulator::shared_limit + reserved) / (static_cast<int>(dynamic) + reserved);
+  const int room = (emulator::shared_limit + emulator::kReserved) /
+                   (static_cast<int>(dynamic) + emulator::kReserved);
   const int most = std::min(room, 1536 / threads);
   *blocks = 1 + static_cast<int>(emulator::chance() % std::max(most, 1));
   emulator::slots[reinterpret_cast<const void*>(kernel)] =
@@ -401,6 +411,12 @@ using std::max;
 using std::min;
 
 inline void __syncthreads() { emulator::barrier(); }
+inline int __syncthreads_or(int x) {
+  int& all = emulator::block.votes[emulator::block.barriers];
+  all |= x != 0;
+  emulator::barrier();
+  return all;
+}
 inline unsigned atomicOr(unsigned* to, unsigned bits) { return std::exchange(*to, *to | bits); }
 inline void __syncwarp() { emulator::meet("__syncwarp", 0); }
 

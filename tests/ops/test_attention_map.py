@@ -165,6 +165,20 @@ def test_long_rows_match(dtype: torch.dtype, dim: int, dim_t: int, kind: str, de
     check(x, kind=kind, reductions=reductions, **OPTIONS[name](x))
 
 
+@pytest.mark.emulated(kind=["kl", "js"], dtype=[BFLOAT])
+@every_device
+@every_kind
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT], ids=str)
+def test_scores_far_above_those_of_the_first_keys_match(
+    dtype: torch.dtype, kind: str, device: str
+) -> None:
+    """By more than exponents have room for."""
+    x = maps(1, 1, 9, 70, 16, 16, dtype, dtype, device)
+    for keys in (x.k_s, x.k_t):
+        keys[..., 40:, :] *= 60
+    check(x, kind=kind, reductions=["mean"])
+
+
 @every_device
 @every_kind
 @pytest.mark.parametrize("name", OPTIONS)

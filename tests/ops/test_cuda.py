@@ -117,9 +117,10 @@ def test_under_sanitizers(stem: str, marked: str, sanitized: Path, tmp_path: Pat
 
 
 MISTAKES = {
-    "no barrier": ("kd", "x;\n  __syncthreads();\n  x =", "x;\n  x =", "emulated"),
+    "no barrier":
+        ("kd", "    __syncthreads();\n    const int count", "    const int count", "emulated"),
     "no barrier between uses":
-        ("rkd", "  __syncthreads();  // of what", "  // of what", "emulated"),
+        ("rkd", "  __syncthreads();  // of what a sum", "  // of what a sum", "emulated"),
     "no barrier between walks":
         ("attention_map", "    __syncthreads();  // an earlier", "    // an earlier",
          "emulated"),
@@ -132,11 +133,14 @@ MISTAKES = {
                        "sanitized"),
     "a column too many": ("int8_dwconv", "<= c.width", "<= c.width + 1", "sanitized"),
     "a limit that another thread may lower":
-        ("int8_pwconv", "  allowed_shared_memory(kernel);\n",
-         "  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);\n",
+        ("int8_pwconv", "  allowed_shared_memory(kernel);\n  int at_once",
+         "  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);\n"
+         "  int at_once",
          "emulated"),
     "a nearly empty round":
         ("int8_dwconv", "chip / groups, 1", "ceil_div(chip, groups), 1", "emulated"),
+    "scores beyond what sums have room for":
+        ("attention_map", "!__syncthreads_or(!fits)", "fits", "emulated"),
     "no room for static shared memory":
         ("kd", "allowed_shared_memory(kernel, kStatic)", "allowed_shared_memory(kernel)",
          "emulated"),

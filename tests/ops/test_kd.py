@@ -79,10 +79,16 @@ SHAPES = [
     ((3, 2049), -1), ((1, 65536), -1), ((2, 70000), -1),
     ((2,), 0), ((1000,), 0), ((2, 3, 17), -1), ((2, 3, 50), 2), ((11, 4, 6), 0),
     ((2, 13, 5, 7), 1), ((2, 150, 9, 16), 1), ((2, 13, 1, 1), 1), ((2, 5000, 3), 1), ((1, 2, 9), 1),
+    ((2, 40, 9, 5), 1), ((37, 150), -1), ((130, 21), -1),
 ]  # fmt: skip
 
 
-@pytest.mark.emulated(shape=[(5, 1001), (2, 70000)])
+@pytest.mark.emulated(
+    shape=[
+        (5, 1001), (2, 70000), (64, 128), (37, 150), (130, 21), (2, 40, 9, 5), (2, 150, 9, 16),
+        (11, 4, 6),
+    ]
+)  # fmt: skip
 @pytest.mark.interpreted(shape=[(5, 1001), (1, 65536)])
 @every_device
 @pytest.mark.parametrize(("shape", "class_dim"), SHAPES, ids=str)
@@ -108,6 +114,24 @@ def test_long_rows_match(
     """Of more than 64 KB: on a GPU a block takes all the shared memory that it may have."""
     student, teacher = pair(*shape, dtype=dtype, device=device)
     check(student, teacher, **options_for("everything", student, class_dim))
+
+
+@pytest.mark.emulated(temperature=[0.5])
+@every_device
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT], ids=str)
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+@pytest.mark.parametrize("shape", [(2, 1001), (1, 2500)], ids=str)
+def test_rising_logits_match(
+    shape: tuple[int, ...], temperature: float, dtype: torch.dtype, device: str
+) -> None:
+    """Sorted ones: each of a row is a new maximum, by little or by much."""
+    for reach in (3.0, 60.0):
+        student, teacher = (
+            (reach * x).sort(-1).values.to(dtype) for x in pair(*shape, device=device)
+        )
+        options = options_for("labels", student) | {"temperature": temperature}
+        check(student, teacher, **options)
+        check(student, teacher.flip(-1), **options)
 
 
 @pytest.mark.emulated(shape=[(8, 1001), (2, 13, 5, 7)])
