@@ -136,7 +136,7 @@ MISTAKES = {
          "  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);\n",
          "emulated"),
     "a nearly empty round":
-        ("int8_dwconv", "chip / groups, 1", "ceil_div(chip, groups), 1", "emulated"),
+        ("int8_pwconv", "chip / groups, 1", "ceil_div(chip, groups), 1", "emulated"),
     "no room for static shared memory":
         ("kd", "allowed_shared_memory(kernel, kStatic)", "allowed_shared_memory(kernel)",
          "emulated"),
