@@ -192,7 +192,7 @@ def test_profile_has_a_row_for_each_kernel(graph: Graph) -> None:
     assert {layer.name for layer in profile.layers} == {node.name for node in graph.nodes}
     assert all(layer.kernel.startswith("vitkd_int8_") for layer in profile.layers)
     assert profile.us > 0
-    assert "gemm_image" in str(profile)
+    assert "conv_image" in str(profile)
     assert student.device == "cuda:0"
     assert "cuda:0" in repr(student)
 

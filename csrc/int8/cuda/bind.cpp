@@ -77,6 +77,26 @@ py::list activations(cuda::Session& session, const Images& image) {
   return activations;
 }
 
+// The launches of a batch on a chip with so many multiprocessors, each of which holds two blocks of
+// a depthwise convolution: name, kernel, output, multiply-adds and bytes of an image, blocks,
+// threads of a block and its shared memory.
+py::list launches(const File& file, int image_size, int batch, int multiprocessors) {
+  const cuda::Plan plan(file.model.graph, image_size);
+  const auto two = [](cuda::Kernel, int, int) { return 2; };
+  py::list rows;
+  int last = -1;
+  for (const cuda::Launch& l : plan.launches(batch, {}, {multiprocessors, two})) {
+    const cuda::Layer& layer = plan.layers[l.layer];
+    const std::array<int, 3> shape{layer.out.height, layer.out.width, layer.out.channels};
+    const bool first = l.layer != last;
+    last = l.layer;
+    rows.append(py::make_tuple(layer.node.name, cuda::kKernelNames[static_cast<int>(l.kernel)],
+                               shape, first ? layer.macs : 0, first ? layer.bytes : 0,
+                               int64_t{l.grid_x} * l.grid_y, l.threads, l.shared));
+  }
+  return rows;
+}
+
 // dlpack.h's DLTensor, as far as it is read.
 struct Tensor {
   void* data;
@@ -111,6 +131,8 @@ py::tuple dlpack(const py::capsule& capsule) {
 void bind_cuda(py::module_& module) {
   py::register_exception<cuda::CudaError>(module, "CudaError", PyExc_RuntimeError);
   module.def("cuda_kernels", &cuda::kernels_built);
+  module.def("cuda_launches", &launches, py::arg("file"), py::kw_only(), py::arg("image_size"),
+             py::arg("batch"), py::arg("multiprocessors"));
   module.def("dlpack", &dlpack);
   py::class_<cuda::Session>(module, "CudaSession")
       .def(py::init([](const File& file, int image_size, int device) {

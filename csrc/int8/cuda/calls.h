@@ -20,6 +20,8 @@ constexpr int kPadOutputs = 64;      // to a multiple of which weights and const
 constexpr int kMapThreads = 256;     // of all other kernels
 constexpr int kSumChannels = 64;     // of a block that sums over pixels
 
+// where a product's pixels come from: pixel p of x for pixel p of y; taps; the image's taps
+enum class Reads : int { pixels, taps, image };
 enum class Finish : int { bytes, hardswish, values, logits };
 
 // y[p, o] = finish(bias[o] + sum over k of taps of pixel p [k] * weight[o, k]): dense, pointwise
@@ -40,7 +42,6 @@ struct GemmCall {
   int outputs, y_pixel, residual_pixel;
   unsigned groups;   // of the outputs that a block makes
   uint32_t padding;  // a byte for each channel of the image, else four times the zero point
-  bool simple;       // one tap and no stride: pixel p of x belongs to pixel p of y
   Finish finish;
   Requantize requantize;
   // values: with or without a residual, with fine maps or not
@@ -102,7 +103,12 @@ struct ScaleCall {
   X(gemm_2_16, GemmCall)                   \
   X(gemm_1_32, GemmCall)                   \
   X(gemm_1_16, GemmCall)                   \
-  X(gemm_image, GemmCall)                  \
+  X(conv_2_64, GemmCall)                   \
+  X(conv_2_32, GemmCall)                   \
+  X(conv_2_16, GemmCall)                   \
+  X(conv_1_32, GemmCall)                   \
+  X(conv_1_16, GemmCall)                   \
+  X(conv_image, GemmCall)                  \
   X(depthwise_3_1, dwconv::Call)           \
   X(depthwise_3_2, dwconv::Call)           \
   X(depthwise_5_1, dwconv::Call)           \

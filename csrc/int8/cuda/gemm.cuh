@@ -19,9 +19,10 @@ struct Corner {
   int row = 0, column = 0;
 };
 
+template <Reads kReads>
 __device__ __forceinline__ Corner corner_of(const GemmCall& c, int pixel) {
   if (pixel >= c.pixels) return {};
-  if (c.simple) return {c.x + static_cast<int64_t>(pixel) * c.pixel, 0, 0};
+  if constexpr (kReads == Reads::pixels) return {c.x + static_cast<int64_t>(pixel) * c.pixel, 0, 0};
   const int out_row = pixel / c.out_width, image = out_row / c.out_height;
   const int row = (out_row - image * c.out_height) * c.stride_h - c.top;
   const int column = (pixel - out_row * c.out_width) * c.stride_w - c.left;
@@ -35,10 +36,10 @@ __device__ __forceinline__ bool within(const GemmCall& c, const Corner& from, in
 }
 
 // Bytes [k, k + 16) of the taps of some pixels, to rows of shared memory.
-template <int kCorners, bool kImage>
+template <int kCorners, Reads kReads>
 __device__ __forceinline__ void fetch_taps(const GemmCall& c, const Corner (&from)[kCorners], int k,
                                            uint8_t* to, int pitch) {
-  if constexpr (kImage) {
+  if constexpr (kReads == Reads::image) {
     uint32_t words[kCorners][4] = {};
 #pragma unroll
     for (int b = 0; b < 16; ++b) {
@@ -62,7 +63,7 @@ __device__ __forceinline__ void fetch_taps(const GemmCall& c, const Corner (&fro
     // what is not fetched meets weights of 0, or is of no pixel
     if (k >= c.taps) return;
     int row = 0, column = 0, byte = k;
-    if (!c.simple) {
+    if constexpr (kReads == Reads::taps) {
       const int tap = k / c.pixel;
       byte = k - tap * c.pixel, row = tap / c.kernel_w, column = tap - row * c.kernel_w;
     }
@@ -70,7 +71,7 @@ __device__ __forceinline__ void fetch_taps(const GemmCall& c, const Corner (&fro
 #pragma unroll
     for (int i = 0; i < kCorners; ++i) {
       if (!from[i].at) continue;
-      if (c.simple || within(c, from[i], row, column)) {
+      if (kReads == Reads::pixels || within(c, from[i], row, column)) {
         copy_async<16>(to + i * pitch, from[i].at + offset);
       } else {
         *reinterpret_cast<uint4*>(to + i * pitch) =
@@ -164,7 +165,7 @@ __device__ __forceinline__ void finish(const GemmCall& c, int64_t pixel, int fir
 }
 
 // grid: tiles of pixels x groups of kOutputs; those of a tile side by side, for the cache
-template <int kRows, int kOutputs, bool kImage>
+template <int kRows, int kOutputs, Reads kReads>
 __device__ __forceinline__ void multiply_tile(const GemmCall& c) {
   constexpr int kPixels = gemm_pixels(kRows), kStage = (kPixels + kOutputs) * kPitch;
   constexpr int kColumns = kOutputs / 8;         // tensor-core tiles of 8 outputs
@@ -185,14 +186,14 @@ __device__ __forceinline__ void multiply_tile(const GemmCall& c) {
   Corner corners[kCorners];
 #pragma unroll
   for (int i = 0; i < kCorners; ++i) {
-    corners[i] = corner_of(c, first_pixel + row_of_copy + i * kStep);
+    corners[i] = corner_of<kReads>(c, first_pixel + row_of_copy + i * kStep);
   }
   int fetched = 0;
   const auto fetch = [&] {
     const int k = fetched * kSlice + chunk * 16;
     if (fetched < slices && k < c.depth) {
       uint8_t* const stage = shared + fetched % kStages * kStage + chunk * 16;
-      fetch_taps<kCorners, kImage>(c, corners, k, stage + row_of_copy * kPitch, kStep * kPitch);
+      fetch_taps<kCorners, kReads>(c, corners, k, stage + row_of_copy * kPitch, kStep * kPitch);
       for (int output = row_of_copy; output < kOutputs; output += kStep) {
         const int t = output / kNeighbours, i = output % kNeighbours;
         const int column = i / 2 * 8 + t * 2 + i % 2;

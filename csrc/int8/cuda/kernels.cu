@@ -9,14 +9,18 @@ namespace vitkd::int8::cuda {
 #define X(rows, outputs)                                                       \
   extern "C" __global__ void __launch_bounds__(kGemmThreads, 3)                \
       vitkd_int8_gemm_##rows##_##outputs(const __grid_constant__ GemmCall c) { \
-    multiply_tile<rows, outputs, false>(c);                                    \
+    multiply_tile<rows, outputs, Reads::pixels>(c);                            \
+  }                                                                            \
+  extern "C" __global__ void __launch_bounds__(kGemmThreads, 3)                \
+      vitkd_int8_conv_##rows##_##outputs(const __grid_constant__ GemmCall c) { \
+    multiply_tile<rows, outputs, Reads::taps>(c);                              \
   }
 VITKD_INT8_GEMMS(X)
 #undef X
 
 extern "C" __global__ void __launch_bounds__(kGemmThreads, 3)
-    vitkd_int8_gemm_image(const __grid_constant__ GemmCall c) {
-  multiply_tile<2, 32, true>(c);
+    vitkd_int8_conv_image(const __grid_constant__ GemmCall c) {
+  multiply_tile<2, 32, Reads::image>(c);
 }
 
 #define X(kernel, stride)                                                                \

@@ -17,20 +17,21 @@ Requantize requantize_of(const Node& n) {
 }
 
 struct Tile {
-  Kernel kernel;
+  Kernel pixels, taps;  // by what is read
   int rows, outputs;
 };
 constexpr Tile kTiles[] = {
-#define X(rows, outputs) {Kernel::gemm_##rows##_##outputs, rows, outputs},
+#define X(rows, outputs) \
+  {Kernel::gemm_##rows##_##outputs, Kernel::conv_##rows##_##outputs, rows, outputs},
     VITKD_INT8_GEMMS(X)
 #undef X
 };
 
-// Cycles of a multiprocessor, counted: 13 instructions to finish an output, 12 for 16 bytes that
+// Cycles of a multiprocessor, counted: 8 instructions to finish an output, 12 for 16 bytes that
 // are fetched, 2 of a warp for 4096 products; or, where it has few blocks, the wait for memory.
 double cycles(const Tile& tile, const GemmCall& c, int multiprocessors) {
   const double pixels = gemm_pixels(tile.rows), outputs = tile.outputs, depth = c.depth;
-  const double issue = pixels * outputs * 13 + (pixels + outputs) * depth / 16 * 12 +
+  const double issue = pixels * outputs * 8 + (pixels + outputs) * depth / 16 * 12 +
                        pixels * outputs * depth / 4096 * 64 + 300 * kGemmThreads;
   const int64_t blocks =
       ceil_div(c.pixels, gemm_pixels(tile.rows)) * ceil_div(c.outputs, tile.outputs);
@@ -38,18 +39,18 @@ double cycles(const Tile& tile, const GemmCall& c, int multiprocessors) {
   return std::max(waves * issue / 128, 1500 + depth / kSlice * 300);
 }
 
-Launch product(int layer, GemmCall c, const Chip& chip, bool of_image) {
-  Tile best{Kernel::gemm_image, 2, 32};
-  if (!of_image) {
+Launch product(int layer, GemmCall c, const Chip& chip, Reads reads) {
+  Tile best{Kernel::conv_image, Kernel::conv_image, 2, 32};
+  if (reads != Reads::image) {
     best = *std::min_element(std::begin(kTiles), std::end(kTiles), [&](auto& a, auto& b) {
       return cycles(a, c, chip.multiprocessors) < cycles(b, c, chip.multiprocessors);
     });
   }
   c.groups = static_cast<unsigned>(ceil_div(c.outputs, best.outputs));
   const auto tiles = static_cast<unsigned>(ceil_div(c.pixels, gemm_pixels(best.rows)));
-  return {layer, best.kernel,  tiles * c.groups,
-          1,     kGemmThreads, gemm_shared(best.rows, best.outputs),
-          c};
+  const Kernel kernel = reads == Reads::pixels ? best.pixels : best.taps;
+  const int shared = gemm_shared(best.rows, best.outputs);
+  return {layer, kernel, tiles * c.groups, 1, kGemmThreads, shared, c};
 }
 
 unsigned blocks_of(int64_t words) { return static_cast<unsigned>(ceil_div(words, kMapThreads)); }
@@ -103,7 +104,7 @@ Launch dense(int i, const Layer& layer, const Context& on) {
   c.depth = static_cast<int>(round_up(c.taps, 32));
   c.outputs = layer.outputs, c.y_pixel = layer.pixel;
   c.padding = of_image ? on.image_padding : 0x01010101u * on.zero_point(layer);
-  c.simple = !of_image && layer.kernel_h * layer.kernel_w == 1 && n.stride == std::array{1, 1};
+  const bool one_tap = layer.kernel_h * layer.kernel_w == 1 && n.stride == std::array{1, 1};
   c.requantize = requantize_of(n);
   c.fine = n.fine;
   c.finish = n.op == Op::classifier ? Finish::logits
@@ -123,7 +124,7 @@ Launch dense(int i, const Layer& layer, const Context& on) {
   } else {
     c.y = on.map(i);
   }
-  return product(i, c, on.chip, of_image);
+  return product(i, c, on.chip, of_image ? Reads::image : one_tap ? Reads::pixels : Reads::taps);
 }
 
 Launch depthwise_of(int i, const Layer& layer, const Context& on) {
