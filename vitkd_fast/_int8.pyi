@@ -88,10 +88,11 @@ class CudaSession:
 def cuda_kernels() -> str: ...
 
 # what a GPU would run, which need not be there: of each launch the node's name, kernel, output
-# shape, multiply-adds and bytes of an image, blocks, threads of a block and its shared memory
+# shape, multiply-adds and bytes of maps of an image, bytes of weights, blocks, their threads and
+# shared memory
 def cuda_launches(
     file: File, *, image_size: int, batch: int, multiprocessors: int
-) -> list[tuple[str, str, tuple[int, int, int], int, int, int, int, int]]: ...
+) -> list[tuple[str, str, tuple[int, int, int], int, int, int, int, int, int]]: ...
 
 # of a capsule of DLPack's: address, shape, code and bits of its type, whether it is contiguous
 def dlpack(capsule: object) -> tuple[int, tuple[int, ...], tuple[int, int], bool]: ...

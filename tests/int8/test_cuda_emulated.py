@@ -1,18 +1,52 @@
 """The engine's CUDA path without a GPU: the very launches, through an emulated libcuda.so.1."""
 
+import importlib.util
 import platform
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from support.driver_tools import build_driver
+from support.int8_builder import mobilenet_v2
 from support.process_tools import TESTS, run_tests
 from vitkd_fast import _int8
+from vitkd_fast.int8 import file
 
 if platform.machine() != "x86_64":
     pytest.skip("the emulator switches stacks in x86-64 assembly", allow_module_level=True)
 if not _int8.cuda_kernels():
     pytest.skip("the extension was built without CUDA", allow_module_level=True)
+
+
+def test_no_register_spills() -> None:
+    """On any architecture that the extension holds."""
+    triton = importlib.util.find_spec("triton")
+    if triton is None or not triton.origin:
+        pytest.skip("there is no Triton, which has cuobjdump")
+    cuobjdump = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    command = [cuobjdump, "-res-usage", _int8.__file__]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"Function (vitkd_int8_\w+):\s+REG:\d+ STACK:(\d+) .*? LOCAL:(\d+)", said)
+    assert len({name for name, *_ in kernels}) == 24
+    assert [name for name, *of_memory in kernels if of_memory != ["0", "0"]] == []
+
+
+def test_launches_are_planned_without_a_driver() -> None:
+    """Blocks enough for the outputs, and no more shared memory than every GPU gives."""
+    graph = mobilenet_v2(4, 96)
+    for batch, chip in ((1, 5), (64, 132)):
+        launches = _int8.cuda_launches(
+            file.opened(graph), image_size=96, batch=batch, multiprocessors=chip
+        )
+        assert len(launches) == len(graph.nodes)  # there is no squeeze-excite
+        for _, kernel, (height, width, channels), *_, blocks, threads, shared in launches:
+            assert shared <= 48 << 10
+            if match := re.search(r"(?:gemm|conv)_(\d)_(\d+)", kernel):
+                pixels, outputs = 64 * int(match[1]), int(match[2])
+                tiles = -(-batch * height * width // pixels)
+                assert (blocks, threads) == (tiles * -(-channels // outputs), 128)
 
 
 @pytest.fixture(scope="module")

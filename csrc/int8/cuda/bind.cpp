@@ -51,7 +51,8 @@ py::list profile(cuda::Session& session, const Images& images, Logits logits) {
     const bool first = p.layer != last;
     last = p.layer;
     rows.append(py::make_tuple(p.layer, layer.node.name, p.kernel, shape, p.seconds,
-                               first ? layer.macs : 0, first ? layer.bytes : 0));
+                               first ? layer.macs : 0,
+                               first ? layer.bytes + layer.weight_bytes : 0));
   }
   return rows;
 }
@@ -78,8 +79,8 @@ py::list activations(cuda::Session& session, const Images& image) {
 }
 
 // The launches of a batch on a chip with so many multiprocessors, each of which holds two blocks of
-// a depthwise convolution: name, kernel, output, multiply-adds and bytes of an image, blocks,
-// threads of a block and its shared memory.
+// a depthwise convolution: name, kernel, output, multiply-adds and bytes of maps of an image, bytes
+// of weights, blocks, threads of a block and its shared memory.
 py::list launches(const File& file, int image_size, int batch, int multiprocessors) {
   const cuda::Plan plan(file.model.graph, image_size);
   const auto two = [](cuda::Kernel, int, int) { return 2; };
@@ -92,7 +93,8 @@ py::list launches(const File& file, int image_size, int batch, int multiprocesso
     last = l.layer;
     rows.append(py::make_tuple(layer.node.name, cuda::kKernelNames[static_cast<int>(l.kernel)],
                                shape, first ? layer.macs : 0, first ? layer.bytes : 0,
-                               int64_t{l.grid_x} * l.grid_y, l.threads, l.shared));
+                               first ? layer.weight_bytes : 0, int64_t{l.grid_x} * l.grid_y,
+                               l.threads, l.shared));
   }
   return rows;
 }

@@ -25,7 +25,8 @@ enum class Reads : int { pixels, taps, image };
 enum class Finish : int { bytes, hardswish, values, logits };
 
 // y[p, o] = finish(bias[o] + sum over k of taps of pixel p [k] * weight[o, k]): dense, pointwise
-// and linear. k runs over the kernel's rows, its columns and the bytes of a pixel of x.
+// and linear. k runs over the kernel's rows, its columns and the bytes of a pixel of x, four of the
+// image's.
 struct GemmCall {
   const uint8_t* x;
   const int8_t* weight;      // [outputs padded, depth]; zeros past what there is

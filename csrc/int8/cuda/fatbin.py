@@ -6,7 +6,7 @@ from pathlib import Path
 
 HOLDER = """// by fatbin.py
 asm(R"asm(
-  .section .rodata
+  .section .nv_fatbin, "a"
   .globl vitkd_int8_kernels, vitkd_int8_kernels_built
   .hidden vitkd_int8_kernels, vitkd_int8_kernels_built
   .balign 64

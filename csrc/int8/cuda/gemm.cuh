@@ -5,7 +5,7 @@
 // multiplied. 16 bytes are of one tap, as pixels are multiples of them, so a tap outside the map is
 // 16 bytes of padding. Outputs are dealt to tensor-core columns such that a thread has neighbouring
 // ones: bytes, and those of a residual, move between registers and memory in whole words.
-// The image's pixels, of 3 bytes, are gathered byte by byte.
+// The image's pixels, of 3 bytes, are gathered byte by byte, four of the depth for each.
 #pragma once
 
 #include "cuda/ptx.h"
@@ -42,16 +42,16 @@ __device__ __forceinline__ void fetch_taps(const GemmCall& c, const Corner (&fro
   if constexpr (kReads == Reads::image) {
     uint32_t words[kCorners][4] = {};
 #pragma unroll
-    for (int b = 0; b < 16; ++b) {
-      const int tap = (k + b) / 3, channel = k + b - 3 * tap;
-      const int row = tap / c.kernel_w, column = tap - row * c.kernel_w;
+    for (int w = 0; w < 4; ++w) {
+      const int tap = k / 4 + w, row = tap / c.kernel_w, column = tap - row * c.kernel_w;
+      if (4 * tap >= c.taps) break;
+      const int64_t offset = (static_cast<int64_t>(row) * c.width + column) * 3;
 #pragma unroll
       for (int i = 0; i < kCorners; ++i) {
-        if (k + b >= c.taps || !from[i].at) continue;
-        const int64_t offset = (static_cast<int64_t>(row) * c.width + column) * 3 + channel;
-        const uint32_t byte = within(c, from[i], row, column) ? __ldg(from[i].at + offset)
-                                                              : c.padding >> (8 * channel) & 255;
-        words[i][b / 4] |= byte << (b % 4 * 8);
+        words[i][w] = c.padding;
+        if (!from[i].at || !within(c, from[i], row, column)) continue;
+        const uint8_t* const pixel = from[i].at + offset;
+        words[i][w] = __ldg(pixel) | __ldg(pixel + 1) << 8 | __ldg(pixel + 2) << 16;
       }
     }
 #pragma unroll

@@ -8,6 +8,7 @@ namespace vitkd::int8::cuda {
 namespace {
 
 constexpr int64_t kAlign = 256;  // of every place in memory
+constexpr int kImagePixel = 4;   // bytes of the depth for a pixel of the image
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
@@ -100,7 +101,7 @@ Launch dense(int i, const Layer& layer, const Context& on) {
   c.out_width = layer.out.width, c.out_height = layer.out.height;
   c.kernel_w = layer.kernel_w, c.stride_h = n.stride[0], c.stride_w = n.stride[1];
   c.top = layer.top, c.left = layer.left;
-  c.taps = layer.kernel_h * layer.kernel_w * c.pixel;
+  c.taps = layer.kernel_h * layer.kernel_w * (of_image ? kImagePixel : c.pixel);
   c.depth = static_cast<int>(round_up(c.taps, 32));
   c.outputs = layer.outputs, c.y_pixel = layer.pixel;
   c.padding = of_image ? on.image_padding : 0x01010101u * on.zero_point(layer);
@@ -316,17 +317,18 @@ void Plan::pack(const Node& n, Layer& layer) {
     case Op::conv:
     case Op::classifier: {
       const int64_t rows = round_up(layer.outputs, kPadOutputs);
-      const int64_t depth = round_up(taps * in_pixel, 32);
+      const int64_t of_tap = n.inputs[0] < 0 ? kImagePixel : in_pixel;
+      const int64_t depth = round_up(taps * of_tap, 32);
       // a tap's channels, padded as the pixels are
-      std::vector<int8_t> weight(layer.outputs * taps * in_pixel);
+      std::vector<int8_t> weight(layer.outputs * taps * of_tap);
       for (int64_t r = 0; r < layer.outputs * taps; ++r) {
-        std::memcpy(weight.data() + r * in_pixel, n.weight.data + r * channels, channels);
+        std::memcpy(weight.data() + r * of_tap, n.weight.data + r * channels, channels);
       }
-      layer.weight = keep(weight.data(), layer.outputs, taps * in_pixel, rows, depth);
+      layer.weight = keep(weight.data(), layer.outputs, taps * of_tap, rows, depth);
       layer.bias = keep(n.bias.data, 1, layer.outputs, 1, rows);
       layer.multipliers = keep(n.multiplier.data, 1, layer.outputs, 1, rows);
       layer.macs = layer.out.pixels() * layer.outputs * taps * channels;
-      layer.bytes += layer.outputs * (taps * channels + 8);
+      layer.weight_bytes = layer.outputs * (taps * channels + 8);
       break;
     }
     case Op::depthwise:
@@ -334,7 +336,7 @@ void Plan::pack(const Node& n, Layer& layer) {
       layer.bias = keep(n.bias.data, 1, channels, 1, in_pixel);
       layer.multipliers = keep(n.multiplier.data, 1, channels, 1, in_pixel);
       layer.macs = layer.out.pixels() * channels * taps;
-      layer.bytes += channels * (taps + 8);
+      layer.weight_bytes = channels * (taps + 8);
       break;
     case Op::squeeze_excite: {
       const int64_t middle = n.b1.shape[0];
@@ -347,7 +349,8 @@ void Plan::pack(const Node& n, Layer& layer) {
       layer.multipliers_2 = keep(n.s2.data, 1, channels, 1, channels);
       layer.bias_2 = keep(n.b2.data, 1, channels, 1, channels);
       layer.macs = 2 * middle * channels + layer.out.pixels() * channels;
-      layer.bytes += layer.in.pixels() * in_pixel + 2 * middle * channels;  // its input twice
+      layer.bytes += layer.in.pixels() * in_pixel;  // its input twice
+      layer.weight_bytes = 2 * middle * channels;
       break;
     }
     case Op::pool:

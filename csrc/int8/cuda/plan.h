@@ -50,7 +50,8 @@ struct Layer {
   int middle = 0;               // squeeze-excite: channels between its layers
   size_t offset = 0;            // of the output, in an arena of one image
   size_t scratch = 0;           // squeeze-excite: of its floats
-  int64_t macs = 0, bytes = 0;  // per image; bytes read and written once
+  int64_t macs = 0, bytes = 0;  // per image; of maps, each read and written once
+  int64_t weight_bytes = 0;
 
   size_t scratch_bytes() const;
 };
