@@ -78,3 +78,29 @@ def test_values_on_smaller_and_larger_chips(
 @pytest.mark.slow
 def test_all_values(driver: Path, tmp_path: Path) -> None:
     run_emulated(driver, tmp_path, "slow")
+
+
+MISTAKES = {
+    "no barrier": ("    __syncthreads();  // the slice is there", "    // the slice is there"),
+    "wait for too little": ("wait_for_all_but<kStages - 2>", "wait_for_all_but<kStages - 1>"),
+    "a pixel too many": ("if (pixel >= c.pixels) break;", "if (pixel > c.pixels) break;"),
+    "no padding": ("make_uint4(c.padding, c.padding,", "make_uint4(0, c.padding,"),
+    "sums of too few lanes": ("mask < 32; mask *= 2", "mask < 16; mask *= 2"),
+    "multiply and add fused": ("h = add(h, mul(w, __ldg(x + i)));", "h += w * __ldg(x + i);"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_found(mistake: str, tmp_path: Path) -> None:
+    right, wrong = MISTAKES[mistake]
+    changed = []
+
+    def change(text: str) -> str:
+        changed.append(text.count(right))
+        return text.replace(right, wrong)
+
+    driver = build_driver(tmp_path, change)
+    assert sum(changed) == 1
+    with pytest.raises(AssertionError, match=r"FAILED|CUDA emulator|returncode"):
+        run_emulated(driver, tmp_path, "not slow", PYTEST_ADDOPTS="-x -k 'random or mobilenet'")

@@ -22,17 +22,22 @@ EMULATED = "VITKD_EMULATED_DRIVER" in os.environ
 needs_driver: Callable[[Any], Any] = (lambda x: x) if EMULATED else pytest.mark.gpu
 
 
-def build_driver(folder: Path, *flags: str) -> Path:
-    """Compiles the emulated driver; returns the folder that LD_LIBRARY_PATH has to name."""
+def build_driver(folder: Path, change: Callable[[str], str] = str) -> Path:
+    """Compiles the emulated driver; returns the folder that LD_LIBRARY_PATH has to name.
+
+    Args:
+        change: what is done to the text of the kernels.
+    """
     kernels = [CSRC / "int8/cuda/kernels.cu", *CSRC.glob("*/*.cuh"), *CSRC.glob("int8/cuda/*.cuh")]
     for file in (*CSRC.glob("math/*.h"), *CSRC.glob("int8/cuda/*.h"), *kernels):
         to = folder / file.relative_to(CSRC)
         to = to.with_suffix(".cpp") if file.suffix == ".cu" else to
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(rewritten(file.read_text()))
+        text = file.read_text()
+        to.write_text(rewritten(change(text) if file in kernels else text))
     shutil.copy(EMULATOR / "ptx.h", folder / "cuda")
     # as nvcc does, multiply and add are fused where that is not forbidden
-    options = ["-std=c++20", "-O1", "-fPIC", "-w", "-mfma", "-ffp-contract=fast", *flags]
+    options = ["-std=c++20", "-O1", "-fPIC", "-w", "-mfma", "-ffp-contract=fast"]
     options += ["-DVITKD_EMULATED=900", f"-I{folder}", f"-I{EMULATOR}", *INCLUDE]
     library = folder / "libcuda.so.1"
     sources = [folder / "int8/cuda/kernels.cpp", EMULATOR / "driver.cpp"]
