@@ -112,7 +112,7 @@ def test_large_kernels(kernel: int) -> None:
     b.conv(19, kernel, inputs=(-1,), stride=(2, 1), padding=uneven)
     b.conv(None, kernel, padding="same")
     b.conv(None, 3, stride=(2, 1), padding="same", hardswish_scale=3.0, zero_point=7)
-    b.conv(20, kernel, stride=(3, 5), padding=uneven)
+    b.conv(20, kernel, stride=(3, 5), padding="same")
     graph = b.graph(24)
     assert_equal(graph, images_for(graph, 2), (2,))
 
