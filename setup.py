@@ -4,7 +4,8 @@ _int8  the int8 engine, on pybind11: links no torch
 _C     the operations, on libtorch's stable ABI, for every torch >= 2.11; where the build sees torch
 
 VITKD_FAST_CUDA=auto|0|1: auto compiles csrc/cuda where torch has CUDA and a toolkit of the same
-major version is found; 1 fails where that is not so. TORCH_CUDA_ARCH_LIST: the architectures.
+major version is found, or any without torch, and with it the kernels of the engine in
+csrc/int8/cuda; 1 fails where that is not so. TORCH_CUDA_ARCH_LIST: the architectures.
 """
 
 import os
@@ -14,13 +15,15 @@ import sysconfig
 from glob import glob
 from importlib import import_module, util
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SHARED = sorted(glob("csrc/simd/*.cpp") + glob("csrc/int8/kernels/*.cpp"))  # in both extensions
-ENGINE = [*sorted(set(glob("csrc/int8/*.cpp")) - {"csrc/int8/capi.cpp"}), *SHARED]
+ENGINE = sorted({*glob("csrc/int8/**/*.cpp", recursive=True)} - {"csrc/int8/capi.cpp", *SHARED})
 OPERATIONS = [*sorted(glob("csrc/cpu/*.cpp")), *SHARED, "csrc/binding/module.cpp"]
+FATBIN = run_path(os.path.join(os.path.dirname(__file__), "csrc/int8/cuda/fatbin.py"))
 INCLUDE = os.path.abspath("csrc")
 CXX = "-std=c++20 -O3 -ffp-contract=off -fvisibility=hidden -Wall -Wextra".split()
 CXX += ["-Wno-maybe-uninitialized"]  # false alarms of gcc 12 and 13 in their AVX-512 headers
@@ -42,15 +45,6 @@ def cuda_homes():
     yield from map(Path, ["/usr/local/cuda", *sorted(glob("/usr/local/cuda-*"), reverse=True)])
 
 
-def toolkit_version(home):
-    """The version of the toolkit in home, such as 13.0; None without its compiler and headers."""
-    header = home / "include" / "cuda_runtime_api.h"
-    if not all(f.exists() for f in (header, home / "include/cuda_runtime.h", home / "bin/nvcc")):
-        return None
-    version = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"))
-    return version and f"{int(version[1]) // 1000}.{int(version[1]) % 1000 // 10}"
-
-
 def choose_cuda(choice, torch_cuda, homes):
     """Returns (home, version, "") of the toolkit to build with, or (None, "", why not)."""
     if choice not in ("auto", "0", "1"):
@@ -58,8 +52,8 @@ def choose_cuda(choice, torch_cuda, homes):
     reason = "VITKD_FAST_CUDA=0" if choice == "0" else "no torch that is built with CUDA"
     if choice != "0" and torch_cuda:
         major = torch_cuda.split(".")[0]
-        found = {home: version for home in homes if (version := toolkit_version(home))}
-        if same := [x for x in found.items() if x[1].split(".")[0] == major]:
+        found = {home: version for home in homes if (version := FATBIN["toolkit_version"](home))}
+        if same := [x for x in found.items() if x[1].split(".")[0] == major or major == "any"]:
             return *same[0], ""
         others = ", ".join(f"{version} in {home}" for home, version in found.items())
         reason = f"no CUDA {major} toolkit (bin/nvcc, include/); found: {others or 'none'}"
@@ -82,16 +76,20 @@ def configure(editable):
 
     torch = import_module("torch") if util.find_spec("torch") else None
     choice = os.environ.get("VITKD_FAST_CUDA", "auto")
-    home, version, reason = choose_cuda(choice, torch and torch.version.cuda, cuda_homes())
+    home, version, why = choose_cuda(choice, torch.version.cuda if torch else "any", cuda_homes())
     engine = Extension("vitkd_fast._int8", ENGINE, [INCLUDE, get_include()], extra_compile_args=CXX)
-    if not torch:
-        setup_helpers.ParallelCompile("MAX_JOBS").install()
-        return [engine], build_ext, "_int8 alone, without the losses: no torch to build them with"
     if home:
         os.environ["CUDA_HOME"] = str(home)  # before cpp_extension looks for one, less well
-        gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        count = torch.cuda.device_count() if torch else 0
+        gpus = [torch.cuda.get_device_capability(i) for i in range(count)]
         archs = architectures(version, editable, gpus)
-        version += f" ({os.environ.setdefault('TORCH_CUDA_ARCH_LIST', archs)})"
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", archs)
+        engine.sources += FATBIN["compiled"](home, version, archs, TEMP)
+        version += f" ({archs})"
+    if not torch:
+        setup_helpers.ParallelCompile("MAX_JOBS").install()
+        engine.sources += SHARED
+        return [engine], build_ext, "_int8 alone, without the losses: no torch to build them with"
     cpp_extension = import_module("torch.utils.cpp_extension")
     sources = OPERATIONS + (sorted(glob("csrc/cuda/*.cu")) if home else [])
     flags = {"cxx": [*CXX, TORCH_2_11, f'-DVITKD_CUDA="{version}"'], "nvcc": [*NVCC, TORCH_2_11]}
@@ -99,9 +97,8 @@ def configure(editable):
     create = cpp_extension.CUDAExtension if home else cpp_extension.CppExtension
     operations = create("vitkd_fast._C", sources, **options)
     # what both hold includes nothing of torch's; it is compiled once, with _C
-    engine.sources = [f for f in ENGINE if f not in SHARED]
     engine.extra_objects = [f"{TEMP}/{f[:-4]}.o" for f in SHARED]
-    what = f"with CUDA {version}" if home else f"for the CPU only ({reason})"
+    what = f"with CUDA {version}" if home else f"for the CPU only ({why})"
     return [operations, engine], cpp_extension.BuildExtension, f"_C {what}, _int8"
 
 

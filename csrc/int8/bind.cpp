@@ -10,7 +10,7 @@
 
 #include "int8/jitter.h"
 #include "int8/prepare.h"
-#include "int8/reader.h"
+#include "int8/python.h"
 #include "int8/session.h"
 #include "simd/isa.h"
 
@@ -20,29 +20,12 @@ using namespace vitkd::int8;
 
 namespace {
 
-// A file's content, and the bytes that it borrows.
-struct File {
-  explicit File(const py::bytes& from) : bytes(from) {
-    const std::string_view view = bytes;
-    const py::gil_scoped_release release;
-    model = read({reinterpret_cast<const uint8_t*>(view.data()), view.size()});
-  }
-
-  const py::bytes bytes;
-  Model model;
-};
-
 std::unique_ptr<Session> make_session(const File& file, int image_size, int threads,
                                       const std::string& isa, bool fuse, bool poison) {
   const Options options{image_size, threads, isa_of(isa), fuse, poison};
   const py::gil_scoped_release release;
   return std::make_unique<Session>(file.model.graph, options);
 }
-
-// The caller has checked: images uint8 [count, size, size, 3], logits float32 [count, classes],
-// both contiguous.
-using Images = py::array_t<uint8_t, py::array::c_style>;
-using Logits = py::array_t<float, py::array::c_style>;
 
 void check(const Session& session, const Images& images, const Logits& logits) {
   const py::ssize_t size = session.plan().options.image_size;
@@ -220,4 +203,5 @@ PYBIND11_MODULE(_int8, module) {
                                return s.plan().options.threads * (s.plan().arena + s.plan().rings);
                              })
       .def_property_readonly("steps", [](const Session& s) { return s.plan().steps.size(); });
+  bind_cuda(module);
 }

@@ -255,12 +255,12 @@ def build(folder: Path) -> tuple[Path, Path]:
     compiler = os.environ.get("CXX", "g++")
 
     def compile_one(source: Path) -> Path:
-        to = folder / f"{source.stem}.o"
+        to = folder / f"{source.parent.name}_{source.stem}.o"
         more = kernels if source.stem == "avx512vnni" else []
         subprocess.run([compiler, *flags, *more, "-c", source, "-o", to], check=True)
         return to
 
-    folders = [ROOT / "csrc" / folder for folder in ("simd", "int8", "int8/kernels")]
+    folders = [ROOT / "csrc" / folder for folder in ("simd", "int8", "int8/cuda", "int8/kernels")]
     sources = [source for folder in folders for source in folder.glob("*.cpp")]
     sources.append(ROOT / "tests/cpp/fuzz_capi.cpp")
     sources.sort(key=lambda path: -path.stat().st_size)
@@ -268,7 +268,7 @@ def build(folder: Path) -> tuple[Path, Path]:
         objects = list(pool.map(compile_one, sources))
     module, program = folder / "_int8.so", folder / "fuzz_capi"
     for to, other, more in ((module, program.name, ["-shared"]), (program, "bind", ["-pthread"])):
-        parts = [path for path in objects if path.stem != other]
+        parts = [path for path in objects if not path.stem.endswith(f"_{other}")]
         subprocess.run([compiler, *more, *flags[5:8], *parts, "-o", to], check=True)
     return module, program
 

@@ -138,7 +138,7 @@ MISTAKES = {
          "  int at_once",
          "emulated"),
     "a nearly empty round":
-        ("int8_dwconv", "chip / groups, 1", "ceil_div(chip, groups), 1", "emulated"),
+        ("int8_pwconv", "chip / groups, 1", "ceil_div(chip, groups), 1", "emulated"),
     "scores beyond what sums have room for":
         ("attention_map", "!__syncthreads_or(!fits)", "fits", "emulated"),
     "no room for static shared memory":

@@ -198,6 +198,7 @@ def _build(made: Machine) -> None:
         "CXXFLAGS": "-g0",  # Debian's Python asks for -g
         "CPPFLAGS": f"-I{include / made.interpreter.name} -I{include}",
         "MAX_JOBS": str(os.cpu_count()),
+        "VITKD_FAST_CUDA": "0",
     }
     made.python(list(CPUS)[-1], "-c", BUILD, source, made.folder / "wheel", **compiler)
     for old in made.site.glob("vitkd_fast*"):

@@ -79,21 +79,23 @@ class Session:
         if not isinstance(threads, int) or not 1 <= threads <= 256:
             raise ValueError(f"int8.load: threads: expected 1 to 256, got {threads!r}")
         warn_of_threads("int8.load: threads", threads)
-        if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-            raise ValueError(f"int8.load: image_size: expected 1 or more, got {image_size!r}")
-        size = opened.image_size if image_size is None else image_size
+        size = size_of(opened, image_size)
         try:
             self._engine: _int8.Session | None = _int8.Session(
                 opened, image_size=size, threads=threads, isa=isa or ""
             )
         except _int8.GraphError as error:
             raise ValueError(f"int8.load: image_size {size}: {error}") from error
-        self.image_size, self.threads, self.isa = size, threads, self._engine.isa
+        self.threads, self.isa = threads, self._engine.isa
+        self._describe(opened, size, self._engine.classes)
+
+    def _describe(self, opened: _int8.File, size: int, classes: int) -> None:
+        self.image_size = size
         self.mean, self.std = opened.mean, opened.std
         self.crop_pct, self.interpolation = opened.crop_pct, opened.interpolation
         self.multilabel: bool = opened.multilabel
         self.temperature: float = opened.temperature
-        self.classes = opened.classes or tuple(map(str, range(self._engine.classes)))
+        self.classes = opened.classes or tuple(map(str, range(classes)))
 
     @property
     def resize(self) -> int:
@@ -105,10 +107,14 @@ class Session:
             raise ValueError("int8.Session: it is closed")
         return self._engine
 
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        return self.image_size, self.image_size, 3
+
     def _batch(self, images: Any) -> np.ndarray:
         array = np.asarray(images)
         size = self.image_size
-        if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
+        if array.dtype != np.uint8 or array.shape[1:] != self._image_shape:
             raise ValueError(
                 f"int8.Session: images: expected uint8 [N, {size}, {size}, 3], got {array.dtype} "
                 f"{list(array.shape)}"
@@ -129,6 +135,16 @@ class Session:
         """
         return _preprocessing.prepare("int8.Session.prepare", frame, self, out, self.isa)
 
+    @staticmethod
+    def _check_out(out: Any, shape: tuple[int, ...]) -> None:
+        _preprocessing.check_out("int8.Session", out, np.float32, shape)
+
+    def _prepared(self, frames: Any) -> np.ndarray:
+        images = np.empty((len(frames), *self._image_shape), np.uint8)
+        for frame, prepared in zip(frames, images, strict=True):
+            self.prepare(frame, prepared)
+        return images
+
     def __call__(
         self, images: Any, out: np.ndarray | None = None, *, prepare: bool = False
     ) -> np.ndarray:
@@ -143,21 +159,27 @@ class Session:
             ValueError: images or out of another shape or dtype, or a closed session.
         """
         engine = self._open()
-        if prepare:
-            frames, images = images, np.empty((len(images), *2 * (self.image_size,), 3), np.uint8)
-            for frame, prepared in zip(frames, images, strict=True):
-                self.prepare(frame, prepared)
-        images = self._batch(images)
+        images = self._batch(self._prepared(images) if prepare else images)
         shape = (len(images), engine.classes)
         if out is None:
             out = np.empty(shape, np.float32)
-        _preprocessing.check_out("int8.Session", out, np.float32, shape)
+        self._check_out(out, shape)
         engine.run(images, out)
         return out
 
     def profile(self, images: Any, rounds: int = 5) -> Profile:
         """What each layer takes on one thread: the median of some rounds over the images."""
         engine, images = self._open(), self._batch(images)
+        runs = self._rounds(engine, images, rounds)
+        layers = []
+        for i, (step, name, kernel, shape, _, macs, size) in enumerate(runs[0]):
+            seconds = float(np.median([run[i][4] for run in runs])) / len(images)
+            gmacs = macs / seconds / 1e9 if seconds else 0.0
+            layers.append(LayerProfile(step, name, kernel, shape, seconds * 1e6, gmacs, size))
+        return Profile(tuple(layers))
+
+    @staticmethod
+    def _rounds(engine: Any, images: np.ndarray, rounds: int) -> list[Any]:
         if len(images) == 0 or rounds < 1:
             raise ValueError(
                 "int8.Session.profile: expected at least one image and one round, got "
@@ -165,13 +187,7 @@ class Session:
             )
         out = np.empty((len(images), engine.classes), np.float32)
         engine.profile(images, out)  # warms the caches
-        runs = [engine.profile(images, out) for _ in range(rounds)]
-        layers = []
-        for i, (step, name, kernel, shape, _, macs, size) in enumerate(runs[0]):
-            seconds = float(np.median([run[i][4] for run in runs])) / len(images)
-            gmacs = macs / seconds / 1e9 if seconds else 0.0
-            layers.append(LayerProfile(step, name, kernel, shape, seconds * 1e6, gmacs, size))
-        return Profile(tuple(layers))
+        return [engine.profile(images, out) for _ in range(rounds)]
 
     def close(self) -> None:
         """Gives back weights, memory and threads; a later call raises ValueError."""
@@ -194,25 +210,46 @@ class Session:
         )
 
 
+def size_of(opened: _int8.File, image_size: int | None) -> int:
+    """The side of a session's images; ValueError for none."""
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise ValueError(f"int8.load: image_size: expected 1 or more, got {image_size!r}")
+    return opened.image_size if image_size is None else image_size
+
+
 def load(
     source: str | Path | bytes | Graph,
     *,
     threads: int = 1,
     isa: str | None = None,
     image_size: int | None = None,
+    device: str = "cpu",
 ) -> Session:
-    """Makes a file, its bytes or a graph ready to run.
+    """Makes a file, its bytes or a graph ready to run, on the CPU or on an NVIDIA GPU.
+
+    Both give the same bytes. The kernels for GPUs have not run on one yet: tests emulate one, on
+    which every byte is the CPU's.
 
     Args:
         source: a .int8.safetensors file, its content, or `QuantizedModel.graph`.
         threads: that share a call; images of a batch first, then the layers of what is left.
         isa: one of `isa()`; None: the best.
         image_size: the side of the images; None: as the file says.
+        device: "cpu", or "cuda" or "cuda:N" for the first or another GPU (see `CudaSession`), of
+            compute capability 8.0 or later; the driver is loaded then, and torch is not needed.
 
     Raises:
         FileError: the file is damaged or no such file, or the graph breaks a rule of
             `file.validate`; it names what is wrong.
         FileNotFoundError: there is no file.
-        ValueError: threads, isa or image_size is out of range.
+        ValueError: threads, isa, image_size or device is out of range, or threads or isa is given
+            for a GPU.
+        RuntimeError: there is no driver, no such GPU, or the package was built without CUDA.
     """
+    if device != "cpu":
+        from .cuda import CudaSession
+
+        if threads != 1 or isa is not None:
+            raise ValueError(f"int8.load: device={device!r}: threads and isa are of the CPU alone")
+        return CudaSession(file.opened(source), device=device, image_size=image_size)
     return Session(file.opened(source), threads=threads, isa=isa, image_size=image_size)
