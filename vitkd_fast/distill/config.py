@@ -73,10 +73,12 @@ class Optimizer(Section):
     lr: float = Field(1e-3, gt=0)  # the highest
     weight_decay: float = Field(0.05, ge=0)
     options: dict[str, Any] = Field({})  # further arguments, such as momentum
-    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
-    warmup_epochs: int = Field(0, ge=0)  # from warmup_lr to lr, linearly
+    # after the warm-up; wsd is constant, and at the end falls by 1 - sqrt(share of the cooldown)
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    cooldown: float = Field(0.2, gt=0, lt=1)  # the share of the run in which wsd falls
+    warmup_epochs: float = Field(0, ge=0)  # from warmup_lr to lr, linearly
     warmup_lr: float = Field(1e-6, ge=0)  # of the first update
-    min_lr: float = Field(0.0, ge=0)  # at the end of a cosine
+    min_lr: float = Field(0.0, ge=0)  # at the end of cosine and wsd
     clip_grad: float | None = Field(None, gt=0)  # the gradient's largest norm
     accumulate: int = Field(1, ge=1)  # batches per update
     ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: no moving average of the weights
@@ -477,7 +479,7 @@ def load(source: str | Path | None, overrides: Iterable[str] = ()) -> Config:
                 raise ConfigError(
                     f"{key}: expected a section {part}, got a {type(section).__name__}"
                 )
-        section[last] = _parse(value, key)
+        section[last] = parse(value, key)
     return validate(tree)
 
 
@@ -494,7 +496,7 @@ def _read(name: str) -> dict[str, Any]:
             f"expected a .yaml file or a recipe ({', '.join(recipes())}), got {name}"
             + _nearest(name, recipes())
         )
-    tree = _parse(text, name)
+    tree = parse(text, name)
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: expected a mapping, got a {type(tree).__name__}")
     return tree
@@ -512,7 +514,8 @@ def validate(tree: dict[str, Any]) -> Config:
         raise ConfigError("; ".join(map(_explain, error.errors()))) from None
 
 
-def _parse(text: str, name: str) -> Any:
+def parse(text: str, name: str) -> Any:
+    """YAML 1.2; `name` is the file's, for the ConfigError of text that is none."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a tag that its value does not fit

@@ -96,6 +96,12 @@ class Session:
         self.classes = opened.classes or tuple(map(str, range(self._engine.classes)))
 
     @property
+    def memory_bytes(self) -> int:
+        """Of the weights, and of what one call computes in; concurrent calls have more."""
+        engine = self._open()
+        return engine.weight_bytes + engine.arena_bytes
+
+    @property
     def resize(self) -> int:
         """What the short side is resized to before the centre is cropped."""
         return int(self.image_size / self.crop_pct)

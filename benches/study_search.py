@@ -1,0 +1,250 @@
+"""Does a search find better students than chance, at equal cost? CIFAR-10, 3 seeds.
+
+`python benches/study_search.py FOLDER WORK` does the whole in WORK, with CIFAR-10's images in
+FOLDER/train/CLASS and FOLDER/test/CLASS; what is there already is not done again. Small on purpose:
+5,000 images of 32 x 32 or 24 x 24, three epochs in batches of 32, a bound of 0.08 ms on one thread
+of the int8 engine. The teacher is a RegNetX-200MF that four epochs of 20,000 other images trained,
+no more than a quick one. A search judges by 1,000 images that no model was trained on, and what
+each found is scored on 2,000 test images that no search has seen.
+
+Of each seed, `search` (TPE, flash prediction over the first tenth of the steps) and `random` (random
+candidates, each trained in full) may begin trials until they have spent the same CPU time on
+training; candidates over the bound cost neither of them any. Two processes run at once, with a
+thread each. The figures go to benches/results/study-search.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from optuna.trial import FixedTrial
+
+from study_cifar10 import key, shell
+from vitkd_fast import models
+from vitkd_fast.distill import config, data, evaluate, sources
+from vitkd_fast.search import flash, space, study
+
+RESULTS = Path(__file__).parent / "results" / "study-search.json"
+SEEDS, METHODS = (0, 1, 2), ("search", "random")
+PARTS = {"train": (0, 500), "val": (500, 600), "teacher": (600, 2600)}  # of each class
+TESTED = 200  # of each class
+EPOCHS, FLASH = 3, 0.1
+BOUND_MS = 0.08
+SPACE = {
+    "students": {
+        "mobilenetv2": {
+            "width": {0.35: "mobilenetv2_035", 0.5: "mobilenetv2_050", 0.75: "mobilenetv2_075",
+                      1.0: "mobilenetv2_100"},
+            "depth": [1.0, 1.4],
+        },
+        "mobilenetv3_small": {
+            "width": {0.5: "mobilenetv3_small_050", 0.75: "mobilenetv3_small_075",
+                      1.0: "mobilenetv3_small_100"},
+            "depth": [1.0, 1.4],
+        },
+        "mobilenetv4_conv_small": {
+            "width": {0.35: "mobilenetv4_conv_small_035", 0.5: "mobilenetv4_conv_small_050",
+                      1.0: "mobilenetv4_conv_small"},
+        },
+    },
+    "image_size": [24, 32],
+    "losses": {
+        "kd": {"kd": {"temperature": {"low": 1.0, "high": 8.0, "log": True},
+                      "weight": {"low": 0.5, "high": 2.0, "log": True}}},
+        "kd+ce": {"kd": {"temperature": {"low": 1.0, "high": 8.0, "log": True},
+                         "ce_weight": {"low": 0.1, "high": 1.0, "log": True}}},
+        "dist": {"dist": {"temperature": {"low": 1.0, "high": 8.0, "log": True},
+                          "ce_weight": {"low": 0.3, "high": 3.0, "log": True}}},
+    },
+    "optimizer": {"lr": {"low": 5e-4, "high": 2e-2, "log": True},
+                  "weight_decay": {"low": 0.005, "high": 0.2, "log": True}},
+}  # fmt: skip
+
+
+def prepare(folder: Path, work: Path) -> None:
+    """Packs of the parts, the teacher, its caches, and the costs of all students."""
+    parts = {name: (folder / "train", *bounds) for name, bounds in PARTS.items()}
+    parts["test"] = (folder / "test", 0, TESTED)
+    for name, (source, first, last) in parts.items():
+        for classes in sorted(source.iterdir()):
+            for file in sorted(classes.iterdir())[first:last]:
+                link = work / name / classes.name / file.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if not link.is_symlink():
+                    link.symlink_to(file.resolve())
+        if not (out := work / f"{name}.pack").exists():
+            shell(["vitkd", "pack", str(work / name), "-o", str(out)], work / f"pack-{name}.log")
+    if not (work / "teacher-run" / "report.json").exists():
+        given: dict[str, Any] = {
+            "student.model": "regnetx_002", "losses": {"ce": {}}, "optimizer": {"lr": 4e-3},
+            "augmentation.scale": [0.6, 1.0], "int8.enabled": False, "data.image_size": 32,
+            "data.crop_pct": 1.0, "data.workers": 0, "data.batch_size": 64,
+            "data.train": str(work / "teacher.pack"), "data.val": str(work / "val.pack"),
+            "run": {"folder": str(work / "teacher-run"), "epochs": 4, "threads": 1, "eval_every": 4},
+        }  # fmt: skip
+        shell(["vitkd", "distill", *(key(k, v) for k, v in given.items())], work / "teacher.log")
+
+
+def recipe(work: Path, seed: int) -> config.Config:
+    given: dict[str, Any] = {
+        "data.train": str(work / "train.pack"), "data.val": str(work / "val.pack"),
+        "data.image_size": 32, "data.crop_pct": 1.0, "data.workers": 0, "data.batch_size": 32,
+        "teacher.model": str(work / "teacher-run" / "baseline-0" / "last.safetensors"),
+        "student.model": "mobilenetv2_035", "losses": {"kd": {}},
+        "augmentation.scale": [0.6, 1.0],
+        "run": {"folder": str(work / "run"), "epochs": EPOCHS, "seeds": [seed], "threads": 1,
+                "log_every": 1000000, "precision": "float32"},
+    }  # fmt: skip
+    return config.load(None, [key(k, v) for k, v in given.items()])
+
+
+def one(work: Path, method: str, seed: int, budget: float) -> None:
+    """A study; its trials and what the best of it reaches on the test images go to a file."""
+    folder, shared = work / f"{method}-{seed}", work / f"shared-{seed}"
+    folder.mkdir(exist_ok=True)
+    for part in (study.COSTS, "cache-24", "cache-32"):
+        if (there := shared / part).exists() and not (folder / part).exists():
+            (shutil.copytree if there.is_dir() else shutil.copyfile)(there, folder / part)
+    settings = study.Settings(
+        device="int8:threads=1",
+        latency_ms=BOUND_MS,
+        sampler="tpe" if method == "search" else "random",
+        flash=FLASH if method == "search" else 0.0,
+        seed=seed,
+    )
+    found = study.Search(recipe(work, seed), space.Space.model_validate(SPACE), folder, settings)
+    found.run(1000, budget)
+    best = max(found.finished(), key=lambda x: x.user_attrs["accuracy"])
+    result = {
+        "method": method, "seed": seed, "budget_cpu_s": budget,
+        "test": tested(work, folder / "trials" / f"{best.number:04}"),
+        "latency_ms": best.user_attrs["latency_ms"],
+        "trials": [
+            {"number": x.number, "state": x.state.name, "params": x.params,
+             **{k: v for k, v in x.user_attrs.items() if k != "config"}}
+            for x in found.study.trials
+        ],
+    }  # fmt: skip
+    (work / f"{method}-{seed}.json").write_text(json.dumps(result))
+
+
+def tested(work: Path, trial: Path) -> float:
+    """The accuracy of a trial's weights on the test images."""
+    [file] = trial.glob("*/last.safetensors")
+    loaded = models.load(file)
+    source, *_ = sources.open_folder(str(work / "test.pack"), None, False)
+    pixels = loaded.pixels
+    transform = data.eval_transform(pixels.image_size, pixels.crop_pct, pixels.interpolation)
+    loader = data.Loader(source, transform, config.Data(workers=0), seed=None)
+    predictor = models.predictor(loaded.model.eval(), pixels)
+    batches = ((batch.images, batch.labels) for batch in loader.epoch())
+    scores = evaluate.evaluate(predictor, batches, classes=10, device=torch.device("cpu"))
+    return scores.metrics["top1"]
+
+
+def first(work: Path, seed: int) -> None:
+    """Both caches of a seed, and the cost of each student, before its two studies begin."""
+    shared, every = work / f"shared-{seed}", space.Space.model_validate(SPACE)
+    shared.mkdir(exist_ok=True)
+    settings = study.Settings(device="int8:threads=1", latency_ms=BOUND_MS, flash=0.0)
+    given = recipe(work, seed)
+    begun = study.Search(given, every, shared, settings)
+    before = work / f"shared-{seed - 1}" / study.COSTS
+    if before.exists() and not (shared / study.COSTS).exists():
+        shutil.copyfile(before, shared / study.COSTS)
+    fixed = {"losses": "kd", "kd.kd.temperature": 4.0, "kd.kd.weight": 1.0}
+    fixed |= {"lr": 1e-3, "weight_decay": 0.05}
+    for name, family in every.students.items():
+        for width in family.width:
+            for depth in family.depth:
+                for size in every.image_size:
+                    drawn = {"student": name, f"{name}.width": width, f"{name}.depth": depth}
+                    trial = FixedTrial({**fixed, **drawn, "image_size": size})
+                    config = every.draw(trial, given)
+                    begun.cost(config)
+                    begun.lesson.given(config)
+
+
+def summary(work: Path) -> dict[str, Any]:
+    """What is committed."""
+    runs = {
+        (method, seed): json.loads(file.read_text())
+        for seed in SEEDS
+        for method in METHODS
+        if (file := work / f"{method}-{seed}.json").exists()
+    }
+    rows = []
+    for (method, seed), run in runs.items():
+        trained = [x for x in run["trials"] if x.get("within") and "cpu_seconds" in x]
+        full = [x for x in trained if x["state"] == "COMPLETE"]
+        rows.append({
+            "method": method, "seed": seed, "test": run["test"],
+            "val": max(x["accuracy"] for x in full), "latency_ms": run["latency_ms"],
+            "tried": len(run["trials"]), "within": len(trained), "full": len(full),
+            "cpu_s": sum(x["cpu_seconds"] for x in trained),
+        })  # fmt: skip
+    pairs = [
+        [x["predicted"], x["early_score"], x["accuracy"]]
+        for (method, _), run in runs.items()
+        for x in run["trials"]
+        if method == "search" and "accuracy" in x
+    ]
+    predicted, early, reached = zip(*pairs, strict=True)
+    early_cost = [
+        x["early_seconds"] / x["cpu_seconds"]
+        for run in runs.values()
+        for x in run["trials"]
+        if "accuracy" in x and "early_seconds" in x
+    ]
+    return {
+        "bound_ms": BOUND_MS,
+        "flash": FLASH,
+        "early_share_of_cost": sum(early_cost) / len(early_cost),
+        "rows": rows,
+        "rank": {
+            "predicted": flash.correlation(predicted, reached),
+            "early_score": flash.correlation(early, reached),
+        },
+        "pairs": pairs,
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--cpu-seconds", type=float, default=350.0)
+    parser.add_argument("--one", nargs=2, metavar=("METHOD", "SEED"))
+    parser.add_argument("--summary", action="store_true", help="of what is there")
+    options = parser.parse_args()
+    work = options.work.absolute()
+    if options.one:
+        one(work, options.one[0], int(options.one[1]), options.cpu_seconds)
+        return
+    if not options.summary:
+        work.mkdir(parents=True, exist_ok=True)
+        prepare(options.folder, work)
+        command = [sys.executable, __file__, str(options.folder), str(work)]
+        command += ["--cpu-seconds", str(options.cpu_seconds)]
+        for seed in SEEDS:
+            if all((work / f"{method}-{seed}.json").exists() for method in METHODS):
+                continue
+            first(work, seed)
+            with ThreadPoolExecutor(2) as pool:
+                log = {method: work / f"{method}-{seed}.log" for method in METHODS}
+                list(pool.map(lambda m: shell([*command, "--one", m, str(seed)], log[m]), METHODS))
+    RESULTS.write_text(json.dumps(summary(work), indent=1) + "\n")
+    print(json.dumps(summary(work)["rows"], indent=1), os.linesep, RESULTS)
+
+
+if __name__ == "__main__":
+    main()
