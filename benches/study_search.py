@@ -7,9 +7,9 @@ of the int8 engine. The teacher is a RegNetX-200MF that four epochs of 20,000 ot
 no more than a quick one. A search judges by 1,000 images that no model was trained on, and what
 each found is scored on 2,000 test images that no search has seen.
 
-Of each seed, `search` (TPE, flash prediction over the first tenth of the steps) and `random` (random
-candidates, each trained in full) may begin trials until they have spent the same CPU time on
-training; candidates over the bound cost neither of them any. Two processes run at once, with a
+Of each seed, `search` (TPE, flash prediction over the first tenth of the steps) and `random`
+(random candidates, each trained in full) may begin trials until they have spent the same CPU time
+on training; candidates over the bound cost neither of them any. Two processes run at once, with a
 thread each. The figures go to benches/results/study-search.json.
 """
 
@@ -88,7 +88,8 @@ def prepare(folder: Path, work: Path) -> None:
             "augmentation.scale": [0.6, 1.0], "int8.enabled": False, "data.image_size": 32,
             "data.crop_pct": 1.0, "data.workers": 0, "data.batch_size": 64,
             "data.train": str(work / "teacher.pack"), "data.val": str(work / "val.pack"),
-            "run": {"folder": str(work / "teacher-run"), "epochs": 4, "threads": 1, "eval_every": 4},
+            "run": {"folder": str(work / "teacher-run"), "epochs": 4, "threads": 1,
+                    "eval_every": 4},
         }  # fmt: skip
         shell(["vitkd", "distill", *(key(k, v) for k, v in given.items())], work / "teacher.log")
 
@@ -239,9 +240,10 @@ def main() -> None:
             if all((work / f"{method}-{seed}.json").exists() for method in METHODS):
                 continue
             first(work, seed)
+            both = [[*command, "--one", method, str(seed)] for method in METHODS]
+            logs = [work / f"{method}-{seed}.log" for method in METHODS]
             with ThreadPoolExecutor(2) as pool:
-                log = {method: work / f"{method}-{seed}.log" for method in METHODS}
-                list(pool.map(lambda m: shell([*command, "--one", m, str(seed)], log[m]), METHODS))
+                list(pool.map(shell, both, logs))
     RESULTS.write_text(json.dumps(summary(work), indent=1) + "\n")
     print(json.dumps(summary(work)["rows"], indent=1), os.linesep, RESULTS)
 

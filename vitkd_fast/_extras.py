@@ -10,6 +10,7 @@ _BRINGS = {
     "distill": ("torch", "timm", "safetensors"),
     "ray": ("ray",),
     "audit": ("torch", "timm", "torchmetrics", "matplotlib", "jinja2", "statsmodels", "captum"),
+    "search": ("torch", "timm", "torchmetrics", "matplotlib", "jinja2", "optuna"),
     "export-onnx": ("onnx",),
     "export-litert": ("ai_edge_litert", "flatbuffers"),
     "export-executorch": ("torch", "executorch"),

@@ -254,7 +254,7 @@ def table(results: dict[str, Any]) -> str:
     rows += [("kl", "", _number(fidelity["kl"]))]
     rows += [("similarity", "", _number(fidelity["similarity"]))]
     rows += [(name.lower(), *values) for name, values in _costs(results["cost"])]
-    parts = [_aligned(rows)]
+    parts = [aligned(rows)]
     for key, title in (("classes", "class"), ("groups", "group")):
         if (found := results["harm"][key]) is not None:
             parts.append(_harm(found, title))
@@ -279,7 +279,7 @@ def _harm(rows: list[dict[str, Any]], title: str, most: int = 10) -> str:
         for row in rows[:most]
     ]
     more = f"\n... and {len(rows) - most} more" if len(rows) > most else ""
-    return _aligned([head, *cells]) + more
+    return aligned([head, *cells]) + more
 
 
 def _conditions(rows: list[dict[str, Any]]) -> str:
@@ -295,10 +295,11 @@ def _conditions(rows: list[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return _aligned([head, *cells])
+    return aligned([head, *cells])
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """A table for a terminal: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     form = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
     return "\n".join(form.format(*row).rstrip() for row in rows)

@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Iterable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
@@ -65,7 +66,8 @@ def create_scheduler(
     Raises:
         ConfigError: wsd of a timm that has none, or with a warm-up that leaves no room for it.
     """
-    warmup, more = round(options.warmup_epochs * steps_per_epoch), {}
+    warmup = round(options.warmup_epochs * steps_per_epoch)
+    more: dict[str, Any] = {}
     if options.schedule == "wsd":
         if find_spec("timm.scheduler.wsd_lr") is None:
             raise ConfigError("optimizer.schedule: wsd needs timm >= 1.0.31")

@@ -22,7 +22,6 @@ import scipy.optimize  # type: ignore[import-untyped]
 from .. import int8
 from .._timing import measure
 from ..distill.config import ConfigError
-from ..int8.session import LayerProfile
 
 _KEYS = {"name", "kernel", "shape", "us", "macs", "bytes"}
 
@@ -79,7 +78,7 @@ class Target:
 
     def cost(self, made: int8.QuantizedModel) -> Cost:
         with int8.load(made.graph) as session:
-            layers = [described(x) for x in session.profile(_image(session), rounds=1).layers]
+            layers = session.profile(_image(session), rounds=1).json()
             memory = session.memory_bytes / 1e6
         return Cost(sum(map(self.us, layers)) / 1e3, memory)
 
@@ -104,18 +103,6 @@ class Target:
 def kind(kernel: str) -> str:
     """What a kernel computes, without its tile and instruction set: gemm, depthwise, pool, ..."""
     return "squeeze_excite" if kernel.startswith("squeeze") else kernel.split("_")[0]
-
-
-def described(layer: LayerProfile) -> dict[str, Any]:
-    """A layer as `vitkd profile --json` prints it."""
-    return {
-        "name": layer.name,
-        "kernel": layer.kernel,
-        "shape": list(layer.shape),
-        "us": layer.us,
-        "macs": round(layer.gmacs * layer.us * 1e3),
-        "bytes": layer.bytes,
-    }
 
 
 def open_device(name: str) -> Device:

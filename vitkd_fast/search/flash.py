@@ -1,10 +1,10 @@
 """Early prediction: a power law through a few short, annealed runs that share one trunk.
 
-A candidate trains at a constant learning rate (the trunk). At a few steps of it, a copy goes on for
-a quarter as many steps while its learning rate falls to 0 (a cooldown), and is scored: what a run of
-that length would have reached, as the schedule warm-up, stable, decay (WSD: Hu et al., 2024,
-arXiv:2404.06395; Hägele et al., 2024, arXiv:2405.18392) allows. The errors follow e(n) = a + b
-n^-c, whose value at the last step is the prediction. Whether it can be trusted is measured: the
+A candidate trains at a constant learning rate (the trunk). At a few steps of it a copy goes on for
+a quarter as many steps, while its learning rate falls to 0 (a cooldown), and is scored: what a run
+of that length would have reached. That is what the schedule warm-up, stable, decay allows (WSD: Hu
+et al., 2024, arXiv:2404.06395; Hägele et al., 2024, arXiv:2405.18392). The errors follow e(n) = a +
+b n^-c, whose value at the last step is the prediction. Whether it can be trusted is measured: the
 rank correlation of prediction and truth over the study's own finished trials.
 """
 

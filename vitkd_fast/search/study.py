@@ -27,8 +27,9 @@ from . import flash, training
 from .device import Cost, Device, open_device
 from .space import Space
 
-NAME, COSTS = "vitkd", "costs.json"
+NAME, FILE, COSTS = "vitkd", "study.db", "costs.json"
 _HOPELESS = 60  # candidates over the bound, one after another
+_FAILURES = 3  # likewise, after which the search fails: what is wrong is wrong with all
 _AUDITED = 4  # of so many candidates one is trained in full, whatever is predicted
 STARTUP = 8  # trials before a sampler learns from them
 
@@ -81,7 +82,7 @@ class Search:
         tell: Callable[[str], None] = print,
     ) -> None:
         self.recipe, self.space, self.settings, self.tell = recipe, space, settings, tell
-        self.folder = folder
+        self.folder = folder = folder.resolve()  # recipes name files in it
         checkpoint.check_folder(folder, 1 << 20)
         self.lock = checkpoint.lock(folder)
         self.device: Device = open_device(settings.device)
@@ -109,16 +110,24 @@ class Search:
             trials: of all calls together.
             cpu_seconds: of training, of all calls together, after which no other begins.
         """
-        rejected = 0
-        while len(self.trained()) < trials and rejected < _HOPELESS:
+        over = failed = 0  # one after another
+        while len(self.trained()) < trials and over < _HOPELESS:
             if cpu_seconds is not None and self.seconds() >= cpu_seconds:
                 break
             # of the trial's number, so that a search that goes on draws what it would have
             self.study.sampler = _sampler(self.settings, len(self.study.trials))
             trial = self.study.ask()
-            rejected = rejected + 1 if not self._try(trial) else 0
-        if rejected:
-            self.tell(f"{rejected} candidates one after another were over the bounds: no more")
+            try:
+                within = self._try(trial)
+            except (ValueError, NonFiniteError) as error:
+                self._fail(trial, error)
+                failed += 1
+                if failed == _FAILURES:
+                    raise
+                continue
+            failed, over = 0, 0 if within else over + 1
+        if over == _HOPELESS:
+            self.tell(f"{over} candidates one after another were over the bounds: no more")
 
     def trained(self) -> list[FrozenTrial]:
         """The trials whose candidates were within the bounds, and are done."""
@@ -137,35 +146,28 @@ class Search:
     def correlation(self, key: str = "predicted", intervals: bool = True) -> dict[str, Any]:
         """Of what was predicted early and what was reached, over the finished trials."""
         found = [x.user_attrs for x in self.finished() if key in x.user_attrs]
-        return flash.correlation(
-            [x[key] for x in found], [x["accuracy"] for x in found], intervals
-        )
+        return flash.correlation([x[key] for x in found], [x["accuracy"] for x in found], intervals)
 
     def _try(self, trial: Trial) -> bool:
         """Whether the candidate was within the bounds."""
-        state, values = TrialState.FAIL, None
-        within = True
-        try:
-            config = _with_schedule(self.space.draw(trial, self.recipe), self.settings)
-            cost = self.cost(config)
-            for key, value in {**cost._asdict(), "config": config.model_dump()}.items():
-                trial.set_user_attr(key, value)
-            within = all(x <= 0 for x in _excess(cost, self.settings))
-            trial.set_user_attr("within", within)
-            state = TrialState.PRUNED
-            if within:
-                state, values = self._train(trial, config, cost)
-        except (ConfigError, NonFiniteError, ValueError) as error:
-            state, values = TrialState.FAIL, None
-            trial.set_user_attr("error", " ".join(str(error).split())[:500])
-            self.tell(f"trial {trial.number}: failed: {error}")
-            if not isinstance(error, NonFiniteError) and trial.number == 0:
-                self.study.tell(trial, state=state)
-                raise  # what is wrong with the first is likely wrong with all
+        config = _with_schedule(self.space.draw(trial, self.recipe), self.settings)
+        trial.set_user_attr("config", config.model_dump())
+        cost = self.cost(config)
+        for key, value in cost._asdict().items():
+            trial.set_user_attr(key, value)
+        within = all(x <= 0 for x in _excess(cost, self.settings))
+        trial.set_user_attr("within", within)
+        state, values = self._train(trial, config, cost) if within else (TrialState.PRUNED, None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             self.study.tell(trial, values, state)
         return within
+
+    def _fail(self, trial: Trial, error: Exception) -> None:
+        why = " ".join(str(error).split())[:500]
+        trial.set_user_attr("error", why)
+        self.study.tell(trial, state=TrialState.FAIL)
+        self.tell(f"trial {trial.number}: failed: {why}")
 
     def cost(self, config: Config) -> Cost:
         """Of a candidate's architecture, which is measured once, and kept in costs.json."""
@@ -204,9 +206,7 @@ class Search:
         finally:
             trial.set_user_attr("cpu_seconds", run.seconds)
             trial.set_user_attr("steps", run.total)
-            # what is kept of a trial are the weights that were trained in full
-            for part in run.folder.glob("*/checkpoint.safetensors"):
-                part.unlink()
+            run.tidy()
         trial.set_user_attr("accuracy", accuracy)
         self.tell(f"{begun}: {accuracy:.1%} after {run.seconds:.0f} s of CPU time")
         both = settings.pareto
@@ -314,7 +314,7 @@ def _open(folder: Path, settings: Settings) -> Study:
     both = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
     return optuna.create_study(
         study_name=NAME,
-        storage=f"sqlite:///{(folder / 'study.db').absolute()}",
+        storage=f"sqlite:///{(folder / FILE).absolute()}",
         directions=both if settings.pareto else both[:1],
         pruner=optuna.pruners.MedianPruner(n_startup_trials=flash.LEAST, n_warmup_steps=0),
         load_if_exists=True,
@@ -325,5 +325,3 @@ def _asked(recipe: Config, space: Space, settings: Settings) -> dict[str, Any]:
     """What a study is of, as JSON gives it back."""
     tree = {"recipe": recipe.model_dump(), "space": space.model_dump(), **asdict(settings)}
     return dict(json.loads(json.dumps(tree)))
-
-

@@ -1,11 +1,10 @@
-"""What a candidate's training is made of: its trunk and cooldowns, and the teacher that all share."""
+"""A candidate's training: its trunk and cooldowns, and the teacher that all candidates share."""
 
 from __future__ import annotations
 
 import functools
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,8 @@ class Lesson:
         tree["teacher"]["cache"] = str(self._cache(taught))
         return configuration.validate(tree)
 
-    def _wanted(self, config: Config) -> Iterable[dict[str, Any]]:
+    def _wanted(self, config: Config) -> list[dict[str, Any]]:
+        """What the losses tap of the teacher."""
         return [dict(term.taps()[1]) for _, term in config.losses.terms() if term.distils]
 
     def _lacking(self, config: Config) -> str:
@@ -164,9 +164,13 @@ class Training:
         """The full training."""
         return Branch(self.total - max(round(COOLDOWN * self.total), 1), self.total)
 
-    def weights(self) -> Path:
-        """Of the student that was trained in full."""
-        return self.folder / f"step-{self.total}" / "last.safetensors"
+    def tidy(self) -> None:
+        """Removes what is not of the student that was trained in full."""
+        for part in self.folder.iterdir():
+            if part.name != f"step-{self.total}":
+                shutil.rmtree(part)
+        for file in self.folder.glob("*/checkpoint.safetensors"):
+            file.unlink()
 
     def _trainer(self, name: str, run: dict[str, Any], optimizer: dict[str, Any]) -> Trainer:
         # without validation, which refuses an eval_every of 0: never
