@@ -59,7 +59,7 @@ SPACE = {
         "kd+ce": {"kd": {"temperature": {"low": 1.0, "high": 8.0, "log": True},
                          "ce_weight": {"low": 0.1, "high": 1.0, "log": True}}},
         "dist": {"dist": {"temperature": {"low": 1.0, "high": 8.0, "log": True},
-                          "ce_weight": {"low": 0.3, "high": 3.0, "log": True}}},
+                          "weight": {"low": 0.5, "high": 2.0, "log": True}}, "ce": {}},
     },
     "optimizer": {"lr": {"low": 5e-4, "high": 2e-2, "log": True},
                   "weight_decay": {"low": 0.005, "high": 0.2, "log": True}},
