@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
+import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from optuna.trial import FixedTrial
 
-from study_cifar10 import key, shell
+from study_cifar10 import error, key, machine, shell
 from vitkd_fast import models
 from vitkd_fast.distill import config, data, evaluate, sources
 from vitkd_fast.search import flash, space, study
@@ -164,48 +164,67 @@ def share(work: Path) -> None:
 
 
 def summary(work: Path) -> dict[str, Any]:
-    """What is committed."""
-    runs = {
-        (method, seed): json.loads(file.read_text())
-        for seed in SEEDS
-        for method in METHODS
-        if (file := work / f"{method}-{seed}.json").exists()
-    }
-    rows = []
-    for (method, seed), run in runs.items():
-        trained = [x for x in run["trials"] if x.get("within") and "cpu_seconds" in x]
-        full = [x for x in trained if x["state"] == "COMPLETE"]
-        rows.append({
-            "method": method, "seed": seed, "test": run["test"],
-            "val": max(x["accuracy"] for x in full), "latency_ms": run["latency_ms"],
-            "tried": len(run["trials"]), "within": len(trained), "full": len(full),
-            "cpu_s": sum(x["cpu_seconds"] for x in trained),
-        })  # fmt: skip
-    pairs = [
-        [x["predicted"], x["early_score"], x["accuracy"]]
-        for (method, _), run in runs.items()
-        for x in run["trials"]
-        if method == "search" and "accuracy" in x
-    ]
-    predicted, early, reached = zip(*pairs, strict=True)
-    early_cost = [
-        x["early_seconds"] / x["cpu_seconds"]
-        for run in runs.values()
-        for x in run["trials"]
-        if "accuracy" in x and "early_seconds" in x
-    ]
+    """What is committed: of each method its best students, and what predictions were worth."""
+    files = {(m, s): work / f"{m}-{s}.json" for m in METHODS for s in SEEDS}
+    runs = {key: json.loads(file.read_text()) for key, file in files.items() if file.exists()}
+    rows: dict[str, Any] = {}
+    for method in METHODS:
+        of_seeds = [_figures(run) for (m, _), run in runs.items() if m == method]
+        columns = {key: [row[key] for row in of_seeds] for key in of_seeds[0]}
+        means = {key: statistics.fmean(values) for key, values in columns.items()}
+        tests = columns["test top-1 %"]
+        own = {"test top-1 %": means.pop("test top-1 %"), "s.e.": error(tests)}
+        rows[method] = {"seeds": len(tests), **own, **means}
+    trials = [x for (m, _), run in runs.items() if m == "search" for x in run["trials"]]
+    pairs = [[x["predicted"], x["early_score"], x["accuracy"]] for x in trials if "accuracy" in x]
+    reached = [x[2] for x in pairs]
+    ranks = {}
+    for name, column in (("power law", 0), ("last early score", 1)):
+        found = flash.correlation([x[column] for x in pairs], reached)
+        ranks[name] = {"trials": found["trials"]}
+        for rank in ("spearman", "kendall"):
+            low, high = found[f"{rank}_interval"]
+            ranks[name] |= {rank: found[rank], f"{rank}, low": low, f"{rank}, high": high}
+    info = {"device": "cpu, 1 thread(s)", "torch": torch.__version__}
     return {
-        "bound_ms": BOUND_MS,
-        "flash": FLASH,
-        "early_share_of_cost": sum(early_cost) / len(early_cost),
-        "rows": rows,
-        "rank": {
-            "predicted": flash.correlation(predicted, reached),
-            "early_score": flash.correlation(early, reached),
-        },
-        "pairs": pairs,
-        "torch": torch.__version__,
+        "machine_info": machine(),
+        "benchmarks": [
+            {"name": "study_search[best]", "extra_info": {"study": rows, **info}},
+            {"name": "study_search[rank]", "extra_info": {"study": ranks, **info}},
+        ],
+        "settings": {"bound_ms": BOUND_MS, "flash": FLASH, "epochs": EPOCHS},
+        "predicted, early, reached": pairs,
+        "runs": [
+            {key: run[key] for key in ("method", "seed", "budget_cpu_s", "test", "latency_ms")}
+            | {"best over time": _over_time(run)}
+            for run in runs.values()
+        ],
     }
+
+
+def _figures(run: dict[str, Any]) -> dict[str, float]:
+    within = [x for x in run["trials"] if x.get("within") and "cpu_seconds" in x]
+    full = [x for x in within if "accuracy" in x]
+    return {
+        "test top-1 %": 100 * run["test"],
+        "validation top-1 %": 100 * max(x["accuracy"] for x in full),
+        "ms": run["latency_ms"],
+        "candidates": len(run["trials"]),
+        "within the bound": len(within),
+        "trained in full": len(full),
+        "CPU s": sum(x["cpu_seconds"] for x in within),
+    }
+
+
+def _over_time(run: dict[str, Any]) -> list[list[float]]:
+    """CPU seconds, and the best accuracy by then, at each trial that was trained in full."""
+    spent, best, found = 0.0, 0.0, []
+    for x in run["trials"]:
+        spent += x.get("cpu_seconds", 0.0)
+        if "accuracy" in x:
+            best = max(best, x["accuracy"])
+            found.append([spent, best])
+    return found
 
 
 def main() -> None:
@@ -234,7 +253,7 @@ def main() -> None:
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(shell, both, logs))
     RESULTS.write_text(json.dumps(summary(work), indent=1) + "\n")
-    print(json.dumps(summary(work)["rows"], indent=1), os.linesep, RESULTS)
+    print(RESULTS)
 
 
 if __name__ == "__main__":

@@ -100,11 +100,13 @@ def search(
     settings = study.Settings(
         device, latency_ms, memory_mb, sampler.value, pareto, flash, trust, seed
     )
-    found = study.Search(
-        recipe, drawn, output, settings, lambda line: typer.echo(f"search: {line}", err=True)
-    )
-    found.run(trials, None if cpu_hours is None else 3600 * cpu_hours)
-    page = report.write(found)
+
+    def tell(line: str) -> None:
+        typer.echo(f"search: {line}", err=True)
+
+    with study.Search(recipe, drawn, output, settings, tell) as found:
+        found.run(trials, None if cpu_hours is None else 3600 * cpu_hours)
+        page = report.write(found)
     results = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     if as_json:
         print(json.dumps(results, ensure_ascii=False, indent=2))

@@ -12,7 +12,7 @@ non-negative least squares of the relative error (scipy's nnls), fitted to the f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -148,9 +148,8 @@ def _read(file: str) -> list[dict[str, Any]]:
         tree = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--device: {file} cannot be read: {error}") from error
-    profiles: Iterable[Any] = tree if isinstance(tree, list) else [tree]
     layers: list[dict[str, Any]] = []
-    for profile in profiles:
+    for profile in tree if isinstance(tree, list) and tree else [tree]:
         found = profile.get("layers") if isinstance(profile, dict) else None
         if not found or not all(isinstance(x, dict) and x.keys() >= _KEYS for x in found):
             raise ConfigError(

@@ -70,7 +70,8 @@ class Search:
         tell: is told what happens, a line each.
 
     Raises:
-        ConfigError: the folder holds a study of another recipe, space or settings.
+        ConfigError: the folder holds a study of another recipe, space or settings, or the recipe
+            has no labels, a trained student, or a cache of one resolution.
     """
 
     def __init__(
@@ -82,18 +83,27 @@ class Search:
         tell: Callable[[str], None] = print,
     ) -> None:
         self.recipe, self.space, self.settings, self.tell = recipe, space, settings, tell
+        _check(recipe, space)
         self.folder = folder = folder.resolve()  # recipes name files in it
         checkpoint.check_folder(folder, 1 << 20)
-        self.lock = checkpoint.lock(folder)
         self.device: Device = open_device(settings.device)
         self.lesson = training.Lesson(_with_schedule(recipe, settings), folder)
-        self.study = _open(folder, settings)
         begun = _asked(recipe, space, settings)
-        if (stored := self.study.user_attrs.get("asked")) is None:
-            self.study.set_user_attr("asked", begun)
-        elif differ := [key for key, value in begun.items() if stored.get(key) != value]:
-            raise ConfigError(f"-o: {folder} holds a study of another {', '.join(differ)}")
+        if (folder / FILE).exists():
+            stored = _open(folder, settings).user_attrs.get("asked", begun)
+            if differ := [key for key, value in begun.items() if stored.get(key) != value]:
+                raise ConfigError(f"-o: {folder} holds a study of another {', '.join(differ)}")
+        self.lock = checkpoint.lock(folder)
+        self.study = _open(folder, settings)
+        self.study.set_user_attr("asked", begun)
         self._take_up()
+
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets others into the folder."""
+        self.lock.close()
 
     def _take_up(self) -> None:
         """Ends the trials that a killed process left, and has them drawn again."""
@@ -258,6 +268,19 @@ def front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         if not found or trial.user_attrs["accuracy"] > found[-1].user_attrs["accuracy"]:
             found.append(trial)
     return found
+
+
+def _check(recipe: Config, space: Space) -> None:
+    if recipe.data.unlabelled:
+        raise ConfigError("data.unlabelled: expected false, as a search compares accuracies")
+    if recipe.given:
+        raise ConfigError("int8.aware.start: expected more than 0, as a search trains students")
+    sizes = {*space.image_size} - {recipe.data.image_size}
+    if recipe.teacher.cache and sizes:
+        raise ConfigError(
+            f"teacher.cache: is of {recipe.data.image_size} pixels, and the space draws others; "
+            "leave it out, and the search makes one of each"
+        )
 
 
 def _with_schedule(config: Config, settings: Settings) -> Config:
