@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from optuna.trial import TrialState, create_trial
 from safetensors.torch import load_file
 
 from support.browser import measured
+from support.process_tools import of_tests
 from support.search_tools import SPACE, recipe
 from vitkd_fast.distill import config, experiment
 from vitkd_fast.distill.config import ConfigError
-from vitkd_fast.search import report, space, study, training
+from vitkd_fast.search import report, space, study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,48 +99,44 @@ def test_a_recipe_trains_the_same_student(
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("part", [0, 3])
+_DIES = """
+import os, signal
+from pathlib import Path
+import torch
+from search.test_search import searched
+from vitkd_fast.search import training
+torch.set_num_threads(1)
+real, calls = training.Training.score, []
+def score(self, branch):
+    calls.append(real(self, branch))
+    if len(calls) == 3:  # full training is next
+        os.kill(os.getpid(), signal.SIGKILL)
+    return calls[-1]
+training.Training.score = score
+searched(Path("copy"), Path({target!r})).run(2)
+"""
+
+
 def test_killed_and_taken_up(
-    part: int,
-    done: study.Search,
-    copied: Callable[..., study.Search],
-    target: Path,
-    tmp_path: Path,
+    done: study.Search, copied: Callable[..., study.Search], target: Path, tmp_path: Path
 ) -> None:
     """Nothing is lost but the trial that was being trained, which is drawn again."""
-    child = os.fork()
-    if not child:
-        try:
-            _die(part)
-            copied().run(2)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    copied().lock.close()
+    code = _DIES.format(target=str(target))
+    died = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=of_tests(), capture_output=True, text=True
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
     found = searched(folder := tmp_path / "copy", target)
-    killed = [x for x in found.study.trials if x.state is TrialState.FAIL]
+    [killed] = [x for x in found.study.trials if x.state is TrialState.FAIL]
     [waiting] = [x for x in found.study.trials if x.state is TrialState.WAITING]
-    assert len(killed) == 1 and not (folder / "trials" / f"{killed[0].number:04}").exists()
+    assert not (folder / "trials" / f"{killed.number:04}").exists()
     found.run(1)
-    again = found.study.trials[waiting.number]
-    assert again.state is TrialState.COMPLETE and again.params == killed[0].params
+    again, first = found.study.trials[waiting.number], done.trained()[0]
+    assert again.state is TrialState.COMPLETE
     # the first of a search that was not killed: trained to the same accuracy
-    first = done.trained()[0]
-    assert again.params == first.params
+    assert again.params == killed.params == first.params
     assert again.user_attrs["accuracy"] == first.user_attrs["accuracy"]
-
-
-def _die(part: int) -> None:
-    """Lets this process kill itself in the first trial: at a cooldown, or in full training."""
-    real, calls = training.Training.score, [0]
-
-    def score(self: training.Training, branch: Any) -> float:
-        if calls[0] == part:
-            os.kill(os.getpid(), signal.SIGKILL)
-        calls[0] += 1
-        return real(self, branch)
-
-    training.Training.score = score  # type: ignore[method-assign]
 
 
 def _finished(found: study.Search, order: int, accuracy: float) -> None:
@@ -151,6 +149,7 @@ def _finished(found: study.Search, order: int, accuracy: float) -> None:
         found.study.add_trial(
             create_trial(
                 values=[reached, 1e-3] if pareto else [reached],
+                system_attrs={"constraints": [0.0]},
                 user_attrs=attributes | {"early_seconds": 0.0, "config": {}},
                 intermediate_values={} if pareto else {11: accuracy + 0.001 * i},
             )
@@ -161,8 +160,8 @@ def _finished(found: study.Search, order: int, accuracy: float) -> None:
     ("order", "pareto", "sampler", "state"),
     [
         (1, False, "tpe", TrialState.PRUNED),
-        (-1, False, "nsga2", TrialState.COMPLETE),
-        (1, True, "tpe", TrialState.PRUNED),
+        pytest.param(-1, False, "nsga2", TrialState.COMPLETE, marks=pytest.mark.slow),
+        pytest.param(1, True, "tpe", TrialState.PRUNED, marks=pytest.mark.slow),
     ],
 )
 def test_only_predictions_that_proved_right_stop_a_trial(
@@ -206,11 +205,12 @@ def test_recipes_that_cannot_be_searched(
 
 
 def test_no_candidate_within_the_bound(
-    target: Path, copied: Callable[..., study.Search], tmp_path: Path
+    copied: Callable[..., study.Search], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(study, "_HOPELESS", 5)
     found = copied(latency_ms=1e-6, sampler="random")
     found.run(2)
-    assert not found.trained() and len(found.study.trials) == 60
+    assert not found.trained() and len(found.study.trials) == 5
     text = report.write(found).read_text()
     assert "No student within 1e-06 ms was trained" in text
     assert measured(text, 360, tmp_path) == [360, [], [], []]
