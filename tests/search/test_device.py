@@ -18,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def made() -> int8.QuantizedModel:
-    return training.quantize(recipe("student.model=mobilenetv3_small_100"))
+def made(images: Path) -> int8.QuantizedModel:
+    return training.quantize(recipe(images, "student.model=mobilenetv3_small_100"))
 
 
 def test_the_engine_of_this_machine(made: int8.QuantizedModel) -> None:

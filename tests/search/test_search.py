@@ -35,23 +35,25 @@ def settings(target: Path, **more: Any) -> study.Settings:
     return study.Settings(**given)
 
 
-def searched(folder: Path, target: Path, **more: Any) -> study.Search:
+def searched(folder: Path, images: Path, target: Path, **more: Any) -> study.Search:
     every = space.Space.model_validate(SPACE)
-    return study.Search(recipe(), every, folder, settings(target, **more), lambda _: None)
+    return study.Search(recipe(images), every, folder, settings(target, **more), lambda _: None)
 
 
 @pytest.fixture(scope="module")
-def done(target: Path, tmp_path_factory: pytest.TempPathFactory) -> study.Search:
+def done(images: Path, target: Path, tmp_path_factory: pytest.TempPathFactory) -> study.Search:
     """Two trained trials; the lock is given back, so that copies and the folder can be taken up."""
     folder = tmp_path_factory.mktemp("done") / "search"
     torch.set_num_threads(1)
-    with searched(folder, target) as found:
+    with searched(folder, images, target) as found:
         found.run(2)
     return found
 
 
 @pytest.fixture
-def copied(done: study.Search, target: Path, tmp_path: Path) -> Callable[..., study.Search]:
+def copied(
+    done: study.Search, images: Path, target: Path, tmp_path: Path
+) -> Callable[..., study.Search]:
     """A new study that has the teacher and the caches of `done`."""
 
     def copy(name: str = "copy", **more: Any) -> study.Search:
@@ -60,7 +62,7 @@ def copied(done: study.Search, target: Path, tmp_path: Path) -> Callable[..., st
         for part in done.folder.iterdir():
             if part.name == "teachers" or part.name.startswith(("cache", "costs")):
                 (shutil.copytree if part.is_dir() else shutil.copyfile)(part, folder / part.name)
-        return searched(folder, target, **more)
+        return searched(folder, images, target, **more)
 
     return copy
 
@@ -113,21 +115,25 @@ def score(self, branch):
         os.kill(os.getpid(), signal.SIGKILL)
     return calls[-1]
 training.Training.score = score
-searched(Path("copy"), Path({target!r})).run(2)
+searched(Path("copy"), Path({images!r}), Path({target!r})).run(2)
 """
 
 
 def test_killed_and_taken_up(
-    done: study.Search, copied: Callable[..., study.Search], target: Path, tmp_path: Path
+    done: study.Search,
+    copied: Callable[..., study.Search],
+    images: Path,
+    target: Path,
+    tmp_path: Path,
 ) -> None:
     """Nothing is lost but the trial that was being trained, which is drawn again."""
     copied().lock.close()
-    code = _DIES.format(target=str(target))
+    code = _DIES.format(images=str(images), target=str(target))
     died = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=of_tests(), capture_output=True, text=True
     )
     assert died.returncode == -signal.SIGKILL, died.stderr
-    found = searched(folder := tmp_path / "copy", target)
+    found = searched(folder := tmp_path / "copy", images, target)
     [killed] = [x for x in found.study.trials if x.state is TrialState.FAIL]
     [waiting] = [x for x in found.study.trials if x.state is TrialState.WAITING]
     assert not (folder / "trials" / f"{killed.number:04}").exists()
@@ -151,7 +157,7 @@ def _finished(found: study.Search, order: int, accuracy: float) -> None:
                 values=[reached, 1e-3] if pareto else [reached],
                 system_attrs={"constraints": [0.0]},
                 user_attrs=attributes | {"early_seconds": 0.0, "config": {}},
-                intermediate_values={} if pareto else {11: accuracy + 0.001 * i},
+                intermediate_values={} if pareto else {9: accuracy + 0.001 * i},
             )
         )
 
@@ -178,12 +184,12 @@ def test_only_predictions_that_proved_right_stop_a_trial(
     assert len(list(full)) == (state is TrialState.COMPLETE)
 
 
-def test_another_study_is_refused(done: study.Search, target: Path) -> None:
+def test_another_study_is_refused(done: study.Search, images: Path, target: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds a study of another latency_ms, flash"):
-        searched(done.folder, target, latency_ms=1.0, flash=0.1)
+        searched(done.folder, images, target, latency_ms=1.0, flash=0.1)
     other = space.Space.model_validate({"students": {"v2": SPACE["students"]["v2"]}})
     with pytest.raises(ConfigError, match=r"holds a study of another recipe, space"):
-        study.Search(recipe("run.epochs=3"), other, done.folder, settings(target))
+        study.Search(recipe(images, "run.epochs=3"), other, done.folder, settings(target))
 
 
 @pytest.mark.parametrize(
@@ -194,13 +200,13 @@ def test_another_study_is_refused(done: study.Search, target: Path) -> None:
     ],
 )
 def test_recipes_that_cannot_be_searched(
-    given: str, message: str, target: Path, tmp_path: Path
+    given: str, message: str, images: Path, target: Path, tmp_path: Path
 ) -> None:
     more = ["int8.enabled=true", "int8.aware={start: 0}"] if "checkpoint" in given else []
     more += ["teacher.epochs=0"]
     every = space.Space.model_validate(SPACE)
     with pytest.raises(ConfigError, match=message):
-        study.Search(recipe(given, *more), every, tmp_path / "s", settings(target))
+        study.Search(recipe(images, given, *more), every, tmp_path / "s", settings(target))
     assert not (tmp_path / "s").exists()
 
 
@@ -216,11 +222,11 @@ def test_no_candidate_within_the_bound(
     assert measured(text, 360, tmp_path) == [360, [], [], []]
 
 
-def test_what_is_wrong_with_all_ends_the_search(target: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_with_all_ends_the_search(images: Path, target: Path, tmp_path: Path) -> None:
     every = space.Space.model_validate(
         {"students": {"a": {"width": {1.0: "vit_tiny_patch16_224"}}}}
     )
-    found = study.Search(recipe(), every, tmp_path / "s", settings(target), lambda _: None)
+    found = study.Search(recipe(images), every, tmp_path / "s", settings(target), lambda _: None)
     with pytest.raises(ValueError):
         found.run(2)
     assert [x.state for x in found.study.trials] == [TrialState.FAIL] * 3
@@ -247,10 +253,12 @@ def test_the_page_at_a_width(width: int, written: dict[str, Any], tmp_path: Path
     assert "<script" not in text and text.count("<svg") == 2
 
 
-def test_the_command(done: study.Search, target: Path, vitkd: Any, tmp_path: Path) -> None:
+def test_the_command(
+    done: study.Search, images: Path, target: Path, vitkd: Any, tmp_path: Path
+) -> None:
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump(SPACE))
-    (given := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe().model_dump()))
+    (given := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(images).model_dump()))
     command = ["search", given, "--space", file, "--latency-ms", BOUND_MS, "--device", target]
     command += ["--flash", 0.25, "--trials", 2, "-o", done.folder]
     assert "--resume goes on with it" in vitkd(*command).err

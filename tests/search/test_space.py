@@ -15,7 +15,7 @@ from vitkd_fast.search import space
 
 @pytest.mark.parametrize("name", space.spaces())
 def test_what_ships_can_be_drawn_and_built(name: str) -> None:
-    every, drawn = space.load(name), recipe()
+    every, drawn = space.load(name), recipe(Path("images"))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
     for _ in range(20):
         found = every.draw(study.ask(), drawn)
@@ -59,4 +59,4 @@ def test_what_does_not_fit_the_recipe_is_said() -> None:
         {"students": {"a": {"width": {1.0: "x"}}}, "losses": {"b": {"kd": {"temprature": 4.0}}}}
     )
     with pytest.raises(ConfigError, match=r"the nearest is losses\.kd\.temperature"):
-        every.draw(optuna.create_study().ask(), recipe())
+        every.draw(optuna.create_study().ask(), recipe(Path("images")))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from vitkd_fast.distill import config
+from PIL import Image
+
+from vitkd_fast.distill import config, datasets
 
 SPACE: dict[str, Any] = {
     "students": {
@@ -20,11 +23,23 @@ SPACE: dict[str, Any] = {
 }
 
 
-def recipe(*more: str) -> config.Config:
-    """Scikit-learn's digits, and a small teacher that is trained first."""
+def write_images(folder: Path) -> Path:
+    """400 of scikit-learn's digits as PNG files, in train/<class>/ and val/<class>/."""
+    digits = datasets.Digits()
+    for i in range(400):
+        image, label = digits.read(i)
+        place = folder / ("val" if i % 4 == 0 else "train") / digits.classes[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{i}.png")
+    return folder
+
+
+def recipe(images: Path, *more: str) -> config.Config:
+    """Of the images of `write_images`, with a small teacher that is trained first."""
     given = [
-        "data={dataset: digits, holdout: 0.6, image_size: 24, crop_pct: 1.0, workers: 0}",
-        "data.batch_size=32",
+        f"data={{train: {images}/train, val: {images}/val, image_size: 24, crop_pct: 1.0}}",
+        "data.batch_size=16",
+        "data.workers=0",
         "teacher={model: vit_tiny_patch16_224, epochs: 3, optimizer: {lr: 4e-3}}",
         "teacher.options={patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}",
         "student.model=mobilenetv2_035",

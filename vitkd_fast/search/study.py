@@ -30,7 +30,7 @@ from .space import Space
 NAME, FILE, COSTS = "vitkd", "study.db", "costs.json"
 _HOPELESS = 60  # candidates over the bound, one after another
 _FAILURES = 3  # likewise, after which the search fails: what is wrong is wrong with all
-_AUDITED = 4  # of so many candidates one is trained in full, whatever is predicted
+_AUDITED = 4  # of so many within the bounds one is trained in full, whatever is predicted
 STARTUP = 8  # trials before a sampler learns from them
 
 
@@ -241,7 +241,7 @@ class Search:
         trusted = flash.trusted(self.correlation(intervals=False), self.settings.trust)
         trial.set_user_attr("trusted", trusted)
         # some go on all the same: only they show that predictions have become wrong
-        if not trusted or trial.number % _AUDITED == 0:
+        if not trusted or len(self.trained()) % _AUDITED == 0:
             return False
         if not self.settings.pareto:
             return trial.should_prune()
