@@ -173,7 +173,8 @@ def summary(work: Path) -> dict[str, Any]:
         columns = {key: [row[key] for row in of_seeds] for key in of_seeds[0]}
         means = {key: statistics.fmean(values) for key, values in columns.items()}
         tests = columns["test top-1 %"]
-        own = {"test top-1 %": means.pop("test top-1 %"), "s.e.": error(tests) if len(tests) > 1 else None}
+        own = {"test top-1 %": means.pop("test top-1 %")}
+        own["s.e."] = error(tests) if len(tests) > 1 else None
         rows[method] = {"seeds": len(tests), **own, **means}
     trials = [x for (m, _), run in runs.items() if m == "search" for x in run["trials"]]
     pairs = [[x["predicted"], x["early_score"], x["accuracy"]] for x in trials if "accuracy" in x]

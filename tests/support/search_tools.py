@@ -40,7 +40,7 @@ def recipe(images: Path, *more: str) -> config.Config:
         f"data={{train: {images}/train, val: {images}/val, image_size: 24, crop_pct: 1.0}}",
         "data.batch_size=16",
         "data.workers=0",
-        "teacher={model: vit_tiny_patch16_224, epochs: 3, optimizer: {lr: 4e-3}}",
+        "teacher={model: vit_tiny_patch16_224, epochs: 8, optimizer: {lr: 4e-3}}",
         "teacher.options={patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}",
         "student.model=mobilenetv2_035",
         "losses.kd.temperature=4",
