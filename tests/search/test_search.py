@@ -111,7 +111,7 @@ torch.set_num_threads(1)
 real, calls = training.Training.score, []
 def score(self, branch):
     calls.append(real(self, branch))
-    if len(calls) == 3:  # full training is next
+    if len(calls) == 2:  # full training is next
         os.kill(os.getpid(), signal.SIGKILL)
     return calls[-1]
 training.Training.score = score
