@@ -25,6 +25,7 @@ _LOOP = [
     "audit",
     "distill",
     "int8/test_cli.py",
+    "search",
     "test_examples.py",
     "test_images.py",
     "test_wheel.py",

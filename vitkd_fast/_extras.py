@@ -12,6 +12,7 @@ _BRINGS = {
     "audit": ("torch", "timm", "torchmetrics", "matplotlib", "jinja2", "statsmodels", "captum"),
     "select": ("torch", "timm", "torchmetrics", "matplotlib", "jinja2", "statsmodels"),
     "prune": ("torch_pruning",),
+    "search": ("torch", "timm", "torchmetrics", "matplotlib", "jinja2", "optuna"),
     "export-onnx": ("onnx",),
     "export-litert": ("ai_edge_litert", "flatbuffers"),
     "export-executorch": ("torch", "executorch"),

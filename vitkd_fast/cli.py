@@ -21,6 +21,7 @@ from .distill.pack_command import SkipBad, pack
 from .export.command import export
 from .export.compare_command import compare
 from .predict_command import MODEL, MODEL_OR_INT8, Threads, predict
+from .search.command import search
 from .select.command import select
 
 app = typer.Typer(
@@ -192,6 +193,7 @@ app.command()(predict)
 app.command()(audit)
 
 
+app.command()(search)
 app.command()(select)
 
 
@@ -300,6 +302,9 @@ def profile(
     image_size: ImageSize = None,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Threads of the engine.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, which `vitkd search --device` takes.")
+    ] = False,
 ) -> None:
     """Print the time of each layer of an int8 file on one thread, and of a call.
 
@@ -313,13 +318,19 @@ def profile(
     session = int8.load(file, threads=threads, image_size=image_size)
     size = session.image_size
     pixels = np.random.default_rng(0).integers(256, size=(batch, size, size, 3), dtype=np.uint8)
-    print(session.profile(pixels))
-    found = measure(lambda: session(pixels))
-    p99 = "n/a" if found.p99 is None else f"{1e3 * found.p99:.3g} ms"
+    layers = session.profile(pixels)
+    if as_json:
+        print(
+            json.dumps({"version": 1, "session": str(session), "layers": layers.json()}, indent=1)
+        )
+        return
+    print(layers)
+    timing = measure(lambda: session(pixels))
+    p99 = "n/a" if timing.p99 is None else f"{1e3 * timing.p99:.3g} ms"
     print(
-        f"{session}, batch {batch}, {found.calls:,} calls: p50 {1e3 * found.p50:.3g} ms, "
-        f"p90 {1e3 * found.p90:.3g} ms, p99 {p99}, CPU {1e3 * found.cpu:.3g} ms, "
-        f"{batch / found.p50:,.0f} images/s"
+        f"{session}, batch {batch}, {timing.calls:,} calls: p50 {1e3 * timing.p50:.3g} ms, "
+        f"p90 {1e3 * timing.p90:.3g} ms, p99 {p99}, CPU {1e3 * timing.cpu:.3g} ms, "
+        f"{batch / timing.p50:,.0f} images/s"
     )
 
 

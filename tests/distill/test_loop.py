@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -22,8 +23,8 @@ from torch import nn
 from support.loop_tools import PLAIN, TINY, frozen, teacher, trainer
 from support.process_tools import of_tests
 from vitkd_fast import models
-from vitkd_fast.distill import checkpoint, logger
-from vitkd_fast.distill.config import load
+from vitkd_fast.distill import checkpoint, logger, optim
+from vitkd_fast.distill.config import ConfigError, Optimizer, load
 from vitkd_fast.distill.logger import Meter
 from vitkd_fast.distill.loop import NonFiniteError, Stopped, Trainer
 from vitkd_fast.distill.runtime import Runtime
@@ -333,6 +334,22 @@ def test_the_schedule_warms_up_and_ends_low(tmp_path: Path) -> None:
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert rates[-1] < 0.3 * max(rates)
+
+
+def test_wsd_is_flat_between_warm_up_and_cooldown() -> None:
+    options = Optimizer(lr=0.1, schedule="wsd", cooldown=0.2, warmup_epochs=0.5, warmup_lr=0.05)
+    sgd = torch.optim.SGD([torch.zeros(1)], lr=options.lr)
+    schedule = optim.create_scheduler(sgd, options, steps=20, steps_per_epoch=4)
+    rates = []
+    for step in range(20):
+        schedule.step_update(step)
+        rates.append(sgd.param_groups[0]["lr"])
+    assert rates[:2] == pytest.approx([0.05, 0.075]) and rates[2:16] == [0.1] * 14
+    fall = [0.1 * (1 - math.sqrt(x)) for x in (0, 0.25, 0.5, 0.75)]
+    assert rates[16:] == pytest.approx(fall)
+    with pytest.raises(ConfigError, match="within 20 steps, got 18 and 4"):
+        late = options.model_copy(update={"warmup_epochs": 4.5})
+        optim.create_scheduler(sgd, late, steps=20, steps_per_epoch=4)
 
 
 @pytest.mark.parametrize("attention", ["null", pytest.param("{stride: 8}", marks=pytest.mark.slow)])

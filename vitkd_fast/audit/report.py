@@ -299,7 +299,7 @@ def _conditions(rows: list[dict[str, Any]]) -> str:
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Rows of a table as text, in columns."""
+    """A table for a terminal: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     form = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
     return "\n".join(form.format(*row).rstrip() for row in rows)

@@ -94,10 +94,12 @@ class Optimizer(Section):
     lr: float = Field(1e-3, gt=0)  # the highest
     weight_decay: float = Field(0.05, ge=0)
     options: dict[str, Any] = Field({})  # further arguments, such as momentum
-    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
-    warmup_epochs: int = Field(0, ge=0)  # from warmup_lr to lr, linearly
+    # after the warm-up; wsd is constant, and at the end falls by 1 - sqrt(share of the cooldown)
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    cooldown: float = Field(0.2, gt=0, lt=1)  # the share of the run in which wsd falls
+    warmup_epochs: float = Field(0, ge=0)  # from warmup_lr to lr, linearly
     warmup_lr: float = Field(1e-6, ge=0)  # of the first update
-    min_lr: float = Field(0.0, ge=0)  # at the end of a cosine
+    min_lr: float = Field(0.0, ge=0)  # at the end of cosine and wsd
     clip_grad: float | None = Field(None, gt=0)  # the gradient's largest norm
     accumulate: int = Field(1, ge=1)  # batches per update
     ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: no moving average of the weights

@@ -50,6 +50,21 @@ def distill(config: Config, *, resume: bool = False, dry_run: bool = False) -> d
             dist.destroy_process_group()
 
 
+def trained_teachers(config: Config) -> list[Teacher]:
+    """The teachers of a run, trained in its folder where they have epochs; it goes on there.
+
+    Raises:
+        As `distill`.
+    """
+    threads = torch.get_num_threads()
+    try:
+        experiment = _Experiment(config, Runtime.of(config), resume=True)
+        experiment.train_teachers()
+        return experiment.trained_teachers()
+    finally:
+        torch.set_num_threads(threads)
+
+
 class _Experiment(scoring.Scoring):
     def _train(
         self,
@@ -122,7 +137,11 @@ class _Experiment(scoring.Scoring):
 
     def _sources(self) -> dict[str, Any]:
         """The sections of the teachers, without training: what this run trained is a file."""
-        found = [
+        return {"teacher": [x.model_dump() for x in self.trained_teachers()], "teachers": []}
+
+    def trained_teachers(self) -> list[Teacher]:
+        """The sections of the teachers, of which those that this run trained are files."""
+        return [
             Teacher(
                 model=str(self._file(name).absolute()),
                 weight=section.weight,
@@ -132,7 +151,6 @@ class _Experiment(scoring.Scoring):
             else section
             for name, section in self.config.all_teachers().items()
         ]
-        return {"teacher": [section.model_dump() for section in found], "teachers": []}
 
     def run(self) -> dict[str, Any]:
         config = self.config
@@ -145,12 +163,7 @@ class _Experiment(scoring.Scoring):
                 part.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
             with replacing(self.folder / "data.json") as part:
                 part.write_text(json.dumps(self.fingerprint))
-        self.describe()
-        self.score_teachers(trained=False)
-        for i, ((name, section), model) in enumerate(list(self.named_teachers())):
-            if section.epochs:
-                self.teachers[i] = self._train(name, config.for_teacher(section), model, [], 0)
-        self.score_teachers(trained=True)
+        self.train_teachers()
         students: dict[str, dict[int, nn.Module]] = {}
         trained: dict[int, int8.QuantizationAware] = {}  # for int8
         for seed in config.run.seeds:
@@ -211,6 +224,16 @@ class _Experiment(scoring.Scoring):
             for result, more in zip(evaluations[role], values, strict=True):
                 result.fidelity |= more
         return self._written(self._results(students, engines, evaluations, trained))
+
+    def train_teachers(self) -> None:
+        """Trains those with epochs, and prints what all are worth."""
+        self.describe()
+        self.score_teachers(trained=False)
+        for i, ((name, section), model) in enumerate(list(self.named_teachers())):
+            if section.epochs:
+                own = self.config.for_teacher(section)
+                self.teachers[i] = self._train(name, own, model, [], 0)
+        self.score_teachers(trained=True)
 
     def estimate(self) -> dict[str, Any]:
         """Prints data, models, the teacher's top-1, the time of a step, and disk space."""

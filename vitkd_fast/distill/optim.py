@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
@@ -59,16 +61,33 @@ def create_optimizer(
 def create_scheduler(
     optimizer: torch.optim.Optimizer, options: Optimizer, steps: int, steps_per_epoch: int
 ) -> Scheduler:
-    """timm's schedule of the learning rate over `steps` updates; `step_update(step)` sets it."""
+    """timm's schedule of the learning rate over `steps` updates; `step_update(step)` sets it.
+
+    Raises:
+        ConfigError: wsd of a timm that has none, or with a warm-up that leaves no room for it.
+    """
+    warmup = round(options.warmup_epochs * steps_per_epoch)
+    more: dict[str, Any] = {}
+    if options.schedule == "wsd":
+        if find_spec("timm.scheduler.wsd_lr") is None:
+            raise ConfigError("optimizer.schedule: wsd needs timm >= 1.0.31")
+        cooldown = max(round(options.cooldown * steps), 1)
+        if warmup + cooldown > steps:
+            raise ConfigError(
+                f"optimizer.cooldown: expected warm-up and cooldown within {steps} steps, got "
+                f"{warmup} and {cooldown}"
+            )
+        more = {"decay_epochs": cooldown}
     return create_scheduler_v2(
         optimizer,
         options.schedule,
         num_epochs=steps,
-        warmup_epochs=options.warmup_epochs * steps_per_epoch,
+        warmup_epochs=warmup,
         warmup_lr=options.warmup_lr,
         min_lr=options.min_lr,
         step_on_epochs=False,
         updates_per_epoch=1,
+        **more,
     )[0]
 
 

@@ -40,6 +40,20 @@ class Profile:
         """Per image, all layers."""
         return sum(layer.us for layer in self.layers)
 
+    def json(self) -> list[dict[str, Any]]:
+        """Of each layer name, kernel, shape [H, W, C], us, macs and bytes, per image."""
+        return [
+            {
+                "name": layer.name,
+                "kernel": layer.kernel,
+                "shape": list(layer.shape),
+                "us": layer.us,
+                "macs": round(layer.gmacs * layer.us * 1e3),
+                "bytes": layer.bytes,
+            }
+            for layer in self.layers
+        ]
+
     def __str__(self) -> str:
         rows = [f"{'layer':44} {'kernel':38} {'output':>14} {'us':>8} {'GMAC/s':>7} {'kB':>8}"]
         for n in self.layers:
@@ -96,6 +110,12 @@ class Session:
         self.multilabel: bool = opened.multilabel
         self.temperature: float = opened.temperature
         self.classes = opened.classes or tuple(map(str, range(classes)))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the weights, and of what one call computes in; concurrent calls have more."""
+        engine = self._open()
+        return engine.weight_bytes + engine.arena_bytes
 
     @property
     def resize(self) -> int:

@@ -1,0 +1,52 @@
+"""A recipe and a space for searches that take seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vitkd_fast.distill import config, datasets
+
+SPACE: dict[str, Any] = {
+    "students": {
+        "v2": {"width": {0.35: "mobilenetv2_035"}, "depth": [1.0, 1.4]},
+        "v3": {"width": {0.5: "mobilenetv3_small_050", 1.0: "mobilenetv3_small_100"}},
+    },
+    "image_size": [16, 24],
+    "losses": {
+        "kd": {"kd": {"temperature": {"low": 1.0, "high": 8.0, "log": True}}},
+        "kd+ce": {"kd": {"temperature": 4.0, "ce_weight": [0.1, 1.0]}},
+    },
+    "optimizer": {"lr": {"low": 1e-3, "high": 1e-2, "log": True}},
+}
+
+
+def write_images(folder: Path) -> Path:
+    """900 of scikit-learn's digits as PNG files, in train/<class>/ and val/<class>/."""
+    digits = datasets.Digits()
+    for i in range(900):
+        image, label = digits.read(i)
+        place = folder / ("val" if i % 3 == 0 else "train") / digits.classes[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{i}.png")
+    return folder
+
+
+def recipe(images: Path, *more: str) -> config.Config:
+    """Of the images of `write_images`, with a small teacher that is trained first."""
+    given = [
+        f"data={{train: {images}/train, val: {images}/val, image_size: 24, crop_pct: 1.0}}",
+        "data.batch_size=16",
+        "data.workers=0",
+        "teacher={model: vit_tiny_patch16_224, epochs: 10}",
+        "teacher.optimizer={lr: 4e-3, warmup_epochs: 1}",
+        "teacher.options={patch_size: 4, embed_dim: 64, depth: 1, num_heads: 2}",
+        "student.model=mobilenetv2_035",
+        "losses.kd.temperature=4",
+        "augmentation={scale: [0.8, 1.0], hflip: 0.0}",
+        "run={epochs: 1, threads: 1, log_every: 1000, eval_every: 2}",
+        "int8.enabled=false",
+    ]
+    return config.load(None, [*given, *more])

@@ -1,0 +1,1 @@
+"""Students searched for on a device: see `study.Search`."""
