@@ -197,8 +197,8 @@ def kernels(file: Path) -> dict[str, tuple[str, str, str]]:
     found = {}
     for (_, name), sass in by_kernel(dumped("-sass", str(file)), r"\s*Function : ").items():
         used = next(text for (_, of), text in usage.items() if of == name)
-        registers, local = (re.findall(rf"{x}:(\d+)", used)[0] for x in ("REG", "LOCAL"))
-        found[readable(name)] = registers, local, sass
+        registers, *memory = (re.findall(rf"{x}:(\d+)", used)[0] for x in ("REG", "STACK", "LOCAL"))
+        found[readable(name)] = registers, str(sum(map(int, memory))), sass
     return found
 
 

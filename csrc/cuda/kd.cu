@@ -15,9 +15,12 @@ namespace {
 
 template <class A>
 constexpr int kMaxThreads = std::is_same_v<A, double> ? 256 : 512;
-// three blocks of 256 threads a multiprocessor, one for double: none spill
-template <class A>
-constexpr int kRegisters = std::is_same_v<A, double> ? 255 : 80;
+// Three blocks of 256 threads a multiprocessor, or two where more would spill: with a gradient
+// formed in the forward the next loads are held beside two sums.
+template <class A, Access kAccess, Pass kPass>
+constexpr int kRegisters = std::is_same_v<A, double>                                   ? 255
+                           : kAccess == Access::kVector && kPass == Pass::kForwardGrad ? 96
+                                                                                       : 80;
 
 // How the work is cut: `group` threads per row, and `splits` blocks per row, each of which leaves
 // its sums in `parts` for a kernel of their own (splits == 1: none).
@@ -39,7 +42,7 @@ __device__ void finish(const Call<A>& c, int64_t row, const Sums<A>& sums, A tem
 }
 
 template <class A, class S, Access kAccess, Pass kPass>
-__global__ void __maxnreg__(kRegisters<A>)
+__global__ void __maxnreg__(kRegisters<A, kAccess, kPass>)
     kd_rows_kernel(const __grid_constant__ Call<A> c, const __grid_constant__ Launch<A> launch) {
   constexpr bool kTiles = kAccess == Access::kTiled;
   // 1. this thread's row, and its place in it
