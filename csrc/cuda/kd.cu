@@ -42,7 +42,7 @@ __device__ void finish(const Call<A>& c, int64_t row, const Sums<A>& sums, A tem
 }
 
 template <class A, class S, Access kAccess, Pass kPass>
-__global__ void __maxnreg__(kRegisters<A, kAccess, kPass>)
+__global__ void __maxnreg__((kRegisters<A, kAccess, kPass>))
     kd_rows_kernel(const __grid_constant__ Call<A> c, const __grid_constant__ Launch<A> launch) {
   constexpr bool kTiles = kAccess == Access::kTiled;
   // 1. this thread's row, and its place in it
