@@ -100,6 +100,8 @@ class Run:
             )  # fmt: skip
             with self.lock:
                 self.processes[stage.name] = process
+            if self.stopped:  # before it was there to be ended
+                kill(process)
             try:
                 stage.code = process.wait(limit)
                 status = "passed" if stage.code == 0 else "failed"
