@@ -4,7 +4,7 @@
 docs/quickstart/compare.md (with benches/tables.py); export_networks.py says where weights are from.
 A student is quantised with `portable=True`, but for OpenVINO, which has a profile of its own. Each
 runtime's model of it is judged beside the engine with the same file, on 500 images: ImageNet's
-photographs, or scans of digits at 64x64. Times are of one 224x224 photograph on one thread, CPU
+photographs, or scans of digits at 64x64. Times are of one 224x224 image on one thread, CPU
 time, in turns with the engine (of the file that is not portable), and with what that runtime's own
 quantiser made of the same float student (int8_peers.py): `quantize_static`, NNCF, litert-torch with
 ai-edge-quantizer.
@@ -96,13 +96,16 @@ def profile(runtime: str) -> export.Profile:
 
 def times(race, capsys, tmp_path, network, graphs, rows) -> None:
     """Adds the ratio of CPU times to each row: to the engine's, and to the runtime's own."""
-    image = photographs()[0][:1]
-    size = image.shape[1]
+    images = photographs()[0][::64]
+    size = images.shape[1]
+    if network.name not in export_networks.IMAGENET:
+        images = export_networks.digits(size, len(images))[0]
+    image = images[:1]
     larges = {key: replace(graph, image_size=size) for key, graph in graphs.items()}
     int8.file.save(larges[False], ours := tmp_path / "ours.safetensors")
     files = {"vitkd_fast": ours}
     # so few that its quantiser is quick: what it makes is as fast
-    network = replace(network, images=photographs()[0][::64])
+    network = replace(network, images=images)
     if network.name == "mobilenetv2_100":
         network = int8_peers.trained_network(folder(), network.images)
     for name in rows:

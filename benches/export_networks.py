@@ -35,13 +35,16 @@ SIDE, STEPS, BATCH, JUDGES = 64, 300, 64, 500
 
 
 @functools.cache
-def digits() -> tuple[Array, Array]:
-    """uint8 [1797, 64, 64, 3], in a random order of which the first `JUDGES` judge, and labels."""
+def digits(side: int = SIDE, count: int | None = None) -> tuple[Array, Array]:
+    """uint8 [1797, side, side, 3], in a random order (the first `JUDGES` judge), and labels.
+
+    count: only so many.
+    """
     data = datasets.Digits()
     images, labels = [], []
-    for i in np.random.default_rng(0).permutation(len(data)):
+    for i in np.random.default_rng(0).permutation(len(data))[:count]:
         pixels, label = data.read(i)
-        enlarged = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        enlarged = Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR)
         images.append(np.asarray(enlarged))
         labels.append(label)
     return np.stack(images), np.array(labels)
