@@ -9,25 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from support.cluster_tools import three_machines
-from support.run_tools import INT8, arguments
+from support.run_tools import INT8, arguments, write_digits
 from vitkd_fast import cli
-from vitkd_fast.distill import datasets
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits as PNG files, in train/<class>/ and val/<class>/."""
-    root = tmp_path_factory.mktemp("images")
-    digits = datasets.Digits()
-    for i in range(200):
-        image, label = digits.read(i)
-        folder = root / ("val" if i % 4 == 0 else "train") / digits.classes[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / f"{i}.png")
-    return root
+    return write_digits(tmp_path_factory.mktemp("images"), 200, 4)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.search_tools import recipe, write_images
+from support.run_tools import write_digits
+from support.search_tools import recipe
 from vitkd_fast import int8
 
 collect_ignore_glob = [] if find_spec("optuna") else ["test_*.py"]  # the extra `search`
@@ -17,7 +18,7 @@ collect_ignore_glob = [] if find_spec("optuna") else ["test_*.py"]  # the extra 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
+    return write_digits(tmp_path_factory.mktemp("images"), 900, 3)
 
 
 @pytest.fixture(scope="session")

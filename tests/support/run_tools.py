@@ -1,6 +1,21 @@
-"""The arguments of a run that takes seconds."""
+"""The images and the arguments of a run that takes seconds."""
 
 from pathlib import Path
+
+from PIL import Image
+
+from vitkd_fast.distill import datasets
+
+
+def write_digits(root: Path, count: int, every: int) -> Path:
+    """Digits as PNG files in train/<class>/, and one of `every` in val/<class>/."""
+    digits = datasets.Digits()
+    for i in range(count):
+        image, label = digits.read(i)
+        folder = root / ("val" if i % every == 0 else "train") / digits.classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    return root
 
 
 def arguments(image_folder: Path, folder: Path) -> list[str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from vitkd_fast.distill import config, datasets
+from vitkd_fast.distill import config
 
 SPACE: dict[str, Any] = {
     "students": {
@@ -23,19 +21,8 @@ SPACE: dict[str, Any] = {
 }
 
 
-def write_images(folder: Path) -> Path:
-    """900 of scikit-learn's digits as PNG files, in train/<class>/ and val/<class>/."""
-    digits = datasets.Digits()
-    for i in range(900):
-        image, label = digits.read(i)
-        place = folder / ("val" if i % 3 == 0 else "train") / digits.classes[label]
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(place / f"{i}.png")
-    return folder
-
-
 def recipe(images: Path, *more: str) -> config.Config:
-    """Of the images of `write_images`, with a small teacher that is trained first."""
+    """Of the images of `run_tools.write_digits`, with a small teacher that is trained first."""
     given = [
         f"data={{train: {images}/train, val: {images}/val, image_size: 24, crop_pct: 1.0}}",
         "data.batch_size=16",
