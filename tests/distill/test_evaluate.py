@@ -113,6 +113,15 @@ def test_logits_like_probabilities_are_logits() -> None:
     assert run(logits, labels).metrics == pytest.approx(expected(logits, labels), **CLOSE)
 
 
+def test_saturated_confidences_are_in_the_last_bin() -> None:
+    # 95% and always right; exactly 1 in float32, and sometimes wrong: in one bin the two cancel
+    logits = torch.tensor([[2.9444, 0.0]] * 100 + [[30.0, 0.0]] * 100)
+    labels = torch.tensor([0] * 195 + [1] * 5)
+    found, direct = run(logits, labels), expected(logits, labels)
+    assert (found.confidence == 1).sum() == 100
+    assert found.metrics["ece"] == pytest.approx(direct["ece"], abs=1e-6)
+
+
 def test_absent_classes_are_left_out(recwarn: pytest.WarningsRecorder) -> None:
     logits, labels = problem(200, 8)
     labels = labels.clamp(max=5)  # two classes are predicted, and never right

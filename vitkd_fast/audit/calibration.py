@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
+from ..distill.evaluate import BELOW_1
 from .statistics import Interval, bootstrap
 
 BINS = 15
@@ -89,7 +90,8 @@ def confidence(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def ece(confidences: Tensor, right: Tensor) -> float:
     """By torchmetrics, as in `vitkd eval`: of confidences [N] and whether each is right, [N]."""
-    return float(binary_calibration_error(confidences.float(), right.long(), n_bins=BINS))
+    sure = confidences.float().clamp(max=BELOW_1)
+    return float(binary_calibration_error(sure, right.long(), n_bins=BINS))
 
 
 def ece_interval(confidences: Tensor, right: Tensor, alpha: float, seed: int = 0) -> Interval:
@@ -101,26 +103,26 @@ def ece_interval(confidences: Tensor, right: Tensor, alpha: float, seed: int = 0
     off = (right.double() - confidences.double()).numpy()
 
     def statistic(bins: np.ndarray, off: np.ndarray) -> float:
-        return float(np.abs(np.bincount(bins.astype(np.int64), off, BINS + 1)).sum()) / len(off)
+        return float(np.abs(np.bincount(bins.astype(np.int64), off, BINS)).sum()) / len(off)
 
     low, high = bootstrap(statistic, (_bins(confidences), off), alpha, seed, "basic")
     return max(low, 0.0), max(high, 0.0)
 
 
 def _bins(confidences: Tensor) -> np.ndarray:
-    """The bin of each, as torchmetrics has it: of what is exactly 1 there is one more."""
+    """The bin of each: open on the right, but for the last."""
     edges = torch.linspace(0, 1, BINS + 1)
-    return (torch.bucketize(confidences.float(), edges, right=True) - 1).numpy()
+    return (torch.bucketize(confidences.float().clamp(max=BELOW_1), edges, right=True) - 1).numpy()
 
 
 def reliability(confidences: Tensor, right: Tensor) -> list[Bin]:
     """The bins that hold an image, the least confidence first."""
     bins, hits, said = _bins(confidences), right.double().numpy(), confidences.double().numpy()
-    count = np.bincount(bins, minlength=BINS + 1)
-    sums = [np.bincount(bins, x, BINS + 1) for x in (said, hits)]
+    count = np.bincount(bins, minlength=BINS)
+    sums = [np.bincount(bins, x, BINS) for x in (said, hits)]
     return [
         Bin(int(count[i]), float(sums[0][i] / count[i]), float(sums[1][i] / count[i]))
-        for i in range(BINS + 1)
+        for i in range(BINS)
         if count[i]
     ]
 

@@ -36,6 +36,8 @@ from ..models import Origin
 Predictor: TypeAlias = Callable[[Tensor], Any]
 
 _EXACT_AUROC = 50_000_000  # an exact AUROC keeps every probability: up to so many, of all ranks
+# the float32 before 1: torchmetrics has a bin more for confidences of exactly 1
+BELOW_1 = 1 - 2**-24
 _METRICS, _FIDELITY = ("top1", "top5", "nll"), ("agreement", "kl", "correlation")
 _ROWS = (*_METRICS, *_FIDELITY, "student not finite", "teacher not finite")
 
@@ -243,7 +245,7 @@ def evaluate(
         if binned and auroc.thresholds is None:
             auroc = _binned(auroc)
         from_ids.update(kept["student"], kept["labels"])
-        ece.update(kept["student confidence"], kept["top1"])
+        ece.update(kept["student confidence"].clamp(max=BELOW_1), kept["top1"])
         values, curves = from_ids.compute() | {"ece": ece.compute()}, auroc.compute()
     confusion = values.pop("confusion")
     occurs = confusion.sum(1)
