@@ -15,8 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from vitkd_fast import _timing
+
 # helpers that compare: a failure there shows its numbers, too
 pytest.register_assert_rewrite("support")
+
+# times are looked at, never judged: a run of the loop takes eight
+_timing._WARM_UP, _timing._ENOUGH, _timing._LIMIT = 0.02, 0.1, 0.5
 
 # where only the losses' dependencies are, as on a bare machine with a GPU, the loop is left out
 _EXTRA = "jinja2 matplotlib pydantic rich scipy sklearn tensorboard timm torchmetrics yaml".split()
@@ -41,7 +46,8 @@ def pytest_report_header() -> list[str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if (one_in := int(os.environ.get("VITKD_SAMPLE", 1))) > 1:  # see support/process_tools.py
-        drawn = {item for item in items if zlib.crc32(item.nodeid.encode()) % one_in == 0}
+        isa = os.environ.get("VITKD_FAST_ISA", "")  # each runs others
+        drawn = {x for x in items if zlib.crc32((isa + x.nodeid).encode()) % one_in == 0}
         config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
         items[:] = [item for item in items if item in drawn]
     if not torch.cuda.is_available():

@@ -5,9 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import pytest
-import torch
 
-from support.audit_tools import Trained, train
+from support.audit_tools import Trained
 
 # the extra `audit`
 collect_ignore_glob = [] if find_spec("captum") and find_spec("statsmodels") else ["test_*.py"]
@@ -15,11 +14,7 @@ collect_ignore_glob = [] if find_spec("captum") and find_spec("statsmodels") els
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    made = train(tmp_path_factory.mktemp("trained"))
-    torch.set_num_threads(threads)
-    return made
+    return Trained(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="session")

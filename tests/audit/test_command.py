@@ -141,21 +141,41 @@ def test_costs_of_the_table_and_of_the_page() -> None:
     ("arguments", "code", "message"),
     [
         (
-            ["{teacher}", "{student}", "{folder}", "--store"],
+            ["{trained.teacher}", "{trained.student}", "{trained.folder}", "--store"],
             2,
             "--store: STUDENT: expected an int8",
         ),
-        (["{teacher}", "{student}", "{folder}", "--severities", "0"], 2, "expected some of 1,2,3"),
         (
-            ["{teacher}", "{student}", "{folder}", "--alpha", "0.5"],
+            ["{trained.teacher}", "{trained.student}", "{trained.folder}", "--severities", "0"],
+            2,
+            "expected some of 1,2,3",
+        ),
+        (
+            ["{trained.teacher}", "{trained.student}", "{trained.folder}", "--alpha", "0.5"],
             2,
             "--alpha: expected more than",
         ),
-        (["{teacher}", "{student}", "{folder}", "-o", "none/x"], 2, "none/x is in no folder"),
-        (["{teacher}", "none.safetensors", "{folder}"], 1, "none.safetensors is not a file"),
-        (["{teacher}", "{student}", "none"], 1, "DIR: none is no folder"),
-        (["{teacher}", "{other}", "{folder}"], 1, "expected the same classes, got 10 and 3"),
-        (["{teacher}", "{student}", "{folder}", "--groups", "none.csv"], 1, "--groups: none.csv"),
+        (
+            ["{trained.teacher}", "{trained.student}", "{trained.folder}", "-o", "none/x"],
+            2,
+            "none/x is in no folder",
+        ),
+        (
+            ["{trained.teacher}", "none.safetensors", "{trained.folder}"],
+            1,
+            "none.safetensors is not a file",
+        ),
+        (["{trained.teacher}", "{trained.student}", "none"], 1, "DIR: none is no folder"),
+        (
+            ["{trained.teacher}", "{other}", "{trained.folder}"],
+            1,
+            "expected the same classes, got 10 and 3",
+        ),
+        (
+            ["{trained.teacher}", "{trained.student}", "{trained.folder}", "--groups", "none.csv"],
+            1,
+            "--groups: none.csv",
+        ),
     ],
 )
 def test_what_cannot_be_audited(
@@ -173,7 +193,7 @@ def test_what_cannot_be_audited(
         "other.safetensors", other, name="mobilenetv3_small_050", options={}, num_classes=3,
         pixels=PIXELS, classes=list("abc"),
     )  # fmt: skip
-    known = {**trained._asdict(), "other": "other.safetensors"}
+    known = {"trained": trained, "other": "other.safetensors"}
     result = vitkd("audit", *(x.format(**known) for x in arguments))
     assert result.code == code
     assert re.search(message, re.sub(r"\s*[│\n]\s*", " ", result.err)), result.err

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from support.cluster_tools import three_machines
-from support.run_tools import INT8, arguments, write_digits
-from vitkd_fast import cli
+from support.run_tools import INT8, arguments, distill, write_digits
 
 
 @pytest.fixture(scope="session")
@@ -31,12 +28,5 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def run_folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vitkd", "distill", *arguments(image_folder, folder), *INT8])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    torch.set_num_threads(threads)
-    assert not stop.value.code
+    distill(*arguments(image_folder, folder), *INT8)
     return folder

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from support.cache_tools import (
     save_teacher,
     trainer,
 )
-from support.process_tools import of_tests
+from support.process_tools import run_ranks
 from vitkd_fast import cli, models
 from vitkd_fast.distill import augment, data, sources
 from vitkd_fast.distill.cache import CacheError, Plan, plan, shards
@@ -157,11 +156,7 @@ SLOW = ["optimizer={name: sgd, lr: 1e-6}", "run.epochs=3"]
 def test_bytes_and_losses_do_not_depend_on_ranks(tmp_path: Path, file: Path) -> None:
     target = tmp_path / "teacher.safetensors"
     target.write_bytes(file.read_bytes())
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=of_tests())
-        for rank in (0, 1)
-    ]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    run_ranks(__file__, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         make(target, tmp_path / "one", monkeypatch=patch, topk=4)
     assert contents(tmp_path / "cache") == contents(tmp_path / "one")

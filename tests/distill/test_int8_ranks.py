@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ pytest.importorskip("timm")
 
 from support.int8_graphs import random_images
 from support.loop_tools import splits, student, teacher, trainer
-from support.process_tools import of_tests
+from support.process_tools import run_ranks
 from vitkd_fast import int8, models
 from vitkd_fast.distill import aware, logger, loop
 from vitkd_fast.distill.config import Config, load
@@ -68,11 +67,7 @@ def _rank(rank: int, folder: Path) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=of_tests())
-        for rank in (0, 1)
-    ]
-    assert [rank.wait(600) for rank in ranks] == [0, 0]
+    run_ranks(__file__, tmp_path, seconds=600)
     train(tmp_path / "one", 16)
     one, two = (
         [row["loss"] for row in logger.read(tmp_path / name) if row["kind"] == "train"]

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from support.loop_tools import PLAIN, TINY, frozen, teacher, trainer
-from support.process_tools import of_tests
+from support.process_tools import run_ranks
+from support.run_tools import distill
 from vitkd_fast import models
 from vitkd_fast.distill import checkpoint, logger, optim
 from vitkd_fast.distill.config import ConfigError, Optimizer, load
@@ -157,12 +158,9 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    process = vitkd("distill", "digits", *SHORT, "run.folder=run", cwd=folder)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert "report: run/report.html" in out
-    return folder / "run"
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert f"report: {folder}/report.html" in distill("digits", *SHORT, f"run.folder={folder}")
+    return folder
 
 
 def test_kill_9_and_resume_give_the_same_weights(uninterrupted: Path, tmp_path: Path) -> None:
@@ -183,7 +181,9 @@ def test_kill_9_and_resume_give_the_same_weights(uninterrupted: Path, tmp_path: 
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_exits_with_a_message(sent: signal.Signals, tmp_path: Path) -> None:
     # the teacher's run is the first to go on
     many = [x for x in SHORT if not x.startswith("run.max_steps")] + ["teacher.epochs=50"]
@@ -233,11 +233,7 @@ def _rank(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=of_tests())
-        for rank in (0, 1)
-    ]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    run_ranks(__file__, tmp_path)
     torch.manual_seed(0)
     trainer(tmp_path / "one", [*PLAIN, *SGD], student=frozen()).run()
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -290,7 +286,7 @@ def test_a_student_learns_where_its_teacher_looks(tmp_path: Path) -> None:
             block.attn.qkv.weight *= 8  # fresh weights look everywhere alike
     alone = ["losses={ce: {weight: 0.1}, attention: {stride: 8}}", *PLAIN[:3]]
     alone += ["optimizer={lr: 3e-3}", "run.epochs=100"]
-    run = trainer(tmp_path, [*alone, "run.max_steps=350", "run.log_every=50"], teacher=constant)
+    run = trainer(tmp_path, [*alone, "run.max_steps=250", "run.log_every=50"], teacher=constant)
     images = next(run.loader.epoch(0)).images
     [answers] = run.task.teacher_outputs(images)
     queries, keys = (x[-1][:, :, 1:].float() for x in (answers.queries, answers.keys))

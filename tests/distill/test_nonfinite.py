@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from support.loop_tools import PLAIN, TINY, student, teacher, trainer
-from support.process_tools import of_tests
+from support.process_tools import run_ranks
 from support.run_tools import arguments
 from vitkd_fast import models
 from vitkd_fast.distill import nonfinite
@@ -228,11 +227,7 @@ def _rank(rank: int, folder: Path) -> None:
 
 
 def test_the_rank_with_the_bad_loss_writes(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=of_tests())
-        for rank in (0, 1)
-    ]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    run_ranks(__file__, tmp_path)
     header, _ = nonfinite.read(tmp_path / "run" / "nonfinite.safetensors")
     assert (header.rank, header.step) == (1, 1)
 

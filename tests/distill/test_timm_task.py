@@ -19,6 +19,7 @@ from timm.task import DistillationTeacher, LogitDistillationTask, resume_task_ch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from support.process_tools import run_ranks
 from vitkd_fast.taps import Taps
 from vitkd_fast.timm_task import AttentionDistillationTask, FusedLogitDistillationTask
 
@@ -288,9 +289,7 @@ def ranks(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_are_one_process_with_both_halves(tmp_path: Path) -> None:
-    command = [sys.executable, __file__]
-    started = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(120) for process in started] == [0, 0]
+    run_ranks(__file__, tmp_path)
     for kind in (FusedLogitDistillationTask, AttentionDistillationTask):
         task = of(kind).train()
         task.get_eval_model().eval()

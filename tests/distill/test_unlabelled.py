@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from html import unescape
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 from torch import nn
 
 from support.loop_tools import TINY, student, teacher
-from support.process_tools import of_tests
+from support.run_tools import distill
 from vitkd_fast import int8, models
 from vitkd_fast.distill import datasets, identity, logger, report, sources
 from vitkd_fast.distill.config import ConfigError, load
@@ -74,14 +72,7 @@ def features_run(
     folder = tmp_path_factory.mktemp("runs") / "features"
     given = arguments(loose_folder, teacher_file, folder)
     given += [f"data.probe={image_folder}/train", f"data.probe_val={image_folder}/val"]
-    done = subprocess.run(
-        [sys.executable, "-m", "vitkd_fast.cli", "distill", *given, "run.seeds=[0, 1]"],
-        env=of_tests(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    (folder / "said").write_text(done.stdout)
+    (folder / "said").write_text(distill(*given, "run.seeds=[0, 1]"))
     return folder
 
 

@@ -1,6 +1,6 @@
 """What holds for every loss alike, as a part of torch: the table is support/operations.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -43,8 +43,8 @@ ONE_OF_EACH = [
 COMPILED = ["kd", "kd_topk", "dist", "attention_map", "rkd", "mse", "mlkd", "spearman"]
 
 
-def marks(name: str) -> Any:
-    return () if name in COMPILED else pytest.mark.slow
+def marks(name: str, every_day: Sequence[str] = COMPILED) -> Any:
+    return () if name in every_day else pytest.mark.slow
 
 
 class Case:
@@ -443,7 +443,9 @@ def test_compile_with_dynamic_shapes(
 
 
 @every_device
-@pytest.mark.parametrize("name", [pytest.param(x, marks=marks(x)) for x in ONE_OF_EACH])
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=marks(x, ["kd", "attention_map"])) for x in ONE_OF_EACH]
+)
 def test_compile_with_inductor(name: str, device: str, compiled: Callable) -> None:
     """Among other operations, which inductor fuses and ours does not disturb."""
     case = Case(name, FLOAT, None, device)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from support import amx_tools, attention_map_tools, kd_tools, row_loss_tools
 from support.attention_map_tools import Maps
-from support.process_tools import run_tests
+from support.process_tools import run_tests, sampled
 from vitkd_fast import int8, reference
 from vitkd_fast.functional import (
     at_loss,
@@ -461,6 +461,6 @@ def test_every_instruction_set(isa: str, request: pytest.FixtureRequest, tmp_pat
         library = request.getfixturevalue("emulated_amx")
         run_tests(tmp_path, [amx_tools.__file__], *tests, VITKD_EMULATED_AMX=str(library))
     elif isa in int8.isa():
-        run_tests(tmp_path, ["-m", "pytest"], *tests, VITKD_FAST_ISA=isa)
+        run_tests(tmp_path, ["-m", "pytest"], *tests, **sampled(VITKD_FAST_ISA=isa))
     else:
         pytest.skip(f"{isa} is not among what this CPU has: {', '.join(int8.isa())}")

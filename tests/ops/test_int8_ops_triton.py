@@ -34,7 +34,9 @@ def test_all_in_the_interpreter(tmp_path: Path) -> None:
     run_in_interpreter(tmp_path, *SHARED, "-m", "every_isa and not gpu")
 
 
-capability = pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)
+capability = pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=pytest.mark.slow), 90], ids="sm_{}".format
+)
 every_finish = pytest.mark.parametrize("scale", [None, 0.5], ids=["plain", "hardswish"])
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,23 +11,68 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vitkd_fast import int8, models
+from vitkd_fast import models
 from vitkd_fast.distill import datasets
 from vitkd_fast.images import prepare
+from vitkd_fast.int8 import quantize
 
 CLASSES = [str(i) for i in range(10)]
 PIXELS = models.Pixels(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+STUDENT = ("mobilenetv3_small_050", {})
 
 
-class Trained(NamedTuple):
-    """Files of models, and the folder of images that none of them was trained on."""
+class Trained:
+    """Files of models, each trained when it is asked for, and images that none was trained on."""
 
-    teacher: Path
-    student: Path
-    biased: Path  # a student that saw most images of the class 3 under other labels
-    int8: Path  # the student
-    folder: Path
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.images, self.labels = digits()
+        self.here = torch.arange(len(self.labels)) % 3 > 0
+
+    @cached_property
+    def folder(self) -> Path:
+        """A third of the images, as <class>/<number>.png."""
+        source, root = datasets.Digits(), self.root / "images"
+        for i in (~self.here).nonzero().flatten().tolist():
+            image, label = source.read(i)
+            folder = root / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i}.png")
+        return root
+
+    @cached_property
+    def teacher(self) -> Path:
+        return self._fit("teacher", ("vit_tiny_patch16_224", VIT), self.labels, 15, 3e-3)
+
+    @cached_property
+    def student(self) -> Path:
+        return self._fit("student", STUDENT, self.labels, 6, 1e-2)
+
+    @cached_property
+    def biased(self) -> Path:
+        """A student that saw most images of the class 3 under other labels."""
+        torch.manual_seed(0)
+        noised = self.labels.clone()
+        wrong = (noised == 3) & (torch.rand(len(noised)) < 0.8)
+        noised[wrong] = (noised[wrong] + torch.randint(1, 10, (int(wrong.sum()),))) % 10
+        return self._fit("biased", STUDENT, noised, 6, 1e-2)
+
+    @cached_property
+    def int8(self) -> Path:
+        """The student."""
+        images = self.images[self.here][:64].permute(0, 2, 3, 1).contiguous().numpy()
+        model = models.load(self.student).model
+        quantized = quantize(model, images, mean=PIXELS.mean, std=PIXELS.std, classes=CLASSES)
+        quantized.save(self.root / "student.int8.safetensors")
+        return self.root / "student.int8.safetensors"
+
+    def _fit(self, file: str, of: tuple[str, dict], labels: Tensor, epochs: int, lr: float) -> Path:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        model = fit(*of, self.images[self.here], labels[self.here], epochs, lr)
+        torch.set_num_threads(threads)
+        return save(self.root / f"{file}.safetensors", model, *of)
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -59,34 +104,3 @@ def save(path: Path, model: torch.nn.Module, name: str, options: dict) -> Path:
         path, model, name=name, options=options, num_classes=10, pixels=PIXELS, classes=CLASSES
     )
     return path
-
-
-def train(root: Path) -> Trained:
-    """Trains on two thirds of the images; the others lie in root/images/<class>/."""
-    images, labels = digits()
-    here = torch.arange(len(labels)) % 3 > 0
-    vit, net = ("vit_tiny_patch16_224", VIT), ("mobilenetv3_small_050", {})
-    teacher = fit(*vit, images[here], labels[here], 25, 3e-3)
-    student = fit(*net, images[here], labels[here], 10, 1e-2)
-    noised = labels.clone()
-    wrong = here & (labels == 3) & (torch.rand(len(labels)) < 0.8)
-    noised[wrong] = (labels[wrong] + torch.randint(1, 10, (int(wrong.sum()),))) % 10
-    biased = fit(*net, images[here], noised[here], 10, 1e-2)
-    calibration = images[here][:64].permute(0, 2, 3, 1).contiguous().numpy()
-    quantized = int8.quantize(
-        student, calibration, mean=PIXELS.mean, std=PIXELS.std, classes=CLASSES
-    )
-    quantized.save(root / "student.int8.safetensors")
-    source = datasets.Digits()
-    for i in (~here).nonzero().flatten().tolist():
-        image, label = source.read(i)
-        folder = root / "images" / CLASSES[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / f"{i}.png")
-    return Trained(
-        save(root / "teacher.safetensors", teacher, *vit),
-        save(root / "student.safetensors", student, *net),
-        save(root / "biased.safetensors", biased, *net),
-        root / "student.int8.safetensors",
-        root / "images",
-    )

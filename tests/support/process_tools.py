@@ -1,8 +1,11 @@
 """Tests in processes of their own: other backends, other instruction sets, the interpreter."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 
 # of the tests that are repeated on a slow path (Triton's interpreter, the reference, no vectors),
-# one in so many runs every day, always the same ones; `make test-all` runs all
+# one in so many runs every day, always the same ones, and of those for another instruction set one
+# in two; `make test-all` runs all
 _SAMPLE = os.environ.get("VITKD_SAMPLE_SLOW_PATHS", "4")
 
 # other stems whose tests call the operations of one, too
@@ -47,6 +51,32 @@ def of_tests() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
+def _script(file: str, arguments: list[str]) -> None:
+    sys.argv = [file, *arguments]
+    runpy.run_path(file, run_name="__main__")
+
+
+def run_ranks(file: str, *arguments: object, ranks: int = 2, seconds: float = 120) -> None:
+    """Runs a test file as a script, at once for each rank, its first argument.
+
+    The processes are forked from one that has done the slow imports, and computed nothing.
+    """
+    forkserver.set_forkserver_preload(["vitkd_fast.distill.loop"])
+    context = multiprocessing.get_context("forkserver")
+    given = [str(x) for x in arguments]
+    running = [
+        context.Process(target=_script, args=(file, [str(rank), *given])) for rank in range(ranks)
+    ]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(seconds)
+    codes = [process.exitcode for process in running]
+    for process in running:
+        process.kill()
+    assert codes == [0] * ranks
+
+
 def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs code outside the checkout."""
     return subprocess.run(
@@ -75,13 +105,16 @@ def run_in_interpreter(cwd: Path, *arguments: str) -> None:
     run_tests(cwd, start, *arguments, VITKD_SAMPLE=_SAMPLE, **interpreted)
 
 
+def sampled(**environment: str) -> dict[str, str]:
+    """The environment, and which part of the tests runs in it."""
+    slow = "reference" in environment.values() or "scalar" in environment.values()
+    return environment | {"VITKD_SAMPLE": _SAMPLE if slow else min(_SAMPLE, "2")}
+
+
 def run_every_isa(cwd: Path, stem: str, marked: str, **environment: str) -> None:
     """What is marked every_isa, where another environment chooses the kernels."""
-    if "reference" in environment.values() or "scalar" in environment.values():
-        environment["VITKD_SAMPLE"] = _SAMPLE
-    run_tests(
-        cwd, ["-m", "pytest"], *files_of(stem), "-m", f"every_isa and {marked}", **environment
-    )
+    marked = f"every_isa and {marked}"
+    run_tests(cwd, ["-m", "pytest"], *files_of(stem), "-m", marked, **sampled(**environment))
 
 
 def run_every_isa_on_a_gpu(cwd: Path, stem: str, backend: str) -> None:

@@ -1,9 +1,15 @@
 """The images and the arguments of a run that takes seconds."""
 
+import io
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import pytest
+import torch
 from PIL import Image
 
+from vitkd_fast import cli
 from vitkd_fast.distill import datasets
 
 
@@ -38,6 +44,19 @@ def arguments(image_folder: Path, folder: Path) -> list[str]:
         f"run.folder={folder}",
         "int8.enabled=false",
     ]
+
+
+def distill(*arguments: str) -> str:
+    """What `vitkd distill` prints, in this process and one thread, for fixtures."""
+    threads, said = torch.get_num_threads(), io.StringIO()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(sys, "argv", ["vitkd", "distill", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    torch.set_num_threads(threads)
+    assert not stop.value.code
+    return said.getvalue()
 
 
 INT8 = ["int8.enabled=true", "int8.calibration_images=32"]
