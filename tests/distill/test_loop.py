@@ -286,7 +286,7 @@ def test_a_student_learns_where_its_teacher_looks(tmp_path: Path) -> None:
             block.attn.qkv.weight *= 8  # fresh weights look everywhere alike
     alone = ["losses={ce: {weight: 0.1}, attention: {stride: 8}}", *PLAIN[:3]]
     alone += ["optimizer={lr: 3e-3}", "run.epochs=100"]
-    run = trainer(tmp_path, [*alone, "run.max_steps=250", "run.log_every=50"], teacher=constant)
+    run = trainer(tmp_path, [*alone, "run.max_steps=250", "run.log_every=25"], teacher=constant)
     images = next(run.loader.epoch(0)).images
     [answers] = run.task.teacher_outputs(images)
     queries, keys = (x[-1][:, :, 1:].float() for x in (answers.queries, answers.keys))
