@@ -65,7 +65,7 @@ def test_a_killed_driver_is_resumed_here(
         env=of_tests() | {"RAY_ADDRESS": machines.address},
     )
     thread = when_there_are(lambda: folder.glob("trials/*/*"), 2, driver.kill)
-    assert driver.wait(300) == -signal.SIGKILL
+    assert driver.wait(600) == -signal.SIGKILL
     thread.join()
     with searched(folder, images, target) as found:
         failed = [x for x in found.study.trials if x.state is TrialState.FAIL]

@@ -151,7 +151,7 @@ def when_there_are(files: Callable[[], Iterable[Any]], count: int, act: Callable
     """Acts in a thread, once there are so many files; returns the thread."""
 
     def wait() -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while len(list(files())) < count and time.monotonic() < end:
             time.sleep(0.02)
         act()
