@@ -187,9 +187,7 @@ def test_no_candidate_within_the_bound(
 
 
 def test_what_is_wrong_with_all_ends_the_search(images: Path, target: Path, tmp_path: Path) -> None:
-    every = space.Space.model_validate(
-        {"students": {"a": {"width": {1.0: "test_vit"}}}}
-    )
+    every = space.Space.model_validate({"students": {"a": {"width": {1.0: "test_vit"}}}})
     found = study.Search(recipe(images), every, tmp_path / "s", settings(target), lambda _: None)
     with pytest.raises(ValueError):
         found.run(2)

@@ -30,7 +30,7 @@ def recipe(images: Path, *more: str) -> config.Config:
         f"data={{train: {images}/train, val: {images}/val, image_size: 24, crop_pct: 1.0}}",
         "data.batch_size=16",
         "data.workers=0",
-        "teacher={model: vit_tiny_patch16_224, epochs: 10}",
+        "teacher={model: vit_tiny_patch16_224, epochs: 14}",
         "teacher.optimizer={lr: 4e-3, warmup_epochs: 1}",
         "teacher.options={patch_size: 4, embed_dim: 64, depth: 1, num_heads: 2}",
         "student.model=mobilenetv2_035",
