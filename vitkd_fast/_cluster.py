@@ -213,7 +213,7 @@ def _take(path: Path, remove: bool) -> Note:
     return note
 
 
-class _Slot:
+class Slot:
     """A process, and the piece that it makes."""
 
     def __init__(self, actor: Any) -> None:
@@ -224,70 +224,77 @@ class _Slot:
         self.far = False  # on its machine
 
 
-class _Death(NamedTuple):
-    node: str
-    piece: Any
-    image: int  # -1: it read none
+class Crew:
+    """Processes of a cluster, of which one that dies is replaced.
 
+    Args:
+        worker, given: a class with a method `answer()`, which returns an `Answer`, and one `make`,
+            of which a process is created with what is given.
+        share: how many.
 
-class Driver:
-    """Gives pieces to processes that are ready, one at a time.
-
-    Raises (`run`):
-        ClusterError: processes keep dying, or nothing has moved for ten minutes.
-        Exception: what a process returned or refused with.
+    Raises (`listen`):
+        ClusterError: processes keep dying before they are ready.
+        Exception: what a process refused with.
     """
 
-    def __init__(self, ray: Any, job: Job, todo: Iterable[Any], share: Share) -> None:
-        self.ray, self.job = ray, job
-        self.todo, self.done = deque(todo), 0
-        self.count = len(self.todo)
-        self.left_out = job.left_out()
-        self.workers, self.takes = min(share.workers, self.count), share.takes
-        actor = ray.remote(**self.takes, max_restarts=0, max_task_retries=0)(job.worker)
-        self.create = lambda: actor.remote(*job.given)
-        self.idle: list[_Slot] = []
-        self.waiting: dict[Any, _Slot] = {}  # for an answer, by its reference
-        self.deaths: list[_Death] = []
+    def __init__(self, ray: Any, worker: Any, given: tuple[Any, ...], share: Share) -> None:
+        self.ray, self.workers, self.takes = ray, *share
+        actor = ray.remote(**self.takes, max_restarts=0, max_task_retries=0)(worker)
+        self.create = lambda: actor.remote(*given)
+        self.idle: list[Slot] = []
+        self.waiting: dict[Any, Slot] = {}  # for an answer, by its reference
         self.unborn = 0  # died before they were ready, one after another
-        self.seen: dict[Path, Note] = {}
-        self.images = 0
-        self.began = self.moved = self.looked = self.said = time.monotonic()
 
-    def run(self) -> None:
-        try:
-            for _ in range(self.workers):
-                self._start()
-            while self.todo or self._busy():
-                while self.todo and self.idle:
-                    self._give(self.idle.pop(), self.todo.popleft())
-                heard, _ = self.ray.wait(list(self.waiting), timeout=_LOOK_EVERY)
-                for reference in heard:
-                    self._hear(reference, self.waiting.pop(reference))
-                self._watch()
-        finally:
-            for slot in [*self.idle, *self.waiting.values()]:
-                self._end(slot)
+    def start(self) -> None:
+        for _ in range(self.workers):
+            self._start()
 
-    def _busy(self) -> list[_Slot]:
+    def busy(self) -> list[Slot]:
         return [slot for slot in self.waiting.values() if slot.piece is not None]
 
+    def make(self, slot: Slot, piece: Any, *more: Any) -> None:
+        slot.piece = piece
+        self.waiting[slot.actor.make.remote(piece, *more)] = slot
+
+    def listen(self) -> None:
+        """For a second at most; `made` and `died` are called of what was heard."""
+        heard, _ = self.ray.wait(list(self.waiting), timeout=_LOOK_EVERY)
+        for reference in heard:
+            self._hear(reference, self.waiting.pop(reference))
+
+    def end(self) -> None:
+        for slot in [*self.idle, *self.waiting.values()]:
+            self._end(slot)
+
+    def made(self, slot: Slot, said: Any) -> None:
+        """What it said of its piece."""
+        raise NotImplementedError
+
+    def died(self, slot: Slot, error: Exception) -> None:
+        """While it had a piece."""
+        raise NotImplementedError
+
+    def alive(self) -> set[str]:
+        """The machines; that one is lost is known later than that its processes are."""
+        return {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
+
+    def lacking(self) -> str:
+        """What processes that are not there wait for; "": none."""
+        if not (absent := [slot for slot in self.waiting.values() if not slot.answer]):
+            return ""
+        free = self.ray.available_resources()
+        has = {name: free.get(name, 0) for name in ("CPU", "GPU")}
+        return f"{len(absent)} processes for a place, each takes {self.takes}, and {has} is free"
+
     def _start(self) -> None:
-        slot = _Slot(self.create())
+        slot = Slot(self.create())
         self.waiting[slot.actor.answer.remote()] = slot
 
-    def _give(self, slot: _Slot, piece: Any) -> None:
-        slot.piece, path, unique = piece, self.job.path(piece), uuid.uuid4().hex[:12]
-        slot.far = path is None
-        if path is None:
-            slot.note = Path(f"/tmp/.vitkd-{unique}.note")
-        else:
-            # made here: another machine may learn late of a file that is new
-            slot.note = path.with_name(f".{path.name}.{unique}.note.part")
-            Note().write(slot.note)
-        self.waiting[slot.actor.make.remote(piece, list(self.left_out), slot.note)] = slot
+    def _end(self, slot: Slot) -> None:
+        with suppress(Exception):  # it may be dead
+            self.ray.kill(slot.actor)
 
-    def _hear(self, reference: Any, slot: _Slot) -> None:
+    def _hear(self, reference: Any, slot: Slot) -> None:
         of = self.ray.exceptions
         dead = (of.RayActorError, of.NodeDiedError, of.WorkerCrashedError, of.OutOfMemoryError)
         try:
@@ -300,28 +307,85 @@ class Driver:
                 raise said.refused
             slot.answer = said
         else:
-            if not slot.far:
-                slot.note.unlink(missing_ok=True)
-            if said is not None:
-                raise said
-            self.done += 1
-            self.images += self.job.images(slot.piece)
+            self.made(slot, said)
             slot.piece = None
         self.unborn = 0
         self.idle.append(slot)
 
-    def _bury(self, slot: _Slot, error: Exception) -> None:
-        """Another process takes its place, and its piece is made by whoever is ready first."""
+    def _bury(self, slot: Slot, error: Exception) -> None:
+        """Another process takes its place."""
         self._end(slot)  # it may be out of reach only
         self._start()
-        if slot.piece is None or slot.answer is None:
-            self.unborn += 1
-            if self.unborn >= _DEATHS * self.workers:
-                why = " ".join(str(error).split())
-                raise ClusterError(
-                    f"--engine ray: {self.unborn} processes died before they were ready: {why}"
-                )
+        if slot.answer is not None and slot.piece is not None:
+            self.died(slot, error)
             return
+        self.unborn += 1
+        if self.unborn >= _DEATHS * self.workers:
+            why = " ".join(str(error).split())
+            raise ClusterError(
+                f"--engine ray: {self.unborn} processes died before they were ready: {why}"
+            )
+
+
+class _Death(NamedTuple):
+    node: str
+    piece: Any
+    image: int  # -1: it read none
+
+
+class Driver(Crew):
+    """Gives pieces to processes that are ready, one at a time.
+
+    Raises (`run`):
+        ClusterError: processes keep dying, or nothing has moved for ten minutes.
+        Exception: what a process returned or refused with.
+    """
+
+    def __init__(self, ray: Any, job: Job, todo: Iterable[Any], share: Share) -> None:
+        self.job = job
+        self.todo, self.done = deque(todo), 0
+        self.count = len(self.todo)
+        self.left_out = job.left_out()
+        fewer = Share(min(share.workers, self.count), share.takes)
+        super().__init__(ray, job.worker, job.given, fewer)
+        self.deaths: list[_Death] = []
+        self.seen: dict[Path, Note] = {}
+        self.images = 0
+        self.began = self.moved = self.looked = self.said = time.monotonic()
+
+    def run(self) -> None:
+        try:
+            self.start()
+            while self.todo or self.busy():
+                while self.todo and self.idle:
+                    self._give(self.idle.pop(), self.todo.popleft())
+                self.listen()
+                self._watch()
+        finally:
+            self.end()
+
+    def _give(self, slot: Slot, piece: Any) -> None:
+        path, unique = self.job.path(piece), uuid.uuid4().hex[:12]
+        slot.far = path is None
+        if path is None:
+            slot.note = Path(f"/tmp/.vitkd-{unique}.note")
+        else:
+            # made here: another machine may learn late of a file that is new
+            slot.note = path.with_name(f".{path.name}.{unique}.note.part")
+            Note().write(slot.note)
+        self.make(slot, piece, list(self.left_out), slot.note)
+
+    def made(self, slot: Slot, said: Any) -> None:
+        if not slot.far:
+            slot.note.unlink(missing_ok=True)
+        if said is not None:
+            raise said
+        self.done += 1
+        self.images += self.job.images(slot.piece)
+
+    def died(self, slot: Slot, error: Exception) -> None:
+        """Its piece is made by whoever is ready first."""
+        assert slot.answer
         note = self._note(slot, remove=True)
         self.todo.appendleft(slot.piece)
         known = note.image in self.left_out  # since after the piece was given
@@ -329,7 +393,7 @@ class Driver:
             self.deaths.append(_Death(slot.answer.node, slot.piece, note.image))
             self._judge()
 
-    def _note(self, slot: _Slot, remove: bool = False) -> Note:
+    def _note(self, slot: Slot, remove: bool = False) -> Note:
         if not slot.far:
             return _take(slot.note, remove)
         assert slot.answer
@@ -340,8 +404,7 @@ class Driver:
 
     def _judge(self) -> None:
         """Leaves an image out of which processes died, or gives a piece up."""
-        alive = {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
-        # a machine is known to be lost later than its processes
+        alive = self.alive()
         self.deaths = [death for death in self.deaths if death.node in alive]
         if not self.deaths:
             return
@@ -357,17 +420,13 @@ class Driver:
                 "and of no image in particular; is there too little memory?"
             )
 
-    def _end(self, slot: _Slot) -> None:
-        with suppress(Exception):  # it may be dead
-            self.ray.kill(slot.actor)
-
     def _watch(self) -> None:
         now = time.monotonic()
-        far = any(slot.far for slot in self._busy())
+        far = any(slot.far for slot in self.busy())
         if now - self.looked < (_ASK_EVERY if far else _LOOK_EVERY):
             return
         self.looked = now
-        notes = {slot.note: self._note(slot) for slot in self._busy()}
+        notes = {slot.note: self._note(slot) for slot in self.busy()}
         begun = {path: note for path, note in notes.items() if note.steps}
         if begun != self.seen:
             self.seen, self.moved = begun, now
@@ -376,26 +435,22 @@ class Driver:
         if now - self.said > _SAY_EVERY:
             self.said = now
             print(
-                f"{self.done} of {self.count} {self.job.pieces}, {len(self._busy())} of "
+                f"{self.done} of {self.count} {self.job.pieces}, {len(self.busy())} of "
                 f"{self.workers} processes, {self.images / (now - self.began):,.0f} images/s",
                 flush=True,
             )
 
     def _what_waits(self) -> str:
         lines = []
-        for slot in self._busy():
+        for slot in self.busy():
             assert slot.answer
             note, doing = self._note(slot), "which has not begun"
             if note.steps:
                 doing = f"reading {self.job.name(note.image)}" if note.image >= 0 else "computing"
             process = f"process {slot.answer.pid} of node {slot.answer.node[:8]}"
             lines.append(f"{self.job.called(slot.piece)} for {process}, {doing}")
-        if absent := [slot for slot in self.waiting.values() if not slot.answer]:
-            free = self.ray.available_resources()
-            has = {name: free.get(name, 0) for name in ("CPU", "GPU")}
-            lines.append(
-                f"{len(absent)} processes for a place, each takes {self.takes}, and {has} is free"
-            )
+        if lacking := self.lacking():
+            lines.append(lacking)
         return (
             f"--engine ray: nothing has moved for {PATIENCE:.0f} s, and {len(self.todo)} "
             f"{self.job.pieces} wait; {'; '.join(lines)}"

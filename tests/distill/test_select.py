@@ -155,7 +155,7 @@ def test_the_same_choice_twice(selected: Any, vitkd: Any) -> None:
         assert x["stability"]["choice"] == "trained" and x["stability"]["stable"]
         assert 3 <= x["splits"] < 12 and x["entropy"] < 0.6
         assert x["data"] == {"train": 287, "test": 72, "classes": 10}
-        assert x["comparisons"][0]["difference"] < -0.05
+        assert x["comparisons"][0]["difference"] < -0.02  # the margin
         assert "Choose trained: stable after" in report.verdict(x)[0]
 
 

@@ -1,9 +1,9 @@
-"""`vitkd search` on digits: what is trained, what is not, what is left, and a kill."""
+"""`vitkd search` on digits: what is trained, what is not, what is left, kills, and a cluster."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import signal
 import subprocess
 import sys
@@ -19,52 +19,16 @@ from optuna.trial import TrialState, create_trial
 from safetensors.torch import load_file
 
 from support.browser import measured
+from support.cluster_tools import Died, pretend
 from support.process_tools import of_tests
-from support.search_tools import SPACE, recipe
+from support.search_tools import BOUND_MS, FLASH, SPACE, recipe, searched, settings
+from vitkd_fast import _extras
+from vitkd_fast._cluster import ClusterError
 from vitkd_fast.distill import config, experiment
 from vitkd_fast.distill.config import ConfigError
-from vitkd_fast.search import report, space, study
+from vitkd_fast.search import cluster, report, space, study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-BOUND_MS = 0.09  # of the made-up machine: without the larger students
-
-
-def settings(target: Path, **more: Any) -> study.Settings:
-    given = {"device": str(target), "latency_ms": BOUND_MS, "flash": 0.25, **more}
-    return study.Settings(**given)
-
-
-def searched(folder: Path, images: Path, target: Path, **more: Any) -> study.Search:
-    every = space.Space.model_validate(SPACE)
-    return study.Search(recipe(images), every, folder, settings(target, **more), lambda _: None)
-
-
-@pytest.fixture(scope="module")
-def done(images: Path, target: Path, tmp_path_factory: pytest.TempPathFactory) -> study.Search:
-    """Two trained trials; the lock is given back, so that copies and the folder can be taken up."""
-    folder = tmp_path_factory.mktemp("done") / "search"
-    torch.set_num_threads(1)
-    with searched(folder, images, target) as found:
-        found.run(2)
-    return found
-
-
-@pytest.fixture
-def copied(
-    done: study.Search, images: Path, target: Path, tmp_path: Path
-) -> Callable[..., study.Search]:
-    """A new study that has the teacher and the caches of `done`."""
-
-    def copy(name: str = "copy", **more: Any) -> study.Search:
-        folder = tmp_path / name
-        folder.mkdir()
-        for part in done.folder.iterdir():
-            if part.name == "teachers" or part.name.startswith(("cache", "costs")):
-                (shutil.copytree if part.is_dir() else shutil.copyfile)(part, folder / part.name)
-        return searched(folder, images, target, **more)
-
-    return copy
 
 
 def test_what_is_over_the_bound_is_not_trained(done: study.Search) -> None:
@@ -105,7 +69,7 @@ _DIES = """
 import os, signal
 from pathlib import Path
 import torch
-from search.test_search import searched
+from support.search_tools import searched
 from vitkd_fast.search import training
 torch.set_num_threads(1)
 real, calls = training.Training.score, []
@@ -223,9 +187,7 @@ def test_no_candidate_within_the_bound(
 
 
 def test_what_is_wrong_with_all_ends_the_search(images: Path, target: Path, tmp_path: Path) -> None:
-    every = space.Space.model_validate(
-        {"students": {"a": {"width": {1.0: "vit_tiny_patch16_224"}}}}
-    )
+    every = space.Space.model_validate({"students": {"a": {"width": {1.0: "test_vit"}}}})
     found = study.Search(recipe(images), every, tmp_path / "s", settings(target), lambda _: None)
     with pytest.raises(ValueError):
         found.run(2)
@@ -260,7 +222,7 @@ def test_the_command(
     file.write_text(yaml.safe_dump(SPACE))
     (given := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(images).model_dump()))
     command = ["search", given, "--space", file, "--latency-ms", BOUND_MS, "--device", target]
-    command += ["--flash", 0.25, "--trials", 2, "-o", done.folder]
+    command += ["--flash", FLASH, "--trials", 2, "-o", done.folder]
     assert "--resume goes on with it" in vitkd(*command).err
     result = vitkd(*command, "--resume", "--json")
     assert result.code == 0, result.err
@@ -274,3 +236,122 @@ def test_the_command(
     assert plain.out.startswith("recipe ") and "Best within 0.09 ms: " in plain.out
     assert vitkd("search", "digits", "--latency-ms", 0).code == 2
     optuna.load_study(study_name=study.NAME, storage=f"sqlite:///{done.folder / study.FILE}")
+
+
+# ---- with --engine ray
+
+
+def known(trials: list[Any]) -> list[Any]:
+    """What is the same whoever trains."""
+    names = ("latency_ms", "within", "early", "predicted", "accuracy")
+    return [(x.state, x.params, *(x.user_attrs.get(name) for name in names)) for x in trials]
+
+
+def test_a_search_that_ray_began_goes_on_here(
+    done: study.Search, copied: Callable[..., study.Search], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process of a cluster draws and trains what this one does."""
+    found = copied()
+    with pretend(monkeypatch, lambda call: None) as ray:
+        cluster.run(found, 1, workers=1)
+        cluster.run(found, 1, workers=1)  # starts nothing
+    assert len(ray.actors) == 1 and ray.actors[0].killed and len(found.trained()) == 1
+    found.run(2)
+    assert known(found.study.trials) == known(done.study.trials)
+
+
+def always(call: Any) -> None:
+    raise Died("gone")
+
+
+def test_the_third_death_of_a_candidate_ends_it(
+    copied: Callable[..., study.Search], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, told = copied(), []
+    found.tell = told.append
+    with pretend(monkeypatch, always) as ray, pytest.raises(ClusterError, match=r"^3 processes"):
+        cluster.run(found, 5, workers=2)
+    trials = [x for x in found.study.trials if x.user_attrs.get("within")]
+    given_up = [x for x in trials if "error" in x.user_attrs]
+    assert len(given_up) == study._FAILURES and not found.trained()
+    assert all(
+        x.user_attrs["error"] == "3 processes died training it; is there too little memory?"
+        for x in given_up
+    )
+    for last in given_up:
+        tried = [x for x in trials if x.params == last.params]
+        assert len(tried) == 3 and all(x.state is TrialState.FAIL for x in tried)
+    # two were in training at once, and were different; each death was of a process of its own
+    assert trials[0].params != trials[1].params
+    again = f"trial {trials[0].number}: its process died: its candidate is tried again"
+    assert told.count(again) == 1 and len(ray.actors) >= 2 + 7
+    assert not list(found.folder.glob("trials/*"))
+
+
+@pytest.mark.parametrize("why", ["lost", "preempted"])
+def test_lost_machines_count_against_no_candidate(
+    why: str, copied: Callable[..., study.Search], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaths: list[Any] = []
+
+    def dies(call: Any) -> None:
+        if len(deaths) == 4:
+            raise KeyboardInterrupt
+        deaths.append(call.actor)
+        error = Died("gone")
+        error.preempted = why == "preempted"
+        if why == "lost":
+            call.ray.lost.add(call.actor.node)
+        raise error
+
+    found = copied()
+    with pretend(monkeypatch, dies), pytest.raises(KeyboardInterrupt):
+        cluster.run(found, 1, workers=1)
+    tried = [x for x in found.study.trials if x.user_attrs.get("within")]
+    assert [x.state for x in tried] == [TrialState.FAIL] * 4 + [TrialState.RUNNING]
+    assert len({str(x.params) for x in tried}) == 1
+    assert not any("error" in x.user_attrs for x in tried)
+
+
+def test_what_is_in_training_is_not_drawn_again() -> None:
+    """By TPE, though its random numbers are the same."""
+
+    def drawn(running: bool) -> tuple[float, float]:
+        found = optuna.create_study(direction="maximize")
+        for i in range(study.STARTUP + 4):
+            x = i / 20
+            given = {"params": {"x": x}, "distributions": {"x": uniform}}
+            within = {"constraints": [0.0]}
+            found.add_trial(create_trial(value=-((x - 0.3) ** 2), system_attrs=within, **given))
+        values = []
+        for _ in range(2):
+            found.sampler = study._sampler(study.Settings(), 50)
+            trial = found.ask()
+            values.append(trial.suggest_float("x", 0, 1))
+            if not running:
+                found.tell(trial, state=TrialState.FAIL)
+        return values[0], values[1]
+
+    uniform = optuna.distributions.FloatDistribution(0, 1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    first, second = drawn(running=False)
+    assert first == second
+    first, second = drawn(running=True)
+    assert first != second
+
+
+def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
+    refused = cluster.Worker(tmp_path / "none", os.getcwd(), 1, "cpu").refused
+    assert isinstance(refused, ClusterError)
+    assert "none: is not on storage that this machine shares (on " in str(refused)
+
+
+def test_wrong_usage(vitkd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["search", "digits", "--latency-ms", 1, "-o", tmp_path / "s"]
+    found = vitkd(*command, "--workers", 2)
+    assert found.code == 2 and "--workers: only with --engine ray" in found.err
+    real = _extras.find_spec
+    monkeypatch.setattr(_extras, "find_spec", lambda name: None if name == "ray" else real(name))
+    found = vitkd(*command, "--engine", "ray")
+    assert found.code == 1 and "vitkd search --engine ray needs ray, which is not" in found.err
+    assert not (tmp_path / "s").exists()

@@ -57,12 +57,13 @@ class Pretended:
                 raise Died("no library")
             return Answer(actor.node, 0, 1, worker.refused)
 
-        def make(piece: Any, left_out: Any, note: Path) -> Any:
-            assert not actor.killed and Note.read(note) == (0, -1)
+        def make(piece: Any, *more: Any) -> Any:
+            left_out, note = more or ((), None)
+            assert not actor.killed and (note is None or Note.read(note) == (0, -1))
             self.dies(
                 SimpleNamespace(piece=piece, left_out=left_out, note=note, actor=actor, ray=self)
             )
-            return worker.make(piece, left_out, note)
+            return worker.make(piece, *more)
 
         actor.answer = SimpleNamespace(remote=lambda: answer)
         actor.make = SimpleNamespace(remote=lambda *given: lambda: make(*given))
@@ -150,7 +151,7 @@ def when_there_are(files: Callable[[], Iterable[Any]], count: int, act: Callable
     """Acts in a thread, once there are so many files; returns the thread."""
 
     def wait() -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while len(list(files())) < count and time.monotonic() < end:
             time.sleep(0.02)
         act()

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from ..predict_command import Engine
+
 
 class Sampler(str, Enum):
     """Who draws candidates: Optuna's samplers."""
@@ -70,6 +72,13 @@ def search(
         typer.Option(help="Rank correlation with full training from which on judgements decide."),
     ] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    engine: Annotated[
+        Engine, typer.Option(help="Who trains: this process, or a Ray cluster's.")
+    ] = Engine.local,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes of --engine ray; the default is all CPUs but one."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Search for the best student within a latency, and write a report and a recipe of each point.
@@ -79,10 +88,17 @@ def search(
 
     For another machine: vitkd profile student.int8.safetensors --json > pi.json there, and here
     vitkd search mine.yaml --latency-ms 20 --device pi.json
+
+    Several machines: RAY_ADDRESS=head:6379 vitkd search mine.yaml --latency-ms 3 -o /shared/search
+    --engine ray
     """
     from .._extras import require
 
     require("search", "vitkd search")
+    if engine is Engine.ray:
+        require("ray", "vitkd search --engine ray")
+    elif workers:
+        raise typer.BadParameter("--workers: only with --engine ray")
     from ..distill import config
     from ..distill.config import ConfigError
     from . import report, study
@@ -104,8 +120,14 @@ def search(
     def tell(line: str) -> None:
         typer.echo(f"search: {line}", err=True)
 
+    cpu_seconds = None if cpu_hours is None else 3600 * cpu_hours
     with study.Search(recipe, drawn, output, settings, tell) as found:
-        found.run(trials, None if cpu_hours is None else 3600 * cpu_hours)
+        if engine is Engine.ray:
+            from . import cluster
+
+            cluster.run(found, trials, cpu_seconds, workers)
+        else:
+            found.run(trials, cpu_seconds)
         page = report.write(found)
     results = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     if as_json:

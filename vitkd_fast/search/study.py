@@ -1,7 +1,8 @@
-"""The study: Optuna draws candidates, the device says what they cost, and the loop trains some.
+"""The study: Optuna draws candidates, the device says what they cost, and a crew trains some.
 
 What happened is in study.db (SQLite, Optuna's) in the search's folder, trial by trial: a search
-that was killed goes on from there, and has lost the trial it was at, which is drawn again.
+that was killed goes on from there, and has lost the trials it was at, which are drawn again. One
+process draws, measures, judges and writes the study, whoever trains.
 """
 
 from __future__ import annotations
@@ -9,20 +10,20 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from .._cluster import ClusterError
 from .._files import replacing
 from ..distill import checkpoint
 from ..distill.config import Config, ConfigError
-from ..distill.loop import NonFiniteError
 from . import flash, training
 from .device import Cost, Device, open_device
 from .space import Space
@@ -30,6 +31,7 @@ from .space import Space
 NAME, FILE, COSTS = "vitkd", "study.db", "costs.json"
 _HOPELESS = 60  # candidates over the bound, one after another
 _FAILURES = 3  # likewise, after which the search fails: what is wrong is wrong with all
+_DEATHS = 3  # of processes that trained a candidate, after which nobody tries it
 _AUDITED = 4  # of so many within the bounds one is trained in full, whatever is predicted
 STARTUP = 8  # trials before a sampler learns from them
 
@@ -57,6 +59,68 @@ class Settings:
     flash: float = 0.08
     trust: float = 0.5
     seed: int = 0
+
+
+class Died(NamedTuple):
+    """A process of a crew, while it trained."""
+
+    machine: str  # "": it counts against no candidate
+
+
+class Crew(Protocol):
+    """Who trains candidates; one that was begun is finished by the same process."""
+
+    def free(self) -> bool:
+        """Whether another candidate can be begun now."""
+
+    def begin(self, piece: training.Begin) -> None: ...
+
+    def finish(self, piece: training.Finish) -> None: ...
+
+    def heard(self) -> Iterable[tuple[int, training.Outcome | Died]]:
+        """What there is of which trials; waits for a while."""
+
+    def alive(self) -> set[str]:
+        """The machines that are there."""
+
+
+class Here:
+    """This process, a candidate at a time."""
+
+    def __init__(self) -> None:
+        self.worker = training.Worker()
+        self.asked: training.Begin | training.Finish | None = None
+
+    def free(self) -> bool:
+        return self.asked is None
+
+    def begin(self, piece: training.Begin) -> None:
+        self.asked = piece
+
+    def finish(self, piece: training.Finish) -> None:
+        self.asked = piece
+
+    def heard(self) -> Iterable[tuple[int, training.Outcome | Died]]:
+        piece, self.asked = self.asked, None
+        assert piece
+        return [(piece.number, self.worker.make(piece))]
+
+    def alive(self) -> set[str]:
+        return set()
+
+
+@dataclass
+class _Candidate:
+    """That is in training."""
+
+    trial: Trial
+    config: Config
+    cost: Cost
+    judged: bool = False
+
+    def __str__(self) -> str:
+        model, number = self.config.student.model, self.trial.number
+        return f"trial {number}: {model}, {self.cost.latency_ms:.3g} ms"
 
 
 class Search:
@@ -94,6 +158,8 @@ class Search:
             if differ := [key for key, value in begun.items() if stored.get(key) != value]:
                 raise ConfigError(f"-o: {folder} holds a study of another {', '.join(differ)}")
         self.lock = checkpoint.lock(folder)
+        self.running: dict[int, _Candidate] = {}
+        self.over = self.failed = 0  # one after another
         self.study = _open(folder, settings)
         self.study.set_user_attr("asked", begun)
         self._take_up()
@@ -108,36 +174,38 @@ class Search:
     def _take_up(self) -> None:
         """Ends the trials that a killed process left, and has them drawn again."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.study.tell(trial.number, state=TrialState.FAIL)
-            self.study.enqueue_trial(trial.params)
-            shutil.rmtree(self._trial_folder(trial.number), ignore_errors=True)
+            self._again(trial, trial.user_attrs.get("died_on", []))
             self.tell(f"trial {trial.number} was interrupted: its candidate is tried again")
 
-    def run(self, trials: int, cpu_seconds: float | None = None) -> None:
+    def _again(self, trial: Trial | FrozenTrial, died_on: list[str]) -> None:
+        self.study.tell(trial.number, state=TrialState.FAIL)
+        self.study.enqueue_trial(trial.params, {"died_on": died_on} if died_on else None)
+        shutil.rmtree(self._trial_folder(trial.number), ignore_errors=True)
+
+    def run(self, trials: int, cpu_seconds: float | None = None, crew: Crew | None = None) -> None:
         """Tries candidates until so many within the bounds were trained.
 
         Args:
             trials: of all calls together.
             cpu_seconds: of training, of all calls together, after which no other begins.
+            crew: trains them; None: this process.
         """
-        over = failed = 0  # one after another
-        while len(self.trained()) < trials and over < _HOPELESS:
-            if cpu_seconds is not None and self.seconds() >= cpu_seconds:
-                break
-            # of the trial's number, so that a search that goes on draws what it would have
-            self.study.sampler = _sampler(self.settings, len(self.study.trials))
-            trial = self.study.ask()
-            try:
-                within = self._try(trial)
-            except (ValueError, NonFiniteError) as error:
-                self._fail(trial, error)
-                failed += 1
-                if failed == _FAILURES:
-                    raise
+        crew = crew or Here()
+        self.running, self.over, self.failed = {}, 0, 0
+        while (wanted := self._wanted(trials, cpu_seconds)) or self.running:
+            if wanted and crew.free():
+                self._begin(crew)
                 continue
-            failed, over = 0, 0 if within else over + 1
-        if over == _HOPELESS:
-            self.tell(f"{over} candidates one after another were over the bounds: no more")
+            for number, said in crew.heard():
+                self._hear(crew, number, said)
+        if self.over >= _HOPELESS:
+            self.tell(f"{self.over} candidates one after another were over the bounds: no more")
+
+    def _wanted(self, trials: int, cpu_seconds: float | None) -> bool:
+        """Whether another candidate is to be begun."""
+        if len(self.trained()) + len(self.running) >= trials or self.over >= _HOPELESS:
+            return False
+        return cpu_seconds is None or self.seconds() < cpu_seconds
 
     def trained(self) -> list[FrozenTrial]:
         """The trials whose candidates were within the bounds, and are done."""
@@ -158,26 +226,82 @@ class Search:
         found = [x.user_attrs for x in self.finished() if key in x.user_attrs]
         return flash.correlation([x[key] for x in found], [x["accuracy"] for x in found], intervals)
 
-    def _try(self, trial: Trial) -> bool:
-        """Whether the candidate was within the bounds."""
-        config = _with_schedule(self.space.draw(trial, self.recipe), self.settings)
+    def _begin(self, crew: Crew) -> None:
+        """Draws a candidate, which is trained if it is within the bounds."""
+        # of the trial's number, so that a search that goes on draws what it would have
+        self.study.sampler = _sampler(self.settings, len(self.study.trials))
+        trial = self.study.ask()
+        try:
+            config = _with_schedule(self.space.draw(trial, self.recipe), self.settings)
+            trial.set_user_attr("config", config.model_dump())
+            cost = self.cost(config)
+            for key, value in cost._asdict().items():
+                trial.set_user_attr(key, value)
+            within = all(x <= 0 for x in _excess(cost, self.settings))
+            trial.set_user_attr("within", within)
+            if not within:
+                self._told(trial, TrialState.PRUNED)
+                self.over += 1
+                return
+            config = self.lesson.given(config)
+        except training.FAILURES as error:
+            self._fail(trial, error)
+            return
         trial.set_user_attr("config", config.model_dump())
-        cost = self.cost(config)
-        for key, value in cost._asdict().items():
-            trial.set_user_attr(key, value)
-        within = all(x <= 0 for x in _excess(cost, self.settings))
-        trial.set_user_attr("within", within)
-        state, values = self._train(trial, config, cost) if within else (TrialState.PRUNED, None)
+        self.over = 0
+        self.running[trial.number] = _Candidate(trial, config, cost)
+        folder = self._trial_folder(trial.number)
+        crew.begin(training.Begin(trial.number, config, folder, self.settings.flash))
+
+    def _hear(self, crew: Crew, number: int, said: training.Outcome | Died) -> None:
+        """Goes on with a candidate, or ends it."""
+        candidate = self.running[number]
+        trial, cost = candidate.trial, candidate.cost
+        if isinstance(said, Died):
+            self._died(crew, self.running.pop(number).trial, said)
+            return
+        trial.set_user_attr("cpu_seconds", said.seconds)
+        trial.set_user_attr("steps", said.total)
+        if said.error:
+            self._fail(self.running.pop(number).trial, said.error)
+        elif not candidate.judged:
+            whole = not self.settings.flash or not self._hopeless(trial, said, cost)
+            candidate.judged, self.failed = True, 0
+            crew.finish(training.Finish(number, whole))
+        elif said.accuracy is None:
+            predicted = trial.user_attrs["predicted"]
+            self._told(self.running.pop(number).trial, TrialState.PRUNED)
+            self.tell(f"{candidate}: stopped at a predicted {predicted:.1%}")
+        else:
+            trial.set_user_attr("accuracy", said.accuracy)
+            values = [said.accuracy, cost.latency_ms] if self.settings.pareto else [said.accuracy]
+            self._told(self.running.pop(number).trial, TrialState.COMPLETE, values)
+            self.tell(f"{candidate}: {said.accuracy:.1%} after {said.seconds:.0f} s of CPU time")
+
+    def _told(self, trial: Trial, state: TrialState, values: Sequence[float] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             self.study.tell(trial, values, state)
-        return within
+
+    def _died(self, crew: Crew, trial: Trial, said: Died) -> None:
+        alive = crew.alive()
+        machines = [*trial.user_attrs.get("died_on", []), said.machine]
+        if sum(machine in alive for machine in machines) >= _DEATHS:
+            why = f"{_DEATHS} processes died training it; is there too little memory?"
+            self._fail(trial, ClusterError(why))
+            return
+        self._again(trial, machines)
+        self.tell(f"trial {trial.number}: its process died: its candidate is tried again")
 
     def _fail(self, trial: Trial, error: Exception) -> None:
+        """Raises the error where candidates one after another fail."""
         why = " ".join(str(error).split())[:500]
         trial.set_user_attr("error", why)
         self.study.tell(trial, state=TrialState.FAIL)
         self.tell(f"trial {trial.number}: failed: {why}")
+        self.failed += 1
+        if self.failed == _FAILURES:
+            raise error
 
     def cost(self, config: Config) -> Cost:
         """Of a candidate's architecture, which is measured once, and kept in costs.json."""
@@ -197,51 +321,26 @@ class Search:
                 part.write_text(json.dumps(known, indent=1))
         return Cost(**known[name])
 
-    def _train(
-        self, trial: Trial, config: Config, cost: Cost
-    ) -> tuple[TrialState, Sequence[float] | None]:
-        """Early, and to the end where that is worth it."""
-        settings = self.settings
-        config = self.lesson.given(config)
-        trial.set_user_attr("config", config.model_dump())
-        run = training.Training(config, self._trial_folder(trial.number))
-        begun = f"trial {trial.number}: {config.student.model}, {cost.latency_ms:.3g} ms"
-        try:
-            if settings.flash:
-                predicted = self._predict(trial, run)
-                if self._hopeless(trial, predicted, cost):
-                    self.tell(f"{begun}: stopped at a predicted {predicted:.1%}")
-                    return TrialState.PRUNED, None
-            accuracy = run.score(run.whole())
-        finally:
-            trial.set_user_attr("cpu_seconds", run.seconds)
-            trial.set_user_attr("steps", run.total)
-            run.tidy()
-        trial.set_user_attr("accuracy", accuracy)
-        self.tell(f"{begun}: {accuracy:.1%} after {run.seconds:.0f} s of CPU time")
-        both = settings.pareto
-        return TrialState.COMPLETE, (accuracy, cost.latency_ms) if both else (accuracy,)
-
-    def _predict(self, trial: Trial, run: training.Training) -> float:
+    def _predict(self, trial: Trial, said: training.Outcome) -> float:
         """The accuracy of the whole run, from its first steps."""
-        parts = flash.branches(run.total, self.settings.flash)
-        scores = [run.score(part) for part in parts]
-        steps = [part.end for part in parts]
-        predicted = flash.extrapolate(steps, scores, run.total) if parts else 0.0
-        trial.set_user_attr("early", [list(x) for x in zip(steps, scores, strict=True)])
+        steps, scores = [x for x, _ in said.early], [x for _, x in said.early]
+        predicted = flash.extrapolate(steps, scores, said.total) if steps else 0.0
+        trial.set_user_attr("early", [list(x) for x in said.early])
         trial.set_user_attr("early_score", scores[-1] if scores else 0.0)
-        trial.set_user_attr("early_seconds", run.seconds)
+        trial.set_user_attr("early_seconds", said.seconds)
         trial.set_user_attr("predicted", predicted)
         if not self.settings.pareto:
             trial.report(predicted, steps[-1] if steps else 0)
         return predicted
 
-    def _hopeless(self, trial: Trial, predicted: float, cost: Cost) -> bool:
+    def _hopeless(self, trial: Trial, said: training.Outcome, cost: Cost) -> bool:
         """Whether predictions are trusted, and this one says that training is not worth it."""
+        predicted = self._predict(trial, said)
         trusted = flash.trusted(self.correlation(intervals=False), self.settings.trust)
         trial.set_user_attr("trusted", trusted)
         # some go on all the same: only they show that predictions have become wrong
-        if not trusted or len(self.trained()) % _AUDITED == 0:
+        judged = len(self.trained()) + sum(x.judged for x in self.running.values())
+        if not trusted or judged % _AUDITED == 0:
             return False
         if not self.settings.pareto:
             return trial.should_prune()
@@ -329,6 +428,7 @@ def _sampler(settings: Settings, trials: int) -> optuna.samplers.BaseSampler:
             group=True,  # each family has parameters of its own
             n_startup_trials=STARTUP,
             constraints_func=constraints,
+            constant_liar=True,  # what is in training counts as bad, so that others differ from it
         )
 
 

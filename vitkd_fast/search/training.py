@@ -6,7 +6,7 @@ import functools
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,11 +17,12 @@ from ..distill.cache import build
 from ..distill.cache.read import CachedTeacher
 from ..distill.cache.store import CacheError
 from ..distill.config import Config, Teacher
-from ..distill.loop import Trainer
+from ..distill.loop import NonFiniteError, Trainer
 from ..distill.runtime import Runtime
 from ..distill.task import DistillationTask
-from .flash import COOLDOWN, Branch
+from .flash import COOLDOWN, Branch, branches
 
+FAILURES = (ValueError, NonFiniteError)  # of a candidate; other errors are of the whole search
 _IMAGES = 8  # that an untrained student is quantized on
 
 
@@ -188,3 +189,72 @@ class Training:
             seed=self.seed,
             save_model=self.save,
         )
+
+
+class Begin(NamedTuple):
+    """Asks for the scores of a candidate's first steps.
+
+    Attributes:
+        number: of the trial.
+        folder: of the trial, which is made.
+        share: of the steps, after which it is judged; 0: it is not.
+    """
+
+    number: int
+    config: Config
+    folder: Path
+    share: float
+
+
+class Finish(NamedTuple):
+    """Asks for the full training of the candidate that was begun, or for none of it."""
+
+    number: int
+    whole: bool
+
+
+class Outcome(NamedTuple):
+    """What a candidate's training has come to.
+
+    Attributes:
+        total: the steps of a whole run.
+        seconds: CPU time so far.
+        early: the steps of annealed runs, and their scores.
+        accuracy: of the full training.
+        error: one of `FAILURES`, which ended it.
+    """
+
+    total: int = 0
+    seconds: float = 0.0
+    early: tuple[tuple[int, float], ...] = ()
+    accuracy: float | None = None
+    error: Exception | None = None
+
+
+class Worker:
+    """Trains candidates, one after another, each in two parts, as it is told."""
+
+    training: Training | None = None
+
+    def make(self, piece: Begin | Finish) -> Outcome:
+        found = Outcome()
+        try:
+            if isinstance(piece, Begin):
+                self.training = None  # what a failure left
+                self.training = Training(piece.config, piece.folder)
+                found = found._replace(early=self._early(self.training, piece.share))
+            elif piece.whole:
+                assert self.training
+                found = found._replace(accuracy=self.training.score(self.training.whole()))
+        except FAILURES as error:
+            found = found._replace(error=error)
+        if not (run := self.training):
+            return found
+        if found.error or isinstance(piece, Finish):
+            run.tidy()
+            self.training = None
+        return found._replace(total=run.total, seconds=run.seconds)
+
+    def _early(self, run: Training, share: float) -> tuple[tuple[int, float], ...]:
+        parts = branches(run.total, share) if share else []
+        return tuple((part.end, run.score(part)) for part in parts)

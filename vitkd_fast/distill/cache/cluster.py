@@ -63,10 +63,15 @@ def build(config: Config, folder: Where, options: Options, workers: int | None =
     return Made(maker.plan, count - len(todo), len(todo), bad)
 
 
-def share(device: str, threads: int, workers: int | None, cluster: dict[str, float]) -> Share:
-    """Raises ClusterError where there is no such device."""
+def share(
+    device: str, threads: int, workers: int | None, cluster: dict[str, float], spare: int = 1
+) -> Share:
+    """Of CPUs but those that the driver is spared, or of GPUs.
+
+    Raises ClusterError where there is no such device.
+    """
     if device != "cuda":
-        return _cluster.of_cpus(cluster, threads, workers, spare=1)  # for the driver
+        return _cluster.of_cpus(cluster, threads, workers, spare)
     if not (gpus := cluster.get("GPU", 0)):
         raise ClusterError("--engine ray: the cluster has no GPU, and run.device is cuda")
     workers = workers or int(gpus)
