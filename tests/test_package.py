@@ -44,12 +44,13 @@ def test_using_int8_loads_no_torch(tmp_path: Path) -> None:
     assert python(code, tmp_path).stdout == "False\n"
 
 
-def test_functional_registers_the_operations(tmp_path: Path) -> None:
+def test_functional_registers_the_operations_and_loads_no_compiler(tmp_path: Path) -> None:
     code = (
-        "import vitkd_fast, torch; before = hasattr(torch.ops.vitkd_fast, 'kd_fwd');"
-        "vitkd_fast.functional; print(before, hasattr(torch.ops.vitkd_fast, 'kd_fwd'))"
+        "import sys, vitkd_fast, torch; before = hasattr(torch.ops.vitkd_fast, 'kd_fwd');"
+        "vitkd_fast.functional, vitkd_fast.nn;"
+        "print(before, hasattr(torch.ops.vitkd_fast, 'kd_fwd'), 'torch._dynamo' in sys.modules)"
     )
-    assert python(code, tmp_path).stdout == "False True\n"
+    assert python(code, tmp_path).stdout == "False True False\n"
 
 
 def test_public_names() -> None:

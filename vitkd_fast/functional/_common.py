@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Container, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from ._precision import exactly as exactly
 
 FLOATING = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 REDUCTIONS = {"mean": reference.MEAN, "sum": reference.SUM, "none": reference.NONE}
+
+_Function = TypeVar("_Function", bound=Callable)
 
 
 class _Once(torch.autograd.Function):
@@ -33,6 +35,12 @@ class _Once(torch.autograd.Function):
             "vitkd_fast: a loss is differentiable once, and a derivative of its gradient is asked "
             "for (attention_map_loss and relation_loss have it in float64)"
         )
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """torch.compiler.assume_constant_result without an import of dynamo, which takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def differentiable_once(backward: Callable) -> Callable:

@@ -16,6 +16,7 @@ from ._common import (
     check_floating,
     check_numbers,
     check_tensors,
+    constant_when_compiled,
     differentiable_once,
 )
 
@@ -32,7 +33,7 @@ _KINDS = {
 }
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _tf32() -> bool:
     """Whether products of float32 matrices may be TF32; whichever of torch's two ways says so."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -15,13 +15,14 @@ from ._common import (
     check_choice,
     check_inputs,
     check_numbers,
+    constant_when_compiled,
     exactly,
     wide_dtype,
 )
 from ._features import check_not_empty, empty_grad, formed_in_forward, samples_per_tile
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _directions(dim: int, projections: int, seed: int) -> Tensor:
     """Of length 1, [dim, projections], float64: the same on every device."""
     generator = torch.Generator().manual_seed(seed)
