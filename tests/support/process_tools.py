@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -25,7 +26,7 @@ CALLERS = {"attention_map": ["relation"], "rkd": ["feature", "nst"]}
 
 
 def files_of(stem: str) -> list[str]:
-    """The files with tests of an operation, but for Triton's, which run these in processes."""
+    """The files with tests of an operation that are repeated, but for Triton's, which repeat them."""
     found = [
         file
         for name in (stem, *CALLERS.get(stem, []))
@@ -37,7 +38,12 @@ def files_of(stem: str) -> list[str]:
             for other in {op.stem for op in _ops.OPERATIONS}
         )
     ]
-    return sorted(str(file) for file in found if not file.stem.endswith("_triton"))
+    marks = re.compile("every_isa|emulated|interpreted")
+    return sorted(
+        str(file)
+        for file in found
+        if not file.stem.endswith("_triton") and marks.search(file.read_text())
+    )
 
 
 def _environment(changes: dict[str, str]) -> dict[str, str]:
