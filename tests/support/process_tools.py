@@ -26,7 +26,7 @@ CALLERS = {"attention_map": ["relation"], "rkd": ["feature", "nst"]}
 
 
 def files_of(stem: str) -> list[str]:
-    """The files with tests of an operation that are repeated, but for Triton's, which repeat them."""
+    """Files with tests of an operation that are repeated, but for Triton's, which repeat them."""
     found = [
         file
         for name in (stem, *CALLERS.get(stem, []))
