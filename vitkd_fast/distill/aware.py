@@ -2,8 +2,8 @@
 
 The float run leaves branch.safetensors at the step `int8.aware.start` of it; from there the same
 images, losses and learning rates go on in the engine's arithmetic, in a folder of their own. Where
-batch norms freeze, ranges are found again: weights and statistics have moved by then, and LSQ is too
-slow to follow.
+batch norms freeze, ranges are found again: weights and statistics have moved by then, and LSQ is
+too slow to follow.
 """
 
 from __future__ import annotations
