@@ -90,7 +90,8 @@ def test_a_branch_goes_on_and_resumes(tmp_path: Path) -> None:
     assert not any(p in first.optimizer.state for p in module.ranges.parameters())
     averaged = ema.module.model.state_dict()
     assert any(not torch.equal(x, averaged[key]) for key, x in module.model.state_dict().items())
-    modes, steps = [], []
+    modes: list[tuple[bool, bool]] = []
+    steps: list[torch.Tensor] = []
     begun = module.ranges.map_step.clone()
 
     def look(own: int8.QuantizationAware, _: Any) -> None:

@@ -416,16 +416,17 @@ def test_images_and_autocast(block: QuantizationAware) -> None:
 def test_ranges_that_are_found_again() -> None:
     """Those of the weights as they are; biases keep what training made of their corrections."""
     torch.manual_seed(0)
-    module = begin(create("mobilenetv3_small_050")).train()
+    model: Any = create("mobilenetv3_small_050")
+    module = begin(model).train()
     step(module, 3)
     with torch.no_grad():
-        module.model.conv_head.weight *= 3
-        module.model.conv_head.bias *= 3
-    again = quantize(module.model.eval(), [random_images(0, (8, 32, 32, 3))], **PIXELS)
+        model.conv_head.weight *= 3
+        model.conv_head.bias *= 3
+    again = quantize(model.eval(), [random_images(0, (8, 32, 32, 3))], **PIXELS)
     kept = module.ranges.correction.clone()
     before = module.ranges.map_step.clone()
     assert module.train().take_ranges(again).model.training
-    fresh = QuantizationAware(copy.deepcopy(module.model).eval(), again)
+    fresh = QuantizationAware(copy.deepcopy(model).eval(), again)
     for name in ("map_step", "map_zero", "weight_step", "map_log", "map_shift", "weight_log"):
         assert torch.equal(getattr(module.ranges, name), getattr(fresh.ranges, name)), name
     assert module.ranges.map_step[-1] > 1.5 * before[-1]
