@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -213,7 +214,33 @@ def figures(work: Path) -> dict[str, Any]:
             info = {"study": rows, "device": "cpu, 1 thread(s)", "torch": torch.__version__}
             info["torchao"] = version("torchao")
             benches.append({"name": f"study_int8[{student}]", "extra_info": info})
-    return {"machine_info": machine(), "benchmarks": benches}
+    return {"machine_info": machine(), "benchmarks": [*benches, pooled(benches)]}
+
+
+def pooled(benches: list[dict[str, Any]]) -> dict[str, Any]:
+    """A table of all pairs, a student in int8 and the float one of its seed, a row for each way.
+
+    `pairs for 0.05` is how many make the mean's standard error 0.05 points.
+    """
+    found: dict[str, list[float]] = {}
+    for bench in benches:
+        for row in bench["extra_info"]["study"].values():
+            scores = row["each"]
+            for name in list(scores)[1:]:
+                pairs = zip(scores[name], scores["float"], strict=True)
+                found.setdefault(name, []).extend(a - b for a, b in pairs)
+    rows = {
+        name: {
+            "pairs": len(values),
+            "mean - float": statistics.mean(values),
+            "s.e.": error(values),
+            "s.d. of a pair": statistics.stdev(values),
+            "pairs for 0.05": math.ceil(statistics.variance(values) / 0.05**2),
+        }
+        for name, values in found.items()
+    }
+    shared = {key: benches[0]["extra_info"][key] for key in ("device", "torch", "torchao")}
+    return {"name": "study_int8[all pairs]", "extra_info": {"study": rows, **shared}}
 
 
 def main() -> None:

@@ -41,7 +41,8 @@ def config(*more: str) -> Config:
 def begin(folder: Path, chosen: Config, made: Any, **options: Any) -> loop.Trainer:
     task = DistillationTask.create(chosen, made, teacher(), Runtime.of(chosen))
     save = options.pop("save_model", lambda *_: None)
-    return loop.Trainer(chosen, task, splits(), folder, seed=0, save_model=save, **options)
+    kind = aware.AwareTrainer if "requantize" in options else loop.Trainer
+    return kind(chosen, task, splits(), folder, seed=0, save_model=save, **options)
 
 
 def branched_module(made: Any) -> int8.QuantizationAware:
@@ -58,14 +59,19 @@ def branched(folder: Path, branch: Path, chosen: Config) -> loop.Trainer:
     images = torch.from_numpy(random_images(0, (16, 32, 32, 3)))
     options = {"pixels": models.Pixels.of(made), "classes": list("0123456789"),
                "multilabel": False, "calibration": "mse"}  # fmt: skip
-    module = aware.module(chosen, made, images, Runtime.of(chosen), **options)
+    runtime = Runtime.of(chosen)
+    module = aware.module(chosen, made, images, runtime, **options)
+
+    def requantize(now: torch.nn.Module) -> int8.QuantizedModel:
+        return aware.quantized_by_first(now, images, runtime, **options)
+
     about = {"name": "mobilenetv2_035", "options": {}, "num_classes": 10,
              "pixels": options["pixels"], "classes": options["classes"]}  # fmt: skip
 
     def save(path: Path, trained: torch.nn.Module) -> None:
         aware.save(path, trained, **about)
 
-    return begin(folder, chosen, module, save_model=save)
+    return begin(folder, chosen, module, save_model=save, requantize=requantize)
 
 
 def test_a_branch_goes_on_and_resumes(tmp_path: Path) -> None:
@@ -84,11 +90,22 @@ def test_a_branch_goes_on_and_resumes(tmp_path: Path) -> None:
     assert not any(p in first.optimizer.state for p in module.ranges.parameters())
     averaged = ema.module.model.state_dict()
     assert any(not torch.equal(x, averaged[key]) for key, x in module.model.state_dict().items())
-    modes = []
-    module.register_forward_pre_hook(lambda own, _: modes.append((own.training, own.frozen)))
+    modes: list[tuple[bool, bool]] = []
+    steps: list[torch.Tensor] = []
+    begun = module.ranges.map_step.clone()
+
+    def look(own: int8.QuantizationAware, _: Any) -> None:
+        if own.training:
+            modes.append((own.model.training, own.frozen))
+            steps.append(own.ranges.map_step.clone())
+
+    module.register_forward_pre_hook(look)
     trained = first.run()
-    # 3 and 4 of 6 steps are before 0.8 of them
-    assert [frozen for training, frozen in modes if training] == [False, False, True]
+    # 3 and 4 of 6 steps are before 0.8 of them; ranges are found again where that is reached
+    assert modes == [(True, False), (True, False), (True, True)]
+    assert [torch.equal(x, begun) for x in steps] == [True, True, False]
+    assert isinstance(trained, int8.QuantizationAware)
+    assert torch.equal(trained.ranges.map_step, steps[-1])
     assert trained is ema.module
     # stopped after a step, and resumed
     second = branched(tmp_path / "second", branch, chosen)

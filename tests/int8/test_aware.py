@@ -413,6 +413,31 @@ def test_images_and_autocast(block: QuantizationAware) -> None:
         block(torch.from_numpy(FRESH))
 
 
+def test_ranges_that_are_found_again() -> None:
+    """Those of the weights as they are; biases keep what training made of their corrections."""
+    torch.manual_seed(0)
+    model: Any = create("mobilenetv3_small_050")
+    module = begin(model).train()
+    step(module, 3)
+    with torch.no_grad():
+        model.conv_head.weight *= 3
+        model.conv_head.bias *= 3
+    again = quantize(model.eval(), [random_images(0, (8, 32, 32, 3))], **PIXELS)
+    kept = module.ranges.correction.clone()
+    before = module.ranges.map_step.clone()
+    assert module.train().take_ranges(again).model.training
+    fresh = QuantizationAware(copy.deepcopy(model).eval(), again)
+    for name in ("map_step", "map_zero", "weight_step", "map_log", "map_shift", "weight_log"):
+        assert torch.equal(getattr(module.ranges, name), getattr(fresh.ranges, name)), name
+    assert module.ranges.map_step[-1] > 1.5 * before[-1]
+    assert torch.equal(module.ranges.correction, kept) and not torch.equal(
+        kept, fresh.ranges.correction
+    )
+    assert_engines_bytes(module.eval())
+    step(module.train(), 1)
+    assert_engines_bytes(module.eval())
+
+
 def test_another_models_graph_is_refused(block: QuantizationAware) -> None:
     start = quantize(create("mobilenetv2_035"), [FRESH], **PIXELS)
     with pytest.raises(ValueError, match="start: expected the graph of this Block, got that of"):

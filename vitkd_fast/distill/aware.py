@@ -1,12 +1,15 @@
 """A student trained for int8: branches off a float student's run, through `QuantizationAware`.
 
 The float run leaves branch.safetensors at the step `int8.aware.start` of it; from there the same
-images, losses and learning rates go on in the engine's arithmetic, in a folder of their own.
+images, losses and learning rates go on in the engine's arithmetic, in a folder of their own. Where
+batch norms freeze, ranges are found again: weights and statistics have moved by then, and LSQ is
+too slow to follow.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +36,52 @@ def module(
     """
     section = config.int8.aware
     assert section
-    box: list[Any] = [None]
     student = student.to(runtime.device).to(memory_format=runtime.memory_format)
+    start = quantized_by_first(student, images, runtime, **options)
+    return int8.QuantizationAware(student, start, learn_ranges=section.learn_ranges)
+
+
+def quantized_by_first(
+    student: nn.Module, images: Tensor | None, runtime: Runtime, **options: Any
+) -> int8.QuantizedModel:
+    """What the first rank makes of a student with its images, on all ranks."""
+    box: list[Any] = [None]
     if runtime.rank == 0:
         assert images is not None
         box[0] = quantized.quantize(student, images, **options)
     if runtime.ranks > 1:
         dist.broadcast_object_list(box)
-    return int8.QuantizationAware(student, box[0], learn_ranges=section.learn_ranges)
+    return box[0]
+
+
+class AwareTrainer(Trainer):
+    """Trains a student for int8, and finds ranges again before the step that freezes batch norms.
+
+    Args:
+        requantize: what `quantize` makes of a student now, on every rank.
+        others: as `Trainer`'s.
+    """
+
+    def __init__(
+        self, *others: Any, requantize: Callable[[nn.Module], int8.QuantizedModel], **options: Any
+    ) -> None:
+        super().__init__(*others, **options)
+        self.requantize = requantize
+
+    def update(self, batches: Iterator[data.Batch]) -> None:
+        share = self.task.freeze_bn
+        if self.step and (self.step - 1) / self.total < share <= self.step / self.total:
+            self._find_ranges()
+        super().update(batches)
+
+    def _find_ranges(self) -> None:
+        self._check()  # what is not finite cannot be quantized
+        student: Any = self.model
+        start = self.requantize(student.model)
+        student.take_ranges(start)  # and sets the mode of what was quantized
+        if self.ema:
+            average: Any = self.ema.module
+            average.take_ranges(start)
 
 
 def take_weights(student: nn.Module, branch: Path) -> None:
@@ -94,13 +135,14 @@ class ForInt8(Prepared):
             take_weights(student, branch)
         about = self.about_model(self.config.student, student)
         config, task = self.aware_task(student, final)
-        trainer = Trainer(
+        trainer = AwareTrainer(
             config,
             task,
             self.splits,
             self.folder / f"int8-aware-{seed}",
             seed=seed,
             save_model=functools.partial(save, **about),
+            requantize=self.requantize,
         )
         if self.resume and trainer.path.exists():
             trainer.restore()
@@ -122,6 +164,11 @@ class ForInt8(Prepared):
         section = config.int8.aware
         cache = self.cache if section and section.teacher == "teacher" else None
         return config, DistillationTask.create(config, made, teachers, self.runtime, cache)
+
+    def requantize(self, student: nn.Module) -> int8.QuantizedModel:
+        """A student as it is now, on all ranks."""
+        images, options = self.calibration_images(), self.quantize_as(student)
+        return quantized_by_first(student, images, self.runtime, **options)
 
     def about_model(self, section: Model, model: nn.Module) -> dict[str, Any]:
         """What `models.save` is told."""

@@ -154,7 +154,8 @@ class Aware(Section):
     # there is no float training
     start: float = Field(0.7, ge=0, lt=1)
     learn_ranges: bool = True  # train the steps of maps and weights, and zero points
-    freeze_bn: float = Field(0.85, ge=0, le=1)  # share from which on batch norms keep statistics
+    # share from which on batch norms keep statistics; ranges are found again right before
+    freeze_bn: float = Field(0.85, ge=0, le=1)
     # who teaches it: the run's teachers, the float student of the end of its run, or both, of which
     # the float student is one more teacher of weight 1
     teacher: Literal["teacher", "float", "both"] = "teacher"

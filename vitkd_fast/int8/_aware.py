@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .float_graph import BatchNorm, FloatNode, Origin
-from .graph import Array, Classifier, Conv, Depthwise, Node, Quantized
+from .graph import Array, Classifier, Depthwise, Node, Quantized
 from .quantizer import _Step
 from .report import QuantizedModel
 from .straight_through import Range, replaced, scale_gradient, significant
@@ -154,8 +154,6 @@ class Ranges(nn.Module):
         super().__init__()
         weighed = [layer for layer in layers if layer.channels]
         counts = [layer.channels for layer in weighed]
-        steps = [(x.hi - x.lo) / LEVELS for x in start.report().layers]
-        zeros = [x.zero_point for x in start.graph.nodes if isinstance(x, Quantized)]
         self.counts = counts
 
         def channels(values: list[Any]) -> Tensor:
@@ -163,23 +161,10 @@ class Ranges(nn.Module):
             return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(counts))
 
         # of the image, and of values instead of levels, the step is 1: the last of all
-        last = len(steps)
+        last = len(sizes)
         reads = [layer.inputs[0] % (last + 1) for layer in weighed]
         makes = [i if x.in_steps else last for i, x in enumerate(layers) if x.channels]
-        outputs, inputs = ([*steps, 1.0][i] for i in makes), ([*steps, 1.0][i] for i in reads)
-        units, biases = [], []
-        for layer, out in zip(weighed, outputs, strict=True):
-            node: Conv | Depthwise | Classifier = layer.node
-            units.append(node.multiplier.astype(np.float64) * out)
-            zero = 255 * np.array(start.graph.mean) if layer.reads_image else zeros[layer.inputs[0]]
-            biases.append((node.bias + _sum_of(node, zero)) * units[-1])
-        own = [unit / step for unit, step in zip(units, inputs, strict=True)]
-        kept = {
-            "map_step": torch.tensor(steps, dtype=torch.float64),
-            "map_zero": torch.tensor(zeros, dtype=torch.float64),
-            "weight_step": torch.from_numpy(np.concatenate(own)),
-            "correction": torch.from_numpy(np.concatenate(biases)),
-        }
+        kept = _quantized(start, layers)
         for name, value in kept.items():
             self.register_buffer(name, value)
         ends = [6 / LEVELS if layer.activation == "relu6" else np.inf for layer in layers[:-1]]
@@ -203,13 +188,22 @@ class Ranges(nn.Module):
         for name, value in fixed.items():
             self.register_buffer(name, value, persistent=False)
         self.added = [made for _, made in residual]
-        self.asymmetric = [zero > 0 for zero in zeros]
+        self.asymmetric = (kept["map_zero"] > 0).tolist()
         self.map_log, self.map_shift, self.weight_log = (
             nn.Parameter(torch.zeros(count), requires_grad=learned)
             for count in (last, last, sum(counts))
         )
         # what no output depends on has no gradient to share
         self.map_shift.requires_grad_(learned and any(self.asymmetric))
+
+    @torch.no_grad()
+    def take(self, start: QuantizedModel, layers: list[Layer]) -> None:
+        """Begins again at what `quantize` made of the same layers; corrections stay."""
+        kept = _quantized(start, layers)
+        for name in ("map_step", "map_zero", "weight_step"):
+            getattr(self, name).copy_(kept[name])
+        for learned in self.parameters():
+            learned.zero_()
 
     def maps(self) -> tuple[Tensor, Tensor]:
         """Steps and zero points, [maps] float64; no ReLU6 has a level above 6."""
@@ -258,6 +252,29 @@ class Constants:
     # of batch norms over a batch: multiplier, bias and eps of sums, float32, and, float64, what a
     # sum is worth to them
     live: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+
+def _quantized(start: QuantizedModel, layers: list[Layer]) -> dict[str, Tensor]:
+    """Steps and zero points of maps, steps of weights, and biases with what calibration added."""
+    nodes = start.graph.nodes
+    steps = [(x.hi - x.lo) / LEVELS for x in start.report().layers]
+    zeros = [x.zero_point for x in nodes if isinstance(x, Quantized)]
+    own, biases = [], []
+    for index, layer in enumerate(layers):
+        if not layer.channels:
+            continue
+        node: Any = nodes[index]
+        source = layer.inputs[0]
+        unit = node.multiplier.astype(np.float64) * (steps[index] if layer.in_steps else 1.0)
+        zero = 255 * np.array(start.graph.mean) if layer.reads_image else zeros[source]
+        own.append(unit if layer.reads_image else unit / steps[source])
+        biases.append((node.bias + _sum_of(node, zero)) * unit)
+    return {
+        "map_step": torch.tensor(steps, dtype=torch.float64),
+        "map_zero": torch.tensor(zeros, dtype=torch.float64),
+        "weight_step": torch.from_numpy(np.concatenate(own)),
+        "correction": torch.from_numpy(np.concatenate(biases)),
+    }
 
 
 def _sum_of(node: Any, zero: Any) -> Array:

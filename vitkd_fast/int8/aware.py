@@ -99,11 +99,7 @@ class QuantizationAware(nn.Module):
         steps = _steps(nodes)
         if len(steps) != len(start.graph.nodes):
             steps = _steps(nodes, fuses=False)  # of a portable file
-        if [step.node.name for step in steps] != [node.name for node in start.graph.nodes]:
-            raise ValueError(
-                f"QuantizationAware: start: expected the graph of this {type(model).__name__}, got "
-                "that of another model"
-            )
+        self._check_graph(start, [step.node.name for step in steps])
         self.layers = [
             Layer.of(step, node, nodes[step.output])
             for step, node in zip(steps, start.graph.nodes, strict=True)
@@ -143,6 +139,26 @@ class QuantizationAware(nn.Module):
         """From now on batch norms use their running statistics, which stay as they are."""
         self.frozen = frozen
         return self
+
+    def take_ranges(self, start: QuantizedModel) -> QuantizationAware:
+        """Goes on with the steps and zero points that `quantize` finds for the model as it is now.
+
+        Corrections of biases stay. Weights and statistics move on from what the first ranges were
+        found for, and what learns them is too slow to follow.
+
+        Raises:
+            ValueError: the graph is of another model.
+        """
+        self._check_graph(start, [layer.node.name for layer in self.layers])
+        self.ranges.take(start, self.layers)
+        return self.train(self.training)
+
+    def _check_graph(self, start: QuantizedModel, names: list[str]) -> None:
+        if [node.name for node in start.graph.nodes] != names:
+            raise ValueError(
+                f"QuantizationAware: start: expected the graph of this {type(self.model).__name__},"
+                " got that of another model"
+            )
 
     def forward(self, images: Tensor, observe: Observer | None = None) -> Tensor:
         """Logits [N, classes], float32, of images [N, 3, H, W], bytes or floats in 0..255.
