@@ -109,8 +109,8 @@ struct Plan {
   int pitch[2] = {};     // bytes from row to row in shared memory: student (sliced: both), teacher
   int copiers[2] = {};   // log2 of the threads that copy a row
   bool aligned = false;  // by 16 bytes
-  bool quick = false;    // and all threads copy 16 bytes of as many rows of a stage each
-  int64_t blocks = 0;    // of a (batch, head)
+  bool quick = false;    // all threads copy 16 bytes of as many rows of a stage, by 32-bit offsets
+  int blocks = 0;        // of a (batch, head)
   int chunks = 1;        // of the gradient's dim, each by a block of its own
 
   // forward: [blocks, warps] sums of rows; null where each row's loss is wanted
@@ -211,7 +211,7 @@ template <class E, int kTall, bool kOfQueries, bool kSliced>
 struct Block {
   const Call& c;
   const Plan& plan;
-  int64_t head;   // of batch * heads
+  int head;       // of batch * heads
   int first;      // row of the block
   int first_row;  // of this warp
   int chunk;      // of the gradient's dim
@@ -221,19 +221,18 @@ struct Block {
 
   __device__ Block(const Call& call, const Plan& how, char* memory)
       : c(call), plan(how), shared(memory) {
-    const int64_t part = blockIdx.x / plan.chunks;
+    // all of a grid's numbers have 32 bits, of which a division is no call
+    const int part = static_cast<int>(blockIdx.x / plan.chunks);
     // by a shuffle, so that the compiler knows it to be uniform
     const int warp = __shfl_sync(kFullMask, threadIdx.x / 32, 0);
     first = part % plan.blocks * (plan.warps * 16 * kTall);
     chunk = blockIdx.x % plan.chunks;
     head = part / plan.blocks;
     first_row = first + warp * 16 * kTall;
-    const int64_t batch = head / c.heads;
-    if (c.key_mask) mask = c.key_mask + batch * c.keys;
+    if (c.key_mask) mask = c.key_mask + batch() * c.keys;
     const auto rows = [&](const Operand& x, bool queries, int which) {
       constexpr int64_t kSize = sizeof(typename E::T);
-      const int64_t start = batch * x.batch_stride + (head - batch * c.heads) * x.head_stride;
-      return Rows{x.data + start * kSize,
+      return Rows{x.data + start_of(x) * kSize,
                   x.token_stride * kSize,
                   static_cast<int>(queries ? c.queries : c.keys),
                   static_cast<int>((which == 0 ? c.dim_s : c.dim_t) * kSize),
@@ -256,6 +255,10 @@ struct Block {
   }
 
   __device__ bool idle() const { return first_row >= own[0].tokens; }
+  __device__ int64_t batch() const { return head / static_cast<int>(c.heads); }
+  __device__ int64_t start_of(const Operand& x) const {
+    return batch() * x.batch_stride + (head - batch() * c.heads) * x.head_stride;
+  }
   __device__ int64_t row_of(int token) const { return head * c.queries + token; }
 
   // Calls visit(stage, first) for the tiles of the other side, in order; with_stats: to each row
@@ -263,21 +266,6 @@ struct Block {
   // these alone until `scores` forms its products, for which it needs all warps.
   template <class Visit>
   __device__ void walk(bool with_stats, Visit&& visit) const {
-    // what this thread copies next, where all of a stage is there and quick
-    const char* from[2] = {};
-    const auto row_of_copy = [](const Rows& x) {
-      return static_cast<int>(threadIdx.x >> x.copiers);
-    };
-    const auto column_of_copy = [](const Rows& x) {
-      return static_cast<int>(threadIdx.x & ((1 << x.copiers) - 1)) * 16;
-    };
-    if (!kSliced && plan.quick) {
-#pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        const Rows& x = other[which];
-        from[which] = x.data + row_of_copy(x) * x.stride + column_of_copy(x);
-      }
-    }
     const auto fetch = [&](char* to, int first) {
       const int left = other[0].tokens - first;
       if (!kSliced && plan.quick && left >= plan.tile) {
@@ -285,12 +273,16 @@ struct Block {
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
           const Rows& x = other[which];
+          const auto stride = static_cast<unsigned>(x.stride);
           const int step = blockDim.x >> x.copiers;
-          char* at = rows + row_of_copy(x) * x.pitch + column_of_copy(x);
+          const unsigned row = threadIdx.x >> x.copiers;
+          const unsigned column = 16 * (threadIdx.x & ((1u << x.copiers) - 1));
+          unsigned from = (first + row) * stride + column;
+          char* at = rows + row * x.pitch + column;
 #pragma unroll 1
           for (int r = 0; r < plan.tile; r += step) {
-            copy_async<16>(at, from[which]);
-            from[which] += step * x.stride;
+            copy_async<16>(at, x.data + from);
+            from += step * stride;
             at += step * x.pitch;
           }
           rows += plan.tile * x.pitch;
@@ -342,11 +334,12 @@ struct Block {
   template <class Visit>
   __device__ __forceinline__ void scores(char* stage, int first, Visit&& visit) const {
     const int lane = threadIdx.x % 32, tall = min(kTall, (own[0].tokens - first_row + 15) / 16);
+    const int end = min(plan.tile, other[0].tokens - first);
     const bool* const masks = kOfQueries ? mask : nullptr;
     const char *y_s = stage, *y_t = stage + plan.tile * plan.pitch[0];
-    int at = 0;
 #pragma unroll 1
-    for (int left = min(plan.tile, other[0].tokens - first); left > 0; left -= kColumns) {
+    for (int left = end; left > 0; left -= kColumns) {
+      const int at = end - left;
       bool whole = !kSliced && tall == kTall && !masks && left >= kColumns;
       unsigned keep = kFullMask;
       if (!whole) {
@@ -372,7 +365,6 @@ struct Block {
       } else {
         form(Part<false>{tall, min((left + 7) / 8, kTiles)});
       }
-      at += kColumns;
       y_s += kColumns * plan.pitch[0];
       y_t += kColumns * plan.pitch[1];
     }
@@ -452,11 +444,12 @@ Plan cut(const Call& c, int64_t rows, std::initializer_list<Operand> operands) {
   constexpr int64_t kSize = sizeof(typename E::T);
   const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   Plan p;
-  p.aligned = true;
+  p.aligned = p.quick = true;
   for (const Operand& x : operands) {
     const auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x.data));
     const int64_t strides = x.batch_stride | x.head_stride | x.token_stride;
     p.aligned = p.aligned && (bits | strides * kSize) % 16 == 0;
+    p.quick = p.quick && std::max(c.queries, c.keys) * x.token_stride * kSize < 1 << 30;
   }
   for (int which = 0; which < 2; ++which) {
     const int64_t bytes = (which == 0 ? c.dim_s : c.dim_t) * kSize;
@@ -474,10 +467,9 @@ Plan cut(const Call& c, int64_t rows, std::initializer_list<Operand> operands) {
     p.tile = cut.tile;
     if (cut.blocks * p.bytes(p.warps * 16 * kTall) <= most) break;
   }
-  p.quick = p.aligned;
   for (int which = 0; which < 2; ++which) {
     const int64_t bytes = (which == 0 ? c.dim_s : c.dim_t) * kSize;
-    p.quick = p.quick && bytes == 16 << p.copiers[which] &&
+    p.quick = p.quick && p.aligned && bytes == 16 << p.copiers[which] &&
               p.tile % (32 * p.warps >> p.copiers[which]) == 0;
   }
   if (p.bytes(p.warps * 16 * kTall) > most) {
@@ -489,7 +481,7 @@ Plan cut(const Call& c, int64_t rows, std::initializer_list<Operand> operands) {
     p.copiers[0] = 4;
   }
   const int64_t of = p.warps * 16 * kTall;
-  p.blocks = ceil_div(rows, of);
+  p.blocks = static_cast<int>(ceil_div(rows, of));
   return p;
 }
 

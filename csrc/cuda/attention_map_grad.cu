@@ -149,9 +149,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
   if (block.idle()) return;
   using T = typename E::T;
   const Operand& to = kOfQueries ? c.d_q : c.d_k;
-  const int64_t batch = block.head / c.heads;
-  T* const out = reinterpret_cast<T*>(to.data) + batch * to.batch_stride +
-                 (block.head - batch * c.heads) * to.head_stride + first_dim;
+  T* const out = reinterpret_cast<T*>(to.data) + block.start_of(to) + first_dim;
   const int end = min(kDim, static_cast<int>(c.dim_s) - first_dim);
   const bool pairs = kPairs<E> && plan.aligned;
 #pragma unroll
