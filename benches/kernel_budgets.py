@@ -230,18 +230,15 @@ def tile_instructions(sass: str) -> tuple[int, float]:
     """Of a tile of 32x32 pairs in both maps, and with what it has of a stage's two tiles."""
     code = code_of(sass)
     marks = [r"\bHMMA", r"MUFU\.EX2", r"\bLDGSTS"]
-    found = {}  # loops with all products and powers of a tile
-    copies = []  # of one row of a stage
-    for first, last in back_edges(code).items():
-        all_ways = ways(code, marks, first, last)
-        if (64, 64, 0) in all_ways:
-            found[first] = all_ways
-        elif (0, 0, 1) in all_ways:
-            copies.append(all_ways[0, 0, 1])
-    tile = min(x[64, 64, 0] for x in found.values())
-    stage = min(x[64, 64, 2] for x in found.values() if (64, 64, 2) in x)
-    # four rows of each model a thread, one of which is in that way
-    return tile, tile + (stage - tile + 6 * min(copies)) / 2
+    found = {x: ways(code, marks, *x) for x in back_edges(code).items()}
+    tile, inner = min((x[64, 64, 0], at) for at, x in found.items() if (64, 64, 0) in x)
+    copy = min(x[0, 0, 1] for x in found.values() if (0, 0, 1) in x)  # of 16 bytes
+    # a stage: the loop around that with the first copies of both models, and its tile left out,
+    # unless it is the tile's loop that ends at the top (sm_80)
+    around = [x for at, x in found.items() if at[0] < inner[0] and inner[1] < at[1]]
+    with_tile = [x[64, 64, 2] - tile for x in around if (64, 64, 2) in x]
+    stage = min(with_tile or [x[0, 0, 2] for x in around if (0, 0, 2) in x])
+    return tile, tile + (stage + 6 * copy) / 2
 
 
 def attention(arch: int) -> list[str]:

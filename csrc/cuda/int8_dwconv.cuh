@@ -20,6 +20,14 @@ __device__ __forceinline__ bool inside(int at, int size) {
   return static_cast<unsigned>(at) < static_cast<unsigned>(size);
 }
 
+// Which columns lie inside is kept as bits of a register where ptxas would put predicates on the
+// stack; on older architectures it would put the bits there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kKeepBits = true;
+#else
+constexpr bool kKeepBits = false;
+#endif
+
 // Bit i: at + i is inside, for i < n.
 __device__ __forceinline__ unsigned bits_inside(int at, int n, int size) {
   const unsigned low = (1u << min(max(size - at, 0), n)) - 1;
@@ -113,8 +121,10 @@ __device__ __forceinline__ void convolve(const Call& c) {
     const char* const x = c.x + first * c.pixel + 4 * word;
     uint32_t v[T::kInColumns][T::kGroups][4];
     const auto load = [&]<bool kInside>() {
-      // bits: one register, where as many predicates as columns would be kept in others
-      const unsigned columns = kInside ? ~0u : bits_inside(column, T::kInColumns, c.width);
+      const unsigned bits = kInside ? ~0u : bits_inside(column, T::kInColumns, c.width);
+      const auto has = [&](int i) {
+        return kInside || (kKeepBits ? (bits >> i & 1) != 0 : inside(column + i, c.width));
+      };
 #pragma unroll
       for (int r = 0; r < T::kInRows; ++r) {
         const char* const from = x + static_cast<int64_t>(r) * c.row;
@@ -122,7 +132,7 @@ __device__ __forceinline__ void convolve(const Call& c) {
 #pragma unroll
         for (int i = 0; i < T::kInColumns; ++i) {
           v[i][r / 4][r % 4] = c.padding;
-          if (there && (columns >> i & 1) != 0) {
+          if (there && has(i)) {
             const char* const p = from + static_cast<int64_t>(i) * c.pixel;
             v[i][r / 4][r % 4] = __ldg(reinterpret_cast<const uint32_t*>(p));
           }
