@@ -211,7 +211,7 @@ template <class E, int kTall, bool kOfQueries, bool kSliced>
 struct Block {
   const Call& c;
   const Plan& plan;
-  int head;       // of batch * heads
+  int of_head;    // of batch * heads
   int first;      // row of the block
   int first_row;  // of this warp
   int chunk;      // of the gradient's dim
@@ -227,12 +227,12 @@ struct Block {
     const int warp = __shfl_sync(kFullMask, threadIdx.x / 32, 0);
     first = part % plan.blocks * (plan.warps * 16 * kTall);
     chunk = blockIdx.x % plan.chunks;
-    head = part / plan.blocks;
     first_row = first + warp * 16 * kTall;
-    if (c.key_mask) mask = c.key_mask + batch() * c.keys;
+    of_head = head();
+    if (c.key_mask) mask = c.key_mask + of_head / static_cast<int>(c.heads) * c.keys;
     const auto rows = [&](const Operand& x, bool queries, int which) {
       constexpr int64_t kSize = sizeof(typename E::T);
-      return Rows{x.data + start_of(x) * kSize,
+      return Rows{x.data + start_of(x, of_head) * kSize,
                   x.token_stride * kSize,
                   static_cast<int>(queries ? c.queries : c.keys),
                   static_cast<int>((which == 0 ? c.dim_s : c.dim_t) * kSize),
@@ -255,11 +255,18 @@ struct Block {
   }
 
   __device__ bool idle() const { return first_row >= own[0].tokens; }
-  __device__ int64_t batch() const { return head / static_cast<int>(c.heads); }
-  __device__ int64_t start_of(const Operand& x) const {
-    return batch() * x.batch_stride + (head - batch() * c.heads) * x.head_stride;
+  // of_head, found again: kept in a register until the end, it is one too many for sm_100 in some
+  // kernels, which put it on the stack
+  __device__ int head() const {
+    unsigned index = blockIdx.x;
+    asm volatile("" : "+r"(index));  // not known to be what it was
+    return static_cast<int>(index / plan.chunks / plan.blocks);
   }
-  __device__ int64_t row_of(int token) const { return head * c.queries + token; }
+  __device__ int64_t start_of(const Operand& x, int head) const {
+    const int64_t batch = head / static_cast<int>(c.heads);
+    return batch * x.batch_stride + (head - batch * c.heads) * x.head_stride;
+  }
+  __device__ int64_t rows_before() const { return head() * c.queries; }
 
   // Calls visit(stage, first) for the tiles of the other side, in order; with_stats: to each row
   // (a query) belong three numbers, and its loss's gradient where each has one. Sliced, a stage has
@@ -295,8 +302,9 @@ struct Block {
       }
       if (with_stats) {
         float* const stats = stats_of(to);
+        const int64_t first_row = rows_before() + first;
         for (int i = threadIdx.x; i < min(plan.tile, left); i += blockDim.x) {
-          const int64_t row = row_of(first + i);
+          const int64_t row = first_row + i;
 #pragma unroll
           for (int k = 0; k < 3; ++k) {
             copy_async<4>(stats + k * plan.tile + i, c.stats + k * c.rows() + row);

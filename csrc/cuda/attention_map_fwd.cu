@@ -184,17 +184,14 @@ __global__ void __launch_bounds__(32 * kWarps,
     }
   }
 
-  // 4. one thread of four writes a row. Which head it is of is found again: kept until here, that
-  // would need a register more than three blocks a multiprocessor leave
-  unsigned index = blockIdx.x;
-  asm volatile("" : "+r"(index));
-  const int64_t first_row = index / plan.blocks * c.queries;
+  // 4. one thread of four writes a row
+  const int64_t before = block.rows_before();
   float part = 0;
 #pragma unroll
   for (int i = 0; i < 2 * kTall; ++i) {
     const int token = block.first_row + threadIdx.x % 32 / 4 + 8 * i;
     if (threadIdx.x % 4 != 0 || token >= c.queries) continue;
-    const int64_t row = first_row + token;
+    const int64_t row = before + token;
     c.stats[row] = lse_s[i];
     c.stats[c.rows() + row] = lse_t[i];
     c.stats[2 * c.rows() + row] = centre[i];

@@ -98,13 +98,14 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
   // 1. a query's numbers belong to rows or to columns
   float rows[3][2 * kTall];
   if constexpr (kOfQueries) {
+    const int64_t before = block.rows_before();
 #pragma unroll
     for (int i = 0; i < 2 * kTall; ++i) {
       const int token = block.first_row + lane / 4 + 8 * i;
       const bool there = token < c.queries;
 #pragma unroll
       for (int which = 0; which < 3; ++which) {
-        const float x = there ? c.stats[which * c.rows() + block.row_of(token)] : 0;
+        const float x = there ? c.stats[which * c.rows() + before + token] : 0;
         rows[which][i] = which < 2 ? x * kUnit<E> : x;
       }
     }
@@ -149,16 +150,18 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
   if (block.idle()) return;
   using T = typename E::T;
   const Operand& to = kOfQueries ? c.d_q : c.d_k;
-  T* const out = reinterpret_cast<T*>(to.data) + block.start_of(to) + first_dim;
+  T* const out = reinterpret_cast<T*>(to.data) +
+                 block.start_of(to, kOfQueries ? block.of_head : block.head()) + first_dim;
   const int end = min(kDim, static_cast<int>(c.dim_s) - first_dim);
   const bool pairs = kPairs<E> && plan.aligned;
+  const int64_t before = block.rows_before();
 #pragma unroll
   for (int i = 0; i < 2 * kTall; ++i) {
     const int token = block.first_row + lane / 4 + 8 * i;
     if (token >= block.own[0].tokens) continue;
     float factor;
     if constexpr (kOfQueries) {
-      factor = c.row_grad(block.row_of(token));
+      factor = c.row_grad(before + token);
     } else {
       factor = block.grad_by_row() ? c.grad_factor : c.queries > 0 ? c.row_grad(0) : 0;
     }
