@@ -302,11 +302,14 @@ def profile(
     image_size: ImageSize = None,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Threads of the engine.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    device: Annotated[
+        str, typer.Option(help="cpu, or cuda or cuda:N for an NVIDIA GPU, without --threads.")
+    ] = "cpu",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, which `vitkd search --device` takes.")
     ] = False,
 ) -> None:
-    """Print the time of each layer of an int8 file on one thread, and of a call.
+    """Print the time of each layer of an int8 file on one thread or a GPU, and of a call.
 
     Example: vitkd profile student.int8.safetensors --threads 2 --batch 8
     """
@@ -315,7 +318,7 @@ def profile(
     from . import int8
     from ._timing import measure
 
-    session = int8.load(file, threads=threads, image_size=image_size)
+    session = int8.load(file, threads=threads, image_size=image_size, device=device)
     size = session.image_size
     pixels = np.random.default_rng(0).integers(256, size=(batch, size, size, 3), dtype=np.uint8)
     layers = session.profile(pixels)

@@ -3,8 +3,9 @@
 // A block keeps the rows of some queries (for d_k: keys) in shared memory and streams tiles of the
 // other side past them by cp.async, in two stages. Rows too long for that pass in slices, both
 // sides again for each tile. A warp forms 16 or 32 rows by 32 columns of both scores on tensor
-// cores; attention_map_fwd.cu makes sums of them, attention_map_grad.cu gradients. Rows in shared
-// memory are 16 bytes longer than their content: ldmatrix has no bank conflicts.
+// cores, at the ends multiples of 16 by 8; attention_map_fwd.cu makes sums of them,
+// attention_map_grad.cu gradients. Rows in shared memory are 16 bytes longer than their content:
+// ldmatrix has no bank conflicts.
 #pragma once
 
 #include "binding/attention_map_call.h"
@@ -17,12 +18,13 @@ void forward(const Call& c, const Tensor& like, bool per_row);
 
 namespace {
 
-constexpr int kWarps = 4;             // of a block, or fewer where rows are long
-constexpr int kSlice = 32;            // bytes of a row that a product takes
-constexpr int kTiles = 4;             // tensor-core tiles of 8 columns that a warp has at a time
-constexpr int kColumns = 8 * kTiles;  // one for each bit of a mask
-constexpr int kLongSlice = 256;       // bytes of a long row that are in shared memory at a time
-constexpr float kSlack = 16;          // how far scores may exceed what is held for their maximum
+constexpr int kWarps = 4;              // of a block, or fewer where rows are long
+constexpr int kSlice = 32;             // bytes of a row that a product takes
+constexpr int kTiles = 4;              // tensor-core tiles of 8 columns that a warp has at a time
+constexpr int kColumns = 8 * kTiles;   // one for each bit of a mask
+constexpr int kLongSlice = 256;        // bytes of a long row that are in shared memory at a time
+constexpr int kPitch64 = 2 * 64 + 16;  // of rows of 64 numbers of 16 bits
+constexpr float kSlack = 16;           // how far scores may exceed what is held for their maximum
 
 using Quad = const uint32_t (&)[4];
 
@@ -107,7 +109,8 @@ struct Plan {
   int pitch[2] = {};     // bytes from row to row in shared memory: student (sliced: both), teacher
   int copiers[2] = {};   // log2 of the threads that copy a row
   bool aligned = false;  // by 16 bytes
-  int64_t blocks = 0;    // of a (batch, head)
+  bool quick = false;    // all threads copy 16 bytes of as many rows of a stage, by 32-bit offsets
+  int blocks = 0;        // of a (batch, head)
   int chunks = 1;        // of the gradient's dim, each by a block of its own
 
   // forward: [blocks, warps] sums of rows; null where each row's loss is wanted
@@ -158,19 +161,20 @@ __device__ void copy_rows(Rows x, bool aligned, int first, int rows, char* to, i
   }
 }
 
-template <int kCount, int kTall>
-__device__ __forceinline__ void clear(float (&acc)[kTall][kTiles][4]) {
-#pragma unroll
-  for (int m = 0; m < kTall; ++m) {
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0;
-  }
-}
+// What of a tile counts: all of it, which the compiler knows (kWhole), or its first tensor-core
+// tiles of 16 rows and of 8 columns.
+template <bool kIsWhole>
+struct Part {
+  static constexpr bool kWhole = kIsWhole;
+  int tall = 0, wide = 0;
+  __device__ bool has_rows(int m) const { return kWhole || m < tall; }
+  __device__ bool has_columns(int n) const { return kWhole || n < wide; }
+};
 
-// the first kCount tiles of acc [16 kTall, kColumns] += rows of x times rows of y
-template <class E, int kCount, int kTall>
+// acc [16 kTall, kColumns] += rows of x times rows of y, of a part
+template <class E, bool kWhole, int kTall, class Pitch>
 __device__ __forceinline__ void add_scores(float (&acc)[kTall][kTiles][4], const char* x,
-                                           const char* y, int pitch) {
+                                           const char* y, Pitch pitch, Part<kWhole> part) {
   const int lane = threadIdx.x % 32, steps = (pitch - 16) / kSlice;
   // matrices of x: rows 0-7, 8-15, and these again 16 bytes on; of y: 8 rows, 16 bytes on, the
   // next 8 rows, 16 bytes on
@@ -179,33 +183,27 @@ __device__ __forceinline__ void add_scores(float (&acc)[kTall][kTiles][4], const
   const auto add_slice = [&](int step) {
     uint32_t a[kTall][4];
 #pragma unroll
-    for (int m = 0; m < kTall; ++m) load_matrices(a[m], x + m * 16 * pitch + step * kSlice);
+    for (int m = 0; m < kTall && part.has_rows(m); ++m) {
+      load_matrices(a[m], x + m * 16 * pitch + step * kSlice);
+    }
 #pragma unroll
-    for (int n = 0; n < kCount; n += 2) {
+    for (int n = 0; n < kTiles && part.has_columns(n); n += 2) {
       uint32_t b[4];
       load_matrices(b, y + n * 8 * pitch + step * kSlice);
 #pragma unroll
-      for (int m = 0; m < kTall; ++m) {
+      for (int m = 0; m < kTall && part.has_rows(m); ++m) {
         E::multiply(acc[m][n], a[m], b[0], b[1]);
-        E::multiply(acc[m][n + 1], a[m], b[2], b[3]);
+        if (part.has_columns(n + 1)) E::multiply(acc[m][n + 1], a[m], b[2], b[3]);
       }
     }
   };
-  if (kPairs<E> && kCount == kTiles && steps == 4) {  // dim 64
-#pragma unroll
-    for (int step = 0; step < 4; ++step) add_slice(step);
-  } else {
+  if constexpr (std::is_same_v<Pitch, int>) {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) add_slice(step);
+  } else {
+#pragma unroll
+    for (int step = 0; step < steps; ++step) add_slice(step);
   }
-}
-
-// the same, from 0 on
-template <class E, int kCount, int kTall>
-__device__ __forceinline__ void form_scores(float (&acc)[kTall][kTiles][4], const char* x,
-                                            const char* y, int pitch) {
-  clear<kCount>(acc);
-  add_scores<E, kCount>(acc, x, y, pitch);
 }
 
 // A block's part of a call: rows of its own, which stay, and those of the other side, which pass.
@@ -213,7 +211,7 @@ template <class E, int kTall, bool kOfQueries, bool kSliced>
 struct Block {
   const Call& c;
   const Plan& plan;
-  int64_t head;   // of batch * heads
+  int of_head;    // of batch * heads
   int first;      // row of the block
   int first_row;  // of this warp
   int chunk;      // of the gradient's dim
@@ -223,19 +221,18 @@ struct Block {
 
   __device__ Block(const Call& call, const Plan& how, char* memory)
       : c(call), plan(how), shared(memory) {
-    const int64_t part = blockIdx.x / plan.chunks;
+    // all of a grid's numbers have 32 bits, of which a division is no call
+    const int part = static_cast<int>(blockIdx.x / plan.chunks);
     // by a shuffle, so that the compiler knows it to be uniform
     const int warp = __shfl_sync(kFullMask, threadIdx.x / 32, 0);
     first = part % plan.blocks * (plan.warps * 16 * kTall);
     chunk = blockIdx.x % plan.chunks;
-    head = part / plan.blocks;
     first_row = first + warp * 16 * kTall;
-    const int64_t batch = head / c.heads;
-    if (c.key_mask) mask = c.key_mask + batch * c.keys;
+    of_head = head();
+    if (c.key_mask) mask = c.key_mask + of_head / static_cast<int>(c.heads) * c.keys;
     const auto rows = [&](const Operand& x, bool queries, int which) {
       constexpr int64_t kSize = sizeof(typename E::T);
-      const int64_t start = batch * x.batch_stride + (head - batch * c.heads) * x.head_stride;
-      return Rows{x.data + start * kSize,
+      return Rows{x.data + start_of(x, of_head) * kSize,
                   x.token_stride * kSize,
                   static_cast<int>(queries ? c.queries : c.keys),
                   static_cast<int>((which == 0 ? c.dim_s : c.dim_t) * kSize),
@@ -258,7 +255,18 @@ struct Block {
   }
 
   __device__ bool idle() const { return first_row >= own[0].tokens; }
-  __device__ int64_t row_of(int token) const { return head * c.queries + token; }
+  // of_head, found again: kept in a register until the end, it is one too many for sm_100 in some
+  // kernels, which put it on the stack
+  __device__ int head() const {
+    unsigned index = blockIdx.x;
+    asm volatile("" : "+r"(index));  // not known to be what it was
+    return static_cast<int>(index / plan.chunks / plan.blocks);
+  }
+  __device__ int64_t start_of(const Operand& x, int head) const {
+    const int64_t batch = head / static_cast<int>(c.heads);
+    return batch * x.batch_stride + (head - batch * c.heads) * x.head_stride;
+  }
+  __device__ int64_t rows_before() const { return head() * c.queries; }
 
   // Calls visit(stage, first) for the tiles of the other side, in order; with_stats: to each row
   // (a query) belong three numbers, and its loss's gradient where each has one. Sliced, a stage has
@@ -266,15 +274,37 @@ struct Block {
   template <class Visit>
   __device__ void walk(bool with_stats, Visit&& visit) const {
     const auto fetch = [&](char* to, int first) {
-      if constexpr (!kSliced) {
-        copy_rows<typename E::T>(other[0], plan.aligned, first, plan.tile, to);
-        copy_rows<typename E::T>(other[1], plan.aligned, first, plan.tile,
+      const int left = other[0].tokens - first;
+      if (!kSliced && plan.quick && left >= plan.tile) {
+        char* rows = to;
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+          const Rows& x = other[which];
+          const auto stride = static_cast<unsigned>(x.stride);
+          const int step = blockDim.x >> x.copiers;
+          const unsigned row = threadIdx.x >> x.copiers;
+          const unsigned column = 16 * (threadIdx.x & ((1u << x.copiers) - 1));
+          unsigned from = (first + row) * stride + column;
+          char* at = rows + row * x.pitch + column;
+#pragma unroll 1
+          for (int r = 0; r < plan.tile; r += step) {
+            copy_async<16>(at, x.data + from);
+            from += step * stride;
+            at += step * x.pitch;
+          }
+          rows += plan.tile * x.pitch;
+        }
+      } else if constexpr (!kSliced) {
+        const int rows = min(plan.tile, (left + 15) / 16 * 16);
+        copy_rows<typename E::T>(other[0], plan.aligned, first, rows, to);
+        copy_rows<typename E::T>(other[1], plan.aligned, first, rows,
                                  to + plan.tile * plan.pitch[0]);
       }
       if (with_stats) {
         float* const stats = stats_of(to);
-        for (int i = threadIdx.x; i < min(plan.tile, other[0].tokens - first); i += blockDim.x) {
-          const int64_t row = row_of(first + i);
+        const int64_t first_row = rows_before() + first;
+        for (int i = threadIdx.x; i < min(plan.tile, left); i += blockDim.x) {
+          const int64_t row = first_row + i;
 #pragma unroll
           for (int k = 0; k < 3; ++k) {
             copy_async<4>(stats + k * plan.tile + i, c.stats + k * c.rows() + row);
@@ -306,34 +336,45 @@ struct Block {
     }
   }
 
-  // Calls visit(s, t, keep, columns, at) for each kColumns rows of a stage, from row `at` on: both
-  // scores [16 kTall, kColumns], of which `columns` count (tiles beyond are not even written), and
-  // keep, whose bit i says that column i is not masked.
+  // Calls visit(s, t, keep, part, at) for each kColumns rows of a stage, from row `at` on: both
+  // scores [16 kTall, kColumns], of which a part counts (the others are 0), and keep, whose bit i
+  // says that column i is not masked. Of a whole tile, all count and none is masked.
   template <class Visit>
   __device__ __forceinline__ void scores(char* stage, int first, Visit&& visit) const {
-    const int end = min(plan.tile, other[0].tokens - first), lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, tall = min(kTall, (own[0].tokens - first_row + 15) / 16);
+    const int end = min(plan.tile, other[0].tokens - first);
+    const bool* const masks = kOfQueries ? mask : nullptr;
+    const char *y_s = stage, *y_t = stage + plan.tile * plan.pitch[0];
 #pragma unroll 1
-    for (int at = 0; at < end; at += kColumns) {
-      const int columns = min(end - at, kColumns);
+    for (int left = end; left > 0; left -= kColumns) {
+      const int at = end - left;
+      bool whole = !kSliced && tall == kTall && !masks && left >= kColumns;
       unsigned keep = kFullMask;
-      if (columns < kColumns || (kOfQueries && mask)) {
-        const bool here = lane < columns && (!kOfQueries || !mask || mask[first + at + lane]);
-        keep = __ballot_sync(kFullMask, here);
+      if (!whole) {
+        keep = __ballot_sync(kFullMask, lane < left && (!masks || masks[first + at + lane]));
+        whole = !kSliced && tall == kTall && keep == kFullMask;
       }
-      float s[kTall][kTiles][4], t[kTall][kTiles][4];
-      const char* const y_s = stage + at * plan.pitch[0];
-      const char* const y_t = stage + plan.tile * plan.pitch[0] + at * plan.pitch[1];
-      if constexpr (kSliced) {
-        add_slices(s, 0, stage, first);
-        add_slices(t, 1, stage, first);
-      } else if (columns > 16) {
-        form_scores<E, kTiles>(s, own_at[0], y_s, plan.pitch[0]);
-        form_scores<E, kTiles>(t, own_at[1], y_t, plan.pitch[1]);
+      const auto form = [&]<bool kWhole>(Part<kWhole> part) {
+        float s[kTall][kTiles][4] = {}, t[kTall][kTiles][4] = {};
+        if constexpr (kSliced) {
+          add_slices(s, 0, stage, first);
+          add_slices(t, 1, stage, first);
+        } else if (kWhole && kPairs<E> && plan.pitch[0] == kPitch64 && plan.pitch[1] == kPitch64) {
+          add_scores<E>(s, own_at[0], y_s, std::integral_constant<int, kPitch64>{}, part);
+          add_scores<E>(t, own_at[1], y_t, std::integral_constant<int, kPitch64>{}, part);
+        } else {
+          add_scores<E>(s, own_at[0], y_s, plan.pitch[0], part);
+          add_scores<E>(t, own_at[1], y_t, plan.pitch[1], part);
+        }
+        visit(s, t, keep, part, at);
+      };
+      if (whole) {
+        form(Part<true>{});
       } else {
-        form_scores<E, 2>(s, own_at[0], y_s, plan.pitch[0]);
-        form_scores<E, 2>(t, own_at[1], y_t, plan.pitch[1]);
+        form(Part<false>{tall, min((left + 7) / 8, kTiles)});
       }
-      visit(s, t, keep, columns, at);
+      y_s += kColumns * plan.pitch[0];
+      y_t += kColumns * plan.pitch[1];
     }
   }
 
@@ -341,7 +382,6 @@ struct Block {
   __device__ __forceinline__ void add_slices(float (&acc)[kTall][kTiles][4], int which, char* stage,
                                              int first_other) const {
     const int count = plan.warps * 16 * kTall;
-    clear<kTiles>(acc);
 #pragma unroll 1
     for (int begin = 0; begin < own[which].bytes; begin += kLongSlice) {
       __syncthreads();  // what is there has been read
@@ -350,7 +390,7 @@ struct Block {
       commit();
       wait_for_all_but<0>();
       __syncthreads();
-      add_scores<E, kTiles>(acc, own_at[0], stage, plan.pitch[0]);
+      add_scores<E>(acc, own_at[0], stage, plan.pitch[0], Part<true>{});
     }
   }
 
@@ -375,15 +415,14 @@ struct Block {
   __device__ bool grad_by_row() const { return c.grad_loss && c.reduction == Reduction::kNone; }
 };
 
-// Calls f(i, m, n, k) for every score [m][n][k] of a thread that lies in `columns`; i: it is in row
+// Calls f(i, m, n, k) for every score [m][n][k] of a thread in a part; i: it is in row
 // lane / 4 + 8 i.
-template <int kTall, class F>
-__device__ __forceinline__ void each(int columns, F&& f) {
+template <int kTall, bool kWhole, class F>
+__device__ __forceinline__ void each(Part<kWhole> part, F&& f) {
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    if (n > 1 && n / 2 * 16 >= columns) break;
+  for (int n = 0; n < kTiles && part.has_columns(n); ++n) {
 #pragma unroll
-    for (int m = 0; m < kTall; ++m) {
+    for (int m = 0; m < kTall && part.has_rows(m); ++m) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) f(2 * m + k / 2, m, n, k);
     }
@@ -413,11 +452,12 @@ Plan cut(const Call& c, int64_t rows, std::initializer_list<Operand> operands) {
   constexpr int64_t kSize = sizeof(typename E::T);
   const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   Plan p;
-  p.aligned = true;
+  p.aligned = p.quick = true;
   for (const Operand& x : operands) {
     const auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x.data));
     const int64_t strides = x.batch_stride | x.head_stride | x.token_stride;
     p.aligned = p.aligned && (bits | strides * kSize) % 16 == 0;
+    p.quick = p.quick && std::max(c.queries, c.keys) * x.token_stride * kSize < 1 << 30;
   }
   for (int which = 0; which < 2; ++which) {
     const int64_t bytes = (which == 0 ? c.dim_s : c.dim_t) * kSize;
@@ -435,6 +475,11 @@ Plan cut(const Call& c, int64_t rows, std::initializer_list<Operand> operands) {
     p.tile = cut.tile;
     if (cut.blocks * p.bytes(p.warps * 16 * kTall) <= most) break;
   }
+  for (int which = 0; which < 2; ++which) {
+    const int64_t bytes = (which == 0 ? c.dim_s : c.dim_t) * kSize;
+    p.quick = p.quick && p.aligned && bytes == 16 << p.copiers[which] &&
+              p.tile % (32 * p.warps >> p.copiers[which]) == 0;
+  }
   if (p.bytes(p.warps * 16 * kTall) > most) {
     p.sliced = true;
     p.warps = kWarps;
@@ -444,7 +489,7 @@ Plan cut(const Call& c, int64_t rows, std::initializer_list<Operand> operands) {
     p.copiers[0] = 4;
   }
   const int64_t of = p.warps * 16 * kTall;
-  p.blocks = ceil_div(rows, of);
+  p.blocks = static_cast<int>(ceil_div(rows, of));
   return p;
 }
 

@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(32 * kWarps,
 
   // 1. a negative factor becomes a sign of the queries, so that scores grow with products; of the
   // products, where queries pass in slices
-  [[maybe_unused]] const auto turn = [&](auto& s, auto& t, int columns) {
-    each<kTall>(columns, [&](int, int m, int n, int k) {
+  [[maybe_unused]] const auto turn = [&](auto& s, auto& t, auto part) {
+    each<kTall>(part, [&](int, int m, int n, int k) {
       if (c.factor_s < 0) s[m][n][k] = -s[m][n][k];
       if (c.factor_t < 0) t[m][n][k] = -t[m][n][k];
     });
@@ -89,12 +89,12 @@ __global__ void __launch_bounds__(32 * kWarps,
   Sums<E> sums[2 * kTall];
   for (bool careful = !kPairs<E>;; careful = true) {
     block.walk(false, [&](char* stage, int first) {
-      block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int) {
-        if constexpr (kSliced) turn(s, t, columns);
+      block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, auto part, int) {
+        if constexpr (kSliced) turn(s, t, part);
         auto &p = kSwap ? s : t, &q = kSwap ? t : s;
         const float c_p = kSwap ? c_s : c_t, c_q = kSwap ? c_t : c_s;
-        if (keep != kFullMask) {
-          each<kTall>(columns, [&](int, int m, int n, int k) {
+        if (!part.kWhole && keep != kFullMask) {
+          each<kTall>(part, [&](int, int m, int n, int k) {
             if (!kept(keep, n, k)) p[m][n][k] = q[m][n][k] = kMasked;
           });
         }
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(32 * kWarps,
           float max_p[2 * kTall], max_q[2 * kTall];
 #pragma unroll
           for (int i = 0; i < 2 * kTall; ++i) max_p[i] = max_q[i] = kMasked;
-          each<kTall>(columns, [&](int i, int m, int n, int k) {
+          each<kTall>(part, [&](int i, int m, int n, int k) {
             max_p[i] = fmaxf(max_p[i], p[m][n][k]);
             max_q[i] = fmaxf(max_q[i], q[m][n][k]);
           });
@@ -120,16 +120,16 @@ __global__ void __launch_bounds__(32 * kWarps,
             }
           }
         }
-        each<kTall>(columns, [&](int i, int m, int n, int k) {
+        each<kTall>(part, [&](int i, int m, int n, int k) {
           p[m][n][k] = less<E>(p[m][n][k], c_p, sums[i].top_p);
           q[m][n][k] = less<E>(q[m][n][k], c_q, sums[i].top_q);
         });
-        if (keep != kFullMask) {  // again, as a factor may be 0
-          each<kTall>(columns, [&](int, int m, int n, int k) {
+        if (!part.kWhole && keep != kFullMask) {  // again, as a factor may be 0
+          each<kTall>(part, [&](int, int m, int n, int k) {
             if (!kept(keep, n, k)) p[m][n][k] = q[m][n][k] = kMasked;
           });
         }
-        each<kTall>(columns, [&](int i, int m, int n, int k) {
+        each<kTall>(part, [&](int i, int m, int n, int k) {
           const float v = p[m][n][k], u = q[m][n][k], e = power<E>(v);
           sums[i].sum_p += e;
           sums[i].sum_q += power<E>(u);
@@ -165,9 +165,9 @@ __global__ void __launch_bounds__(32 * kWarps,
   // 3. js and mse need p and q; maximum and logarithm apart are more exact than their sum
   if constexpr (kTwice) {
     block.walk(false, [&](char* stage, int first) {
-      block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int) {
-        if constexpr (kSliced) turn(s, t, columns);
-        each<kTall>(columns, [&](int i, int m, int n, int k) {
+      block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, auto part, int) {
+        if constexpr (kSliced) turn(s, t, part);
+        each<kTall>(part, [&](int i, int m, int n, int k) {
           if (!kept(keep, n, k)) return;
           const float x = less<E>(s[m][n][k], c_s, sums[i].top_q) - sums[i].sum_q;
           const float y = less<E>(t[m][n][k], c_t, sums[i].top_p) - sums[i].sum_p;
@@ -185,12 +185,13 @@ __global__ void __launch_bounds__(32 * kWarps,
   }
 
   // 4. one thread of four writes a row
+  const int64_t before = block.rows_before();
   float part = 0;
 #pragma unroll
   for (int i = 0; i < 2 * kTall; ++i) {
     const int token = block.first_row + threadIdx.x % 32 / 4 + 8 * i;
     if (threadIdx.x % 4 != 0 || token >= c.queries) continue;
-    const int64_t row = block.row_of(token);
+    const int64_t row = before + token;
     c.stats[row] = lse_s[i];
     c.stats[c.rows() + row] = lse_t[i];
     c.stats[2 * c.rows() + row] = centre[i];

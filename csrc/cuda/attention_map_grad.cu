@@ -8,20 +8,19 @@
 namespace vitkd::attention_map {
 namespace {
 
-// acc [16 kTall, kDim] += ds [16 kTall, columns] . y [columns, dims]
-template <class E, int kTall, int kDim>
+// acc [16 kTall, kDim] += ds [16 kTall, kColumns] . y [kColumns, dims], of a part; ds beyond is 0
+template <class E, int kTall, int kDim, bool kWhole>
 __device__ __forceinline__ void add_product(float (&acc)[kTall][kDim / 8][4],
                                             const float (&ds)[kTall][kTiles][4], const char* y,
-                                            int pitch, int columns, int dims) {
+                                            int pitch, Part<kWhole> part, int dims) {
   const int lane = threadIdx.x % 32;
   if constexpr (kPairs<E>) {
     y += lane % 16 * pitch + lane / 16 * 16;
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      if (n > 0 && n * 8 >= columns) break;
+    for (int n = 0; n < kTiles && part.has_columns(n); n += 2) {
       uint32_t a[kTall][4];
 #pragma unroll
-      for (int m = 0; m < kTall; ++m) {
+      for (int m = 0; m < kTall && part.has_rows(m); ++m) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* const pair = &ds[m][n + i / 2][i % 2 * 2];
@@ -34,7 +33,7 @@ __device__ __forceinline__ void add_product(float (&acc)[kTall][kDim / 8][4],
         uint32_t b[4];
         load_matrices_transposed(b, y + n * 8 * pitch + d * 16);
 #pragma unroll
-        for (int m = 0; m < kTall; ++m) {
+        for (int m = 0; m < kTall && part.has_rows(m); ++m) {
           E::multiply(acc[m][d], a[m], b[0], b[1]);
           E::multiply(acc[m][d + 1], a[m], b[2], b[3]);
         }
@@ -45,8 +44,7 @@ __device__ __forceinline__ void add_product(float (&acc)[kTall][kDim / 8][4],
     // are permuted to match
     y += lane % 4 * 2 * pitch + lane / 4 * 4;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      if (n > 0 && n * 8 >= columns) break;
+    for (int n = 0; n < kTiles && part.has_columns(n); ++n) {
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d) {
         if (d > 0 && d * 8 >= dims) break;
@@ -54,7 +52,7 @@ __device__ __forceinline__ void add_product(float (&acc)[kTall][kDim / 8][4],
         const uint32_t b0 = *reinterpret_cast<const uint32_t*>(at);
         const uint32_t b1 = *reinterpret_cast<const uint32_t*>(at + pitch);
 #pragma unroll
-        for (int m = 0; m < kTall; ++m) {
+        for (int m = 0; m < kTall && part.has_rows(m); ++m) {
           const float (&x)[4] = ds[m][n];
           E::multiply(acc[m][d],
                       {__float_as_uint(x[0]), __float_as_uint(x[2]), __float_as_uint(x[1]),
@@ -68,12 +66,12 @@ __device__ __forceinline__ void add_product(float (&acc)[kTall][kDim / 8][4],
 
 // ds, in place of the student's scores; stats(which, i, n, k): a number of the query whose score
 // this is
-template <class E, Kind kKind, int kTall, class Stats>
+template <class E, Kind kKind, int kTall, bool kWhole, class Stats>
 __device__ __forceinline__ void form_ds(const Call& c, float (&s)[kTall][kTiles][4],
                                         const float (&t)[kTall][kTiles][4], unsigned keep,
-                                        int columns, float lift, Stats&& stats) {
+                                        Part<kWhole> part, float lift, Stats&& stats) {
   const float c_s = c.factor_s * kUnit<E>, c_t = c.factor_t * kUnit<E>;
-  each<kTall>(columns, [&](int i, int m, int n, int k) {
+  each<kTall>(part, [&](int i, int m, int n, int k) {
     const float x = less<E>(s[m][n][k], c_s, stats(0, i, n, k));
     const float y = less<E>(t[m][n][k], c_t, stats(1, i, n, k));
     const float p = power<E>(y), q = power<E>(x);
@@ -81,8 +79,8 @@ __device__ __forceinline__ void form_ds(const Call& c, float (&s)[kTall][kTiles]
     if constexpr (kKind != Kind::kKl) ds -= q * stats(2, i, n, k);
     s[m][n][k] = ds * lift;
   });
-  if (keep == kFullMask) return;
-  each<kTall>(columns, [&](int, int m, int n, int k) {
+  if (kWhole || keep == kFullMask) return;
+  each<kTall>(part, [&](int, int m, int n, int k) {
     if (!kept(keep, n, k)) s[m][n][k] = 0;
   });
 }
@@ -100,13 +98,14 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
   // 1. a query's numbers belong to rows or to columns
   float rows[3][2 * kTall];
   if constexpr (kOfQueries) {
+    const int64_t before = block.rows_before();
 #pragma unroll
     for (int i = 0; i < 2 * kTall; ++i) {
       const int token = block.first_row + lane / 4 + 8 * i;
       const bool there = token < c.queries;
 #pragma unroll
       for (int which = 0; which < 3; ++which) {
-        const float x = there ? c.stats[which * c.rows() + block.row_of(token)] : 0;
+        const float x = there ? c.stats[which * c.rows() + before + token] : 0;
         rows[which][i] = which < 2 ? x * kUnit<E> : x;
       }
     }
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
   const int slice = first_dim * kSize;
   const int dims = ((block.own[0].bytes + kSlice - 1) / kSlice * kSlice - slice) / kSize;
   block.walk(!kOfQueries, [&](char* stage, int first) {
-    block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, int columns, int at) {
+    block.scores(stage, first, [&](auto& s, auto& t, unsigned keep, auto part, int at) {
       const int tile = plan.tile;
       const float* const by_column = block.stats_of(stage) + at + lane % 4 * 2;
       const auto stats = [&](int which, int i, int n, int k) {
@@ -126,15 +125,13 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
         const float x = by_column[which * tile + 8 * n + k % 2];
         return which < 2 ? x * kUnit<E> : x;
       };
-      const auto form = [&]<Kind kKind>() {
-        form_ds<E, kKind>(c, s, t, keep, columns, lift, stats);
-      };
+      const auto form = [&]<Kind kKind>() { form_ds<E, kKind>(c, s, t, keep, part, lift, stats); };
       c.kind == Kind::kKl          ? form.template operator()<Kind::kKl>()
       : c.kind == Kind::kReverseKl ? form.template operator()<Kind::kReverseKl>()
       : c.kind == Kind::kJs        ? form.template operator()<Kind::kJs>()
                                    : form.template operator()<Kind::kMse>();
       if (!kOfQueries && block.grad_by_row()) {
-        each<kTall>(columns, [&](int, int m, int n, int k) {
+        each<kTall>(part, [&](int, int m, int n, int k) {
           if (kept(keep, n, k)) s[m][n][k] *= by_column[3 * tile + 8 * n + k % 2];
         });
       }
@@ -145,7 +142,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
         y = block.template bring<kBytes>(first, slice);
         pitch = kBytes + 16;
       }
-      add_product<E, kTall, kDim>(acc, s, y, pitch, columns, dims);
+      add_product<E, kTall, kDim>(acc, s, y, pitch, part, dims);
     });
   });
 
@@ -153,18 +150,18 @@ __global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
   if (block.idle()) return;
   using T = typename E::T;
   const Operand& to = kOfQueries ? c.d_q : c.d_k;
-  const int64_t batch = block.head / c.heads;
-  T* const out = reinterpret_cast<T*>(to.data) + batch * to.batch_stride +
-                 (block.head - batch * c.heads) * to.head_stride + first_dim;
+  T* const out = reinterpret_cast<T*>(to.data) +
+                 block.start_of(to, kOfQueries ? block.of_head : block.head()) + first_dim;
   const int end = min(kDim, static_cast<int>(c.dim_s) - first_dim);
   const bool pairs = kPairs<E> && plan.aligned;
+  const int64_t before = block.rows_before();
 #pragma unroll
   for (int i = 0; i < 2 * kTall; ++i) {
     const int token = block.first_row + lane / 4 + 8 * i;
     if (token >= block.own[0].tokens) continue;
     float factor;
     if constexpr (kOfQueries) {
-      factor = c.row_grad(block.row_of(token));
+      factor = c.row_grad(before + token);
     } else {
       factor = block.grad_by_row() ? c.grad_factor : c.queries > 0 ? c.row_grad(0) : 0;
     }

@@ -64,7 +64,8 @@ __device__ A teacher_at(const Call<A>& c, const Stats<A>& st, int64_t row, int64
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) dist_rows_kernel(const __grid_constant__ Call<A> c) {
+__global__ void __launch_bounds__(kThreads, std::is_same_v<A, double> ? 1 : 6)
+    dist_rows_kernel(const __grid_constant__ Call<A> c) {
   const int64_t row = blockIdx.x;
   Stats<A> st{};
   log_sum_exp(c.s_row(row), c.s_dtype, c.classes, c.inv_t, st.max_s, st.log_s);

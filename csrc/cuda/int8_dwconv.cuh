@@ -20,6 +20,20 @@ __device__ __forceinline__ bool inside(int at, int size) {
   return static_cast<unsigned>(at) < static_cast<unsigned>(size);
 }
 
+// Which columns lie inside is kept as bits of a register where ptxas would put predicates on the
+// stack; on older architectures it would put the bits there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kKeepBits = true;
+#else
+constexpr bool kKeepBits = false;
+#endif
+
+// Bit i: at + i is inside, for i < n.
+__device__ __forceinline__ unsigned bits_inside(int at, int n, int size) {
+  const unsigned low = (1u << min(max(size - at, 0), n)) - 1;
+  return low & ~0u << min(max(-at, 0), n);
+}
+
 // Where a group of so many rows leaves the byte of (channel, row) in the channel's word.
 __host__ __device__ constexpr int byte_of(int rows, int channel, int row) {
   return rows >= 3 ? row : rows == 2 ? channel % 2 * 2 + row : channel;
@@ -51,7 +65,8 @@ __device__ __forceinline__ void transpose(uint32_t (&v)[4]) {
   }
 }
 
-// taps[column of the kernel][output row][group][word of channels], a component per channel
+// taps[column of the kernel][output row][group][word of channels], a component per channel; behind
+// them biases and multipliers, which would otherwise keep 8 registers of those that 5x5 needs
 template <int kKernel, int kStride>
 __device__ void build_taps(const Call& c, int first_word, uint4* taps) {
   using T = Tile<kKernel, kStride>;
@@ -72,6 +87,14 @@ __device__ void build_taps(const Call& c, int first_word, uint4* taps) {
     }
     taps[i] = make_uint4(of_channel[0], of_channel[1], of_channel[2], of_channel[3]);
   }
+  uint4* const biases = taps + T::kTaps * c.block_words;
+  for (int i = threadIdx.x; i < min(c.block_words, c.words - first_word); i += blockDim.x) {
+    const int32_t* const b = c.bias + 4 * (first_word + i);
+    const float* const m = c.multiplier + 4 * (first_word + i);
+    biases[i] = make_uint4(b[0], b[1], b[2], b[3]);
+    biases[c.block_words + i] = make_uint4(__float_as_uint(m[0]), __float_as_uint(m[1]),
+                                           __float_as_uint(m[2]), __float_as_uint(m[3]));
+  }
 }
 
 // grid: (channels / block_words, tiles)
@@ -87,16 +110,9 @@ __device__ __forceinline__ void convolve(const Call& c) {
   const int per_block = kThreads / c.block_words;
   const int lane = threadIdx.x % c.block_words, word = first_word + lane;
   if (word >= c.words || static_cast<int>(threadIdx.x) >= per_block * c.block_words) return;
-  int32_t bias[4];
-  float multiplier[4];
-#pragma unroll
-  for (int channel = 0; channel < 4; ++channel) {
-    bias[channel] = c.bias[4 * word + channel];
-    multiplier[channel] = c.multiplier[4 * word + channel];
-  }
-  const Place step = c.place(gridDim.y * per_block);
+  const uint4* const biases = taps + T::kTaps * c.block_words + lane;
   Place at = c.place(blockIdx.y * per_block + threadIdx.x / c.block_words);
-  for (; at.image < c.batch; c.advance(at, step)) {
+  for (; at.image < c.batch; c.advance(at)) {
     const int out_row = at.row_tile * T::kRows, out_column = at.column_tile * kColumns;
 
     // 2. the words under its outputs, transposed
@@ -105,6 +121,10 @@ __device__ __forceinline__ void convolve(const Call& c) {
     const char* const x = c.x + first * c.pixel + 4 * word;
     uint32_t v[T::kInColumns][T::kGroups][4];
     const auto load = [&]<bool kInside>() {
+      const unsigned bits = kInside ? ~0u : bits_inside(column, T::kInColumns, c.width);
+      const auto has = [&](int i) {
+        return kInside || (kKeepBits ? (bits >> i & 1) != 0 : inside(column + i, c.width));
+      };
 #pragma unroll
       for (int r = 0; r < T::kInRows; ++r) {
         const char* const from = x + static_cast<int64_t>(r) * c.row;
@@ -112,7 +132,7 @@ __device__ __forceinline__ void convolve(const Call& c) {
 #pragma unroll
         for (int i = 0; i < T::kInColumns; ++i) {
           v[i][r / 4][r % 4] = c.padding;
-          if (there && (kInside || inside(column + i, c.width))) {
+          if (there && has(i)) {
             const char* const p = from + static_cast<int64_t>(i) * c.pixel;
             v[i][r / 4][r % 4] = __ldg(reinterpret_cast<const uint32_t*>(p));
           }
@@ -131,9 +151,11 @@ __device__ __forceinline__ void convolve(const Call& c) {
 
     // 3. the sums
     int32_t acc[T::kRows][kColumns][4];
+    const uint4 b = biases[0];
+    const uint32_t bias[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int i = 0; i < T::kRows * kColumns * 4; ++i) {
-      acc[i / 4 / kColumns][i / 4 % kColumns][i % 4] = bias[i % 4];
+      acc[i / 4 / kColumns][i / 4 % kColumns][i % 4] = static_cast<int32_t>(bias[i % 4]);
     }
 #pragma unroll
     for (int i = 0; i < T::kTaps; ++i) {
@@ -153,6 +175,9 @@ __device__ __forceinline__ void convolve(const Call& c) {
     // 4. the bytes
     const int64_t out = static_cast<int64_t>(at.image) * c.out_height + out_row;
     char* const y = c.y + (out * c.out_width + out_column) * c.pixel + 4 * word;
+    const uint4 m = biases[c.block_words];
+    const float multiplier[4] = {__uint_as_float(m.x), __uint_as_float(m.y), __uint_as_float(m.z),
+                                 __uint_as_float(m.w)};
 #pragma unroll
     for (int r = 0; r < T::kRows; ++r) {
       if (out_row + r >= c.out_height) continue;

@@ -11,6 +11,7 @@
 // times C_in (24 to 144: 70% of memory).
 #include "binding/int8_call.h"
 #include "cuda/common.cuh"
+#include "cuda/int8_product.cuh"
 
 namespace vitkd::int8 {
 namespace {
@@ -182,32 +183,11 @@ __global__ void __launch_bounds__(kThreads, 3) int8_pwconv_kernel(const __grid_c
       }
       const uint8_t* const stage = shared + P::stages(c.in) + stage_index * P::kStage;
       stage_index = (stage_index + 1) % kStages;
-      // matrices of x: rows 0-7, 8-15, and these again 16 bytes on
-      const uint8_t* x = stage + (warp * kWarpPixels + lane % 16) * kPitch + lane / 16 * 16;
-      // of the weights: 8 outputs, 16 bytes on, the next 8 outputs, 16 bytes on
-      const uint8_t* w =
+      const uint8_t* const w =
           kResident ? shared + P::kWeights + slice * kSlice : stage + kPixels * kPitch;
-      w += (lane / 16 * 8 + lane % 8) * weight_pitch + lane / 8 % 2 * 16;
       const int steps = min(kSlice, padded - slice * kSlice) / 32;
-#pragma unroll
-      for (int step = 0; step < kSlice / 32; ++step) {
-        if (step >= steps) break;
-        uint32_t a[kRows][4];
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          load_matrices(a[row], x + row * 16 * kPitch + step * 32);
-        }
-#pragma unroll
-        for (int i = 0; i < kColumns; i += 2) {
-          uint32_t b[4];
-          load_matrices(b, w + i * 8 * weight_pitch + step * 32);
-#pragma unroll
-          for (int row = 0; row < kRows; ++row) {
-            multiply(acc[row][i], a[row], b[0], b[1]);
-            multiply(acc[row][i + 1], a[row], b[2], b[3]);
-          }
-        }
-      }
+      multiply_slice<kSlice / 32>(acc, stage + warp * kWarpPixels * kPitch, kPitch, w, weight_pitch,
+                                  steps);
     }
 
     // 4. the bytes: a thread has rows lane / 4 and lane / 4 + 8 of each 16

@@ -195,7 +195,33 @@ struct Row {
   static constexpr bool kFast = sizeof(S) == 2;
   using E = std::conditional_t<kFast, FastExp, Exp<A>>;
 
+  // whether there is a cross-entropy is asked once, not for each class
   __device__ Sums<A> sums(A inv_t, bool ce) const {
+    return ce ? sums_of<true>(inv_t) : sums_of<false>(inv_t);
+  }
+
+  __device__ void gradient(const GradFactors<A>& f, const Stats<A>& st, A inv_t, bool ce,
+                           const Target<A>& target) const {
+    ce ? gradient_of<true>(f, st, inv_t, target) : gradient_of<false>(f, st, inv_t, target);
+  }
+
+  __device__ void zero_gradient() const {
+    for (int64_t i = begin + lane; i < end; i += group) g[i * g_stride] = S(0.0f);
+  }
+
+  __device__ void write(const A (&d)[kMany], int n, int64_t first, int step) const {
+    if constexpr (kAccess == Access::kVector) {
+      if (n == kMany) return store_chunk(g + first, d);
+    }
+#pragma unroll
+    for (int j = 0; j < kMany; ++j) {
+      if (j < n) g[(first + j * step) * g_stride] = static_cast<S>(d[j]);
+    }
+  }
+
+ private:
+  template <bool kCe>
+  __device__ Sums<A> sums_of(A inv_t) const {
     const E exp{inv_t};
     Sums<A> all;
     A slack = 0;
@@ -213,44 +239,29 @@ struct Row {
       }
 #pragma unroll
       for (int j = 0; j < kMany; ++j) {
-        if (j >= n) continue;
-        ce ? add_class<true>(all, x[j], y[j], exp) : add_class<false>(all, x[j], y[j], exp);
+        if (j < n) add_class<kCe>(all, x[j], y[j], exp);
       }
       all.count += static_cast<A>(n);
     });
     return all;
   }
 
-  __device__ void gradient(const GradFactors<A>& f, const Stats<A>& st, A inv_t, bool ce,
-                           const Target<A>& target) const {
+  template <bool kCe>
+  __device__ void gradient_of(const GradFactors<A>& f, const Stats<A>& st, A inv_t,
+                              const Target<A>& target) const {
     const E exp{inv_t};
     sweep([&](const A(&x)[kMany], const A(&y)[kMany], int n, int64_t first, int step) {
       A d[kMany];
 #pragma unroll
       for (int j = 0; j < kMany; ++j) {
         if (j >= n) continue;
-        d[j] = ce ? grad_class<true>(f, st, x[j], y[j], exp)
-                  : grad_class<false>(f, st, x[j], y[j], exp);
+        d[j] = grad_class<kCe>(f, st, x[j], y[j], exp);
         const int64_t i = first + j * step;
-        if (ce && i == target.a) d[j] -= f.at_a;
-        if (ce && i == target.b) d[j] -= f.at_b;
+        if (kCe && i == target.a) d[j] -= f.at_a;
+        if (kCe && i == target.b) d[j] -= f.at_b;
       }
       write(d, n, first, step);
     });
-  }
-
-  __device__ void zero_gradient() const {
-    for (int64_t i = begin + lane; i < end; i += group) g[i * g_stride] = S(0.0f);
-  }
-
-  __device__ void write(const A (&d)[kMany], int n, int64_t first, int step) const {
-    if constexpr (kAccess == Access::kVector) {
-      if (n == kMany) return store_chunk(g + first, d);
-    }
-#pragma unroll
-    for (int j = 0; j < kMany; ++j) {
-      if (j < n) g[(first + j * step) * g_stride] = static_cast<S>(d[j]);
-    }
   }
 };
 

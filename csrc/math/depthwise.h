@@ -32,7 +32,8 @@ struct Tile {
   static constexpr int kInColumns = (kColumns - 1) * kStride + kKernel;
   static constexpr int kGroups = (kInRows + 3) / 4;
   static constexpr int kTaps = kKernel * kRows * kGroups;  // uint4 per word of channels
-  static_assert(kTaps * kBlockWords * 16 <= 48 << 10);
+  static constexpr int kHeld = kTaps + 2;                  // and of biases, and of multipliers
+  static_assert(kHeld * kBlockWords * 16 <= 48 << 10);
   VITKD_HD static constexpr int rows_of(int group) {
     return kInRows - 4 * group < 4 ? kInRows - 4 * group : 4;
   }
@@ -54,6 +55,7 @@ struct Call {
   uint32_t padding;         // four times the byte
   int block_words;          // of a block
   int column_tiles, row_tiles;
+  Place step;  // from a thread's tile to its next one
   Requantize requantize;
 
   VITKD_HD Place place(unsigned tile) const {
@@ -62,7 +64,7 @@ struct Call {
             static_cast<int>(tile - rest * column_tiles)};
   }
   // no division: a step is less than a map in each direction
-  VITKD_HD void advance(Place& at, const Place& step) const {
+  VITKD_HD void advance(Place& at) const {
     at.column_tile += step.column_tile;
     if (at.column_tile >= column_tiles) at.column_tile -= column_tiles, ++at.row_tile;
     at.row_tile += step.row_tile;
@@ -97,12 +99,14 @@ Grid grid_of(Call& c, Occupancy&& occupancy) {
   c.column_tiles = static_cast<int>(ceil_div(c.out_width, kColumns));
   const auto groups = static_cast<unsigned>(ceil_div(c.words, kBlockWords));
   c.block_words = static_cast<int>(ceil_div(c.words, groups));
-  const int shared = T::kTaps * c.block_words * 16;
+  const int shared = T::kHeld * c.block_words * 16;
   const int64_t tiles = int64_t{c.batch} * c.row_tiles * c.column_tiles;
   const int64_t blocks = ceil_div(tiles, kThreads / c.block_words);
   int64_t most = occupancy(shared) / groups;
   most = most < 1 ? 1 : most > 65535 ? 65535 : most;
-  return {groups, static_cast<unsigned>(ceil_div(blocks, ceil_div(blocks, most))), shared};
+  const auto rows = static_cast<unsigned>(ceil_div(blocks, ceil_div(blocks, most)));
+  c.step = c.place(rows * (kThreads / c.block_words));
+  return {groups, rows, shared};
 }
 
 }  // namespace dwconv

@@ -5,7 +5,9 @@ compared node by node, so that a failure names the first node that differs.
 """
 
 import ctypes
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -264,6 +266,20 @@ def test_an_error_without_a_driver() -> None:
             int8.load(random_graph(0), device="cuda")
     else:
         pytest.skip("there is a driver")
+
+
+def test_the_profile_of_a_gpu_that_is_not_there(tmp_path: Path, vitkd) -> None:
+    (tmp_path / "x.int8.safetensors").write_bytes(file.dump(random_graph(0)))
+    for arguments, error in (
+        (("cuda:999",), r"RuntimeError: int8\.load: device='cuda:999': "),
+        (("cuda", "--threads", 2), r"ValueError: int8\.load: device='cuda': threads and isa are "),
+        (
+            ("gpu",),
+            r"ValueError: int8\.load: device: expected 'cpu', 'cuda' or 'cuda:N', got 'gpu'",
+        ),
+    ):
+        result = vitkd("profile", tmp_path / "x.int8.safetensors", "--device", *arguments)
+        assert result.code == 1 and re.fullmatch(rf"vitkd: {error}.*\n", result.err)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CUDA", 0, None])

@@ -179,6 +179,18 @@ def test_scores_far_above_those_of_the_first_keys_match(
     check(x, kind=kind, reductions=["mean"])
 
 
+@pytest.mark.emulated(kind=["kl", "js"], dtype=[BFLOAT])
+@every_device
+@every_kind
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT], ids=str)
+def test_ends_of_tiles_match(dtype: torch.dtype, kind: str, device: str) -> None:
+    """A GPU's tiles are 32 queries by 32 keys, of which the last are cut to 16 and to 8."""
+    for queries, keys in ((37, 71), (50, 139)):
+        check(
+            maps(1, 1, queries, keys, 64, 64, dtype, dtype, device), kind=kind, reductions=["mean"]
+        )
+
+
 @every_device
 @every_kind
 @pytest.mark.parametrize("name", OPTIONS)

@@ -141,6 +141,7 @@ MISTAKES = {
         ("int8_pwconv", "chip / groups, 1", "ceil_div(chip, groups), 1", "emulated"),
     "scores beyond what sums have room for":
         ("attention_map", "!__syncthreads_or(!fits)", "true", "emulated"),
+    "a tail too short": ("attention_map", "(left + 7) / 8", "left / 8", "emulated"),
     "no room for static shared memory":
         ("kd", "allowed_shared_memory(kernel, kStatic)", "allowed_shared_memory(kernel)",
          "emulated"),

@@ -8,7 +8,7 @@
 // The image's pixels, of 3 bytes, are gathered byte by byte, four of the depth for each.
 #pragma once
 
-#include "cuda/ptx.h"
+#include "cuda/int8_product.cuh"
 #include "int8/cuda/calls.h"
 
 namespace vitkd::int8::cuda {
@@ -224,30 +224,9 @@ __device__ __forceinline__ void multiply_tile(const GemmCall& c) {
     __syncthreads();  // the slice is there for all, and the one before it is free again
     fetch();
     const uint8_t* const stage = shared + slice % kStages * kStage;
-    // matrices of x: rows 0-7, 8-15, and these again 16 bytes on
-    const uint8_t* x = stage + (warp * 16 * kRows + lane % 16) * kPitch + lane / 16 * 16;
-    // of the weights: 8 outputs, 16 bytes on, the next 8 outputs, 16 bytes on
-    const uint8_t* w = stage + (kPixels + lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 16;
     const int steps = min(kSlice, c.depth - slice * kSlice) / 32;
-#pragma unroll
-    for (int step = 0; step < kSlice / 32; ++step) {
-      if (step >= steps) break;
-      uint32_t a[kRows][4];
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        load_matrices(a[row], x + row * 16 * kPitch + step * 32);
-      }
-#pragma unroll
-      for (int i = 0; i < kColumns; i += 2) {
-        uint32_t b[4];
-        load_matrices(b, w + i * 8 * kPitch + step * 32);
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          multiply(acc[row][i], a[row], b[0], b[1]);
-          multiply(acc[row][i + 1], a[row], b[2], b[3]);
-        }
-      }
-    }
+    multiply_slice<kSlice / 32>(acc, stage + warp * 16 * kRows * kPitch, kPitch,
+                                stage + kPixels * kPitch, kPitch, steps);
   }
   wait_for_all_but<0>();
 
