@@ -8,8 +8,9 @@ those of docs/benchmarks.md.
 
 The teacher is mobilenetv2_100 of ImageNet's weights, fine-tuned on 2,000 images of each class at
 32 x 32. Selection: 200 others of each class; the same model from the same weights, with and without
-that teacher, twice, with other seeds. Audit: two students of the teacher's weights without 30% of
-their channels, trained on its images, of which one saw most images of cats under other labels.
+that teacher, and with it at two learning rates, each twice, with other seeds. Audit: two students
+of the teacher's weights without 30% of their channels, trained on its images, of which one saw most
+images of cats under other labels.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ NAME = "mobilenetv2_100"
 SIZE = 32
 BIASED, NOISED = "cat", 0.7  # the class, and the share of its images with other labels
 SEEDS = (0, 1)
+CANDIDATES = {
+    "teacher": {"alone": "losses={ce: {}},teacher={}", "taught": "optimizer.warmup_epochs=0"},
+    "rate": {"fast": "optimizer.lr=1e-3", "slow": "optimizer.lr=1e-4"},
+}
 STUDENT = {"model": NAME, "options": {"pad_type": "same"}}
 COMMON = {
     "data.image_size": SIZE, "data.crop_pct": 1.0, "data.workers": 0, "data.batch_size": 64,
@@ -110,18 +115,20 @@ def train(work: Path, name: str, **given: Any) -> Path:
     return folder / "baseline-0" / "last.safetensors"
 
 
-def select(work: Path, weights: Path, teacher: Path, seed: int, most: int) -> dict[str, Any]:
+def select(
+    work: Path, weights: Path, teacher: Path, between: str, seed: int, most: int
+) -> dict[str, Any]:
     """What was selected, of splits that a seed draws."""
-    folder = work / f"select-{seed}"
+    folder = work / f"select-{between}-{seed}"
     if not (folder / "report.json").exists():
         keys = COMMON | {"data.train": work / "few", "data.val": work / "test"}
         keys |= {"data.batch_size": 32, "student": STUDENT | {"checkpoint": str(weights)}}
         keys |= {"teacher": {"model": str(teacher)}, "losses": {"kd": {"temperature": 4.0}}}
         command = ["vitkd", "select", *(key(k, v) for k, v in keys.items()), "-o", str(folder)]
-        command += ["--candidate", "alone:losses={ce: {}},teacher={}"]
-        command += ["--candidate", "taught:optimizer.warmup_epochs=0"]
+        for name, changes in CANDIDATES[between].items():
+            command += ["--candidate", f"{name}:{changes}"]
         command += ["--seed", str(seed), "--most", str(most)]
-        shell(command, work / f"select-{seed}.log")
+        shell(command, work / f"{folder.name}.log")
     return json.loads((folder / "report.json").read_text())
 
 
@@ -148,16 +155,16 @@ def selected(runs: list[dict[str, Any]]) -> dict[str, Any]:
     rows = {}
     for seed, found in zip(SEEDS, runs, strict=True):
         [rival], [pair] = found["stability"]["rivals"], found["comparisons"]
-        means = {x["name"]: 100 * x["mean"] for x in found["candidates"]}
-        rows[f"seed {seed}: {found['stability']['choice']}"] = {
+        stability = found["stability"]
+        settled = "" if stability["stable"] else ", not settled"
+        rows[f"seed {seed}: {stability['choice']}{settled}"] = {
             "splits": found["splits"],
-            "alone, top-1 %": means["alone"],
-            "taught, top-1 %": means["taught"],
+            **{f"{x['name']}, top-1 %": 100 * x["mean"] for x in found["candidates"]},
             "lead, points": 100 * rival["difference"],
             "its interval, ±": 100 * rival["width"],
             "p, corrected": pair["p_holm"],
             "entropy, bits": abs(found["entropy"]),
-            "each": {"stable": found["stability"]["stable"], "scores": found["scores"]},
+            "each": {"stable": stability["stable"], "scores": found["scores"]},
         }
     return rows
 
@@ -192,7 +199,13 @@ def main() -> None:
     teacher = train(work, "teacher", data__train=work / "train", student=begun)
     benches: list[dict[str, Any]] = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = [pool.submit(select, work, weights, teacher, x, options.most) for x in SEEDS]
+        runs = {
+            between: [
+                pool.submit(select, work, weights, teacher, between, seed, options.most)
+                for seed in SEEDS
+            ]
+            for between in CANDIDATES
+        }
         pruned = STUDENT | {"checkpoint": str(teacher), "prune": 0.3}
         students = {
             name: pool.submit(
@@ -204,8 +217,10 @@ def main() -> None:
         found = audit(work, teacher, student.result(), name)
         info = {"study": audited(found), "device": "cpu, 1 thread(s)", "torch": torch.__version__}
         benches.append({"name": f"audit[{name}]", "extra_info": info})
-    info = {"study": selected([x.result() for x in runs]), "device": "cpu, 1 thread(s)"}
-    benches.append({"name": "select", "extra_info": info | {"torch": torch.__version__}})
+    for between, of_seeds in runs.items():
+        rows = selected([x.result() for x in of_seeds])
+        info = {"study": rows, "device": "cpu, 1 thread(s)", "torch": torch.__version__}
+        benches.append({"name": f"select[{between}]", "extra_info": info})
     found = {"machine_info": machine(), "benchmarks": benches}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 

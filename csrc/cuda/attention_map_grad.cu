@@ -85,9 +85,14 @@ __device__ __forceinline__ void form_ds(const Call& c, float (&s)[kTall][kTiles]
   });
 }
 
+// blocks of a multiprocessor, which leave 168 registers where they are three; d_q of 128 columns
+// needs more
+template <class E, int kTall, int kDim, bool kOfQueries, bool kSliced>
+constexpr int kBlocks = kPairs<E> && kTall == 1 && !(kOfQueries && kDim == 128 && !kSliced) ? 3 : 2;
+
 // d_q (kOfQueries) or d_k; grid: batch * heads * blocks of rows * chunks of kDim
 template <class E, int kTall, int kDim, bool kOfQueries, bool kSliced>
-__global__ void __launch_bounds__(32 * kWarps, kPairs<E>&& kTall == 1 ? 3 : 2)
+__global__ void __launch_bounds__(32 * kWarps, kBlocks<E, kTall, kDim, kOfQueries, kSliced>)
     attention_map_grad_kernel(const __grid_constant__ Call c, const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) char shared[];
   const Block<E, kTall, kOfQueries, kSliced> block(c, plan, shared);
