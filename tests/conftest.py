@@ -20,7 +20,7 @@ from vitkd_fast import _timing
 # helpers that compare: a failure there shows its numbers, too
 pytest.register_assert_rewrite("support")
 
-# times are looked at, never judged: a run of the loop takes eight
+# times are looked at, never judged; a run with its report measures eight
 _timing._WARM_UP, _timing._ENOUGH, _timing._LIMIT = 0.02, 0.1, 0.5
 
 # where only the losses' dependencies are, as on a bare machine with a GPU, the loop is left out
