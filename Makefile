@@ -87,7 +87,7 @@ WITH_TRITON = PYTHONPATH="$(CURDIR)/.venv-triton-$*$(PYTHONPATH:%=:%)"
 $(TRITONS:%=test-triton-%): test-triton-%: .venv-triton-%/ready
 	@$(WITH_TRITON) $(PY) -c "import triton; assert triton.__version__.startswith('$*.'), triton"
 	@echo "make test-triton: Triton $*"
-	@$(WITH_TRITON) $(BIN)/pytest $(PARALLEL) -m "$(TRITON_TESTS)" || \
+	@$(WITH_TRITON) $(BIN)/pytest $(PARALLEL) tests/ops -m "$(TRITON_TESTS)" || \
 	  { echo "make test-triton: tests fail with Triton $*" >&2; exit 1; }
 
 fuzz: install  ## damaged int8 files and graphs, through Python and C, under both sanitizers

@@ -61,13 +61,13 @@ def turns(name: str, size: int, batch: int) -> dict[str, list[float]]:
 def bench_step(benchmark, capsys, name, size, batch):
     torch.set_num_threads(1)
     seconds = turns(name, size, batch)
-    found = {}
+    found = {"float, ms": 1e3 * statistics.median(seconds["float"])}
     for kind in ("live", "frozen"):
         pairs = zip(seconds[kind], seconds["float"], strict=True)
-        found[kind] = statistics.median(aware / plain for aware, plain in pairs)
-    milliseconds = {kind: 1e3 * statistics.median(values) for kind, values in seconds.items()}
-    benchmark.extra_info.update(ms_per_step=milliseconds, ratio=found)
+        found[f"{kind} / float"] = statistics.median(aware / plain for aware, plain in pairs)
+    case = f"{name}, {size} pixels, batch {batch}"
+    benchmark.extra_info |= {"study": {case: found}, "device": "cpu, 1 thread(s)"}
+    benchmark.extra_info["torch"] = torch.__version__
     with capsys.disabled():
-        print(f"\n  {name} {size}px batch {batch}: float {milliseconds['float']:.0f} ms; ", end="")
-        print("; ".join(f"{kind} {ratio:.2f}x" for kind, ratio in found.items()))
+        print(f"\n  {case}:", ", ".join(f"{key} {value:.3g}" for key, value in found.items()))
     benchmark.pedantic(lambda: None, rounds=1)

@@ -318,6 +318,10 @@ def openvino_int8(network: Network, controlled: bool = False) -> Path:
                 max_drop=0.5 / len(answers),
                 fast_bias_correction=False,
                 advanced_quantization_parameters=parameters,
+                # ranked by all of them, a fold had not ended after five CPU minutes
+                advanced_accuracy_restorer_parameters=advanced.AdvancedAccuracyRestorerParameters(
+                    ranking_subset_size=25
+                ),
                 **common,
             )
         else:

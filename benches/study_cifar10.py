@@ -100,7 +100,7 @@ def images(work: Path, setting: str, labelled_only: bool = False) -> list[str]:
     ]
 
 
-def teacher(work: Path, processes: int) -> Path:
+def teacher(work: Path, processes: int, epochs: int = 40) -> Path:
     """The teacher, trained on all labels at 64 x 64; its weights."""
     folder = work / "teacher"
     file = folder / "baseline-0" / "last.safetensors"
@@ -111,7 +111,7 @@ def teacher(work: Path, processes: int) -> Path:
             "optimizer": {"lr": 1.5e-3, "warmup_epochs": 1, "clip_grad": 1.0},
             "augmentation.scale": [0.4, 1.0],
             "int8.enabled": False,
-            "run": {"folder": str(folder), "epochs": 40, "precision": "bfloat16", "threads": 1},
+            "run": {"folder": str(folder), "epochs": epochs, "precision": "bfloat16", "threads": 1},
         }
         sizes = {"data.image_size": 64, "data.batch_size": 128 // processes}
         command = ["torchrun", "--no-python", f"--nproc-per-node={processes}", "vitkd", "distill"]

@@ -172,7 +172,8 @@ def train_pt2e(work: Path, student: str, way: str) -> None:
             classes=len(splits.classes),
             device=runtime.device,
         )
-        found.append({"top1": scored.metrics["top1"], "cpu_s": time.thread_time() - begun})
+        seconds = time.thread_time() - begun
+        found.append({k: scored.metrics[k] for k in ("top1", "nll")} | {"cpu_s": seconds})
         print(found[-1], flush=True)
     (folder / PT2E).write_text(json.dumps(found))
 

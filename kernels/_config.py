@@ -24,6 +24,18 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+# of an H200: a row is read twice, and the second time should be found in the L2
+MULTIPROCESSORS, L2_BYTES = 132, 50 << 20
+
+
+def long_row_threads(row_bytes: int) -> int:
+    """Threads of a program of 64 registers each; the rows of all take half the L2, if they can."""
+    for threads in (256, 512):
+        if MULTIPROCESSORS * (1024 // threads) * row_bytes <= L2_BYTES // 2:
+            return threads
+    return 1024
+
+
 @lru_cache(maxsize=4096)
 def kd(
     inner: int, classes: int, element_size: int, align: int, dense: bool, per_thread: int = 32
@@ -48,8 +60,11 @@ def kd(
         whole_row = wide <= 4096 // shrink
         block_rows = min(32, max(1, 1024 // wide)) if whole_row else 1
         vec = min(max(1, 16 // element_size), align, wide)
-        tile = wide if whole_row else 256 * min(max(8, 2 * vec), per_thread // 2) // shrink
-        threads = max(32, block_rows * tile // per_thread) if whole_row else 256
+        long = long_row_threads(2 * classes * element_size) if per_thread // shrink == 32 else 256
+        # 1024 threads have 64 registers each, too few for more than 8 classes
+        of_thread = 8 if long == 1024 else min(max(8, 2 * vec), per_thread // 2)
+        tile = wide if whole_row else long * of_thread // shrink
+        threads = max(32, block_rows * tile // per_thread) if whole_row else long
     lanes = min(tile // vec, max(1, threads // block_rows))
     return KdTile(tile // (lanes * vec), block_rows, lanes, vec, whole_row, threads // 32)
 

@@ -348,7 +348,7 @@ def test_ctrl_c_ends_with_130(image_folder: Path, tmp_path: Path, at: str) -> No
         for _ in range(3):  # a library that catches everything may swallow one
             process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
-                _, printed = process.communicate(timeout=20)
+                _, printed = process.communicate(timeout=8)
                 break
         assert "Traceback" not in printed
         assert process.returncode == 130
@@ -446,7 +446,7 @@ def test_eval_skips_bad_files_and_counts_them(
 
 
 def test_real_weights_read_real_images(request, tmp_path: Path, vitkd) -> None:
-    """A MobileNetV2 with ImageNet's weights finds 88.8% of one image of every second class."""
+    """A MobileNetV2 with ImageNet's weights finds 88.8% of one image of every eighth class."""
     folder = request.getfixturevalue("data")
     model = models.create(
         "mobilenetv2_100",
@@ -464,16 +464,16 @@ def test_real_weights_read_real_images(request, tmp_path: Path, vitkd) -> None:
         classes=ImageNetInfo().label_descriptions(),
     )
     with zipfile.ZipFile(folder / "imagenet-sample-a.zip") as archive:
-        for name in archive.namelist():
-            if name.endswith(".JPEG"):
-                wnid = Path(name).name.split("_")[0]
-                (tmp_path / "val" / wnid).mkdir(parents=True, exist_ok=True)
-                (tmp_path / "val" / wnid / Path(name).name).write_bytes(archive.read(name))
+        images = sorted(name for name in archive.namelist() if name.endswith(".JPEG"))
+        for name in images[::4]:
+            wnid = Path(name).name.split("_")[0]
+            (tmp_path / "val" / wnid).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "val" / wnid / Path(name).name).write_bytes(archive.read(name))
     result = vitkd("eval", tmp_path / "model.safetensors", tmp_path / "val")
     assert result.code == 0, result.err
-    assert "500 images, 0 skipped" in result.out
+    assert "125 images, 0 skipped" in result.out
     scores = dict(line.split() for line in result.out.splitlines()[1:])
-    assert float(scores["top1"]) == pytest.approx(0.888, abs=0.005)  # JPEG decoders differ
+    assert float(scores["top1"]) == pytest.approx(0.888, abs=0.017)  # JPEG decoders differ
     image = next((tmp_path / "val" / "n01440764").iterdir())
     assert "tench" in vitkd("predict", tmp_path / "model.safetensors", image).out
 

@@ -15,7 +15,12 @@ from support.loop_tools import student, teacher
 from vitkd_fast import models
 from vitkd_fast.distill import preflight
 from vitkd_fast.distill.config import Config, ConfigError, load
-from vitkd_fast.distill.losses.quantizable import map_kurtosis, relative_range, weight_kurtosis
+from vitkd_fast.distill.losses.quantizable import (
+    imbalance,
+    map_kurtosis,
+    relative_range,
+    weight_kurtosis,
+)
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
 from vitkd_fast.taps import Taps
@@ -49,14 +54,18 @@ def test_figures() -> None:
     # each channel has a scale of its own
     scaled = x[:, :, 0] * torch.tensor([1, 10, 0.1, 3, 1, 7]).view(-1, 1, 1)
     assert float(weight_kurtosis(scaled)) == pytest.approx(float(weight_kurtosis(x[:, :, 0])))
-    for of in (weight_kurtosis, map_kurtosis, relative_range):
+    ratios = torch.tensor([1.0, 10, 0.1, 3]).view(1, 4, 1, 1)
+    one = torch.randn(6, 1, 5, 5).expand(6, 4, 5, 5)
+    assert float(imbalance(one)) == pytest.approx(0, abs=1e-9)
+    assert float(imbalance(one * ratios)) == pytest.approx(float(ratios.log().var(correction=0)))
+    for of in (weight_kurtosis, imbalance, map_kurtosis, relative_range):
         dead = torch.zeros(2, 3, requires_grad=True)
         of(dead).backward()
         assert dead.grad is not None and dead.grad.isfinite().all()
 
 
 def test_the_term_is_its_formula() -> None:
-    made = task("{weight: 0.5, weights: 2, maps: 0.1, range: 0.3}").eval()
+    made = task("{weight: 0.5, weights: 2, equalization: 0.7, maps: 0.1, range: 0.3}").eval()
     result = made(IMAGES, torch.arange(8))
     kd, kure = result["terms"]
     predict = made.trainable_module.predict
@@ -66,18 +75,23 @@ def test_the_term_is_its_formula() -> None:
     assert len(maps) == len(norms) == 52
     layers = [m for m in made.student.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     of_weights = [(float(weight_kurtosis(m.weight.detach())) - 1.8) ** 2 for m in layers]
+    dense = [m for m in layers if getattr(m, "groups", 1) == 1]
+    of_channels = [float(imbalance(m.weight.detach())) for m in dense]
     of_maps = [math.log(float(map_kurtosis(y)) / 1.8) ** 2 for y in maps]
     of_ranges = [math.log(float(relative_range(y))) for y in maps]
     expected = 0.5 * (
-        2 * sum(of_weights) / len(layers) + 0.1 * sum(of_maps) / 52 + 0.3 * sum(of_ranges) / 52
+        2 * sum(of_weights) / len(layers)
+        + 0.7 * sum(of_channels) / len(dense)
+        + 0.1 * sum(of_maps) / 52
+        + 0.3 * sum(of_ranges) / 52
     )
     assert float(kure) == pytest.approx(expected, rel=1e-3)
     assert float(result["loss"]) == pytest.approx(float(kd + kure))
 
 
-@pytest.mark.parametrize("part", ["weights", "maps", "range"])
+@pytest.mark.parametrize("part", ["weights", "equalization", "maps", "range"])
 def test_it_falls(part: str) -> None:
-    of = {"weights": 0, "maps": 0, "range": 0, part: 1}
+    of = {"weights": 0, part: 1}
     made = task(str(of).replace("'", "")).train()
     optimizer = torch.optim.Adam(made.student.parameters(), 1e-3)
     found = []

@@ -319,10 +319,10 @@ def test_ranges_of_special_maps() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "mobilenetv1_100h",
+        pytest.param("mobilenetv1_100h", marks=pytest.mark.slow),
         "mobilenetv2_050",
         "mobilenetv3_small_050",
-        "tf_mobilenetv3_small_075",
+        pytest.param("tf_mobilenetv3_small_075", marks=pytest.mark.slow),
         "mobilenetv4_conv_small_050",
         pytest.param("mobilenetv4_conv_aa_medium", marks=pytest.mark.slow),
         pytest.param("mobilenetv4_conv_blur_medium", marks=pytest.mark.slow),

@@ -19,6 +19,9 @@ from support.triton_tools import (
 )
 
 pytest.importorskip("triton")
+
+from vitkd_fast import reference
+
 pytestmark = pytest.mark.triton
 
 SHARED = files_of("kd")
@@ -136,16 +139,16 @@ def compile_all(form: str, dtype: torch.dtype, everything: bool) -> None:
     shape, class_dim = FORMS[form]
     logits = new(shape, dtype)
     rows = shape[:class_dim] + shape[class_dim + 1 :]
-    options: dict[str, Any] = {}
+    options = reference.KDOptions(4.0, 1.0, class_dim, reference.MEAN)
     if everything:
         labels = new(rows, torch.int64)
-        options = {"labels": labels, "labels_b": labels, "lam_rows": new(rows)}
-        options |= {"temperature_rows": new(()), "row_weights": new(rows), "ce_weight": 0.5}
-        options |= {"label_smoothing": 0.1}
-    arguments = (4.0, 1.0, class_dim, 1)
-    loss, stats = kd.kd_fwd(logits, logits, *arguments, **options)
-    kd.kd_bwd(loss, logits, logits, stats, *arguments, **options)
-    loss, grad = kd.kd_fwd_grad(logits, logits, *arguments, **options)
+        options = options._replace(
+            labels=labels, labels_b=labels, lam_rows=new(rows), temperature_rows=new(()),
+            row_weights=new(rows), ce_weight=0.5, label_smoothing=0.1,
+        )  # fmt: skip
+    loss, stats = kd.kd_fwd(logits, logits, *options)
+    kd.kd_bwd(loss, logits, logits, stats, *options)
+    loss, grad = kd.kd_fwd_grad(logits, logits, *options)
     kd.kd_scale_(grad, loss)
 
 

@@ -41,23 +41,37 @@ def relative_range(x: Tensor) -> Tensor:
     return (x.amax() - x.amin()) / (math.sqrt(12) * x.std(correction=0) + _TINY)
 
 
+def imbalance(weight: Tensor) -> Tensor:
+    """Variance over input channels of ln(root mean square of their weights), [C_out, C_in, ...].
+
+    The weights of an output channel share a scale: those of input channels with small weights,
+    which read the larger values of a map, have fewer bits.
+    """
+    squares = weight.float().transpose(0, 1).flatten(1).square().mean(1)
+    return (squares + _TINY).log().div(2).var(correction=0)
+
+
 class KURE(Term):
-    """weight * (weights W + maps M + range R), of the student alone.
+    """weight * (weights W + equalization E + maps M + range R), of the student alone.
 
         W = mean over layers of (kurtosis of the weights - 1.8)^2
+        E = mean over layers of the variance of ln(RMS of an input channel's weights)
         M = mean over maps of ln(kurtosis / 1.8)^2
         R = mean over maps of ln((max - min) / (sqrt(12) std))
 
     W is kurtosis regularization (Shkolnik et al., 2020, arXiv:2002.07686), here of each channel:
-    1.8 is a uniform distribution's, which a grid of levels costs least. Layers are convolutions and
-    linear layers; maps are outputs of batch norms with their activations, each as a whole, and have
-    logarithms, since after a ReLU a kurtosis may be in the hundreds. A student in
+    1.8 is a uniform distribution's, which a grid of levels costs least. E is what cross-layer
+    equalization (Nagel et al., 2019, arXiv:1906.04721) makes small, here in training. Layers are
+    convolutions and linear layers, of E those that are not depthwise; maps are outputs of batch
+    norms with their activations, each as a whole, and have logarithms, since after a ReLU a
+    kurtosis may be in the hundreds. A student in
     quantisation-aware training goes without the term.
     """
 
     distils: ClassVar[bool] = False
 
     weights: float = Field(1.0, ge=0)  # factor of W
+    equalization: float = Field(0.0, ge=0)  # of E
     maps: float = Field(0.0, ge=0)  # of M
     range: float = Field(0.0, ge=0)  # of R
 
@@ -66,11 +80,15 @@ class KURE(Term):
 
     def __call__(self, outputs: StepOutputs, x: float, learned: nn.Module | None) -> Tensor:
         assert outputs.model is not None
+        layers = [m for m in outputs.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        weights = [layer.weight for layer in layers]
         parts = []
         if self.weights:
-            layers = [m for m in outputs.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-            found = torch.stack([weight_kurtosis(layer.weight) for layer in layers])
+            found = torch.stack([weight_kurtosis(weight) for weight in weights])
             parts.append(self.weights * (found - UNIFORM).square().mean())
+        if self.equalization:
+            dense = [weight for weight in weights if weight.shape[1] > 1]
+            parts.append(self.equalization * torch.stack([imbalance(w) for w in dense]).mean())
         maps = outputs.student.norms
         if self.maps:
             found = torch.stack([map_kurtosis(y) for y in maps])
