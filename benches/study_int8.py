@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -178,18 +177,15 @@ def train_pt2e(work: Path, student: str, way: str) -> None:
     (folder / PT2E).write_text(json.dumps(found))
 
 
-def top1(folder: Path) -> dict[str, list[float]]:
-    """Of each seed, in %, in float and in the three int8 arithmetics."""
+def each(folder: Path, metric: str) -> dict[str, list[float]]:
+    """Of each seed, in float and in the int8 arithmetics; of torchao where it has run."""
     models = json.loads((folder / "report.json").read_text())["models"]
-    of_role = {m["role"]: [100 * x["metrics"]["top1"] for x in m["runs"]] for m in models}
-    by_torchao = [100 * x["top1"] for x in json.loads((folder / PT2E).read_text())]
-    trained = of_role.get("distilled") or of_role["baseline"]
-    return {
-        "float": trained,
-        "int8": of_role["int8"],
-        "torchao QAT": by_torchao,
-        "int8-aware": of_role["int8-aware"],
-    }
+    of_role = {m["role"]: [x["metrics"][metric] for x in m["runs"]] for m in models}
+    found = {"float": of_role.get("distilled") or of_role["baseline"]}
+    found |= {role: of_role[role] for role in ("int8", "int8-aware")}
+    if (folder / PT2E).exists():
+        found["torchao QAT"] = [x[metric] for x in json.loads((folder / PT2E).read_text())]
+    return found
 
 
 def figures(work: Path) -> dict[str, Any]:
@@ -199,35 +195,32 @@ def figures(work: Path) -> dict[str, Any]:
         rows: dict[str, Any] = {}
         for way in WAYS:
             folder = work / f"int8-{student}-{way}"
-            if not (folder / PT2E).exists():
+            if not (folder / "report.json").exists():
                 continue
-            scores = top1(folder)
+            scores = {k: [100 * x for x in v] for k, v in each(folder, "top1").items()}
             rows[way] = {"float top-1 %": statistics.mean(scores["float"])}
             rows[way]["s.e."] = error(scores["float"])
-            for name in list(scores)[1:]:
-                more = [a - b for a, b in zip(scores[name], scores["float"], strict=True)]
-                rows[way] |= {
-                    f"{name} - float": statistics.mean(more),
-                    f"s.e. of {name}": error(more),
-                }
+            for name in ("int8", "int8-aware", "torchao QAT"):
+                more = [a - b for a, b in zip(scores.get(name, ()), scores["float"], strict=False)]
+                rows[way][f"{name} - float"] = statistics.mean(more) if more else None
+                rows[way][f"s.e. of {name}"] = error(more) if more else None
             rows[way]["each"] = scores
+            rows[way]["each nll"] = each(folder, "nll")
         if rows:
             info = {"study": rows, "device": "cpu, 1 thread(s)", "torch": torch.__version__}
             info["torchao"] = version("torchao")
             benches.append({"name": f"study_int8[{student}]", "extra_info": info})
-    return {"machine_info": machine(), "benchmarks": [*benches, pooled(benches)]}
+    pairs = [pooled(benches, "top-1 %", "each"), pooled(benches, "nll", "each nll")]
+    return {"machine_info": machine(), "benchmarks": [*benches, *pairs]}
 
 
-def pooled(benches: list[dict[str, Any]]) -> dict[str, Any]:
-    """A table of all pairs, a student in int8 and the float one of its seed, a row for each way.
-
-    `pairs for 0.05` is how many make the mean's standard error 0.05 points.
-    """
+def pooled(benches: list[dict[str, Any]], metric: str, key: str) -> dict[str, Any]:
+    """A table of all pairs, a student in int8 and the float one of its seed, a row for each way."""
     found: dict[str, list[float]] = {}
     for bench in benches:
         for row in bench["extra_info"]["study"].values():
-            scores = row["each"]
-            for name in list(scores)[1:]:
+            scores = row[key]
+            for name in [*scores][1:]:
                 pairs = zip(scores[name], scores["float"], strict=True)
                 found.setdefault(name, []).extend(a - b for a, b in pairs)
     rows = {
@@ -236,12 +229,11 @@ def pooled(benches: list[dict[str, Any]]) -> dict[str, Any]:
             "mean - float": statistics.mean(values),
             "s.e.": error(values),
             "s.d. of a pair": statistics.stdev(values),
-            "pairs for 0.05": math.ceil(statistics.variance(values) / 0.05**2),
         }
         for name, values in found.items()
     }
     shared = {key: benches[0]["extra_info"][key] for key in ("device", "torch", "torchao")}
-    return {"name": "study_int8[all pairs]", "extra_info": {"study": rows, **shared}}
+    return {"name": f"study_int8[all pairs, {metric}]", "extra_info": {"study": rows, **shared}}
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """A student trained for int8: branches off a float student's run, through `QuantizationAware`.
 
 The float run leaves branch.safetensors at the step `int8.aware.start` of it; from there the same
-images, losses and learning rates go on in the engine's arithmetic, in a folder of their own. Where
-batch norms freeze, ranges are found again: weights and statistics have moved by then, and LSQ is
-too slow to follow.
+images, losses and learning rates go on in the engine's arithmetic, in a folder of their own. Until
+batch norms freeze, ranges are found again several times: weights and statistics move, LSQ is too
+slow to follow, and a student learns to live with what is clipped.
 """
 
 from __future__ import annotations
@@ -54,23 +54,32 @@ def quantized_by_first(
     return box[0]
 
 
+RANGES = 3  # times that ranges are found again, evenly spread until batch norms freeze
+
+
 class AwareTrainer(Trainer):
-    """Trains a student for int8, and finds ranges again before the step that freezes batch norms.
+    """Trains a student for int8, and finds ranges again, the last time where batch norms freeze.
 
     Args:
+        start: the share of the run at which it begins.
         requantize: what `quantize` makes of a student now, on every rank.
         others: as `Trainer`'s.
     """
 
     def __init__(
-        self, *others: Any, requantize: Callable[[nn.Module], int8.QuantizedModel], **options: Any
+        self,
+        *others: Any,
+        start: float,
+        requantize: Callable[[nn.Module], int8.QuantizedModel],
+        **options: Any,
     ) -> None:
         super().__init__(*others, **options)
-        self.requantize = requantize
+        self.start, self.requantize = start, requantize
 
     def update(self, batches: Iterator[data.Batch]) -> None:
-        share = self.task.freeze_bn
-        if self.step and (self.step - 1) / self.total < share <= self.step / self.total:
+        length = self.task.freeze_bn - self.start
+        shares = (self.start + length * i / RANGES for i in range(1, RANGES + 1))
+        if any((self.step - 1) / self.total < x <= self.step / self.total for x in shares):
             self._find_ranges()
         super().update(batches)
 
@@ -142,6 +151,7 @@ class ForInt8(Prepared):
             self.folder / f"int8-aware-{seed}",
             seed=seed,
             save_model=functools.partial(save, **about),
+            start=section.start,
             requantize=self.requantize,
         )
         if self.resume and trainer.path.exists():
