@@ -79,7 +79,8 @@ class AwareTrainer(Trainer):
     def update(self, batches: Iterator[data.Batch]) -> None:
         length = self.task.freeze_bn - self.start
         shares = (self.start + length * i / RANGES for i in range(1, RANGES + 1))
-        if any((self.step - 1) / self.total < x <= self.step / self.total for x in shares):
+        done, before = self.step / self.total, (self.step - 1) / self.total
+        if any(self.start < x and before < x <= done for x in shares):
             self._find_ranges()
         super().update(batches)
 
