@@ -210,7 +210,7 @@ def figures(work: Path) -> dict[str, Any]:
             info = {"study": rows, "device": "cpu, 1 thread(s)", "torch": torch.__version__}
             info["torchao"] = version("torchao")
             benches.append({"name": f"study_int8[{student}]", "extra_info": info})
-    pairs = [pooled(benches, "top-1 %", "each"), pooled(benches, "nll", "each nll")]
+    pairs = [pooled(benches, "top-1", "each"), pooled(benches, "nll", "each nll")]
     return {"machine_info": machine(), "benchmarks": [*benches, *pairs]}
 
 
@@ -233,7 +233,7 @@ def pooled(benches: list[dict[str, Any]], metric: str, key: str) -> dict[str, An
         for name, values in found.items()
     }
     shared = {key: benches[0]["extra_info"][key] for key in ("device", "torch", "torchao")}
-    return {"name": f"study_int8[all pairs, {metric}]", "extra_info": {"study": rows, **shared}}
+    return {"name": f"study_int8[{metric}]", "extra_info": {"study": rows, **shared}}
 
 
 def main() -> None:
