@@ -197,12 +197,13 @@ def figures(work: Path) -> dict[str, Any]:
             folder = work / f"int8-{student}-{way}"
             if not (folder / "report.json").exists():
                 continue
-            scores = {k: [100 * x for x in v] for k, v in each(folder, "top1").items()}
+            found = each(folder, "top1")
+            scores = {k: [round(100 * x, 4) for x in v] for k, v in found.items()}
             rows[way] = {"float top-1 %": statistics.mean(scores["float"])}
             rows[way]["s.e."] = error(scores["float"])
             for name in ("int8", "int8-aware", "torchao QAT"):
                 more = [a - b for a, b in zip(scores.get(name, ()), scores["float"], strict=False)]
-                rows[way][f"{name} - float"] = statistics.mean(more) if more else None
+                rows[way][f"{name} - float"] = round(statistics.mean(more), 4) if more else None
                 rows[way][f"s.e. of {name}"] = error(more) if more else None
             rows[way]["each"] = scores
             rows[way]["each nll"] = each(folder, "nll")
