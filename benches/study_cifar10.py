@@ -100,7 +100,7 @@ def images(work: Path, setting: str, labelled_only: bool = False) -> list[str]:
     ]
 
 
-def teacher(work: Path, processes: int, epochs: int = 40) -> Path:
+def teacher(work: Path, processes: int, epochs: int) -> Path:
     """The teacher, trained on all labels at 64 x 64; its weights."""
     folder = work / "teacher"
     file = folder / "baseline-0" / "last.safetensors"
@@ -259,10 +259,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--teacher-epochs", type=int, default=40)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     pack(options.folder, options.work)
-    file = teacher(options.work, options.jobs)
+    file = teacher(options.work, options.jobs, options.teacher_epochs)
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [
             pool.submit(run, options.work, setting, student, name, file)

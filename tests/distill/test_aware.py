@@ -232,6 +232,8 @@ def test_from_a_file_without_any_label(
     assert before.classes == after.classes and before.pixels == after.pixels
     weights = after.model.state_dict()
     assert any(not torch.equal(x, weights[key]) for key, x in before.model.state_dict().items())
+    statistics = {k: x for k, x in before.model.state_dict().items() if "running_" in k}
+    assert statistics and all(torch.equal(x, weights[key]) for key, x in statistics.items())
     session = int8.load(folder / "int8-aware-0" / "last.int8.safetensors")
     assert session.classes == before.classes
     assert not vitkd(monkeypatch, *given[:-1], "--resume", "--from", str(trained_file))

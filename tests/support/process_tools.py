@@ -111,7 +111,7 @@ def run_in_interpreter(cwd: Path, *arguments: str) -> None:
     """Where Triton's kernels, interpreted, are the CPU's operations."""
     start = [str(TESTS / "support/triton_tools.py")]
     interpreted = {"TRITON_INTERPRET": "1", "VITKD_FAST_BACKEND": "reference"}
-    run_tests(cwd, start, *arguments, VITKD_SAMPLE=_SAMPLE, **interpreted)
+    run_tests(cwd, start, *arguments, **sampled(**interpreted))
 
 
 def sampled(**environment: str) -> dict[str, str]:

@@ -77,8 +77,8 @@ class AwareTrainer(Trainer):
         self.start, self.requantize = start, requantize
 
     def update(self, batches: Iterator[data.Batch]) -> None:
-        length = self.task.freeze_bn - self.start
-        shares = (self.start + length * i / RANGES for i in range(1, RANGES + 1))
+        freeze = self.task.freeze_bn
+        shares = (freeze - (freeze - self.start) * i / RANGES for i in range(RANGES))
         done, before = self.step / self.total, (self.step - 1) / self.total
         if any(self.start < x and before < x <= done for x in shares):
             self._find_ranges()

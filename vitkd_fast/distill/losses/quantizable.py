@@ -64,8 +64,8 @@ class KURE(Term):
     equalization (Nagel et al., 2019, arXiv:1906.04721) makes small, here in training. Layers are
     convolutions and linear layers, of E those that are not depthwise; maps are outputs of batch
     norms with their activations, each as a whole, and have logarithms, since after a ReLU a
-    kurtosis may be in the hundreds. A student in
-    quantisation-aware training goes without the term.
+    kurtosis may be in the hundreds. A student in quantisation-aware training goes without the
+    term.
     """
 
     distils: ClassVar[bool] = False
