@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from study_cifar10 import EPOCHS, LOSSES, SEEDS, cache, error, images, key, machine, shell
-from vitkd_fast import models
-from vitkd_fast.distill import aware, data, evaluate, loop, preflight, sources
+from vitkd_fast import int8, models
+from vitkd_fast.audit import calibration
+from vitkd_fast.distill import aware, data, loop, preflight, sources
 from vitkd_fast.distill.config import Config, load
 from vitkd_fast.distill.runtime import Runtime
 from vitkd_fast.distill.task import DistillationTask
@@ -165,65 +166,90 @@ def train_pt2e(work: Path, student: str, way: str) -> None:
                     made.freeze()
                 trainer.update(iter([batch]))
             epoch, start = epoch + 1, 0
-        scored = evaluate.evaluate(
-            nn.Sequential(normalize, made.converted()),
-            ((batch.images, batch.labels) for batch in trainer.val_loader.epoch()),
-            classes=len(splits.classes),
-            device=runtime.device,
-        )
+        images, labels = validation(config, splits)
+        with torch.no_grad():
+            scored = nn.Sequential(normalize, made.converted())
+            logits = torch.cat([scored(x) for x in images.split(config.data.batch_size)])
         seconds = time.thread_time() - begun
-        found.append({k: scored.metrics[k] for k in ("top1", "nll")} | {"cpu_s": seconds})
+        found.append(score(logits, labels) | {"cpu_s": seconds})
         print(found[-1], flush=True)
     (folder / PT2E).write_text(json.dumps(found))
 
 
-def each(folder: Path, metric: str) -> dict[str, list[float]]:
+def score(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """top1 and nll, and nll_scaled: of the logits divided by the temperature of the other half."""
+    found = calibration.calibrate(logits, labels)
+    right = (logits.argmax(1) == labels).double().mean()
+    return {"top1": float(right), "nll": found.nll, "nll_scaled": found.nll_scaled}
+
+
+def each(work: Path, student: str, way: str) -> dict[str, list[dict[str, float]]]:
     """Of each seed, in float and in the int8 arithmetics; of torchao where it has run."""
-    models = json.loads((folder / "report.json").read_text())["models"]
-    of_role = {m["role"]: [x["metrics"][metric] for x in m["runs"]] for m in models}
-    found = {"float": of_role.get("distilled") or of_role["baseline"]}
-    found |= {role: of_role[role] for role in ("int8", "int8-aware")}
+    config = load(None, settings(work, student, way))
+    images, labels = validation(config, sources.open_data(config.data))
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+    folder = Path(config.run.folder)
+    role = "distilled" if way == "taught" else "baseline"
+    files = {"int8": f"{role}-{{}}", "int8-aware": "int8-aware-{}"}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("float", *files)}
+    for seed in SEEDS:
+        opened = models.load(folder / f"{role}-{seed}" / "last.safetensors")
+        with torch.inference_mode():
+            logits = models.predictor(opened.model).eval()(images)
+        found["float"].append(score(logits, labels))
+        for name, place in files.items():
+            engine = int8.load(folder / place.format(seed) / "last.int8.safetensors", threads=1)
+            found[name].append(score(torch.from_numpy(engine(pixels)), labels))
     if (folder / PT2E).exists():
-        found["torchao QAT"] = [x[metric] for x in json.loads((folder / PT2E).read_text())]
+        found["torchao QAT"] = json.loads((folder / PT2E).read_text())
     return found
 
 
+def validation(config: Config, splits: sources.Splits) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images, uint8 [N, 3, size, size], and labels."""
+    batches = [(x.images.clone(), x.labels) for x in data.val_loader(config, splits).epoch()]
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
 def figures(work: Path) -> dict[str, Any]:
-    """The results' file: a table per student."""
+    """The results' file: a table per student, and of all pairs one per metric."""
     benches = []
     for student in STUDENTS:
         rows: dict[str, Any] = {}
         for way in WAYS:
-            folder = work / f"int8-{student}-{way}"
-            if not (folder / "report.json").exists():
+            if not (work / f"int8-{student}-{way}" / "report.json").exists():
                 continue
-            found = each(folder, "top1")
-            scores = {k: [round(100 * x, 4) for x in v] for k, v in found.items()}
+            found = each(work, student, way)
+            scores = {k: [round(100 * x["top1"], 4) for x in v] for k, v in found.items()}
             rows[way] = {"float top-1 %": statistics.mean(scores["float"])}
             rows[way]["s.e."] = error(scores["float"])
             for name in ("int8", "int8-aware", "torchao QAT"):
                 more = [a - b for a, b in zip(scores.get(name, ()), scores["float"], strict=False)]
                 rows[way][f"{name} - float"] = round(statistics.mean(more), 4) if more else None
                 rows[way][f"s.e. of {name}"] = error(more) if more else None
-            rows[way]["each"] = scores
-            rows[way]["each nll"] = each(folder, "nll")
+            rows[way]["each"] = found
         if rows:
             info = {"study": rows, "device": "cpu, 1 thread(s)", "torch": torch.__version__}
             info["torchao"] = version("torchao")
             benches.append({"name": f"study_int8[{student}]", "extra_info": info})
-    pairs = [pooled(benches, "top-1", "each"), pooled(benches, "nll", "each nll")]
+    pairs = [pooled(benches, metric) for metric in ("top1", "nll", "nll_scaled")]
     return {"machine_info": machine(), "benchmarks": [*benches, *pairs]}
 
 
-def pooled(benches: list[dict[str, Any]], metric: str, key: str) -> dict[str, Any]:
-    """A table of all pairs, a student in int8 and the float one of its seed, a row for each way."""
+def pooled(benches: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """A table of all pairs, a student in int8 and the float one of its seed, by way of training.
+
+    Of top1 in points.
+    """
+    unit = 100 if metric == "top1" else 1
     found: dict[str, list[float]] = {}
     for bench in benches:
-        for row in bench["extra_info"]["study"].values():
-            scores = row[key]
+        for way, row in bench["extra_info"]["study"].items():
+            scores = {k: [x[metric] for x in v] for k, v in row["each"].items()}
             for name in [*scores][1:]:
                 pairs = zip(scores[name], scores["float"], strict=True)
-                found.setdefault(name, []).extend(a - b for a, b in pairs)
+                found.setdefault(f"{name}, {way}", []).extend(unit * (a - b) for a, b in pairs)
     rows = {
         name: {
             "pairs": len(values),
@@ -231,7 +257,7 @@ def pooled(benches: list[dict[str, Any]], metric: str, key: str) -> dict[str, An
             "s.e.": error(values),
             "s.d. of a pair": statistics.stdev(values),
         }
-        for name, values in found.items()
+        for name, values in sorted(found.items())
     }
     shared = {key: benches[0]["extra_info"][key] for key in ("device", "torch", "torchao")}
     return {"name": f"study_int8[{metric}]", "extra_info": {"study": rows, **shared}}
