@@ -1,6 +1,6 @@
 """DIST in Triton: correlations of rows and of columns of probabilities; see csrc/math/dist.h.
 
-Moments are two kernels: a program per row finds its log-sum-exps and its moments, then a program
+Moments are two kernels: a program per row finds its maxima, sums and moments, then a program
 per tile of classes and chunk of rows adds up the columns, relative to the chunk's first row.
 Chunks are added in float64, in a fixed order. The gradient is a program per row. Each sweep over a
 row but the first finds it in cache.
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _config
+from ._kd import _divide
 
 _INF = tl.constexpr(float("inf"))
 _COLUMNS = 64  # classes of a tile of columns
@@ -48,7 +49,8 @@ def _dist_rows_kernel(
         t = tl.load(teacher_ptr + base + cols, mask=live, other=-_INF).to(ACC)
         max_s, sum_s = _online(s, max_s, sum_s, inv_t)
         max_t, sum_t = _online(t, max_t, sum_t, inv_t)
-    log_s, log_t = tl.log(sum_s), tl.log(sum_t)
+    one = tl.full([], 1, ACC)
+    by_s, by_t = _divide(one, sum_s), _divide(one, sum_t)
     v_q = tl.zeros([BLOCK], ACC)
     v_p, c = v_q, v_q
     uniform = 1 / classes.to(ACC)
@@ -57,17 +59,17 @@ def _dist_rows_kernel(
         live = cols < classes
         s = tl.load(student_ptr + base + cols, mask=live, other=-_INF).to(ACC)
         t = tl.load(teacher_ptr + base + cols, mask=live, other=-_INF).to(ACC)
-        q = tl.where(live, tl.exp((s - max_s) * inv_t - log_s) - uniform, 0.0)
-        p = tl.where(live, tl.exp((t - max_t) * inv_t - log_t) - uniform, 0.0)
+        q = tl.where(live, tl.exp((s - max_s) * inv_t) * by_s - uniform, 0.0)
+        p = tl.where(live, tl.exp((t - max_t) * inv_t) * by_t - uniform, 0.0)
         v_q += q * q
         v_p += p * p
         c += q * p
     stats_ptr += row
     rows = rows.to(tl.int64)
     tl.store(stats_ptr, max_s)
-    tl.store(stats_ptr + rows, log_s)
+    tl.store(stats_ptr + rows, by_s)
     tl.store(stats_ptr + 2 * rows, max_t)
-    tl.store(stats_ptr + 3 * rows, log_t)
+    tl.store(stats_ptr + 3 * rows, by_t)
     tl.store(stats_ptr + 4 * rows, tl.sum(v_q, 0))
     tl.store(stats_ptr + 5 * rows, tl.sum(v_p, 0))
     tl.store(stats_ptr + 6 * rows, tl.sum(c, 0))
@@ -77,10 +79,10 @@ def _dist_rows_kernel(
 def _probabilities(ptr, stats_ptr, row, cols, live_row, live, rows, classes, inv_t):
     # [ROWS, COLUMNS], of the student or of the teacher
     top = tl.load(stats_ptr + row, mask=live_row, other=0)
-    log = tl.load(stats_ptr + rows + row, mask=live_row, other=0)
+    by = tl.load(stats_ptr + rows + row, mask=live_row, other=0)
     at = row[:, None] * classes + cols[None, :]
     x = tl.load(ptr + at, mask=live, other=-_INF).to(top.dtype)
-    return tl.exp((x - top[:, None]) * inv_t - log[:, None])
+    return tl.exp((x - top[:, None]) * inv_t) * by[:, None]
 
 
 @triton.jit(do_not_specialize=["rows", "classes"])
@@ -140,13 +142,13 @@ def _dist_columns_kernel(
 @triton.jit
 def _slopes(
     student_ptr, teacher_ptr, column_ptr, base, cols, live, classes,
-    max_s, log_s, max_t, log_t, row_q, row_p, uniform, inv_t,
+    max_s, by_s, max_t, by_t, row_q, row_p, uniform, inv_t,
 ):  # fmt: skip
     # q and dloss/dq of a tile, up to what is constant in the row
     s = tl.load(student_ptr + base + cols, mask=live, other=-_INF).to(max_s.dtype)
     t = tl.load(teacher_ptr + base + cols, mask=live, other=-_INF).to(max_s.dtype)
-    q = tl.exp((s - max_s) * inv_t - log_s)
-    p = tl.exp((t - max_t) * inv_t - log_t)
+    q = tl.exp((s - max_s) * inv_t) * by_s
+    p = tl.exp((t - max_t) * inv_t) * by_t
     mean_q = tl.load(column_ptr + cols, mask=live, other=0)
     mean_p = tl.load(column_ptr + classes + cols, mask=live, other=0)
     by_q = tl.load(column_ptr + 2 * classes + cols, mask=live, other=0)
@@ -169,8 +171,8 @@ def _dist_bwd_kernel(
     rows = rows.to(tl.int64)
     inv_t = tl.full([], inv_t, ACC)
     uniform = 1 / classes.to(ACC)
-    max_s, log_s = tl.load(stats_ptr + row), tl.load(stats_ptr + rows + row)
-    max_t, log_t = tl.load(stats_ptr + 2 * rows + row), tl.load(stats_ptr + 3 * rows + row)
+    max_s, by_s = tl.load(stats_ptr + row), tl.load(stats_ptr + rows + row)
+    max_t, by_t = tl.load(stats_ptr + 2 * rows + row), tl.load(stats_ptr + 3 * rows + row)
     row_q, row_p = tl.load(row_ptr + row), tl.load(row_ptr + rows + row)
     base = row * classes
     dot = tl.zeros([BLOCK], ACC)
@@ -178,7 +180,7 @@ def _dist_bwd_kernel(
         cols = start + tl.arange(0, BLOCK)
         q, g = _slopes(
             student_ptr, teacher_ptr, column_ptr, base, cols, cols < classes, classes,
-            max_s, log_s, max_t, log_t, row_q, row_p, uniform, inv_t,
+            max_s, by_s, max_t, by_t, row_q, row_p, uniform, inv_t,
         )  # fmt: skip
         dot += q * g
     mean = tl.sum(dot, 0)
@@ -188,7 +190,7 @@ def _dist_bwd_kernel(
         live = cols < classes
         q, g = _slopes(
             student_ptr, teacher_ptr, column_ptr, base, cols, live, classes,
-            max_s, log_s, max_t, log_t, row_q, row_p, uniform, inv_t,
+            max_s, by_s, max_t, by_t, row_q, row_p, uniform, inv_t,
         )  # fmt: skip
         grad = by * q * (g - mean)
         tl.store(grad_ptr + base + cols, grad.to(grad_ptr.dtype.element_ty), mask=live)

@@ -34,7 +34,7 @@ struct Call {
     return {p[0], p[rows], p[2 * rows], p[3 * rows], p[4 * rows], p[5 * rows], p[6 * rows]};
   }
   VITKD_HD void save_stats(int64_t row, const Stats<A>& x) const {
-    const A values[] = {x.max_s, x.log_s, x.max_t, x.log_t, x.v_q, x.v_p, x.c};
+    const A values[] = {x.max_s, x.by_s, x.max_t, x.by_t, x.v_q, x.v_p, x.c};
     for (int i = 0; i < kStats; ++i) stats[i * rows + row] = values[i];
   }
 };

@@ -88,8 +88,8 @@ struct Scalar : ScalarRow<A> {
     const int64_t width = padded(n);
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const A q = std::exp((s[i] - st.max_s) * f.inv_t - st.log_s);
-      const A p = std::exp((t[i] - st.max_t) * f.inv_t - st.log_t);
+      const A q = std::exp((s[i] - st.max_s) * f.inv_t) * st.by_s;
+      const A p = std::exp((t[i] - st.max_t) * f.inv_t) * st.by_t;
       s[i] = q;
       t[i] = slope(q, p, f.uniform, f.p, f.q, columns[i], columns[width + i],
                    columns[2 * width + i], columns[3 * width + i]);
@@ -137,7 +137,7 @@ void add_chunk(const Call<A>& c, const Kernels<A>& kernels, int64_t begin, int64
       }
     }
     const Moments<A> m = kernels.add_row(s, t, by_s, by_t, uniform, pivots, sums, n);
-    c.save_stats(row, {max_s, std::log(sum_s), max_t, std::log(sum_t), m.v_q, m.v_p, m.c});
+    c.save_stats(row, {max_s, by_s, max_t, by_t, m.v_q, m.v_p, m.c});
   }
   for (int64_t i = 0; i < n; ++i) {
     const Sums<A> x{sums[i], sums[width + i], sums[2 * width + i], sums[3 * width + i],

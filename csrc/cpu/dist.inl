@@ -60,7 +60,7 @@ inline Moments<float> add_row(const float* e_s, const float* e_t, float by_s, fl
 // s becomes q, t the slope; returns sum q * slope.
 inline float slopes(float* s, float* t, const Stats<float>& st, const RowFactors<float>& f,
                     const float* columns, int64_t n, const Ahead& ahead) {
-  const Vec max_s{st.max_s}, max_t{st.max_t}, by_s{std::exp(-st.log_s)}, by_t{std::exp(-st.log_t)};
+  const Vec max_s{st.max_s}, max_t{st.max_t}, by_s{st.by_s}, by_t{st.by_t};
   const Scale at_t(Vec{f.inv_t});
   const Vec uniform{f.uniform}, row_q{f.q}, row_p{f.p};
   const int64_t width = padded(n), step_s = kLanes * ahead.s_size, step_t = kLanes * ahead.t_size;

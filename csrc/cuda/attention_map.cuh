@@ -502,10 +502,17 @@ void start(void (*kernel)(Call, Plan), const Call& c, const Plan& plan, int64_t 
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// A call whose tensors are copied to float32 where student and teacher differ in dtype. Numbers of
-// 16 bits are exact in tf32, which then multiplies without loss.
+// A call whose tensors are copied to float32 where student and teacher differ in dtype, and where a
+// row's own gradient, by which ds is multiplied for d_k, may overflow float16: in the forward as
+// well, so that the backward forms the same scores. Numbers of 16 bits are exact in tf32, which
+// then multiplies without loss.
 struct Prepared : Setup {
-  using Setup::Setup;
+  Prepared(const Options& o, const Tensor& q_s_in, const Tensor& k_s_in, const Tensor& q_t_in,
+           const Tensor& k_t_in)
+      : Setup(o, q_s_in, k_s_in, q_t_in, k_t_in) {
+    const bool overflows = call.q_s.dtype == ScalarType::Half && call.reduction == Reduction::kNone;
+    if (overflows || call.q_s.dtype != call.q_t.dtype) as_float();
+  }
 
   void as_float() {
     const auto is_float = [](const Operand& x) { return x.dtype == ScalarType::Float; };

@@ -241,7 +241,6 @@ std::tuple<Tensor, Tensor> attention_map_fwd(const Options& options, const Tenso
   const torch::stable::accelerator::DeviceGuard guard(q_s.get_device_index());
   Prepared on(options, q_s, k_s, q_t, k_t);
   Call& c = on.call;
-  if (c.q_s.dtype != c.q_t.dtype) on.as_float();
   Tensor loss = empty_loss(c, q_s), stats = empty_stats(c, q_s);
   c.loss = loss.mutable_data_ptr<float>();
   c.stats = stats.mutable_data_ptr<float>();

@@ -220,7 +220,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_map_fwd_grad(const Options& options
   const torch::stable::accelerator::DeviceGuard guard(q_s.get_device_index());
   Prepared on(options, q_s, k_s, q_t, k_t);
   Call& c = on.call;
-  if (c.q_s.dtype != c.q_t.dtype) on.as_float();
   Tensor loss = torch::stable::new_empty(q_s, std::vector<int64_t>{}, ScalarType::Float);
   const Tensor stats = empty_stats(c, q_s);
   Grad d_q(q_s, c.q_s.dtype), d_k(k_s, c.q_s.dtype);
@@ -239,9 +238,6 @@ std::tuple<Tensor, Tensor> attention_map_bwd(const Options& options, const Tenso
   const torch::stable::accelerator::DeviceGuard guard(q_s.get_device_index());
   Prepared on(options, q_s, k_s, q_t, k_t);
   Call& c = on.call;
-  // a row's own gradient, by which ds is multiplied for d_k, may overflow float16
-  const bool wide = c.q_s.dtype == ScalarType::Half && c.reduction == Reduction::kNone;
-  if (wide || c.q_s.dtype != c.q_t.dtype) on.as_float();
   on.take(grad_loss, stats);
   Grad d_q(q_s, c.q_s.dtype), d_k(k_s, c.q_s.dtype);
   c.d_q = d_q.view(), c.d_k = d_k.view();

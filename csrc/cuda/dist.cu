@@ -1,6 +1,6 @@
 // DIST on the GPU: math/dist.h. Three kernels, all without atomics on numbers, so that results are
 // bitwise the same every time:
-//   rows     a block per row: log-sum-exps, then its moments (the second sweep finds it in cache)
+//   rows     a block per row: maxima and sums, then moments (the second sweep finds it in cache)
 //   columns  a block per 32 classes and chunk of rows: sums relative to the chunk's first row;
 //            chunks are added in double, in their order
 //   gradient a block per row: sum q g, then q (g - sum)
@@ -41,26 +41,26 @@ __device__ A block_max(A x) {
   return x;
 }
 
-// The maximum of a row and log sum exp((x - max) / T).
+// The maximum of a row and 1 / sum exp((x - max) / T).
 template <class A>
-__device__ void log_sum_exp(const char* p, ScalarType dtype, int64_t n, A inv_t, A& max_x, A& log) {
+__device__ void softmax_of(const char* p, ScalarType dtype, int64_t n, A inv_t, A& max_x, A& by) {
   A top = std::numeric_limits<A>::lowest(), sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) top = fmax(top, load_as<A>(p, dtype, i));
   max_x = block_max(top);
   for (int64_t i = threadIdx.x; i < n; i += kThreads) {
     sum += std::exp((load_as<A>(p, dtype, i) - max_x) * inv_t);
   }
-  log = std::log(block_sum<kThreads>(sum));
+  by = 1 / block_sum<kThreads>(sum);
 }
 
 template <class A>
 __device__ A student_at(const Call<A>& c, const Stats<A>& st, int64_t row, int64_t i) {
-  return std::exp((load_as<A>(c.s_row(row), c.s_dtype, i) - st.max_s) * c.inv_t - st.log_s);
+  return std::exp((load_as<A>(c.s_row(row), c.s_dtype, i) - st.max_s) * c.inv_t) * st.by_s;
 }
 
 template <class A>
 __device__ A teacher_at(const Call<A>& c, const Stats<A>& st, int64_t row, int64_t i) {
-  return std::exp((load_as<A>(c.t_row(row), c.t_dtype, i) - st.max_t) * c.inv_t - st.log_t);
+  return std::exp((load_as<A>(c.t_row(row), c.t_dtype, i) - st.max_t) * c.inv_t) * st.by_t;
 }
 
 template <class A>
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<A, double> ? 1 : 6)
     dist_rows_kernel(const __grid_constant__ Call<A> c) {
   const int64_t row = blockIdx.x;
   Stats<A> st{};
-  log_sum_exp(c.s_row(row), c.s_dtype, c.classes, c.inv_t, st.max_s, st.log_s);
-  log_sum_exp(c.t_row(row), c.t_dtype, c.classes, c.inv_t, st.max_t, st.log_t);
+  softmax_of(c.s_row(row), c.s_dtype, c.classes, c.inv_t, st.max_s, st.by_s);
+  softmax_of(c.t_row(row), c.t_dtype, c.classes, c.inv_t, st.max_t, st.by_t);
   const A uniform = 1 / static_cast<A>(c.classes);
   A v_q = 0, v_p = 0, cov = 0;
   for (int64_t i = threadIdx.x; i < c.classes; i += kThreads) {

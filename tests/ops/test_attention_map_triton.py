@@ -78,28 +78,6 @@ def test_on_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter multiplies bfloat16 numbers by their bits, as if these were integers."""
-    if not INTERPRETED:
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    product = interpreter.InterpreterBuilder.create_dot
-
-    def widened(x: Any) -> Any:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        wide = interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None)
-        return interpreter.TensorHandle(wide.view("float32"), tl.float32)
-
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return product(self, widened(a), widened(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-
-
-@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)

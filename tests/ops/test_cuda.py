@@ -14,7 +14,7 @@ import pytest
 
 from support import cuda_tools
 from support.cuda_tools import CSRC, build_emulated
-from support.process_tools import files_of, run_tests
+from support.process_tools import files_of, run_tests, sampled
 
 FILES = sorted((CSRC / "cuda").glob("*.cu"))
 
@@ -97,8 +97,12 @@ def test_any_size_of_shared_memory(stem: str, shared: str, emulated: Path, tmp_p
     )  # fmt: skip
 
 
+def test_distributions(emulated: Path, tmp_path: Path) -> None:
+    run_emulated(emulated, tmp_path, "distributions", "emulated", **sampled())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", [*STEMS, "contract"])
+@pytest.mark.parametrize("stem", [*STEMS, "contract", "distributions"])
 def test_all_values(stem: str, emulated: Path, tmp_path: Path) -> None:
     run_emulated(emulated, tmp_path, stem, "(every_isa or emulated)")
 

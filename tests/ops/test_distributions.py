@@ -20,7 +20,7 @@ from torch import Tensor
 
 from support import amx_tools, attention_map_tools, kd_tools, row_loss_tools
 from support.attention_map_tools import Maps
-from support.process_tools import run_tests, sampled
+from support.process_tools import run_in_interpreter, run_tests, sampled
 from vitkd_fast import int8, reference
 from vitkd_fast.functional import (
     at_loss,
@@ -435,6 +435,22 @@ DISTRIBUTIONS = {
 }  # fmt: skip
 
 
+# losses with kernels for GPUs, on what their interpreter and emulator have the time for
+ATTENTION = [x for x in LOSSES if x.startswith("attention")]
+OF_ROWS = [x for x in LOSSES if x.startswith(("kd", "dist", "rkd", *row_loss_tools.NEW))]
+GPU_FORMS: list[dict[str, Any]] = [
+    {"loss": OF_ROWS, "distribution": ["saturated", "outliers", "trained"]},
+    {"loss": ATTENTION, "distribution": ["trained"], "dtype": [HALF, BFLOAT]},
+]
+
+
+def of_gpus(test: Callable[..., None]) -> Callable[..., None]:
+    for values in GPU_FORMS:
+        test = pytest.mark.interpreted(**values)(pytest.mark.emulated(**values)(test))
+    return test
+
+
+@of_gpus
 @pytest.mark.every_isa(loss=[x for x in LOSSES if not x.startswith(("at_", "feature", "nst"))])
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -464,3 +480,9 @@ def test_every_instruction_set(isa: str, request: pytest.FixtureRequest, tmp_pat
         run_tests(tmp_path, ["-m", "pytest"], *tests, **sampled(VITKD_FAST_ISA=isa))
     else:
         pytest.skip(f"{isa} is not among what this CPU has: {', '.join(int8.isa())}")
+
+
+@pytest.mark.triton
+def test_triton_in_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    run_in_interpreter(tmp_path, __file__, "-m", "interpreted")

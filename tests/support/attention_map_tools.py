@@ -14,8 +14,10 @@ from torch.testing import assert_close
 
 from support import amx_tools
 from support.cuda_tools import EMULATED
+from support.triton_tools import INTERPRETED
 from vitkd_fast import int8, reference
 from vitkd_fast.functional import attention_map_loss
+from vitkd_fast.reference.attention_map import _terms
 
 OPS = torch.ops.vitkd_fast
 OPERATIONS = ["attention_map_fwd", "attention_map_fwd_grad", "attention_map_bwd"]
@@ -220,7 +222,7 @@ def torch_errors(
 
 
 def on_gpu(x: Tensor) -> bool:
-    return x.is_cuda or EMULATED
+    return x.is_cuda or EMULATED or INTERPRETED
 
 
 def on_tensor_cores(x: Maps) -> bool:
@@ -237,8 +239,9 @@ POWER = 4  # roundings that the one instruction for a power of two is off by, be
 
 
 class Unavoidable(NamedTuple):
-    """How far d_q and d_k may move, whoever computes in float32: see `unavoidable_errors`."""
+    """How far results may move, whoever computes in float32: see `unavoidable_errors`."""
 
+    loss: Tensor  # of each row
     least: tuple[Tensor, Tensor]
     saved: tuple[Tensor, Tensor]
 
@@ -256,7 +259,8 @@ def unavoidable_errors(
     AMX's tiles know no subnormal numbers.
     saved: the three numbers of a row from which a backward works are rounded, and with a
     log-sum-exp all probabilities of its row move. Beside tensor cores it is held times log2(e):
-    there it is rounded when it is divided by that, and when it is multiplied again.
+    there it is rounded when it is divided by that, and when it is multiplied again. On a GPU the
+    losses of js and mse, too, are of probabilities from log-sum-exps.
     """
     q_s, k_s, q_t, k_t = (y.detach().double() for y in x)
     keep = 1.0 if key_mask is None else key_mask[:, None, None].double()
@@ -296,13 +300,20 @@ def unavoidable_errors(
         least = least + torch.finfo(x.q_s.dtype).eps / 2 * (a - b).abs()
     saved = unit * b.abs() * (kind != reference.KL)
     of_lse = unit * (3 if on_tensor_cores(x) else 1)
-    for moved in (terms(of_lse * lse_s), terms(0.0, of_lse * lse_t)):
+    loss = torch.zeros_like(lse_s[..., 0])
+    plain = _terms(log_p, log_q, keep, kind)[0]
+    for of_student, of_teacher in ((of_lse * lse_s, 0.0), (0.0, of_lse * lse_t)):
+        moved = terms(of_student, of_teacher)
         saved = saved + ((moved[0] - moved[1]) - (a - b)).abs()
+        if on_gpu(x.q_s) and kind in (reference.JS, reference.MSE):
+            of_row = _terms(log_p - of_teacher, log_q - of_student, keep, kind)[0]
+            loss = loss + temperature**2 * (of_row - plain).abs().sum(-1)
     factor = (weight * temperature * scale_s).abs().unsqueeze(-1)
     least, saved = least * factor, saved * factor
     # tiles take a subnormal number for 0: any of a slope's three parts, and of their products
     parts = 3 * limits.smallest_normal * keep * torch.ones_like(least) * on_tiles(x)
     return Unavoidable(
+        loss,
         (
             least @ k_s.abs() + parts @ (1 + k_s.abs()),
             least.mT @ q_s.abs() + parts.mT @ (1 + q_s.abs()),
@@ -372,16 +383,18 @@ def check(
         rounding = precision / 2
         if on_tensor_cores(x):
             rounding *= 2 * POWER  # of squares
-        assert_within((of_loss + rounding) * size, given.loss, want, f"{reduction}: loss")
+        unavoidable = unavoidable_errors(x, stats, weight, *arguments)
+        least = unavoidable.loss * share[reduction]
+        least = least if reduction == "none" else least.sum()
+        assert_within((of_loss + rounding) * size + least, given.loss, want, f"{reduction}: loss")
 
         grads = reference.attention_map_bwd(weight, *double, stats, *arguments)
         limits = torch.finfo(x.q_s.dtype)
-        unavoidable = unavoidable_errors(x, stats, weight, *arguments)
         in_forward = function is attention_map_loss and reduction != "none"
         in_forward = in_forward and x.q_s.dtype != HALF and not on_gpu(x.q_s)
         in_forward = in_forward or wide == DOUBLE
         for name, grad, want, like, of_torch, least, saved in zip(
-            ("d_q", "d_k"), given[1:], grads, x.student, of_grads, *unavoidable, strict=True
+            ("d_q", "d_k"), given[1:], grads, x.student, of_grads, *unavoidable[1:], strict=True
         ):
             assert (grad.dtype, grad.shape) == (like.dtype, like.shape)
             rounding = limits.eps / 2 * want.abs().clamp(min=limits.smallest_normal)

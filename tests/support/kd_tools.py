@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from support.triton_tools import INTERPRETED
 from vitkd_fast import reference
 from vitkd_fast.functional import kd_loss
 
@@ -265,8 +266,10 @@ def check(
         assert (loss.dtype, loss.shape, loss.device) == (wide, want.shape, student.device)
         size = torch.where(want.isinf(), 1.0, want.abs())
         size = size.maximum(share if reduction == "none" else share.sum())
-        # a row's share of a mean is rounded, and so is the row times it; in the end, their sum
-        rounding = precision / 2 * (3 if reduction == "mean" else 1)
+        # a row is rounded, and so are its share of a mean and the row times it; in the end, the sum
+        roundings_of = {"none": 1, "sum": 2, "mean": 3}
+        # Triton's powers are of 2, so that logits are multiplied by log2(e), and a loss by log(2)
+        rounding = precision / 2 * (roundings_of[reduction] + 2 * INTERPRETED)
         assert_within((of_torch.loss + rounding) * size, loss.detach(), want, "loss")
 
         want = reference.kd_bwd(incoming.double(), s, t, stats, *arguments)

@@ -26,6 +26,7 @@ def interpret(arguments: list[str]) -> int:
     from vitkd_fast import _ops
 
     convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
+    product = interpreter.InterpreterBuilder.create_dot
 
     def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
         # the interpreter cuts bfloat16 off where a GPU rounds to nearest
@@ -39,7 +40,18 @@ def interpret(arguments: list[str]) -> int:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        wide = convert(x.data, tl.bfloat16, tl.float32, None)
+        return interpreter.TensorHandle(wide.view("float32"), tl.float32)
+
+    def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        # the interpreter multiplies bfloat16 numbers by their bits, as if these were integers
+        return product(builder, widened(a), widened(b), *rest)
+
     interpreter._convert_float, interpreter._patch_lang_tensor = rounded, indexed
+    interpreter.InterpreterBuilder.create_dot = create_dot
     np.seterr(all="ignore")
     for op in filter(lambda op: op.has_cuda, _ops.OPERATIONS):
         kernels = importlib.import_module(f"vitkd_fast.kernels.{op.stem}")

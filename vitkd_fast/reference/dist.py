@@ -37,7 +37,7 @@ def dist_loss(
 def dist_moments(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """What the correlations are made of.
 
-    [7, rows]: max s, log sum exp((s - max s)/T), the same of t; and sum (q - u)^2, sum (p - u)^2,
+    [7, rows]: max s, 1 / sum exp((s - max s)/T), the same of t; and sum (q - u)^2, sum (p - u)^2,
     sum (q - u)(p - u) with u = 1 / classes. [5, classes], in float64: sums of q, p, q^2, p^2, qp
     over the rows, which can be added up over processes.
     """
@@ -46,7 +46,7 @@ def dist_moments(student: Tensor, teacher: Tensor, temperature: float) -> tuple[
     stats: list[Tensor] = []
     for x in (s, t):
         top = x.amax(-1, keepdim=True)
-        stats += [top.squeeze(-1), ((x - top) / temperature).logsumexp(-1)]
+        stats += [top.squeeze(-1), 1 / ((x - top) / temperature).exp().sum(-1)]
     q, p = (_probabilities(x, temperature) for x in (s, t))
     u = 1 / student.shape[1]
     stats += [(q - u).square().sum(-1), (p - u).square().sum(-1), ((q - u) * (p - u)).sum(-1)]
