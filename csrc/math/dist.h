@@ -13,8 +13,8 @@
 
 namespace vitkd::dist {
 
-// What a backward needs of a row: maxima and by = 1 / sum exp((x - max) / T), and the row's moments.
-// Not the sum's logarithm: its rounding would move all probabilities of a row.
+// What a backward needs of a row: maxima and by = 1 / sum exp((x - max) / T), and the row's
+// moments. Not the sum's logarithm: its rounding would move all probabilities of a row.
 template <class A>
 struct Stats {
   A max_s, by_s, max_t, by_t, v_q, v_p, c;
