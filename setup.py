@@ -25,7 +25,7 @@ ENGINE = sorted({*glob("csrc/int8/**/*.cpp", recursive=True)} - {"csrc/int8/capi
 OPERATIONS = [*sorted(glob("csrc/cpu/*.cpp")), *SHARED, "csrc/binding/module.cpp"]
 FATBIN = run_path(os.path.join(os.path.dirname(__file__), "csrc/int8/cuda/fatbin.py"))
 INCLUDE = os.path.abspath("csrc")
-CXX = "-std=c++20 -O3 -ffp-contract=off -fvisibility=hidden -Wall -Wextra".split()
+CXX = "-std=c++20 -O3 -g0 -ffp-contract=off -fvisibility=hidden -Wall -Wextra".split()
 CXX += ["-Wno-maybe-uninitialized"]  # false alarms of gcc 12 and 13 in their AVX-512 headers
 # torch drops its -gencode flags as soon as a flag of ours holds "arch"
 NVCC = "-std=c++20 -O3 -lineinfo -Xcompiler=-fvisibility=hidden -DUSE_CUDA".split()

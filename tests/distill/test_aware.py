@@ -17,7 +17,7 @@ from support.int8_graphs import random_images
 from support.loop_tools import splits, student, teacher
 from support.run_tools import arguments
 from vitkd_fast import cli, int8, models
-from vitkd_fast.distill import aware, logger, loop, preflight
+from vitkd_fast.distill import aware, logger, loop, preflight, quantized
 from vitkd_fast.distill.config import Config, ConfigError, load
 from vitkd_fast.distill.experiment import distill
 from vitkd_fast.distill.runtime import Runtime
@@ -52,18 +52,22 @@ def branched_module(made: Any) -> int8.QuantizationAware:
     return int8.QuantizationAware(made, start)
 
 
-def branched(folder: Path, branch: Path, chosen: Config) -> loop.Trainer:
-    """As an experiment makes it."""
+def branched(
+    folder: Path, branch: Path, chosen: Config, asked: list[bool] | None = None
+) -> loop.Trainer:
+    """As an experiment makes it; notes for which batch norms ranges were found."""
     made = student()
     aware.take_weights(made, branch)
     images = torch.from_numpy(random_images(0, (16, 32, 32, 3)))
     options = {"pixels": models.Pixels.of(made), "classes": list("0123456789"),
                "multilabel": False, "calibration": "mse"}  # fmt: skip
-    runtime = Runtime.of(chosen)
+    runtime, asked = Runtime.of(chosen), asked if asked is not None else []
     module = aware.module(chosen, made, images, runtime, **options)
 
-    def requantize(now: torch.nn.Module) -> int8.QuantizedModel:
-        return aware.quantized_by_first(now, images, runtime, **options)
+    def requantize(now: torch.nn.Module, frozen: bool) -> int8.QuantizedModel:
+        asked.append(frozen)
+        batch_size = 0 if frozen else chosen.data.batch_size
+        return aware.quantized_by_first(now, images, runtime, batch_size=batch_size, **options)
 
     about = {"name": "mobilenetv2_035", "options": {}, "num_classes": 10,
              "pixels": options["pixels"], "classes": options["classes"]}  # fmt: skip
@@ -81,7 +85,8 @@ def test_a_branch_goes_on_and_resumes(tmp_path: Path) -> None:
     plain = begin(tmp_path / "float", chosen, student(), branch=0.5)
     plain.run()
     branch = tmp_path / "float" / loop.BRANCH
-    first = branched(tmp_path / "first", branch, chosen)
+    asked: list[bool] = []
+    first = branched(tmp_path / "first", branch, chosen, asked)
     aware.take_state(first, branch)
     assert first.step == 3
     module, ema = first.model, first.ema
@@ -104,6 +109,7 @@ def test_a_branch_goes_on_and_resumes(tmp_path: Path) -> None:
     trained = first.run()
     # 3 and 4 of 6 steps are before 0.8 of them; ranges are found again at 0.6, 0.7 and 0.8
     assert modes == [(True, False), (True, False), (True, True)]
+    assert asked == [False, True]
     assert torch.equal(steps[0], begun)
     assert not torch.equal(steps[1], begun) and not torch.equal(steps[2], steps[1])
     assert isinstance(trained, int8.QuantizationAware)
@@ -129,6 +135,38 @@ def test_a_branch_goes_on_and_resumes(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(saved), expected)
     weights = models.load(tmp_path / "first" / "last.safetensors").model.state_dict()
     assert all(torch.equal(x, weights[key]) for key, x in trained.model.state_dict().items())
+
+
+def test_ranges_are_those_of_batches(tmp_path: Path) -> None:
+    """Of a student as it is in training. Its own running statistics stay as they are."""
+    images = torch.from_numpy(random_images(0, (70, 32, 32, 3)))
+    pixels = images.permute(0, 3, 1, 2)
+    made = student().eval()
+    before = {key: x.clone() for key, x in made.state_dict().items()}
+    given = aware.with_statistics(made, images, batch_size=32)
+    assert not given.training
+    assert all(torch.equal(x, before[key]) for key, x in made.state_dict().items())
+    with torch.no_grad():
+        sums = torch.stack(
+            [made.conv_stem(models.predictor(made)[0](pixels[i : i + 32])) for i in (0, 32)]
+        )
+    of_batches = sums.transpose(1, 2).flatten(2)
+    torch.testing.assert_close(given.bn1.running_mean, of_batches.mean(2).mean(0))
+    torch.testing.assert_close(given.bn1.running_var, of_batches.var(2).mean(0))
+    norms = {key: x for key, x in given.state_dict().items() if "running" in key}
+    # two whole batches; the six images that are left are not looked at
+    more = aware.with_statistics(made, images[:64], batch_size=32).state_dict()
+    assert all(torch.equal(x, more[key]) for key, x in norms.items())
+    assert all(int(x) == 2 for key, x in more.items() if key.endswith("num_batches_tracked"))
+    options = {"pixels": models.Pixels.of(made), "classes": list("0123456789"),
+               "multilabel": False, "calibration": "mse"}  # fmt: skip
+    for size, of in ((0, made), (32, given)):
+        runtime = Runtime.of(config())
+        aware.quantized_by_first(made, images, runtime, batch_size=size, **options).save(
+            tmp_path / "found"
+        )
+        quantized.quantize(of, images, **options).save(tmp_path / "expected")
+        assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 def test_ranges_are_no_part_of_what_is_clipped(tmp_path: Path) -> None:

@@ -422,7 +422,9 @@ def test_compile(
     case.compare(*results, exactly=False)
 
 
-@pytest.mark.emulated(name=["kd", "kd_topk", "dist", "attention_map", "rkd"], dtype=[FLOAT])
+@pytest.mark.emulated(
+    name=["kd", "kd_topk", "dist", "attention_map", "rkd"], dtype=[FLOAT], reduction=["mean", None]
+)
 @every_device
 @pytest.mark.parametrize(
     ("name", "dtype", "reduction"),

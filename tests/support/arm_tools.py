@@ -195,7 +195,6 @@ def _build(made: Machine) -> None:
     compiler = {
         "CC": "aarch64-linux-gnu-gcc",
         "CXX": "aarch64-linux-gnu-g++",
-        "CXXFLAGS": "-g0",  # Debian's Python asks for -g
         "CPPFLAGS": f"-I{include / made.interpreter.name} -I{include}",
         "MAX_JOBS": str(os.cpu_count()),
         "VITKD_FAST_CUDA": "0",

@@ -3,11 +3,14 @@
 The float run leaves branch.safetensors at the step `int8.aware.start` of it; from there the same
 images, losses and learning rates go on in the engine's arithmetic, in a folder of their own. Until
 batch norms freeze, ranges are found again several times: weights and statistics move, LSQ is too
-slow to follow, and a student learns to live with what is clipped.
+slow to follow, and a student learns to live with what is clipped. They are those of a student that
+takes the statistics of each batch: there a channel that one image alone moves is as wide as any,
+and cut off there it loses its variance, by which the batch norm after it divides.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +34,8 @@ def module(
 ) -> int8.QuantizationAware:
     """A student, quantised by the first rank on its images, as all ranks train it.
 
+    Options are those of `quantized_by_first`.
+
     Raises:
         UnsupportedError: the model holds an operation that the engine lacks; names it.
     """
@@ -41,13 +46,47 @@ def module(
     return int8.QuantizationAware(student, start, learn_ranges=section.learn_ranges)
 
 
+@torch.no_grad()
+def with_statistics(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:
+    """A copy whose batch norms hold the means of these batches' statistics, for evaluation.
+
+    Wu & Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576: precise BN.
+
+    Args:
+        images: uint8 [N, H, W, 3]; what is left after whole batches is not looked at.
+    """
+    made = copy.deepcopy(model).eval()
+    for norm in (x for x in made.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)):
+        norm.train()
+        norm.reset_running_stats()
+        norm.momentum = None
+    logits = models.predictor(made)
+    device = next(made.parameters()).device
+    whole = max(len(images) // batch_size, 1) * batch_size
+    for batch in images[:whole].split(batch_size):
+        logits(batch.permute(0, 3, 1, 2).to(device))
+    return made.eval()
+
+
 def quantized_by_first(
-    student: nn.Module, images: Tensor | None, runtime: Runtime, **options: Any
+    student: nn.Module,
+    images: Tensor | None,
+    runtime: Runtime,
+    *,
+    batch_size: int = 0,
+    **options: Any,
 ) -> int8.QuantizedModel:
-    """What the first rank makes of a student with its images, on all ranks."""
+    """What the first rank makes of a student with its images, on all ranks.
+
+    Args:
+        batch_size: of batches whose statistics the student's batch norms take; 0: they are frozen.
+        options: those of `quantized.quantize`.
+    """
     box: list[Any] = [None]
     if runtime.rank == 0:
         assert images is not None
+        if batch_size > 1 and len(images) > 1:
+            student = with_statistics(student, images, batch_size)
         box[0] = quantized.quantize(student, images, **options)
     if runtime.ranks > 1:
         dist.broadcast_object_list(box)
@@ -62,7 +101,8 @@ class AwareTrainer(Trainer):
 
     Args:
         start: the share of the run at which it begins.
-        requantize: what `quantize` makes of a student now, on every rank.
+        requantize: what `quantize` makes of a student now, on every rank; told whether its batch
+            norms are frozen.
         others: as `Trainer`'s.
     """
 
@@ -70,7 +110,7 @@ class AwareTrainer(Trainer):
         self,
         *others: Any,
         start: float,
-        requantize: Callable[[nn.Module], int8.QuantizedModel],
+        requantize: Callable[[nn.Module, bool], int8.QuantizedModel],
         **options: Any,
     ) -> None:
         super().__init__(*others, **options)
@@ -81,13 +121,13 @@ class AwareTrainer(Trainer):
         shares = (freeze - (freeze - self.start) * i / RANGES for i in range(RANGES))
         done, before = self.step / self.total, (self.step - 1) / self.total
         if any(self.start < x and before < x <= done for x in shares):
-            self._find_ranges()
+            self._find_ranges(frozen=done >= freeze)
         super().update(batches)
 
-    def _find_ranges(self) -> None:
+    def _find_ranges(self, frozen: bool) -> None:
         self._check()  # what is not finite cannot be quantized
         student: Any = self.model
-        start = self.requantize(student.model)
+        start = self.requantize(student.model, frozen)
         student.take_ranges(start)  # and sets the mode of what was quantized
         if self.ema:
             average: Any = self.ema.module
@@ -169,16 +209,21 @@ class ForInt8(Prepared):
         Raises:
             UnsupportedError: the model holds an operation that the engine lacks; names it.
         """
+        section = self.config.int8.aware
+        assert section
         images, options = self.calibration_images(), self.quantize_as(student)
+        live = section.start < section.freeze_bn
+        options["batch_size"] = self.config.data.batch_size if live else 0
         made = module(self.config, student, images, self.runtime, **options)
         config, teachers = preflight.aware_lesson(self.config, self.teachers, final)
         section = config.int8.aware
         cache = self.cache if section and section.teacher == "teacher" else None
         return config, DistillationTask.create(config, made, teachers, self.runtime, cache)
 
-    def requantize(self, student: nn.Module) -> int8.QuantizedModel:
-        """A student as it is now, on all ranks."""
+    def requantize(self, student: nn.Module, frozen: bool) -> int8.QuantizedModel:
+        """A student as it is now, its batch norms frozen or not, on all ranks."""
         images, options = self.calibration_images(), self.quantize_as(student)
+        options["batch_size"] = 0 if frozen else self.config.data.batch_size
         return quantized_by_first(student, images, self.runtime, **options)
 
     def about_model(self, section: Model, model: nn.Module) -> dict[str, Any]:
