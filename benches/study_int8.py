@@ -246,7 +246,8 @@ def pooled(benches: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     found: dict[str, list[float]] = {}
     for bench in benches:
         for way, row in bench["extra_info"]["study"].items():
-            scores = {k: [x[metric] for x in v] for k, v in row["each"].items()}
+            each = row["each"].items()
+            scores = {k: [x[metric] for x in v] for k, v in each if metric in v[0]}
             for name in [*scores][1:]:
                 pairs = zip(scores[name], scores["float"], strict=True)
                 found.setdefault(f"{name}, {way}", []).extend(unit * (a - b) for a, b in pairs)
