@@ -137,6 +137,11 @@ def test_a_branch_goes_on_and_resumes(tmp_path: Path) -> None:
     assert all(torch.equal(x, weights[key]) for key, x in trained.model.state_dict().items())
 
 
+def test_when_ranges_are_found() -> None:
+    assert aware.searches(0.7, 0.85) == pytest.approx([0.75, 0.8, 0.85, 0.925])
+    assert aware.searches(0.7, 0.7) == aware.searches(0.0, 0.0) == []
+
+
 def test_ranges_are_those_of_batches(tmp_path: Path) -> None:
     """Of a student as it is in training. Its own running statistics stay as they are."""
     images = torch.from_numpy(random_images(0, (70, 32, 32, 3)))

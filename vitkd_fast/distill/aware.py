@@ -1,11 +1,11 @@
 """A student trained for int8: branches off a float student's run, through `QuantizationAware`.
 
 The float run leaves branch.safetensors at the step `int8.aware.start` of it; from there the same
-images, losses and learning rates go on in the engine's arithmetic, in a folder of their own. Until
-batch norms freeze, ranges are found again several times: weights and statistics move, LSQ is too
-slow to follow, and a student learns to live with what is clipped. They are those of a student that
-takes the statistics of each batch: there a channel that one image alone moves is as wide as any,
-and cut off there it loses its variance, by which the batch norm after it divides.
+images, losses and learning rates go on in the engine's arithmetic, in a folder of their own. Ranges
+are found again several times: weights and statistics move, LSQ is too slow to follow, and a student
+learns to live with what is clipped. Until batch norms freeze, they are those of a student with the
+statistics of each batch: there a channel that one image alone moves is as wide as any, and cut off
+it loses its variance, by which the batch norm after it divides.
 """
 
 from __future__ import annotations
@@ -93,11 +93,20 @@ def quantized_by_first(
     return box[0]
 
 
-RANGES = 3  # times that ranges are found again, evenly spread until batch norms freeze
+def searches(start: float, freeze: float) -> list[float]:
+    """The shares of a run at which ranges are found again.
+
+    Three are evenly spread until batch norms freeze, the third of them there; with frozen ones maps
+    still drift, and one is halfway to the end. None where batch norms are frozen from the start.
+    """
+    if freeze <= start:
+        return []
+    step = (freeze - start) / 3
+    return [start + step, start + 2 * step, freeze, (freeze + 1) / 2]
 
 
 class AwareTrainer(Trainer):
-    """Trains a student for int8, and finds ranges again, the last time where batch norms freeze.
+    """Trains a student for int8, and finds ranges again, at the shares of `searches`.
 
     Args:
         start: the share of the run at which it begins.
@@ -118,9 +127,8 @@ class AwareTrainer(Trainer):
 
     def update(self, batches: Iterator[data.Batch]) -> None:
         freeze = self.task.freeze_bn
-        shares = (freeze - (freeze - self.start) * i / RANGES for i in range(RANGES))
         done, before = self.step / self.total, (self.step - 1) / self.total
-        if any(self.start < x and before < x <= done for x in shares):
+        if any(before < x <= done for x in searches(self.start, freeze)):
             self._find_ranges(frozen=done >= freeze)
         super().update(batches)
 
