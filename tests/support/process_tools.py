@@ -37,7 +37,7 @@ def files_of(stem: str) -> list[str]:
             for other in {op.stem for op in _ops.OPERATIONS}
         )
     ]
-    marks = re.compile("every_isa|emulated|interpreted")
+    marks = re.compile("every_isa|emulated|interpreted|sanitized")
     return sorted(
         str(file)
         for file in found
