@@ -440,7 +440,7 @@ ATTENTION = [x for x in LOSSES if x.startswith("attention")]
 OF_ROWS = [x for x in LOSSES if x.startswith(("kd", "dist", "rkd", *row_loss_tools.NEW))]
 GPU_FORMS: list[dict[str, Any]] = [
     {"loss": OF_ROWS, "distribution": ["saturated", "outliers", "trained"]},
-    {"loss": ATTENTION, "distribution": ["trained"], "dtype": [HALF, BFLOAT]},
+    {"loss": ATTENTION, "distribution": ["outliers", "trained"], "dtype": [HALF, BFLOAT]},
 ]
 
 
